@@ -1,0 +1,439 @@
+"""Every configuration type of the project, and the model sizes. Standard library only.
+
+A config is built once by a file in `configs/` (`get_config(arg)`), may be changed by flags
+(`--config.optim.lr=3e-4`), is checked by `validate`, and never changes afterwards: it is hashed
+into compiled functions. Off is written 0 or '' because a flag cannot set None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+STAGE_PARTS = (
+    "llm",
+    "und_encoder",
+    "und_aligner",
+    "und_begin",
+    "gen_encoder",
+    "gen_aligner",
+    "gen_norm",
+    "gen_head",
+    "gen_decoder",
+    "repa_head",
+)
+"""The parts of the JanusFlow parameter tree, by top-level key. The VAE is a tree of its own."""
+
+PRETRAINED_PARTS = ("vae", "und_encoder", "llm")
+"""Parts that must have learned something before training starts (unless `allow_fresh`)."""
+
+
+class ConfigError(ValueError):
+    """A config that cannot work: the message names every problem and what to do."""
+
+
+def dataclass(cls: type) -> Any:
+    return dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)(cls)
+
+
+@dataclass
+class LlamaConfig:
+    vocab_size: int = 102400
+    width: int = 2048
+    mlp_width: int = 5632
+    num_layers: int = 24
+    num_heads: int = 16
+    num_kv_heads: int = 16
+    head_dim: int = 128
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+@dataclass
+class SiglipConfig:
+    image_size: int = 384
+    patch_size: int = 16
+    width: int = 1024
+    num_layers: int = 24  # blocks that are kept (select_layer already applied)
+    num_heads: int = 16
+    mlp_width: int = 4096
+    norm_eps: float = 1e-6
+    final_norm: bool = True
+    pixel_mean: tuple[float, ...] = ()
+    pixel_std: tuple[float, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass
+class GenConfig:
+    """The ConvNeXt encoder and decoder around the LLM, and the time embedding."""
+
+    width: int = 768
+    num_blocks: int = 2
+    patch_size: int = 2
+    norm_eps: float = 1e-6
+
+
+@dataclass
+class VaeConfig:
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    latent_channels: int = 4
+    scaling_factor: float = 0.13025
+    norm_eps: float = 1e-6
+
+    @property
+    def downscale(self) -> int:
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass
+class RepaConfig:
+    layer: int = 6  # LLM features after this many blocks
+    width: int = 2048
+
+
+@dataclass
+class ModelConfig:
+    name: str = "1p3b"
+    image_size: int = 384
+    llm: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+    und: SiglipConfig = dataclasses.field(default_factory=SiglipConfig)
+    gen: GenConfig = dataclasses.field(default_factory=GenConfig)
+    vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
+    repa: RepaConfig = dataclasses.field(default_factory=RepaConfig)
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent, in latent pixels."""
+        return self.image_size // self.vae.downscale
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.latent_size, self.latent_size, self.vae.latent_channels)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return (self.latent_size // self.gen.patch_size) ** 2
+
+    @property
+    def slot_len(self) -> int:
+        """Positions that an image takes: one begin (or time) embedding and its features."""
+        return 1 + self.num_image_tokens
+
+
+@dataclass
+class SourceConfig:
+    """One data source of the mixture."""
+
+    name: str = ""
+    path: str = ""  # folder of a prepared tfds data set (array_record)
+    split: str = "train"
+    task: str = "generate"  # generate | understand | text
+    format: str = "chat"  # chat | plain
+    weight: float = 1.0  # share of positions
+
+
+@dataclass
+class DataConfig:
+    sources: tuple[SourceConfig, ...] = ()
+    row_len: int = 4096
+    gen_slots: int = 6
+    und_slots: int = 6
+    drop_prompt: float = 0.1
+    seed: int = 0
+    num_threads: int = 2
+    max_bad_share: float = 0.01  # of samples; above it (and above 20 bad ones) the run stops
+
+    @property
+    def num_slots(self) -> int:
+        return max(self.gen_slots, self.und_slots)
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    warmup_steps: int = 2000
+    decay_steps: int = 0  # linear decay to 0 over the last steps; 0: constant, as the paper
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema: float = 0.99
+    accum_steps: int = 1
+
+
+@dataclass
+class LossConfig:
+    ar_weight: float = 1.0
+    rf_weight: float = 1.0
+    repa_weight: float = 1.0  # 0: no REPA head, no capture in the LLM
+    norm: str = "per_task"  # per_task | per_sample
+    time: str = "logit_normal"  # logit_normal | uniform
+    time_shift: float = 1.0
+    vae_mode: bool = False  # True: the posterior's mode instead of a sample
+    ce_chunk: int = 512
+
+
+@dataclass
+class MeshConfig:
+    data: int = -1  # -1: what is left
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass
+class TrainConfig:
+    """A whole run. `init[part]` is 'fresh' or a path that `checkpoint.load_model` accepts."""
+
+    name: str = ""
+    workdir: str = ""  # '': runs/<name>
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    init: tuple[tuple[str, str], ...] = ()  # (part, 'fresh' | path); parts not named: 'fresh'
+    tokenizer: str = ""  # folder with tokenizer and processor files; '': from init's model folder
+    allow_fresh: bool = False
+    train_parts: tuple[str, ...] = STAGE_PARTS
+    batch_rows: int = 512
+    num_steps: int = 1000
+    seed: int = 0
+    dtype: str = "float32"  # activations: float32 | bfloat16
+    remat: bool = True
+    attention: str = "auto"  # auto | xla | cudnn | splash
+    log_every_steps: int = 20
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    sheet_every_steps: int = 0
+    tensorboard: bool = False
+    prompts: tuple[str, ...] = ()
+    sheet_cfg_weight: float = 2.0
+    sheet_num_steps: int = 30
+
+
+
+
+def model_config(name: str, image_size: int = 0) -> ModelConfig:
+    """A model size by name.
+
+    Args:
+      name: one of MODEL_SIZES.
+      image_size: in pixels; 0 keeps the size's own.
+    Raises:
+      ConfigError: unknown name (lists the known).
+    """
+    if name not in MODEL_SIZES:
+        known = ", ".join(MODEL_SIZES)
+        raise ConfigError(f"model size: expected one of {known}; got {name!r}")
+    cfg = MODEL_SIZES[name]()
+    if image_size:
+        cfg.image_size = image_size
+        cfg.und.image_size = image_size
+    return cfg
+
+
+MODEL_SIZES = {
+    "test": lambda: ModelConfig(
+        name="test",
+        image_size=64,
+        llm=LlamaConfig(
+            vocab_size=640, width=64, mlp_width=176, num_layers=3, num_heads=4, num_kv_heads=4,
+            head_dim=16,
+        ),
+        und=SiglipConfig(image_size=64, width=48, num_layers=2, num_heads=3, mlp_width=192),
+        gen=GenConfig(width=32),
+        vae=VaeConfig(channels=(16, 16, 32, 32), norm_groups=8),
+        repa=RepaConfig(layer=2, width=96),
+    ),
+    "emoji": lambda: ModelConfig(
+        name="emoji",
+        image_size=64,
+        llm=LlamaConfig(
+            vocab_size=640, width=192, mlp_width=512, num_layers=4, num_heads=6, num_kv_heads=6,
+            head_dim=32,
+        ),
+        und=SiglipConfig(image_size=64, width=96, num_layers=4, num_heads=3, mlp_width=384),
+        gen=GenConfig(width=192),
+        vae=VaeConfig(channels=(16, 32, 64, 64), norm_groups=8),
+        repa=RepaConfig(layer=2, width=192),
+    ),
+    "small": lambda: ModelConfig(
+        name="small",
+        llm=LlamaConfig(
+            vocab_size=32000, width=768, mlp_width=2048, num_layers=12, num_heads=12,
+            num_kv_heads=12, head_dim=64,
+        ),
+        und=SiglipConfig(width=384, num_layers=12, num_heads=6, mlp_width=1536),
+        gen=GenConfig(width=256),
+        repa=RepaConfig(layer=3, width=768),
+    ),
+    "1p3b": ModelConfig,
+}  # fmt: skip
+
+
+def model_problems(cfg: ModelConfig) -> list[str]:
+    """Every reason why a model of this config cannot be built; empty when it can."""
+    bad = []
+    llm, und, vae, gen = cfg.llm, cfg.und, cfg.vae, cfg.gen
+    if cfg.image_size % (vae.downscale * gen.patch_size):
+        unit = vae.downscale * gen.patch_size
+        bad.append(f"model.image_size: expected a multiple of {unit}; got {cfg.image_size}")
+    if und.image_size != cfg.image_size:
+        bad.append(
+            f"model.und.image_size: expected model.image_size ({cfg.image_size}); "
+            f"got {und.image_size}"
+        )
+    if und.num_tokens != cfg.num_image_tokens:
+        bad.append(
+            f"model.und: expected (image_size/16)^2 = {cfg.num_image_tokens} tokens an image; "
+            f"got {und.num_tokens} (image_size {und.image_size}, patch_size {und.patch_size})"
+        )
+    if llm.num_heads % llm.num_kv_heads:
+        bad.append(
+            f"model.llm.num_heads: expected a multiple of num_kv_heads ({llm.num_kv_heads}); "
+            f"got {llm.num_heads}"
+        )
+    if und.width % und.num_heads:
+        bad.append(
+            f"model.und.width: expected a multiple of num_heads ({und.num_heads}); "
+            f"got {und.width}"
+        )
+    if any(c % vae.norm_groups for c in vae.channels):
+        bad.append(
+            f"model.vae.channels: expected multiples of norm_groups ({vae.norm_groups}); "
+            f"got {vae.channels}"
+        )
+    if len(und.pixel_mean) != len(und.pixel_std) or len(und.pixel_mean) not in (0, 3):
+        bad.append("model.und.pixel_mean and pixel_std: expected both empty or 3 numbers each")
+    if not 1 <= cfg.repa.layer <= llm.num_layers:
+        bad.append(
+            f"model.repa.layer: expected 1 to {llm.num_layers} (llm.num_layers); "
+            f"got {cfg.repa.layer}"
+        )
+    return bad
+
+
+def train_problems(cfg: TrainConfig) -> list[str]:
+    """Every reason why a run of this config cannot start; empty when it can."""
+    bad = model_problems(cfg.model)
+
+    def check(ok: bool, message: str) -> None:
+        if not ok:
+            bad.append(message)
+
+    data, optim, loss = cfg.data, cfg.optim, cfg.loss
+    check(bool(data.sources), "data.sources: expected at least one source; got none")
+    check(bool(cfg.name), "name: expected a name for the run; got ''")
+    check(cfg.num_steps > 0, f"num_steps: expected > 0; got {cfg.num_steps}")
+    check(cfg.batch_rows > 0, f"batch_rows: expected > 0; got {cfg.batch_rows}")
+    check(
+        optim.accum_steps > 0 and cfg.batch_rows % optim.accum_steps == 0,
+        f"optim.accum_steps: expected a divisor of batch_rows ({cfg.batch_rows}); "
+        f"got {optim.accum_steps}",
+    )
+    check(optim.lr > 0, f"optim.lr: expected > 0; got {optim.lr}")
+    check(0 <= optim.ema < 1, f"optim.ema: expected 0 (off) or in (0, 1); got {optim.ema}")
+    check(
+        loss.norm in ("per_task", "per_sample"),
+        f"loss.norm: expected per_task or per_sample; got {loss.norm!r}",
+    )
+    check(
+        loss.time in ("logit_normal", "uniform"),
+        f"loss.time: expected logit_normal or uniform; got {loss.time!r}",
+    )
+    check(
+        cfg.dtype in ("float32", "bfloat16"),
+        f"dtype: expected float32 or bfloat16; got {cfg.dtype!r}",
+    )
+    check(
+        cfg.attention in ("auto", "xla", "cudnn", "splash"),
+        f"attention: expected auto, xla, cudnn or splash; got {cfg.attention!r}",
+    )
+    check(
+        0 <= data.drop_prompt < 1,
+        f"data.drop_prompt: expected in [0, 1); got {data.drop_prompt}",
+    )
+    unknown = sorted(set(cfg.train_parts) - set(STAGE_PARTS))
+    check(not unknown, f"train_parts: expected names of {STAGE_PARTS}; got {unknown}")
+    unknown = sorted({p for p, _ in cfg.init} - {*STAGE_PARTS, "vae"})
+    check(not unknown, f"init: expected names of {(*STAGE_PARTS, 'vae')}; got {unknown}")
+    for s in data.sources:
+        check(
+            s.task in ("generate", "understand", "text"),
+            f"source {s.name!r} task: expected generate, understand or text; got {s.task!r}",
+        )
+        check(
+            s.format in ("chat", "plain"),
+            f"source {s.name!r} format: expected chat or plain; got {s.format!r}",
+        )
+        check(s.weight > 0, f"source {s.name!r} weight: expected > 0; got {s.weight}")
+        check(
+            s.task != "generate" or data.gen_slots > 0,
+            f"source {s.name!r} generates: expected data.gen_slots > 0; got 0",
+        )
+        check(
+            s.task != "understand" or data.und_slots > 0,
+            f"source {s.name!r} understands: expected data.und_slots > 0; got 0",
+        )
+    return bad
+
+
+def raise_problems(what: str, problems: list[str]) -> None:
+    """Raises one ConfigError that lists every problem; does nothing when there is none."""
+    if problems:
+        raise ConfigError(f"{what} cannot work:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
+    """The inverse of `to_dict`. Unknown keys are an error, missing ones take the default."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(
+            f"{where or cls.__name__}: unknown keys {unknown}; known are {sorted(fields)}"
+        )
+    types = {
+        "llm": LlamaConfig, "und": SiglipConfig, "gen": GenConfig, "vae": VaeConfig,
+        "repa": RepaConfig, "model": ModelConfig, "data": DataConfig, "optim": OptimConfig,
+        "loss": LossConfig, "mesh": MeshConfig,
+    }  # fmt: skip
+    out = {}
+    for name, value in values.items():
+        if name == "sources":
+            value = tuple(from_dict(SourceConfig, v, f"{where}sources.") for v in value)
+        elif isinstance(value, dict):
+            value = from_dict(types[name], value, f"{where}{name}.")
+        elif isinstance(value, list):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        out[name] = value
+    return cls(**out)
+
+
+def parse_arg(arg: str | None, known: dict[str, str]) -> set[str]:
+    """Splits the part of `--config=file.py:a,b` after the colon.
+
+    Args:
+      arg: comma-separated names, or None.
+      known: name -> what it does.
+    Raises:
+      ConfigError: a name that is not known (lists the known).
+    """
+    names = {n.strip() for n in (arg or "").split(",") if n.strip()}
+    unknown = sorted(names - set(known))
+    if unknown:
+        listed = ", ".join(f"{n} ({what})" for n, what in known.items()) or "none"
+        raise ConfigError(f"config argument: unknown {unknown}; known are: {listed}")
+    return names

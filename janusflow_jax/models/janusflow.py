@@ -1,0 +1,176 @@
+"""JanusFlow: the composition of the parts, and the assembly of rows from text and image slots.
+
+An image is always a slot of 1 + num_image_tokens positions: `[und_begin, SigLIP features]` or
+`[t_emb, latent features]` (DESIGN section 1). Training, chat and sampling fill slots by the same
+functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from janusflow_jax.config import ModelConfig
+from janusflow_jax.models import convnext, layers, llama, siglip
+
+NONE, GENERATE, UNDERSTAND = 0, 1, 2
+
+
+class RepaHead(nn.Module):
+    """Three linears with SiLU between: LLM features -> SigLIP features (REPA, 2410.06940)."""
+
+    width: int
+    out_width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b E"]:
+        x = jax.nn.silu(layers.Linear(self.width, name="linear_0")(x))
+        x = jax.nn.silu(layers.Linear(self.width, name="linear_1")(x))
+        return layers.Linear(self.out_width, name="linear_2")(x)
+
+
+class BeginEmbedding(nn.Module):
+    """The learned embedding that stands where `<image_beg>` stands."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, " D"]:
+        return self.param("embedding", nn.initializers.normal(0.02), (self.width,))
+
+
+class JanusFlow(nn.Module):
+    """Every trained part; the VAE stands beside it with a tree of its own."""
+
+    cfg: ModelConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+    impl: str = "xla"
+
+    def setup(self) -> None:
+        cfg, dtype = self.cfg, self.dtype
+        self.llm = llama.Llama(cfg.llm, dtype, self.remat, self.impl)
+        # The tower's head dimension and length suit XLA's own attention everywhere.
+        self.und_encoder = siglip.Siglip(cfg.und, dtype, self.remat)
+        self.und_aligner = layers.Linear(cfg.llm.width)
+        self.und_begin = BeginEmbedding(cfg.llm.width)
+        self.gen_encoder = convnext.GenEncoder(cfg.gen, cfg.llm.width, dtype)
+        self.gen_aligner = layers.Linear(cfg.llm.width)
+        self.gen_norm = layers.RMSNorm(cfg.llm.norm_eps)
+        self.gen_head = layers.Linear(cfg.gen.width)
+        self.gen_decoder = convnext.GenDecoder(cfg.gen, cfg.vae.latent_channels, dtype)
+        self.repa_head = RepaHead(cfg.repa.width, cfg.und.width)
+
+    def siglip(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S E"]:
+        """SigLIP features of images in [-1, 1]."""
+        return self.und_encoder(images)
+
+    def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.llm.embed(tokens)
+
+    def understanding_slot(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
+        """A slot's vectors for images in [-1, 1]: `[und_begin, aligned SigLIP features]`."""
+        features = self.und_aligner(self.und_encoder(images))
+        begin = jnp.broadcast_to(
+            self.und_begin().astype(features.dtype), (len(features), 1, features.shape[-1])
+        )
+        return jnp.concatenate([begin, features], axis=1)
+
+    def generation_slot(
+        self, z: Float[Array, "B H W C"], timesteps: Float[Array, " B"]
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B h w G"], Float[Array, "B D"]]:
+        """A slot's vectors for noisy latents, with what the decoder needs again.
+
+        Args: z: noisy latents; timesteps: 1000 * t.
+        Returns: `[t_emb, aligned features]`, the encoder's features, t_emb.
+        """
+        features, t_emb = self.gen_encoder(z, timesteps)
+        aligned = self.gen_aligner(features.reshape(len(z), -1, features.shape[-1]))
+        return jnp.concatenate([t_emb[:, None], aligned], axis=1), features, t_emb
+
+    def velocity(
+        self,
+        hidden: Float[Array, "B S D"],
+        features: Float[Array, "B h w G"],
+        t_emb: Float[Array, "B D"],
+    ) -> Float[Array, "B H W C"]:
+        """The velocity, float32, from the LLM's normed states at the slot's latent positions."""
+        x = self.gen_head(self.gen_norm(hidden)).reshape(features.shape)
+        return self.gen_decoder(x, features, t_emb).astype(jnp.float32)
+
+    def run_llm(self, x: Array, positions: Array, mask: Array, **kwargs: Any) -> Any:
+        """See `llama.Llama.__call__`."""
+        return self.llm(x, positions, mask, **kwargs)
+
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        return self.llm.logits(hidden)
+
+    def project_repa(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b E"]:
+        return self.repa_head(hidden)
+
+    def init_all(self) -> None:
+        """Touches every parameter once, on the smallest inputs; only for `init`."""
+        cfg = self.cfg
+        image = jnp.zeros((1, cfg.image_size, cfg.image_size, 3), self.dtype)
+        latents = jnp.zeros((1, *cfg.latent_shape), self.dtype)
+        self.understanding_slot(image)
+        slot, features, t_emb = self.generation_slot(latents, jnp.zeros((1,)))
+        length = slot.shape[1]
+        positions = jnp.arange(length)[None]
+        x = self.embed_tokens(jnp.zeros((1, length), jnp.int32)) + slot
+        hidden, _, _ = self.llm(x, positions, jnp.ones((1, length, length), bool))
+        self.velocity(hidden[:, 1:], features, t_emb)
+        self.logits(hidden[:, :1])
+        self.project_repa(hidden)
+
+
+def init_params(cfg: ModelConfig, key: Array) -> dict[str, Any]:
+    """Fresh float32 parameters of every part but the VAE. Free under `jax.eval_shape`."""
+    return JanusFlow(cfg).init(key, method="init_all")["params"]
+
+
+def param_shapes(cfg: ModelConfig) -> dict[str, Any]:
+    """The parameter tree as ShapeDtypeStructs."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+
+
+def place_slots(
+    text: Float[Array, "B T D"],
+    gen: Float[Array, "B G S D"] | None,
+    und: Float[Array, "B U S D"] | None,
+    slot_start: Int[Array, "B K"],
+    slot_task: Int[Array, "B K"],
+) -> Float[Array, "B T D"]:
+    """Assembles rows: text embeddings, with each slot's vectors at its positions.
+
+    Generation vectors belong to slots[:G], understanding vectors to slots[K-U:]. One gather.
+    """
+    given = [x for x in (gen, und) if x is not None and x.shape[1]]
+    if not given:
+        return text
+    num_slots, length = slot_start.shape[1], given[0].shape[2]
+    num_gen = gen.shape[1] if gen is not None else 0
+    num_und = und.shape[1] if und is not None else 0
+    k = jnp.arange(num_slots)
+    first = jnp.where(slot_task == GENERATE, k, num_gen + k - (num_slots - num_und)) * length
+    where = jnp.arange(text.shape[1])[None, :, None] - slot_start[:, None]  # [B, T, K]
+    inside = (where >= 0) & (where < length) & (slot_task != NONE)[:, None]
+    source = jnp.sum(jnp.where(inside, first[:, None] + where, 0), axis=-1)  # slots never overlap
+    vectors = jnp.concatenate(given, axis=1)
+    vectors = vectors.reshape(len(text), -1, text.shape[-1]).astype(text.dtype)
+    placed = jnp.take_along_axis(vectors, source[..., None], axis=1)
+    return jnp.where(inside.any(-1)[..., None], placed, text)
+
+
+def take_slots(
+    x: Float[Array, "B T D"], slot_start: Int[Array, "B K"], length: int
+) -> Float[Array, "B K S D"]:
+    """Reads back each slot's `length` feature positions (those after its first vector)."""
+    index = slot_start[..., None] + 1 + jnp.arange(length)  # [B, K, S]
+    index = jnp.minimum(index, x.shape[1] - 1).reshape(len(x), -1)
+    taken = jnp.take_along_axis(x, index[..., None], axis=1)
+    return taken.reshape(*slot_start.shape, length, x.shape[-1])

@@ -1,0 +1,152 @@
+"""Meshes and path rules: everything the project knows about where arrays live.
+
+Modules know one helper, `constrain`, which does nothing without a mesh. A table of path rules
+gives each parameter its PartitionSpec; an axis that does not divide a dimension is left out, so
+the same table serves the test size and 1.3B.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from janusflow_jax.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# First match wins; the spec is for the last dimensions, a leading layer axis is never sharded.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"llm/embedding$", P("tensor", "fsdp")),
+    (r"llm/head/kernel$", P("fsdp", "tensor")),
+    (r"attn/[qkv]/kernel$", P("fsdp", "tensor")),
+    (r"attn/o/kernel$", P("tensor", "fsdp")),
+    (r"mlp/(gate|up|fc1)/kernel$", P("fsdp", "tensor")),
+    (r"mlp/(down|fc2)/kernel$", P("tensor", "fsdp")),
+    (r"block_\d+/linear_1/kernel$", P("fsdp", "tensor")),
+    (r"block_\d+/linear_2/kernel$", P("tensor", "fsdp")),
+    (r"time_embed/linear_1/kernel$", P("fsdp", "tensor")),
+    (r"time_embed/linear_2/kernel$", P("tensor", "fsdp")),
+    # Column then row: the MLP's activations stay where they are.
+    (r"repa_head/linear_0/kernel$", P("fsdp", "tensor")),
+    (r"repa_head/linear_1/kernel$", P("tensor", "fsdp")),
+    (r"(film|und_aligner|gen_aligner|gen_head|linear_\d)/kernel$", P("fsdp", None)),
+    (r"pos_embedding$", P(None, "fsdp")),
+    (r"patch_embed/kernel$", P("fsdp")),
+)
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Builds the (data, fsdp, tensor) mesh.
+
+    Args:
+      cfg: sizes; one of them may be -1, which takes what is left.
+      devices: default: all of `jax.devices()`.
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ConfigError(f"mesh: expected sizes >= 1 and at most one -1; got {sizes}")
+    if sizes.count(-1) and len(found) % known == 0:
+        sizes[sizes.index(-1)] = len(found) // known
+    if int(np.prod(sizes)) != len(found):
+        raise ConfigError(
+            f"mesh: data x fsdp x tensor = {sizes} does not use the {len(found)} devices there "
+            "are; set --config.mesh.data, .fsdp and .tensor so that their product does"
+        )
+    kind = (AxisType.Auto,) * 3
+    if devices is None:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=kind)
+    return Mesh(np.asarray(found).reshape(sizes), AXES, axis_types=kind)
+
+
+def current_mesh() -> Any | None:
+    """The mesh set by `jax.set_mesh`, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def axis_size(name: str) -> int:
+    """Devices along a mesh axis; 1 without a mesh."""
+    mesh = current_mesh()
+    return mesh.shape[name] if mesh is not None else 1
+
+
+def batch_size() -> int:
+    """Devices over which rows are split; 1 without a mesh."""
+    return axis_size("data") * axis_size("fsdp")
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Asks for a layout: 'batch' is data x fsdp, 'tensor' itself, None is whole.
+
+    Axes that do not divide their dimension are left out. Does nothing without a mesh.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    spec = P(*[BATCH if n == "batch" else n for n in names])
+    return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, mesh))
+
+
+def fit(spec: P, shape: Sequence[int], mesh: Any) -> P:
+    """Drops the axes of `spec` that do not divide `shape`; pads it on the left to its rank."""
+    entries = list(spec)[-len(shape) :] if len(shape) else []
+    entries = [None] * (len(shape) - len(entries)) + entries
+
+    def keep(entry: Any, dim: int) -> Any:
+        axes = () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
+        size = int(np.prod([mesh.shape[a] for a in axes])) if axes else 1
+        return entry if axes and dim % size == 0 else None
+
+    return P(*[keep(e, d) for e, d in zip(entries, shape, strict=True)])
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A tree path as 'llm/layers/block/attn/q/kernel'."""
+    return "/".join(str(getattr(p, "key", getattr(p, "idx", getattr(p, "name", p)))) for p in path)
+
+
+def param_spec(name: str, shape: Sequence[int], mesh: Any) -> P:
+    """The PartitionSpec of one parameter by its path (or of a moment that mirrors it)."""
+    for pattern, spec in RULES:
+        if re.search(pattern, name):
+            return fit(spec, shape, mesh)
+    return P()
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of parameters, or of optimizer state that mirrors parameters."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, param_spec(path_name(path), x.shape, mesh)), tree
+    )
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """NamedShardings that split the first axis of every array over data x fsdp."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, P(BATCH)), batch)
+
+
+def put_batch(batch: Any, mesh: Mesh, global_rows: int) -> Any:
+    """Makes global arrays of rows from this process's numpy rows.
+
+    With one process the batch is all rows. With several, every process passes the same global
+    numpy batch's addressable part through `rows_of_process`.
+    """
+    sharding = NamedSharding(mesh, P(BATCH))
+
+    def put(x: np.ndarray) -> jax.Array:
+        if x.shape[0] == global_rows:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, x, (global_rows, *x.shape[1:]))
+
+    return jax.tree.map(put, batch)
