@@ -1,0 +1,1 @@
+"""JanusFlow in JAX: one model that reads pictures and paints them."""

@@ -1,0 +1,192 @@
+"""What a run says of itself: `metrics.jsonl`, TensorBoard when asked, and lines to read.
+
+One line of JSON a logged step: `{"step": 20, "time": 1.8e9, "loss": 0.5}`. A value that is no
+finite number stands as null and is named: `{"loss": null, "non_finite": {"loss": "nan"}}`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+
+FILE = "metrics.jsonl"
+_ON_LINE = (("loss", "loss"), ("ar", "loss_ar"), ("rf", "loss_rf"), ("repa", "loss_repa"))
+
+
+class Writer:
+    """Appends the metrics of a run to its workdir. Does nothing but on process 0.
+
+    On resume, lines past the restored step are dropped: those steps come again.
+    A store that cannot append (`gs://`) gets the whole file at each `sync` and at `close`.
+    """
+
+    def __init__(self, workdir: epath.PathLike, resume_step: int = 0, tensorboard: bool = False):
+        """Opens `workdir/metrics.jsonl`.
+
+        Args:
+          workdir: folder of the run; made where it does not exist.
+          resume_step: the restored step; 0 starts a new file.
+          tensorboard: also write event files into `workdir/tensorboard`.
+        Raises:
+          ImportError: TensorBoard asked for and tensorboardX not installed.
+        """
+        self._file = self._board = self._remote = None
+        if jax.process_index() != 0:
+            return
+        # Before anything is written: a missing package must not cost the kept lines.
+        board = _summary_writer() if tensorboard else None
+        target = epath.Path(workdir) / FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        kept = kept_lines(target.read_text(), resume_step) if target.exists() else ""
+        local = pathlib.Path(os.fspath(target))
+        if "://" in str(workdir):
+            local = pathlib.Path(tempfile.mkdtemp(prefix="metrics-")) / FILE
+            self._remote = target
+        spare = local.with_suffix(".tmp")
+        spare.write_text(kept)
+        os.replace(spare, local)
+        self._local = local
+        self._file = local.open("a")
+        if board is not None:
+            folder = os.fspath(epath.Path(workdir) / "tensorboard")
+            self._board = board(folder, purge_step=resume_step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one step's scalars (numbers, or arrays of one number)."""
+        if self._file is None:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        self._file.write(json_line(step, numbers, time.time()))
+        self._file.flush()
+        if self._board is not None:
+            for name, number in numbers.items():
+                self._board.add_scalar(name, number, step)
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        """Shows a picture in TensorBoard, where that was asked for."""
+        if self._board is not None:
+            pixels = np.asarray(picture.convert("RGB"))
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Copies the file to a workdir that cannot append. Call with each checkpoint."""
+        if self._remote is not None:
+            self._remote.write_text(self._local.read_text())
+
+    def close(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        self.sync()
+        if self._board is not None:
+            self._board.close()
+
+
+class Progress:
+    """Speed and time left, from what the loop counts.
+
+    The first `count` starts the clock: compilation comes before it and is no speed.
+    """
+
+    def __init__(self, num_steps: int, first_step: int = 0):
+        self._num_steps = num_steps
+        self._step = self._clock_step = first_step
+        self._began = self._window_began = 0.0
+        self._window = {"steps": 0, "images": 0, "wait": 0.0}
+
+    def count(self, images: int, wait: float) -> None:
+        """Counts a step: pictures in its batch, seconds waited for its data."""
+        self._step += 1
+        if not self._began:
+            self._began = self._window_began = time.perf_counter()
+            self._clock_step = self._step
+            return
+        self._window["steps"] += 1
+        self._window["images"] += images
+        self._window["wait"] += wait
+
+    def rates(self) -> dict[str, float]:
+        """Speed since the last call; empty when no step was counted since."""
+        now = time.perf_counter()
+        seconds, window = now - self._window_began, self._window
+        if not window["steps"] or seconds <= 0:
+            return {}
+        self._window_began = now
+        self._window = {"steps": 0, "images": 0, "wait": 0.0}
+        return {
+            "steps_per_s": window["steps"] / seconds,
+            "images_per_s": window["images"] / seconds,
+            "data_wait": min(1.0, window["wait"] / seconds),
+        }
+
+    def seconds_left(self) -> float | None:
+        """By the mean speed so far, pauses for saving and sheets included; None: not known yet."""
+        done = self._step - self._clock_step
+        if done < 1:
+            return None
+        return (time.perf_counter() - self._began) / done * (self._num_steps - self._step)
+
+    def line(self, step: int, values: Mapping[str, Any]) -> str:
+        """What a person reads: step, losses, images/s, time left."""
+        width = len(str(self._num_steps))
+        parts = [f"step {step:{width}}/{self._num_steps}"]
+        parts += [f"{short} {values[name]:.4f}" for short, name in _ON_LINE if name in values]
+        if "images_per_s" in values:
+            parts.append(f"{values['images_per_s']:.1f} images/s")
+        left = self.seconds_left()
+        if left is not None and step < self._num_steps:
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+
+def json_line(step: int, values: Mapping[str, float], now: float) -> str:
+    """One line of the file. JSON has no NaN: it stands as null and is named in `non_finite`."""
+    finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+    line: dict[str, Any] = {"step": step, "time": round(now, 3), **finite}
+    odd = {name: str(v) for name, v in values.items() if not math.isfinite(v)}
+    if odd:
+        line["non_finite"] = odd
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def kept_lines(text: str, last_step: int) -> str:
+    """The lines up to and with `last_step`; a line that a crash cut short goes too."""
+    kept = []
+    for line in text.splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return "".join(kept)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as '45 s', '12 min' or '3 h 05 min'."""
+    if seconds < 90:
+        return f"{max(0, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _summary_writer() -> Any:
+    try:
+        import tensorboardX
+    except ImportError as error:
+        raise ImportError(
+            "tensorboard=True: expected the package tensorboardX; it is not installed: "
+            "pip install 'janusflow_jax[tensorboard]', or turn tensorboard off"
+        ) from error
+    return tensorboardX.SummaryWriter

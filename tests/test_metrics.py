@@ -1,0 +1,122 @@
+"""The metrics file survives resumes, crashes and NaN; the progress line reads well."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from janusflow_jax import metrics
+
+
+def _lines(workdir):
+    return [json.loads(x) for x in (workdir / metrics.FILE).read_text().splitlines()]
+
+
+def test_resume_drops_steps_that_come_again(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    for step in (1, 10, 20, 30):
+        writer.write(step, {"loss": np.float32(step)})
+    writer.close()
+    with (tmp_path / metrics.FILE).open("a") as f:
+        f.write('{"step": 15, "lo')  # the process died in the middle of a line
+    writer = metrics.Writer(tmp_path, resume_step=20)
+    writer.write(30, {"loss": 0.5})
+    writer.close()
+    assert [(x["step"], x["loss"]) for x in _lines(tmp_path)] == [
+        (1, 1.0), (10, 10.0), (20, 20.0), (30, 0.5),
+    ]  # fmt: skip
+
+
+def test_fresh_start_empties_the_file(tmp_path):
+    for value in (1.0, 2.0):
+        writer = metrics.Writer(tmp_path / "new")
+        writer.write(1, {"loss": value})
+        writer.close()
+    assert [x["loss"] for x in _lines(tmp_path / "new")] == [2.0]
+
+
+def test_lines_are_on_disk_at_once_and_nan_is_named(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    writer.write(3, {"loss": np.nan, "grad_norm": -np.inf, "ok": np.bool_(False)})
+    (line,) = _lines(tmp_path)  # not closed yet
+    assert line["loss"] is None and line["grad_norm"] is None and line["ok"] == 0.0
+    assert line["non_finite"] == {"loss": "nan", "grad_norm": "-inf"}
+    assert "NaN" not in (tmp_path / metrics.FILE).read_text()
+    writer.close()
+
+
+def test_tensorboard_missing_is_said_before_anything_is_lost(tmp_path, monkeypatch):
+    writer = metrics.Writer(tmp_path)
+    writer.write(5, {"loss": 1.0})
+    writer.close()
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"pip install 'janusflow_jax\[tensorboard\]'"):
+        metrics.Writer(tmp_path, resume_step=0, tensorboard=True)
+    assert len(_lines(tmp_path)) == 1
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
+    calls = []
+
+    class Board:
+        def __init__(self, folder, purge_step):
+            calls.append(("open", folder, purge_step))
+
+        def add_scalar(self, *args):
+            calls.append(args)
+
+        def add_image(self, name, pixels, step, dataformats):
+            calls.append((name, pixels.shape, step, dataformats))
+
+        def close(self):
+            calls.append("close")
+
+    monkeypatch.setattr(metrics, "_summary_writer", lambda: Board)
+    writer = metrics.Writer(tmp_path, resume_step=7, tensorboard=True)
+    writer.write(8, {"loss": 2})
+    writer.image(8, "sheet", Image.new("L", (4, 6)))
+    writer.close()
+    assert calls == [
+        ("open", str(tmp_path / "tensorboard"), 8),
+        ("loss", 2.0, 8),
+        ("sheet", (6, 4, 3), 8, "HWC"),
+        "close",
+    ]
+
+
+def test_a_store_that_cannot_append_gets_the_whole_file(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    writer._remote = tmp_path / "copy.jsonl"
+    writer.write(1, {"loss": 1.0})
+    writer.sync()
+    writer.write(2, {"loss": 1.0})
+    assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 1
+    writer.close()
+    assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 2
+
+
+def test_progress(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    progress = metrics.Progress(num_steps=50, first_step=10)
+    assert progress.rates() == {} and progress.seconds_left() is None
+    now[0] += 60  # compilation
+    progress.count(images=8, wait=0.0)
+    for _ in range(10):
+        now[0] += 2
+        progress.count(images=8, wait=0.5)
+    rates = progress.rates()
+    assert rates == {"steps_per_s": 0.5, "images_per_s": 4.0, "data_wait": 0.25}
+    assert progress.seconds_left() == pytest.approx((50 - 21) * 2)
+    line = progress.line(20, {"loss": 1.5, "loss_ar": 1, "loss_rf": 0.5, "lr": 3, **rates})
+    assert line == "step 20/50  loss 1.5000  ar 1.0000  rf 0.5000  4.0 images/s  58 s left"
+    assert "left" not in progress.line(50, rates)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(45.2, "45 s"), (720.0, "12 min"), (11100.0, "3 h 05 min"), (-1.0, "0 s")]
+)
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text
