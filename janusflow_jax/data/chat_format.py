@@ -1,0 +1,322 @@
+"""Text to token ids and back: the tokenizer, the image tags, the chat and the plain forms.
+
+The only importer of transformers, and only when a tokenizer is loaded. Tags and ids come from the
+folder's `processor_config.json` and `tokenizer.json`, never from this file, except where a plain
+LLM's folder has no processor file (SPEC section 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+SYSTEM_PROMPT = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+"""The understanding chat's default system prompt; generation uses none."""
+
+CAPTION_REQUEST = "Generate the caption of this picture."
+"""The plain understanding form: `<image>{CAPTION_REQUEST} {caption}<eos>`."""
+
+TAG_KEYS = ("image_tag", "image_gen_tag", "image_start_tag", "image_end_tag")
+"""Keys of processor_config.json, in the order in which tags that are missing take free ids."""
+
+_DEFAULT_TAGS = {
+    "image_tag": "<image_placeholder>",
+    "image_gen_tag": "<｜begin▁of▁generation｜>",
+    "image_start_tag": "<image_beg>",
+    "image_end_tag": "<image_end>",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+)
+
+
+class FormatError(ValueError):
+    """A conversation or a tokenizer folder that cannot be used; says what to do."""
+
+
+class Encoded(NamedTuple):
+    """One sequence.
+
+    ids: int32[n]; slot_starts: position of each image's first vector; target_mask: bool[n], True
+    where the *next* position's token is a target of the language model.
+    """
+
+    ids: np.ndarray
+    slot_starts: list[int]
+    target_mask: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """A piece of text and from which character on its tokens are targets (-1: none)."""
+
+    text: str
+    target_from: int = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChatFormat:
+    """A tokenizer folder, loaded. Use `ChatFormat.load`. Safe to share between threads.
+
+    `tokenizer` parses special strings in text, `text_tokenizer` treats them as text.
+    """
+
+    folder: str
+    tokenizer: Any
+    text_tokenizer: Any
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    add_bos: bool
+    image_id: int
+    gen_id: int
+    image_start_id: int
+    image_end_id: int
+    image_tag: str
+    num_image_tokens: int
+    added_tags: tuple[str, ...]
+    hash: str
+
+    @classmethod
+    def load(cls, folder: epath.PathLike, num_image_tokens: int = 0) -> ChatFormat:
+        """Loads a folder with tokenizer and processor files.
+
+        Args:
+          folder: holds tokenizer.json, tokenizer_config.json and, if it is JanusFlow's,
+            processor_config.json.
+          num_image_tokens: features an image; 0 takes the processor's.
+        Raises:
+          FormatError: a file is missing or a needed token is not there (lists all).
+        """
+        path = epath.Path(folder)
+        files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
+        missing = [n for n in TOKENIZER_FILES[:2] if n not in files]
+        if missing:
+            raise FormatError(
+                f"{path}: expected a tokenizer folder (tokenizer.json, tokenizer_config.json); "
+                f"missing {', '.join(missing)}"
+            )
+        config = json.loads(files["tokenizer_config.json"])
+        processor = json.loads(files.get("processor_config.json", b"{}"))
+        loaded = _load_fast(files)
+        backend = loaded.backend_tokenizer
+        tags = {key: processor.get(key) or _DEFAULT_TAGS[key] for key in TAG_KEYS}
+        added = _add_missing_tags(backend, tags)
+        ids = {key: backend.token_to_id(tag) for key, tag in tags.items()}
+        num_image_tokens = num_image_tokens or int(processor.get("num_image_tokens", 0))
+        add_bos = config.get("add_bos_token", True) is not False
+        bos_id, eos_id, pad_id = loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id
+        problems = []
+        if eos_id is None:
+            problems.append("tokenizer_config.json: expected eos_token; got none")
+        if add_bos and bos_id is None:
+            problems.append(
+                "tokenizer_config.json: expected bos_token (or add_bos_token false); got none"
+            )
+        if num_image_tokens <= 0:
+            problems.append(
+                "processor_config.json: expected num_image_tokens > 0 (or the argument); got none"
+            )
+        if problems or eos_id is None:
+            raise FormatError(f"{path} cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
+        return cls(
+            folder=str(path),
+            tokenizer=backend,
+            text_tokenizer=_text_only(backend),
+            bos_id=-1 if bos_id is None else bos_id,
+            eos_id=eos_id,
+            pad_id=eos_id if pad_id is None else pad_id,
+            add_bos=add_bos,
+            image_id=ids["image_tag"],
+            gen_id=ids["image_gen_tag"],
+            image_start_id=ids["image_start_tag"],
+            image_end_id=ids["image_end_tag"],
+            image_tag=tags["image_tag"],
+            num_image_tokens=num_image_tokens,
+            added_tags=tuple(added),
+            hash=_digest(files),
+        )
+
+    @property
+    def vocab_needed(self) -> int:
+        """Rows that the embedding table must have: the largest id and one."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raises FormatError when an id has no row in a table of `vocab_size` rows."""
+        if self.vocab_needed > vocab_size:
+            tags = f" (the tags {', '.join(self.added_tags)} were added)" if self.added_tags else ""
+            raise FormatError(
+                f"{self.folder}: expected ids below {vocab_size} (the embedding table's rows); "
+                f"got up to {self.vocab_needed - 1}{tags}: use this model's own tokenizer, or a "
+                "larger model.llm.vocab_size"
+            )
+
+    def tokenize(self, text: str) -> list[int]:
+        """BOS and the text's ids, special strings parsed (the raw tokenizer; not for user text)."""
+        return self._bos() + self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
+        """Text of ids, without special tokens."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def generation_ids(self, prompt: str, form: str = "chat") -> list[int]:
+        """What stands before a generated image: BOS .. 'Assistant:', or the bare prompt.
+
+        Args:
+          prompt: user text; special strings in it are text. Its ends are stripped.
+          form: chat | plain.
+        """
+        text = prompt.strip()
+        if form == "chat":
+            text = f"User: {text}\n\nAssistant:"
+        return self._bos() + self.text_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def conversation(
+        self,
+        turns: Sequence[dict[str, str]],
+        num_images: int,
+        closed: bool = True,
+        system: str = SYSTEM_PROMPT,
+    ) -> Encoded:
+        """The chat form, with `num_image_tokens` positions for every image.
+
+        Args:
+          turns: {'role': 'user' | 'assistant', 'content': str}; in a user's content the image tag
+            marks an image. A last turn by the user, or an empty answer, leaves 'Assistant:' open.
+          num_images: images that are given.
+          closed: whether a last answer with text ends with eos (False: it will be continued).
+          system: system prompt; '' for none.
+        Raises:
+          FormatError: unknown role, or another number of image tags than images.
+        """
+        turns = [{"role": t["role"].lower(), "content": t["content"].strip()} for t in turns]
+        found = sum(t["content"].count(self.image_tag) for t in turns if t["role"] == "user")
+        problems = [
+            f"turn {i}: expected role user or assistant; got {t['role']!r}"
+            for i, t in enumerate(turns)
+            if t["role"] not in ("user", "assistant")
+        ]
+        if found != num_images:
+            problems.append(
+                f"images: expected one {self.image_tag} in the user's text for each of the "
+                f"{num_images} images; got {found}"
+            )
+        if problems:
+            raise FormatError("conversation: " + "; ".join(problems))
+        if not turns or turns[-1]["role"] == "user":
+            turns.append({"role": "assistant", "content": ""})
+        parts: list[_Span | int] = []
+        text = f"{system}\n\n" if system else ""
+        for i, turn in enumerate(turns):
+            if turn["role"] == "user":
+                pieces = f"User: {turn['content']}\n\n".split(self.image_tag)
+                for piece in pieces[:-1]:
+                    parts += [_Span(text + piece), self.image_id]
+                    text = ""
+                text += pieces[-1]
+                continue
+            text += "Assistant:"
+            if turn["content"]:
+                parts.append(_Span(f"{text} {turn['content']}", target_from=len(text)))
+                if closed or i + 1 < len(turns):
+                    parts.append(self.eos_id)
+                text = ""
+        if text:
+            parts.append(_Span(text))
+        return self._encode(parts)
+
+    def plain_caption(self, caption: str) -> Encoded:
+        """`<image>Generate the caption of this picture. {caption}<eos>`; the caption is target."""
+        head = CAPTION_REQUEST
+        span = _Span(f"{head} {caption.strip()}", target_from=len(head))
+        return self._encode([self.image_id, span, self.eos_id])
+
+    def plain_text(self, text: str) -> Encoded:
+        """`{text}<eos>`; everything but BOS is target."""
+        return self._encode([_Span(text, target_from=0), self.eos_id])
+
+    def _bos(self) -> list[int]:
+        return [self.bos_id] if self.add_bos else []
+
+    def _encode(self, parts: Sequence[_Span | int]) -> Encoded:
+        """Joins spans, eos and images; an eos is a target where an answer stands before it."""
+        ids = self._bos()
+        target = [False] * len(ids)  # of this position's own token; shifted at the end
+        starts = []
+        open_target = False
+        for part in parts:
+            if isinstance(part, _Span):
+                encoding = self.text_tokenizer.encode(part.text, add_special_tokens=False)
+                open_target = part.target_from >= 0
+                ids += encoding.ids
+                target += [open_target and end > part.target_from for _, end in encoding.offsets]
+            elif part == self.image_id:
+                starts.append(len(ids))
+                ids.append(self.image_start_id)
+                ids += [self.image_id] * self.num_image_tokens + [self.image_end_id]
+                target += [False] * (self.num_image_tokens + 2)
+            else:
+                ids.append(part)
+                target.append(open_target)
+        mask = np.array(target[1:] + [False], bool)
+        return Encoded(np.array(ids, np.int32), starts, mask)
+
+
+def _load_fast(files: dict[str, bytes]) -> Any:
+    """PreTrainedTokenizerFast from a local copy (the folder may be in a bucket)."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+    import transformers
+
+    with tempfile.TemporaryDirectory() as local:
+        for name, data in files.items():
+            (epath.Path(local) / name).write_bytes(data)
+        return transformers.PreTrainedTokenizerFast.from_pretrained(local)
+
+
+def _add_missing_tags(backend: Any, tags: dict[str, str]) -> list[str]:
+    import tokenizers
+
+    added = []
+    for key in TAG_KEYS:
+        if backend.token_to_id(tags[key]) is None:
+            token = tokenizers.AddedToken(tags[key], special=True, normalized=False)
+            backend.add_special_tokens([token])
+            added.append(tags[key])
+    return added
+
+
+def _text_only(backend: Any) -> Any:
+    """A copy for which special strings are text.
+
+    A copy because `split_special_tokens` of a call sets a flag on the shared object, which other
+    threads would see.
+    """
+    import tokenizers
+
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _digest(files: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}:{len(files[name])}:".encode() + files[name])
+    return digest.hexdigest()

@@ -1,0 +1,151 @@
+"""Encoded bytes -> RGB -> the model's picture, for each of the two tasks.
+
+Pictures stay uint8 until they are on the device; `to_float` is the one normalisation.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 64 * 2**20
+MIN_SIDE = 14
+"""The shortest side that a picture may shrink to for understanding, in pixels."""
+GREY = 127
+"""Fills the square around a picture for understanding."""
+
+
+class BadImage(ValueError):
+    """Bytes that are no picture we accept; the message says why."""
+
+
+def decode(
+    data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes JPEG, PNG or WebP (the first frame), upright.
+
+    Transparent pixels lie on white: that is what a page shows, and what the caption's author saw.
+    Grey, palette, 16-bit and CMYK pictures become RGB.
+
+    Args:
+      data: the file's bytes.
+      max_pixels: more is refused before anything is decoded.
+      max_bytes: more is refused.
+    Returns:
+      uint8[H, W, 3].
+    Raises:
+      BadImage: another format, too large, truncated or broken.
+    """
+    if not data:
+        raise BadImage("expected a picture; got 0 bytes")
+    if len(data) > max_bytes:
+        raise BadImage(
+            f"expected at most {max_bytes / 2**20:.0f} MiB; got {len(data) / 2**20:.1f} MiB: "
+            "store a smaller picture"
+        )
+    kind = "a picture"
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadImage(
+                    f"expected at most {max_pixels / 1e6:.0f} megapixels; got {width} x {height} = "
+                    f"{width * height / 1e6:.0f}: shrink the picture first"
+                )
+            kind = str(image.format)
+            image.load()
+            return np.asarray(_rgb(_upright(image)))
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise BadImage(
+            f"expected at most {max_pixels / 1e6:.0f} megapixels ({e}): shrink the picture first"
+        ) from e
+    except Image.UnidentifiedImageError as e:
+        raise BadImage(
+            f"expected {', '.join(FORMATS)}; got {len(data)} bytes that begin {data[:8]!r}"
+        ) from e
+    except MemoryError:
+        raise
+    except Exception as e:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error
+        raise BadImage(f"{kind} of {len(data)} bytes is truncated or broken: {e}") from e
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns the picture as its EXIF orientation asks; broken EXIF is ignored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001  EXIF is free-form bytes; the pixels are good
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(np.clip(grey >> 8, 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def for_understanding(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "H H 3"]:
+    """The whole picture, long side `size`, centred on grey.
+
+    Source: SPEC section 4 (floor, at least 14 pixels, bicubic); equals the published processor.
+
+    Args:
+      image: uint8[H, W, 3].
+      size: side of the result in pixels.
+    Returns:
+      uint8[size, size, 3].
+    """
+    height, width = image.shape[:2]
+    long = max(height, width)
+    new_h = max(int(height / long * size), MIN_SIDE)
+    new_w = max(int(width / long * size), MIN_SIDE)
+    small = Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BICUBIC)
+    square = np.full((size, size, 3), GREY, np.uint8)
+    top, left = (size - new_h) // 2, (size - new_w) // 2
+    square[top : top + new_h, left : left + new_w] = np.asarray(small)
+    return square
+
+
+def for_generation(
+    image: UInt8[np.ndarray, "h w 3"], size: int, key: tuple[int, ...] | None = None
+) -> UInt8[np.ndarray, "H H 3"]:
+    """A square of the picture, short side to `size`.
+
+    The square is cut before it is resized, so a very long picture is never enlarged whole.
+
+    Args:
+      image: uint8[H, W, 3].
+      size: side of the result in pixels.
+      key: of the random place of the square; None takes the centre.
+    Returns:
+      uint8[size, size, 3].
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    spare_y, spare_x = height - side, width - side
+    if key is None:
+        top, left = spare_y // 2, spare_x // 2
+    else:
+        rng = np.random.default_rng(key)
+        top, left = int(rng.integers(spare_y + 1)), int(rng.integers(spare_x + 1))
+    square = image[top : top + side, left : left + side]
+    if side == size:
+        return np.ascontiguousarray(square)
+    resized = Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def to_float(images: UInt8[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+    """uint8 -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+    return (images.astype(np.float32) / 255 - 0.5) / 0.5

@@ -1,0 +1,139 @@
+"""Batches of rows, mapped and prefetched by grain's threads. The position is a row number.
+
+grain sees ranges of row numbers and nothing else; its iterator's state is never saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from janusflow_jax import config as config_lib
+from janusflow_jax.data import chat_format
+from janusflow_jax.data import rows as rows_lib
+
+MIN_BAD = 20
+"""So many bad samples are forgiven whatever their share."""
+
+
+class BadDataError(RuntimeError):
+    """Too large a share of the samples is bad; names some."""
+
+
+@dataclasses.dataclass
+class Report:
+    """What a batch holds: its own bad samples, and the counts since the iterator began."""
+
+    first_row: int
+    next_row: int
+    bad: list[rows_lib.BadSample]
+    num_samples: int = 0
+    num_bad: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowNumbers:
+    """Numbers of the rows that one process makes, as grain's random-access source."""
+
+    first_row: int
+    batch_rows: int
+    mine: Sequence[int]
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> int:
+        batch, place = divmod(int(index), len(self.mine))
+        return self.first_row + batch * self.batch_rows + self.mine[place]
+
+
+class Loader:
+    """Endless batches from any row on."""
+
+    def __init__(
+        self,
+        cfg: config_lib.DataConfig,
+        model: config_lib.ModelConfig,
+        chat: chat_format.ChatFormat,
+        batch_rows: int,
+    ):
+        """Opens the mixture; see `rows.Rows` for what it raises."""
+        self.cfg, self.batch_rows = cfg, batch_rows
+        self.rows = rows_lib.Rows(cfg, model, chat)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Per source: samples, bins, shares (see `rows.Rows.describe`)."""
+        return self.rows.describe()
+
+    def batches(
+        self, first_row: int, rows_of_process: Sequence[int] | None = None
+    ) -> Iterator[tuple[dict[str, np.ndarray], Report]]:
+        """Batches of rows first_row, first_row + 1, ...; each batch is `batch_rows` further.
+
+        Args:
+          first_row: the run's saved position; 0 for a new run.
+          rows_of_process: places in the batch (0 to batch_rows - 1) that this process makes;
+            None for all.
+        Yields:
+          (batch, report): arrays of `rows.Rows.row`, stacked; report.next_row is the position to
+          save once the batch is done.
+        Raises:
+          BadDataError: more than cfg.max_bad_share of the samples, and more than MIN_BAD, are bad.
+          sources.SourceError: the store cannot be read.
+        """
+        import grain
+
+        mine = list(range(self.batch_rows) if rows_of_process is None else rows_of_process)
+        wrong = [place for place in mine if not 0 <= place < self.batch_rows]
+        if wrong or not mine:
+            raise ValueError(
+                f"rows_of_process: expected places below batch_rows {self.batch_rows}; got {mine}"
+            )
+        numbers = _RowNumbers(first_row, self.batch_rows, mine)
+        threads = self.cfg.num_threads
+        iterator = iter(
+            grain.MapDataset.source(numbers)
+            .map(self.rows.row)
+            .to_iter_dataset(
+                grain.ReadOptions(
+                    num_threads=threads, prefetch_buffer_size=max(2 * len(mine), threads)
+                )
+            )
+        )
+        num_samples = num_bad = 0
+        try:
+            while True:
+                made = [next(iterator) for _ in mine]
+                batch = {name: np.stack([row[name] for row, _ in made]) for name in made[0][0]}
+                bad = [b for _, found in made for b in found]
+                num_bad += len(bad)
+                num_samples += len(bad) + sum(_count(row["segment_ids"]) for row, _ in made)
+                for sample in bad:
+                    logging.warning("bad sample: %s", sample)
+                self._check(num_bad, num_samples, bad)
+                first = first_row
+                first_row += self.batch_rows
+                yield batch, Report(first, first_row, bad, num_samples, num_bad)
+        finally:
+            close = getattr(iterator, "close", None)
+            if close is not None:
+                close()
+
+    def _check(self, num_bad: int, num_samples: int, bad: list[rows_lib.BadSample]) -> None:
+        if num_bad <= MIN_BAD or num_bad <= self.cfg.max_bad_share * num_samples:
+            return
+        some = "\n".join(f"  {sample}" for sample in bad[:5])
+        raise BadDataError(
+            f"data: expected at most {self.cfg.max_bad_share:.1%} bad samples; got {num_bad} of "
+            f"{num_samples}. The latest:\n{some}\nRepair the data set, or raise "
+            "data.max_bad_share if you mean to train without them"
+        )
+
+
+def _count(segment_ids: np.ndarray) -> int:
+    """Samples of a row: its segments."""
+    return len(np.unique(segment_ids[segment_ids > 0]))

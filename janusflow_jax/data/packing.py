@@ -1,0 +1,168 @@
+"""Arithmetic of the data position: bins, permutations and the interleave of sources.
+
+Everything here is a pure function of integers, so that a row's number alone says what it holds
+(DESIGN section 1, "The data position is one integer"). Only numpy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from jaxtyping import Int
+
+SHARE_UNITS = 1_000_000
+"""Shares of rows are rounded to multiples of 1 / SHARE_UNITS, so that they are exact."""
+
+_ROUNDS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    """Samples packed into rows.
+
+    Bin b holds samples[starts[b]:starts[b + 1]], each at its offset in the row.
+    """
+
+    starts: np.ndarray  # int64[num_bins + 1]
+    samples: np.ndarray  # int64[num_samples]
+    offsets: np.ndarray  # int64[num_samples], positions
+    used: int  # positions of all samples together
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+
+def pack(lengths: Int[np.ndarray, "n"], row_len: int, slots: int) -> Bins:
+    """First-fit decreasing: each sample, longest first, goes to the first bin that has room.
+
+    Args:
+      lengths: int[n], positions of each sample; a sample with 0 or more than row_len is left out.
+      row_len: positions of a bin.
+      slots: samples that fit into a bin (each has one image).
+    """
+    lengths = np.asarray(lengths, np.int64)
+    fits = np.flatnonzero((lengths > 0) & (lengths <= row_len))
+    order = fits[np.argsort(-lengths[fits], kind="stable")]
+    room = _FirstFit(row_len)
+    bins: list[list[int]] = []
+    offsets = np.zeros(len(lengths), np.int64)
+    for i in order.tolist():
+        length = int(lengths[i])
+        b = room.find(length)
+        if b == len(bins):
+            bins.append([])
+        offsets[i] = row_len - room.left(b)
+        bins[b].append(i)
+        full = len(bins[b]) == slots
+        room.set(b, 0 if full else room.left(b) - length)
+    counts = [len(b) for b in bins]
+    samples = np.array([i for b in bins for i in b], np.int64)
+    return Bins(
+        starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
+        samples=samples,
+        offsets=offsets[samples],
+        used=int(lengths[samples].sum()),
+    )
+
+
+class _FirstFit:
+    """The first bin with room for a length, in log time: a tree of the room left, maxima above."""
+
+    def __init__(self, row_len: int):
+        self._leaves = 1
+        self._tree = [0, row_len]
+        self._row_len = row_len
+
+    def left(self, b: int) -> int:
+        return self._tree[self._leaves + b]
+
+    def find(self, length: int) -> int:
+        if self._tree[1] < length:
+            self._grow()
+        node = 1
+        while node < self._leaves:
+            node = 2 * node if self._tree[2 * node] >= length else 2 * node + 1
+        return node - self._leaves
+
+    def set(self, b: int, left: int) -> None:
+        node = self._leaves + b
+        self._tree[node] = left
+        while node > 1:
+            node //= 2
+            self._tree[node] = max(self._tree[2 * node], self._tree[2 * node + 1])
+
+    def _grow(self) -> None:
+        """Doubles the number of bins; the new ones are empty."""
+        old = self._tree[self._leaves :]
+        self._leaves *= 2
+        self._tree = [0] * self._leaves + old + [self._row_len] * len(old)
+        for node in range(self._leaves - 1, 0, -1):
+            self._tree[node] = max(self._tree[2 * node], self._tree[2 * node + 1])
+
+
+def permute(index: int, size: int, key: tuple[int, ...]) -> int:
+    """Where a permutation of range(size), chosen by `key`, sends `index`. No table is kept.
+
+    A Feistel network of four rounds on the smallest square of a power of two that holds `size`,
+    walked until it lands inside.
+    """
+    half = max((size - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    seed = 0x9E3779B97F4A7C15
+    for part in key:
+        seed = _mix(seed ^ (part & 0xFFFFFFFFFFFFFFFF))
+    while True:
+        left, right = index >> half, index & mask
+        for i in range(_ROUNDS):
+            left, right = right, left ^ (_mix(seed + (i << 48) + right) & mask)
+        index = (left << half) | right
+        if index < size:
+            return index
+
+
+def _mix(x: int) -> int:
+    """A 64-bit finaliser (the constants of splitmix64, Steele et al. 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+def row_shares(weights: Sequence[float | int], fill: Sequence[float]) -> list[int]:
+    """Shares of rows, in SHARE_UNITS, that give the wanted shares of positions.
+
+    Args:
+      weights: wanted shares of positions, any scale.
+      fill: part of a row's positions that each source uses, in (0, 1].
+    """
+    raw = np.asarray(weights, np.float64) / np.asarray(fill, np.float64)
+    shares = np.maximum(np.round(raw / raw.sum() * SHARE_UNITS), 1).astype(int).tolist()
+    shares[int(np.argmax(shares))] += SHARE_UNITS - sum(shares)
+    return shares
+
+
+def interleave(row: int, shares: Sequence[int]) -> tuple[int, int]:
+    """Which source a row belongs to, and its place among that source's rows.
+
+    Source s gets the rows where floor(row * p) rises; the rows that it leaves are numbered again
+    and divided among the rest in the same way. So among any n rows of its turn, source s has
+    n * p to within one.
+
+    Args:
+      row: number of the row, from 0.
+      shares: integers that sum to SHARE_UNITS.
+    Returns:
+      (source, k).
+    """
+    left = SHARE_UNITS
+    for source, share in enumerate(shares[:-1]):
+        p = Fraction(share, left)
+        before = row * p.numerator // p.denominator
+        if (row + 1) * p.numerator // p.denominator > before:
+            return source, before
+        row -= before
+        left -= share
+    return len(shares) - 1, row

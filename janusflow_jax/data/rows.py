@@ -1,0 +1,272 @@
+"""Row number -> row of the batch. A pure function of (config, data, tokenizer, row).
+
+A row holds the samples of one bin of one source, each in its own segment with positions from 0.
+Which bin, caption, crop and dropped prompt follow from the row's number and the seed alone, so the
+same row comes out on any host, with any number of threads, after any restart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import numpy as np
+
+from janusflow_jax import config as config_lib
+from janusflow_jax.data import (
+    chat_format,
+    images,
+    lengths,
+    packing,
+    samples,
+    sources,
+)
+
+_CAPTION, _DROP, _CROP = range(3)
+_TASKS = {"generate": samples.GENERATE, "understand": samples.UNDERSTAND, "text": samples.NONE}
+
+
+class DataError(ValueError):
+    """A mixture that cannot be read with this model; lists every problem."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BadSample:
+    """A record that was left out of its row."""
+
+    row: int
+    source: str
+    record: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"row {self.row}, {self.source} record {self.record}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An open source of the mixture, packed."""
+
+    cfg: config_lib.SourceConfig
+    name: str
+    records: Any
+    bins: packing.Bins
+    left_out: int  # records that no row can hold
+    key: int
+
+    def sample_range(self, b: int) -> range:
+        return range(int(self.bins.starts[b]), int(self.bins.starts[b + 1]))
+
+
+class Rows:
+    """The mixture as one endless sequence of rows."""
+
+    def __init__(
+        self,
+        cfg: config_lib.DataConfig,
+        model: config_lib.ModelConfig,
+        chat: chat_format.ChatFormat,
+    ):
+        """Opens, measures (or reads the stored lengths) and packs every source.
+
+        Args:
+          cfg: the mixture, the row's length and its slots.
+          model: for the picture's size and the positions of an image.
+          chat: the tokenizer.
+        Raises:
+          DataError: the tokenizer, the model and the mixture do not go together (lists all).
+          sources.SourceError, lengths.LengthsError: a data set cannot be used.
+        """
+        self.cfg, self.model, self.chat = cfg, model, chat
+        problems = _problems(cfg, model, chat)
+        if problems:
+            raise DataError("data:\n" + "\n".join(f"  - {p}" for p in problems))
+        self.sources = [self._open(source) for source in cfg.sources]
+        empty = [
+            f"{s.name}: expected samples of at most data.row_len {cfg.row_len} positions; none of "
+            f"its {len(s.records)} records makes one"
+            for s in self.sources
+            if not len(s.bins)
+        ]
+        if empty:
+            raise DataError("data:\n" + "\n".join(f"  - {p}" for p in empty))
+        self.fill = [s.bins.used / (len(s.bins) * cfg.row_len) for s in self.sources]
+        self.shares = packing.row_shares([s.weight for s in cfg.sources], self.fill)
+
+    def locate(self, row: int) -> tuple[int, int, int]:
+        """(source, epoch of that source, bin) of a row."""
+        which, k = packing.interleave(row, self.shares)
+        source = self.sources[which]
+        epoch, place = divmod(k, len(source.bins))
+        return (
+            which,
+            epoch,
+            packing.permute(place, len(source.bins), (self.cfg.seed, source.key, epoch)),
+        )
+
+    def row(self, row: int) -> tuple[dict[str, np.ndarray], list[BadSample]]:
+        """One row and the records that had to be left out of it.
+
+        Args:
+          row: its number, from 0.
+        Returns:
+          (arrays, bad): row uint32[], tokens int32[T], segment_ids int32[T], positions int32[T],
+          target_mask bool[T], images uint8[K, H, W, 3], slot_start int32[K], slot_task int32[K].
+        Raises:
+          sources.SourceError: the store cannot be read.
+        """
+        length, slots = self.cfg.row_len, self.cfg.num_slots
+        side = self.model.image_size
+        out = {
+            "row": np.array(row, np.uint32),
+            "tokens": np.full(length, self.chat.pad_id, np.int32),
+            "segment_ids": np.zeros(length, np.int32),
+            "positions": np.zeros(length, np.int32),
+            "target_mask": np.zeros(length, bool),
+            "images": np.zeros((slots, side, side, 3), np.uint8),
+            "slot_start": np.zeros(slots, np.int32),
+            "slot_task": np.zeros(slots, np.int32),
+        }
+        bad = []
+        which, _, b = self.locate(row)
+        source = self.sources[which]
+        for place, i in enumerate(source.sample_range(b)):
+            record, offset = int(source.bins.samples[i]), int(source.bins.offsets[i])
+            next_offset = length
+            if i + 1 < source.bins.starts[b + 1]:
+                next_offset = int(source.bins.offsets[i + 1])
+            try:
+                self._place(out, source, record, row, place, offset, next_offset - offset)
+            except (samples.BadRecord, images.BadImage) as e:
+                bad.append(BadSample(row, source.name, record, str(e)))
+        return out, bad
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Per source: name, task, records, samples, bins, left_out, fill, shares."""
+        total = sum(s * f for s, f in zip(self.shares, self.fill, strict=True))
+        return [
+            {
+                "source": source.name,
+                "task": source.cfg.task,
+                "records": len(source.records),
+                "samples": len(source.bins.samples),
+                "bins": len(source.bins),
+                "left_out": source.left_out,
+                "fill": fill,  # part of a row's positions that are used
+                "share_of_rows": share / packing.SHARE_UNITS,
+                "share_of_positions": share * fill / total,
+            }
+            for source, share, fill in zip(self.sources, self.shares, self.fill, strict=True)
+        ]
+
+    def _open(self, cfg: config_lib.SourceConfig) -> Source:
+        records = sources.open_source(cfg.path, cfg.split)
+        counted = lengths.load_lengths(
+            records, cfg.path, cfg.split, cfg.task, cfg.format, self.chat
+        ).astype(np.int64)
+        if cfg.task == "text":
+            counted = np.minimum(counted, self.cfg.row_len)
+            slots = self.cfg.row_len
+        else:
+            counted = np.maximum(counted, 1) + self.model.slot_len  # 0 is bad; found when it comes
+            slots = self.cfg.gen_slots if cfg.task == "generate" else self.cfg.und_slots
+        bins = packing.pack(counted, self.cfg.row_len, slots)
+        name = cfg.name or f"{cfg.path}:{cfg.split}:{cfg.task}"
+        return Source(
+            cfg=cfg,
+            name=name,
+            records=records,
+            bins=bins,
+            left_out=len(records) - len(bins.samples),
+            key=zlib.crc32(f"{name}:{cfg.task}".encode()),
+        )
+
+    def _place(
+        self,
+        out: dict[str, np.ndarray],
+        source: Source,
+        record: int,
+        row: int,
+        place: int,
+        offset: int,
+        room: int,
+    ) -> None:
+        """Writes one sample into the row; raises before it has written anything."""
+        task = _TASKS[source.cfg.task]
+        slot = place
+        if task == samples.UNDERSTAND:
+            slot += self.cfg.num_slots - self.cfg.und_slots
+        key = (self.cfg.seed, row, slot)
+        data = source.records[record]
+        sample = self._sample(source, data, key)
+        if task == samples.NONE:
+            sample = dataclasses.replace(
+                sample, tokens=sample.tokens[:room], target_mask=sample.target_mask[:room]
+            )
+            sample.target_mask[-1] = False
+        n = len(sample.tokens)
+        if n > room:
+            raise samples.BadRecord(
+                f"expected at most {room} positions, as measured; got {n}: measure lengths again"
+            )
+        if task != samples.NONE:
+            out["images"][slot] = self._image(data, task, key)
+            out["slot_start"][slot] = offset + sample.slot_start
+            out["slot_task"][slot] = task
+        here = slice(offset, offset + n)
+        out["tokens"][here] = sample.tokens
+        out["positions"][here] = np.arange(n)
+        out["target_mask"][here] = sample.target_mask
+        out["segment_ids"][here] = place + 1
+        if task == samples.GENERATE and _rng(key, _DROP).random() < self.cfg.drop_prompt:
+            # the sampler's unconditional form: BOS and the slot stay, positions are kept
+            out["segment_ids"][here][sample.prompt_mask] = 0
+
+    def _sample(self, source: Source, data: dict[str, Any], key: tuple[int, ...]) -> samples.Sample:
+        if source.cfg.task == "text":
+            text = data.get("text", "").strip()
+            if not text:
+                raise samples.BadRecord("expected text; got none")
+        else:
+            found = samples.captions_of(data)
+            text = found[int(_rng(key, _CAPTION).integers(len(found)))]
+        return samples.make(source.cfg.task, source.cfg.format, text, self.chat)
+
+    def _image(self, data: dict[str, Any], task: int, key: tuple[int, ...]) -> np.ndarray:
+        picture = images.decode(data["image"])
+        if task == samples.UNDERSTAND:
+            return images.for_understanding(picture, self.model.image_size)
+        return images.for_generation(picture, self.model.image_size, (*key, _CROP))
+
+
+def _rng(key: tuple[int, ...], purpose: int) -> np.random.Generator:
+    return np.random.default_rng((*key, purpose))
+
+
+def _problems(
+    cfg: config_lib.DataConfig, model: config_lib.ModelConfig, chat: chat_format.ChatFormat
+) -> list[str]:
+    bad = []
+    if not cfg.sources:
+        bad.append("sources: expected at least one; got none")
+    if chat.num_image_tokens != model.num_image_tokens:
+        bad.append(
+            f"tokenizer {chat.folder}: expected {model.num_image_tokens} positions an image (the "
+            f"model's); got {chat.num_image_tokens}: load it with "
+            "num_image_tokens=cfg.model.num_image_tokens"
+        )
+    try:
+        chat.check_vocab(model.llm.vocab_size)
+    except chat_format.FormatError as e:
+        bad.append(str(e))
+    for source in cfg.sources:
+        slots = {"generate": cfg.gen_slots, "understand": cfg.und_slots}.get(source.task)
+        if source.task not in _TASKS:
+            bad.append(f"source {source.name!r} task: expected {list(_TASKS)}; got {source.task!r}")
+        elif slots == 0:
+            bad.append(f"source {source.name!r} ({source.task}): expected slots for it; got 0")
+    names = [(s.name or s.path, s.split, s.task) for s in cfg.sources]
+    if len(set(names)) < len(names):
+        bad.append("sources: expected different names; got two alike: set data.sources[i].name")
+    return bad

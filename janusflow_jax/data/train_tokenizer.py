@@ -1,0 +1,103 @@
+"""A small byte-level BPE tokenizer in DeepSeek's form, for the quick start and for tests.
+
+Writes the files that a JanusFlow folder has: tokenizer.json, tokenizer_config.json,
+special_tokens_map.json, processor_config.json, preprocessor_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+IMAGE, IMAGE_BEGIN, IMAGE_END = "<image_placeholder>", "<image_beg>", "<image_end>"
+GENERATION = "<｜begin▁of▁generation｜>"
+SPECIALS = (BOS, EOS, IMAGE, IMAGE_BEGIN, IMAGE_END, GENERATION, PAD)
+"""Special tokens in the order of their ids."""
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    out: epath.PathLike,
+    num_image_tokens: int,
+    image_size: int,
+) -> None:
+    """Trains a tokenizer and writes its folder. The same texts give the same files.
+
+    Args:
+      texts: what to train on, as often as each should count.
+      vocab_size: at most this many ids, the 256 bytes and the special tokens included.
+      out: folder; made where it does not exist.
+      num_image_tokens: features an image, for processor_config.json.
+      image_size: side in pixels, for preprocessor_config.json.
+    Raises:
+      ValueError: vocab_size cannot hold the bytes and the special tokens.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    least = 256 + len(SPECIALS)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size: expected at least {least} (bytes, tags); got {vocab_size}")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    files: dict[str, dict[str, Any]] = {
+        "tokenizer.json": json.loads(tokenizer.to_str()),
+        "tokenizer_config.json": {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            **names,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 4096,
+            "unk_token": None,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+        "special_tokens_map.json": {
+            **names,
+            "additional_special_tokens": [IMAGE, IMAGE_BEGIN, IMAGE_END, GENERATION],
+        },
+        "processor_config.json": {
+            "processor_class": "VLChatProcessor",
+            "image_tag": IMAGE,
+            "image_start_tag": IMAGE_BEGIN,
+            "image_end_tag": IMAGE_END,
+            "image_gen_tag": GENERATION,
+            "num_image_tokens": num_image_tokens,
+            "add_special_token": False,
+            "sft_format": "deepseek_old",
+            "mask_prompt": True,
+            "ignore_id": -100,
+        },
+        "preprocessor_config.json": {
+            "processor_class": "VLChatProcessor",
+            "image_processor_type": "VLMImageProcessor",
+            "image_size": image_size,
+            "min_size": 14,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "background_color": [127, 127, 127],
+        },
+    }
+    folder = epath.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")

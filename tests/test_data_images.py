@@ -1,0 +1,119 @@
+"""Decoding of every odd kind of picture, and parity of the preparation."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import numpy as safetensors
+
+from janusflow_jax.data import images
+
+GOLDEN = Path(__file__).parent / "data" / "golden" / "tiny"
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def picture(height: int = 20, width: int = 30) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_understanding_equals_the_published_processor():
+    want = safetensors.load_file(GOLDEN / "expected.safetensors")["preprocess.pixel_values"]
+    for i in range(4):
+        image = images.decode((GOLDEN / "images" / f"{i}.png").read_bytes())
+        got = images.to_float(images.for_understanding(image, 64))
+        np.testing.assert_allclose(got, want[i].transpose(1, 2, 0), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_lossless_formats_come_back(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    got = images.decode(encode(Image.fromarray(picture()), kind, **options))
+    np.testing.assert_array_equal(got, picture())
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    flat = Image.new("RGB", (8, 6), (255, 255, 255))
+    if mode == "I;16":
+        image = Image.fromarray(np.full((6, 8), 65535, np.uint16))
+    else:
+        image = flat.convert(mode)
+    got = images.decode(encode(image, "JPEG" if mode == "CMYK" else "PNG"))
+    assert got.shape == (6, 8, 3) and got.dtype == np.uint8 and got.min() >= 254
+
+
+def test_16_bit_grey_keeps_its_middle():
+    image = Image.fromarray(np.full((6, 8), 0x8000, np.uint16))
+    assert set(images.decode(encode(image)).ravel()) == {128}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_transparent_is_white(mode):
+    if mode == "RGBA":
+        data = encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))
+    else:
+        image = Image.new("P", (4, 4), 0)
+        image.putpalette([255, 0, 0] * 256)
+        data = encode(image, transparency=0)
+    assert images.decode(data).min() == 255
+
+
+def test_exif_turns_the_picture():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show it
+    got = images.decode(encode(Image.fromarray(picture()), exif=exif))
+    np.testing.assert_array_equal(got, np.rot90(picture(), -1))
+
+
+def test_truncated_broken_and_foreign_bytes():
+    good = encode(Image.fromarray(picture()), "JPEG")
+    with pytest.raises(images.BadImage, match="truncated or broken"):
+        images.decode(good[: len(good) // 2])
+    png = encode(Image.fromarray(picture()))
+    with pytest.raises(images.BadImage, match="truncated or broken"):
+        images.decode(png[: len(png) // 2])
+    with pytest.raises(images.BadImage, match="JPEG, PNG, WEBP"):
+        images.decode(encode(Image.fromarray(picture()), "BMP"))
+    with pytest.raises(images.BadImage, match="0 bytes"):
+        images.decode(b"")
+    with pytest.raises(images.BadImage, match="MiB"):
+        images.decode(png, max_bytes=100)
+
+
+def test_200_megapixels_are_refused_before_decoding():
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + crc
+
+    for side in (10_001, 20_000):
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+        with pytest.raises(images.BadImage, match="megapixels"):
+            images.decode(data)
+
+
+def test_generation_crops_are_squares_of_the_picture():
+    image = picture(64, 200)
+    centre = images.for_generation(image, 64)
+    np.testing.assert_array_equal(centre, image[:, 68:132])
+    crops = [images.for_generation(image, 64, (0, k)) for k in range(8)]
+    assert len({c.tobytes() for c in crops}) > 4
+    np.testing.assert_array_equal(crops[3], images.for_generation(image, 64, (0, 3)))
+    assert images.for_generation(image, 32, (1,)).shape == (32, 32, 3)
+
+
+def test_extreme_shapes():
+    for shape in ((1, 5000), (5000, 1)):
+        assert images.for_understanding(picture(*shape), 64).shape == (64, 64, 3)
+        assert images.for_generation(picture(*shape), 64, (0,)).shape == (64, 64, 3)

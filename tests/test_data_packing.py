@@ -1,0 +1,87 @@
+"""The arithmetic of the data position, over many sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from janusflow_jax.data import packing
+
+
+@pytest.mark.parametrize("slots", [1, 3, 6])
+@pytest.mark.parametrize("count", [0, 1, 7, 300])
+def test_pack_loses_and_overlaps_nothing(slots, count):
+    lengths = np.random.default_rng(count).integers(1, 120, count)
+    bins = packing.pack(lengths, 100, slots)
+    fits = np.flatnonzero(lengths <= 100)
+    assert sorted(bins.samples.tolist()) == fits.tolist()
+    assert bins.used == lengths[fits].sum()
+    for b in range(len(bins)):
+        here = slice(bins.starts[b], bins.starts[b + 1])
+        ends = bins.offsets[here] + lengths[bins.samples[here]]
+        assert 1 <= len(ends) <= slots
+        assert bins.offsets[here][0] == 0 and ends[-1] <= 100
+        np.testing.assert_array_equal(bins.offsets[here][1:], ends[:-1])
+
+
+def test_pack_is_first_fit_decreasing():
+    lengths = np.random.default_rng(1).integers(1, 100, 500)
+    bins = packing.pack(lengths, 100, 4)
+    plain: list[list[int]] = []
+    for i in np.argsort(-lengths, kind="stable"):
+        for b in plain:
+            if len(b) < 4 and lengths[b].sum() + lengths[i] <= 100:
+                b.append(i)
+                break
+        else:
+            plain.append([i])
+    got = [bins.samples[bins.starts[b] : bins.starts[b + 1]].tolist() for b in range(len(bins))]
+    assert got == plain
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_permute_is_a_permutation_that_the_key_changes(size):
+    got = [packing.permute(i, size, (0, 1, 2)) for i in range(size)]
+    assert sorted(got) == list(range(size))
+    if size >= 16:
+        assert got != [packing.permute(i, size, (0, 1, 3)) for i in range(size)]
+        assert got != list(range(size))
+
+
+def test_permute_mixes():
+    got = np.array([packing.permute(i, 5000, (7,)) for i in range(5000)])
+    assert abs(np.corrcoef(got, np.arange(5000))[0, 1]) < 0.05
+    assert abs(np.corrcoef(got[1:], got[:-1])[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("weights", [[1.0], [30, 50, 20], [14, 80, 6], [1e-9, 1], [1, 1, 1, 1]])
+def test_interleave_numbers_every_source_without_gaps(weights):
+    shares = packing.row_shares(weights, [1.0] * len(weights))
+    assert sum(shares) == packing.SHARE_UNITS
+    seen = [0] * len(weights)
+    n = 5000
+    for row in range(n):
+        source, k = packing.interleave(row, shares)
+        assert k == seen[source]
+        seen[source] += 1
+    want = np.array(weights) / np.sum(weights) * n
+    assert np.abs(np.array(seen) - want).max() <= len(weights)
+
+
+def test_interleave_is_the_same_far_out():
+    shares = packing.row_shares([14, 80, 6], [0.9, 0.7, 1.0])
+    row = 10**12
+    counts = [0, 0, 0]
+    first = {}
+    for r in range(row, row + 1000):
+        source, k = packing.interleave(r, shares)
+        first.setdefault(source, k)
+        assert k == first[source] + counts[source]
+        counts[source] += 1
+    np.testing.assert_allclose(counts, np.array(shares) / 1000, atol=3)
+
+
+def test_row_shares_give_shares_of_positions():
+    shares, fill = packing.row_shares([0.3, 0.7], [0.9, 0.6]), np.array([0.9, 0.6])
+    positions = np.array(shares) * fill
+    np.testing.assert_allclose(positions / positions.sum(), [0.3, 0.7], atol=1e-5)

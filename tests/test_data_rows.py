@@ -1,0 +1,321 @@
+"""Rows and batches: a pure function of the row's number; nothing lost, nothing leaks."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from janusflow_jax import config as config_lib
+from janusflow_jax.data import chat_format, lengths, loader, rows, samples, sources
+
+HUB = Path(__file__).parent / "data" / "golden" / "tiny" / "janusflow"
+WORDS = "A red fox sits in the snow beside a quiet river while it rains"
+MODEL = config_lib.model_config("test")
+
+
+def png(i: int, shape=(64, 96)) -> bytes:
+    out = io.BytesIO()
+    noise = np.random.default_rng(i).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(out, "PNG")
+    return out.getvalue()
+
+
+def record(i: int) -> dict:
+    words = WORDS.split()
+    return {
+        "id": str(i),
+        "image": png(i),
+        "captions": [" ".join(words[: 1 + (i + j) % 13]) for j in range(3)],
+        "text": " ".join(words * (1 + i % 9)),
+    }
+
+
+class Store(list):
+    """Records in memory; its repr keeps pictures out of a failing test's message."""
+
+    def __repr__(self) -> str:
+        return f"Store of {len(self)}"
+
+
+@pytest.fixture
+def stores(monkeypatch, tmp_path):
+    """Data sets by path, as if they were prepared."""
+    known = {"a": Store(record(i) for i in range(41)), "b": Store(record(i) for i in range(23))}
+    monkeypatch.setattr(sources, "open_source", lambda path, split: known[Path(path).name])
+    monkeypatch.chdir(tmp_path)
+    return known
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return chat_format.ChatFormat.load(HUB)
+
+
+def source(path="a", **changes) -> config_lib.SourceConfig:
+    return config_lib.SourceConfig(path=path, **changes)
+
+
+MIX = (
+    source("a", name="gen", weight=0.5),
+    source("b", name="und", task="understand", weight=0.3),
+    source("a", name="text", task="text", weight=0.2),
+)
+
+
+def config(**changes) -> config_lib.DataConfig:
+    given = {"sources": MIX, "row_len": 256, "gen_slots": 4, "und_slots": 3, "num_threads": 2}
+    return config_lib.DataConfig(**(given | changes))
+
+
+def take(iterator, n: int):
+    out = [next(iterator) for _ in range(n)]
+    iterator.close()
+    return out
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+def segments(row: dict) -> list[np.ndarray]:
+    """Positions in the row of each segment."""
+    ids = row["segment_ids"]
+    return [np.flatnonzero(ids == s) for s in np.unique(ids[ids > 0])]
+
+
+def test_a_row_is_the_same_every_time_and_differs_from_the_next(stores, chat):
+    one, two = rows.Rows(config(), MODEL, chat), rows.Rows(config(), MODEL, chat)
+    for r in range(30):
+        assert_same(one.row(r)[0], two.row(r)[0])
+        assert (one.row(r)[0]["tokens"] != one.row(r + 1)[0]["tokens"]).any()
+    other = rows.Rows(config(seed=1), MODEL, chat)
+    assert any((one.row(r)[0]["tokens"] != other.row(r)[0]["tokens"]).any() for r in range(5))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("hosts", [1, 2, 3])
+def test_batches_do_not_depend_on_hosts_threads_or_restart(stores, chat, threads, hosts):
+    want = rows.Rows(config(), MODEL, chat)
+    made = loader.Loader(config(num_threads=threads), MODEL, chat, batch_rows=6)
+    for host in range(hosts):
+        mine = range(host * 6 // hosts, (host + 1) * 6 // hosts)
+        for start in (0, 12):
+            for n, (batch, report) in enumerate(take(made.batches(start, mine), 3)):
+                first = start + 6 * n
+                assert (report.first_row, report.next_row) == (first, first + 6)
+                assert batch["row"].tolist() == [first + place for place in mine]
+                for i, place in enumerate(mine):
+                    assert_same({k: v[i] for k, v in batch.items()}, want.row(first + place)[0])
+
+
+def test_an_epoch_holds_every_sample_once(stores, chat):
+    made = rows.Rows(config(), MODEL, chat)
+    done: dict[tuple[int, int], list[int]] = {}
+    for r in range(400):
+        which, epoch, b = made.locate(r)
+        bins = made.sources[which].bins
+        done.setdefault((which, epoch), []).extend(
+            bins.samples[bins.starts[b] : bins.starts[b + 1]].tolist()
+        )
+    for which, opened in enumerate(made.sources):
+        for epoch in range(3):
+            assert sorted(done[which, epoch]) == list(range(len(opened.records)))
+        assert done[which, 0] != done[which, 1]
+
+
+def test_shares_are_shares_of_positions(stores, chat):
+    made = rows.Rows(config(sources=MIX[:2]), MODEL, chat)
+    used = np.zeros(2)
+    for r in range(300):
+        which, _, _ = made.locate(r)
+        bins = made.sources[which].bins
+        used[which] += bins.used / len(bins)
+    np.testing.assert_allclose(used / used.sum(), [5 / 8, 3 / 8], atol=0.01)
+    got = [d["share_of_positions"] for d in made.describe()]
+    np.testing.assert_allclose(got, [5 / 8, 3 / 8], atol=1e-5)
+
+
+def test_samples_are_apart_and_start_at_position_0(stores, chat):
+    made = rows.Rows(config(drop_prompt=0.0), MODEL, chat)
+    for r in range(40):
+        row, bad = made.row(r)
+        assert not bad
+        for where in segments(row):
+            np.testing.assert_array_equal(where, where[0] + np.arange(len(where)))
+            np.testing.assert_array_equal(row["positions"][where], np.arange(len(where)))
+            assert row["tokens"][where[0]] == chat.bos_id
+            assert not row["target_mask"][where[-1]]  # the next position is another sample
+        assert not row["target_mask"][row["segment_ids"] == 0].any()
+        assert (row["tokens"][row["segment_ids"] == 0] == chat.pad_id).all()
+
+
+def test_slots_stand_where_they_say(stores, chat):
+    made = rows.Rows(config(drop_prompt=0.0), MODEL, chat)
+    seen = set()
+    for r in range(40):
+        row, _ = made.row(r)
+        task = made.sources[made.locate(r)[0]].cfg.task
+        seen.add(task)
+        code = {"generate": 1, "understand": 2, "text": 0}[task]
+        used = np.flatnonzero(row["slot_task"])
+        assert set(row["slot_task"][used]) <= {code}
+        count = len(segments(row))
+        first = {"generate": 0, "understand": 1, "text": 0}[task]  # K 4: understanding has [-3:]
+        assert used.tolist() == (list(range(first, first + count)) if code else [])
+        for slot in used:
+            start = row["slot_start"][slot]
+            held = row["tokens"][start : start + MODEL.slot_len]
+            if code == 1:
+                assert set(held) == {chat.gen_id}
+                assert not row["target_mask"].any()
+            else:
+                assert held[0] == chat.image_start_id and set(held[1:]) == {chat.image_id}
+                assert row["tokens"][start + MODEL.slot_len] == chat.image_end_id
+                # neither the slot nor <image_end> is ever a target
+                assert not row["target_mask"][start - 1 : start + MODEL.slot_len].any()
+            assert row["images"][slot].any()
+    assert seen == {"generate", "understand", "text"}
+
+
+def test_targets_of_understanding_are_a_caption_and_eos(stores, chat):
+    made = rows.Rows(config(sources=(source("b", name="u", task="understand"),)), MODEL, chat)
+    row, _ = made.row(3)
+    for where in segments(row):
+        ids = row["tokens"][where[1:]][row["target_mask"][where[:-1]]]
+        assert ids[-1] == chat.eos_id
+        assert chat.decode(ids).startswith(" A")
+
+
+def test_a_dropped_prompt_is_the_samplers_unconditional_form(stores, chat):
+    kept = rows.Rows(config(sources=MIX[:1], drop_prompt=0.0), MODEL, chat)
+    some = rows.Rows(config(sources=MIX[:1], drop_prompt=0.3), MODEL, chat)
+    dropped = total = 0
+    for r in range(40):
+        full, row = kept.row(r)[0], some.row(r)[0]
+        for name in set(full) - {"segment_ids"}:
+            np.testing.assert_array_equal(full[name], row[name])
+        for number, where in enumerate(segments(full), start=1):
+            total += 1
+            got = row["segment_ids"][where]
+            start = full["slot_start"][number - 1] - where[0]
+            if (got == number).all():
+                continue
+            dropped += 1
+            want = np.full(len(where), number)
+            want[1:start] = 0
+            np.testing.assert_array_equal(got, want)
+            np.testing.assert_array_equal(row["positions"][where], np.arange(len(where)))
+    assert 0.15 < dropped / total < 0.45
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no caption", "huge", "foreign"])
+def test_a_bad_record_is_named_and_nothing_shifts(stores, chat, damage):
+    clean = rows.Rows(config(), MODEL, chat)
+    want = [clean.row(r)[0] for r in range(60)]
+    broken = dict(stores["b"][5])
+    if damage == "no caption":
+        broken["captions"] = ["", " \n"]
+    else:
+        broken["image"] = {
+            "truncated": broken["image"][:999], "foreign": b"GIF89a123", "huge": huge_png(),
+        }[damage]  # fmt: skip
+    stores["b"][5] = broken
+    made = rows.Rows(config(), MODEL, chat)
+    hit = 0
+    for r in range(60):
+        row, bad = made.row(r)
+        if not bad:
+            assert_same(row, want[r])
+            continue
+        hit += 1
+        assert len(bad) == 1 and "und record 5" in str(bad[0])
+        gone = set(np.unique(want[r]["segment_ids"])) - set(np.unique(row["segment_ids"]))
+        assert len(gone) == 1
+        lost = want[r]["segment_ids"] == gone.pop()
+        for name in ("tokens", "segment_ids", "positions", "target_mask"):
+            np.testing.assert_array_equal(row[name][~lost], want[r][name][~lost])
+        assert not row["segment_ids"][lost].any() and not row["target_mask"][lost].any()
+        slot = np.flatnonzero(row["slot_task"] != want[r]["slot_task"])
+        assert len(slot) == 1 and row["slot_task"][slot[0]] == samples.NONE
+    assert hit
+
+
+def huge_png() -> bytes:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + crc
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
+def test_too_many_bad_records_stop_the_run(stores, chat):
+    for i in range(20):
+        stores["a"][i] = stores["a"][i] | {"image": b""}
+    made = loader.Loader(config(sources=MIX[:1]), MODEL, chat, batch_rows=4)
+    with pytest.raises(loader.BadDataError, match=r"(?s)at most 1\.0%.*record.*max_bad_share"):
+        take(made.batches(0), 50)
+    lenient = loader.Loader(config(sources=MIX[:1], max_bad_share=0.9), MODEL, chat, batch_rows=4)
+    reports = [report for _, report in take(lenient.batches(0), 20)]
+    assert reports[-1].num_bad == sum(len(r.bad) for r in reports) > 20
+    assert 0.3 < reports[-1].num_bad / reports[-1].num_samples < 0.7
+
+
+def test_io_errors_are_tried_again_then_stop(monkeypatch):
+    monkeypatch.setattr(sources, "RETRY_SECONDS", (0.0, 0.0))
+    attempts = []
+
+    def read(good_after: int):
+        attempts.append(1)
+        if len(attempts) <= good_after:
+            raise OSError("disk is away")
+        return "record"
+
+    assert sources.retry(lambda: read(2), "x") == "record"
+    attempts.clear()
+    with pytest.raises(sources.SourceError, match="x: cannot be read after 3 attempts.*away"):
+        sources.retry(lambda: read(9), "x")
+
+
+def test_every_problem_of_a_mixture_is_said_at_once(stores, chat):
+    bad = config(sources=(source("a", task="understand"), source("a", task="draw")), und_slots=0)
+    model = config_lib.model_config("emoji", image_size=128)
+    model.llm.vocab_size = 600
+    with pytest.raises(rows.DataError) as e:
+        rows.Rows(bad, model, chat)
+    for part in ("64 positions an image", "below 600", "got 0", "'draw'"):
+        assert part in str(e.value)
+    with pytest.raises(rows.DataError, match="at most data.row_len 20"):
+        rows.Rows(config(row_len=20, sources=MIX[:1]), MODEL, chat)
+
+
+def test_lengths_are_stored_for_one_tokenizer(stores, chat, monkeypatch):
+    def load():
+        return lengths.load_lengths(stores["a"], "a", "train", "generate", "chat", chat)
+
+    first = load()
+    file = lengths.lengths_path("a", "train", "generate", "chat", chat)
+    assert file.exists()
+    monkeypatch.setattr(lengths, "measure", None)  # not measured a second time
+    np.testing.assert_array_equal(load(), first)
+    other = chat_format.ChatFormat.load(HUB.parent / "tokenizer_bos_by_config", 16)
+    monkeypatch.setattr(lengths, "SMALL", 10)
+    with pytest.raises(lengths.LengthsError, match=r"too many.*\n  python tools/measure_lengths"):
+        lengths.load_lengths(stores["a"], "a", "train", "generate", "chat", other)
+    stores["a"].append(record(99))
+    with pytest.raises(lengths.LengthsError, match="made again"):
+        load()
+
+
+def test_a_wrong_path_says_what_to_run():
+    with pytest.raises(sources.SourceError, match=r"does not exist.*prepare_openmoji\.py"):
+        sources.TfdsSource("nowhere/at/all", "train")

@@ -1,0 +1,45 @@
+"""Measures the captions of a prepared data set for a tokenizer, and stores the lengths beside it.
+
+    python tools/measure_lengths.py --data data/openmoji --split train --task generate \\
+        --format chat --tokenizer starts/emoji_llm/hub
+
+A run does this by itself for a small data set; a large one is measured once, with this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from janusflow_jax.data import chat_format, lengths, sources
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder of the prepared data set")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--task", required=True, choices=("generate", "understand", "text"))
+    parser.add_argument("--format", required=True, choices=("chat", "plain"))
+    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer files")
+    args = parser.parse_args()
+    try:
+        chat = chat_format.ChatFormat.load(args.tokenizer)
+        source = sources.open_source(args.data, args.split)
+    except (chat_format.FormatError, sources.SourceError) as e:
+        print(e, file=sys.stderr)
+        return 1
+    counted = lengths.measure(source, args.task, args.format, chat)
+    file = lengths.lengths_path(args.data, args.split, args.task, args.format, chat)
+    lengths.store(file, counted, chat)
+    print(
+        f"{file}: {len(counted):,} lengths, mean {counted.mean():.1f}, longest {counted.max()}, "
+        f"{int((counted == 0).sum())} records without text"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
