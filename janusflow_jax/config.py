@@ -214,7 +214,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     sheet_every_steps: int = 0
     tensorboard: bool = False
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()  # painted on every sheet
+    heldout: tuple[SourceConfig, ...] = ()  # pictures captioned beside the sheet
+    heldout_captions: int = 24
     sheet_cfg_weight: float = 2.0
     sheet_num_steps: int = 30
 
@@ -412,8 +414,8 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     }  # fmt: skip
     out = {}
     for name, value in values.items():
-        if name == "sources":
-            value = tuple(from_dict(SourceConfig, v, f"{where}sources.") for v in value)
+        if name in ("sources", "heldout"):
+            value = tuple(from_dict(SourceConfig, v, f"{where}{name}.") for v in value)
         elif isinstance(value, dict):
             value = from_dict(types[name], value, f"{where}{name}.")
         elif isinstance(value, list):

@@ -1,0 +1,416 @@
+"""Model folders and training checkpoints: the only file that knows Orbax.
+
+A model folder is `model.json`, `params/`, `vae/`, `hub/`; it may hold some parts only. A workdir is
+`config.json`, `base/` (a model folder without `params/`) and `checkpoints/<step>/`. A checkpoint
+counts only with its marker, written last, and every file's checksum is verified when it is read
+(Orbax itself does not notice a flipped bit).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from janusflow_jax import config as config_lib
+from janusflow_jax.config import ModelConfig, TrainConfig
+from janusflow_jax.models import janusflow, vae
+from janusflow_jax.sharding import path_name
+
+FORMAT = 1
+MODEL_FILE, SUMS_FILE, MARKER = "model.json", "checksums.json", "COMMITTED"
+# What a run may change when it goes on: everything else makes it another run.
+MAY_CHANGE = frozenset(
+    "workdir num_steps log_every_steps save_every_steps keep_checkpoints sheet_every_steps "
+    "tensorboard prompts heldout heldout_captions sheet_cfg_weight sheet_num_steps mesh init "
+    "data.num_threads data.max_bad_share attention remat".split()
+)
+
+
+class CheckpointError(ValueError):
+    """Nothing there that loads, or not what was expected; says what to do."""
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """cfg; params: part -> tree (float arrays on the default device); vae: tree or None; hub:
+    folder of tokenizer files; source: where the weights are; meta: `model.json` or `run.json`."""
+
+    cfg: ModelConfig
+    params: dict[str, Any] | None
+    vae: Any
+    hub: epath.Path
+    source: str
+    meta: dict[str, Any]
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Leaves by path name."""
+    return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def compare_trees(expected: Any, got: Any, where: str) -> list[str]:
+    """Every missing, unknown and misshaped array of `got`, one line each."""
+    want, have = flat(expected), flat(got)
+    out = [f"{where}/{n}: missing, expected shape {want[n].shape}" for n in want.keys() - have]
+    out += [f"{where}/{n}: unknown, of shape {have[n].shape}" for n in have.keys() - want]
+    out += [
+        f"{where}/{n}: expected shape {tuple(want[n].shape)}; got {tuple(have[n].shape)}"
+        for n in want.keys() & have
+        if tuple(want[n].shape) != tuple(have[n].shape)
+    ]
+    return sorted(out)
+
+
+def save_model(
+    path: Any,
+    *,
+    model_cfg: ModelConfig,
+    params: dict[str, Any] | None,
+    vae: Any,
+    hub_files: Any,
+    extra: dict[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder; an interrupted save leaves nothing that loads.
+
+    Args:
+      params: part -> tree, any number of parts, dtypes kept; None: none.
+      vae: the VAE's tree, or None.
+      hub_files: folder whose files go to `hub/`, or name -> bytes, or None.
+      extra: JSON values for `model.json`, such as what made it.
+    Raises:
+      CheckpointError: something is there and `overwrite` is not set.
+    """
+    out = epath.Path(path).resolve()
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out}: exists; choose another path or pass --overwrite")
+    part = out.parent / f".{out.name}.partial-{os.getpid()}"
+    if part.exists():
+        part.rmtree()
+    part.mkdir(parents=True)
+    for name, tree in (("params", params), ("vae", vae)):
+        if tree:
+            ocp.save(part / name, jax.tree.map(np.asarray, jax.device_get(tree)))
+    _copy_hub(hub_files, part / "hub")
+    meta = {
+        "format": FORMAT,
+        "config": config_lib.to_dict(model_cfg),
+        "parts": sorted(params or {}) + (["vae"] if vae else []),
+        **extra,
+    }
+    (part / MODEL_FILE).write_text(json.dumps(meta, indent=1))
+    _write_sums(part)
+    if out.exists():
+        out.rmtree()
+    part.rename(out)
+
+
+def _copy_hub(files: Any, out: epath.Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    if files is None:
+        return
+    if not isinstance(files, dict):
+        folder = epath.Path(files)
+        files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    for name, data in files.items():
+        (out / name).write_bytes(data)
+
+
+def load_model(path: Any, weights: str = "ema") -> LoadedModel:
+    """Reads a model folder, a workdir (its newest checkpoint), or one checkpoint of a workdir.
+
+    Args:
+      weights: 'ema' or 'params'; parts without an EMA (frozen ones) come from 'params'.
+    Raises:
+      CheckpointError: nothing there that loads, a damaged file, or arrays that do not fit the
+        config (all of them in one message).
+    """
+    if weights not in ("ema", "params"):
+        raise CheckpointError(f"weights: expected 'ema' or 'params'; got {weights!r}")
+    folder = epath.Path(path).resolve()
+    if not folder.exists():
+        raise CheckpointError(
+            f"{folder}: no such folder; expected a model folder (with {MODEL_FILE}), a training "
+            "run's folder, or one of its checkpoints"
+        )
+    if (folder / MODEL_FILE).exists():
+        return _load_folder(folder)
+    if (folder / MARKER).exists():
+        return _load_step(folder, folder.parent.parent, weights)
+    if (folder / "checkpoints").exists():
+        steps = committed_steps(folder)
+        if not steps:
+            raise CheckpointError(
+                f"{folder}: a training run without a finished checkpoint yet; let it train longer"
+            )
+        return _load_step(folder / "checkpoints" / str(steps[-1]), folder, weights)
+    if folder.parent.name == "checkpoints":
+        raise CheckpointError(
+            f"{folder}: this checkpoint was never finished (no {MARKER}); use another step of "
+            f"{folder.parent}, or the run's folder for the newest finished one"
+        )
+    raise CheckpointError(
+        f"{folder}: expected {MODEL_FILE} (a model folder) or checkpoints/ (a training run); "
+        "found neither. A Hugging Face folder is converted by tools/convert_checkpoint.py"
+    )
+
+
+def _load_folder(folder: epath.Path) -> LoadedModel:
+    meta = _read_json(folder / MODEL_FILE)
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: expected format {FORMAT}; got {meta.get('format')!r}: written by another "
+            "version of janusflow_jax"
+        )
+    verify_sums(folder)
+    cfg = config_lib.from_dict(ModelConfig, meta["config"])
+    parts = [p for p in meta["parts"] if p != "vae"]
+    params = _load_tree(folder / "params") if parts else None
+    tree = _load_tree(folder / "vae") if "vae" in meta["parts"] else None
+    _check_parts(folder, cfg, params, tree, parts)
+    return LoadedModel(cfg, params, tree, folder / "hub", str(folder), meta)
+
+
+def _load_step(folder: epath.Path, workdir: epath.Path, weights: str) -> LoadedModel:
+    verify_sums(folder)
+    run = _read_json(folder / "run.json")
+    cfg = config_lib.from_dict(ModelConfig, run["config"]["model"])
+    params = _load_tree(folder / "params")
+    if weights == "ema" and (folder / "ema").exists():
+        params |= _load_tree(folder / "ema")
+    base = _load_folder(workdir / "base")
+    _check_parts(folder, cfg, params, None, list(params))
+    return LoadedModel(cfg, params, base.vae, base.hub, str(folder), run)
+
+
+def _check_parts(
+    folder: epath.Path, cfg: ModelConfig, params: Any, tree: Any, parts: list[str]
+) -> None:
+    """Compares what was read with what the config says, all problems at once."""
+    expected = janusflow.param_shapes(cfg)
+    problems = [f"{p}: unknown part" for p in (params or {}) if p not in expected]
+    problems += [f"{p}: missing part" for p in parts if p not in (params or {})]
+    for part in sorted(set(params or {}) & set(expected)):
+        problems += compare_trees(expected[part], params[part], part)
+    if tree is not None:
+        problems += compare_trees(vae.param_shapes(cfg.vae), tree, "vae")
+    if problems:
+        listed = "\n".join(f"  - {p}" for p in problems)
+        raise CheckpointError(f"{folder}: its arrays do not fit its config:\n{listed}")
+
+
+def _load_tree(path: epath.Path) -> Any:
+    """Every array of an Orbax folder, onto the default device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device),
+        ocp.metadata(path).metadata,
+    )
+    return ocp.load(path, abstract)
+
+
+def _read_json(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected a JSON file; {error}") from error
+
+
+def _sums(folder: epath.Path, below: str = "") -> dict[str, str]:
+    """SHA-256 of every file below a folder, by relative path."""
+    out = {}
+    for entry in sorted((folder / below).iterdir()):
+        name = f"{below}{entry.name}"
+        if entry.is_dir():
+            out |= _sums(folder, f"{name}/")
+        elif name not in (SUMS_FILE, MARKER, "README.md"):
+            out[name] = hashlib.sha256(entry.read_bytes()).hexdigest()
+    return out
+
+
+def _write_sums(folder: epath.Path) -> None:
+    (folder / SUMS_FILE).write_text(json.dumps(_sums(folder), indent=0))
+
+
+def verify_sums(folder: epath.Path) -> None:
+    """Raises CheckpointError naming every file that is missing or differs from its checksum."""
+    want, have = _read_json(folder / SUMS_FILE), _sums(folder)
+    missing = sorted(want.keys() - have)
+    changed = sorted(n for n in want.keys() & have if want[n] != have[n])
+    if missing or changed:
+        raise CheckpointError(
+            f"{folder}: damaged: missing {missing}, changed {changed}; restore the folder from a "
+            "copy, or use another checkpoint"
+        )
+
+
+def start_workdir(workdir: epath.Path, cfg: TrainConfig, *, vae: Any, hub: Any) -> None:
+    """Makes a run's folder, or checks that the one that is there is the same run.
+
+    Raises:
+      CheckpointError: it holds a run of another config (lists every difference).
+    """
+    file = workdir / "config.json"
+    now = _flat_config(config_lib.to_dict(cfg))
+    if file.exists():
+        then = _flat_config(_read_json(file))
+        differ = [
+            f"{n}: {then.get(n)!r} then, {now.get(n)!r} now"
+            for n in sorted(then.keys() | now)
+            if then.get(n) != now.get(n) and not _may_change(n)
+        ]
+        if differ:
+            listed = "\n".join(f"  - {d}" for d in differ)
+            raise CheckpointError(
+                f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
+                "(--config.workdir=...), or the old config to go on with it"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "base" / MODEL_FILE).exists():
+        save_model(
+            workdir / "base",
+            model_cfg=cfg.model,
+            params=None,
+            vae=vae,
+            hub_files=hub,
+            extra={"made_by": "train"},
+            overwrite=True,
+        )
+    file.write_text(json.dumps(config_lib.to_dict(cfg), indent=1))
+
+
+def _may_change(name: str) -> bool:
+    return any(name == n or name.startswith(f"{n}.") for n in MAY_CHANGE)
+
+
+def _flat_config(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix[:-1]: values}
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= _flat_config(value, f"{prefix}{name}.")
+    return out
+
+
+def committed_steps(workdir: Any) -> list[int]:
+    """Steps with a finished checkpoint, ascending."""
+    folder = epath.Path(workdir) / "checkpoints"
+    if not folder.exists():
+        return []
+    found = (p for p in folder.iterdir() if p.name.isdigit() and (p / MARKER).exists())
+    return sorted(int(p.name) for p in found)
+
+
+class RunCheckpoints:
+    """A run's checkpoints: saved in the background, committed by a marker written last."""
+
+    def __init__(self, workdir: Any, keep: int = 2) -> None:
+        self.workdir, self.keep = epath.Path(workdir).resolve(), max(keep, 1)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def latest(self) -> int | None:
+        """The newest committed step."""
+        steps = committed_steps(self.workdir)
+        return steps[-1] if steps else None
+
+    def save(self, step: int, *, params: Any, ema: Any, opt_state: Any, run: Any) -> None:
+        """Starts saving; returns when the arrays may be donated. Waits for the one before."""
+        self.wait()
+        folder = self.workdir / "checkpoints" / str(step)
+        if folder.exists():
+            folder.rmtree()
+        folder.mkdir(parents=True)
+        trees = {"params": params, "ema": ema, "opt_state": flat(opt_state)}
+        # Host copies: the next step is free to donate the device's buffers.
+        host = {n: jax.tree.map(np.array, jax.device_get(t)) for n, t in trees.items() if t}
+
+        def finish() -> None:
+            try:
+                for name, tree in host.items():
+                    ocp.save(folder / name, tree)
+                (folder / "run.json").write_text(json.dumps(run, indent=1))
+                _write_sums(folder)
+                (folder / MARKER).write_text(f"{step}\n")
+                self._prune()
+            except BaseException as error:  # noqa: BLE001 - raised by the next wait()
+                self._error = error
+
+        self._thread = threading.Thread(target=finish, name=f"save-{step}")
+        self._thread.start()
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Reads a step into ShapeDtypeStructs with shardings.
+
+        Args: abstract: {'params', 'ema', 'opt_state'}; params may be a part of what was saved.
+        Returns: trees of the same structure, and what was saved as `run`.
+        Raises:
+          CheckpointError: damaged files, or arrays that do not fit (all listed).
+        """
+        folder = self.workdir / "checkpoints" / str(step)
+        verify_sums(folder)
+        out, problems = {}, []
+        for name, want in abstract.items():
+            if not jax.tree.leaves(want):
+                out[name] = want
+                continue
+            saved = ocp.metadata(folder / name).metadata
+            target = flat(want) if name == "opt_state" else want
+            have = {k: saved[k] for k in target if k in saved} if name == "params" else saved
+            problems += compare_trees(target, have, name)
+            if problems:
+                continue
+            extra = {k: v for k, v in saved.items() if k not in target}
+            whole = {**target, **jax.tree.map(_replicated_like(target), extra)}
+            got = ocp.load(folder / name, whole)
+            if name == "opt_state":
+                leaves = [got[path_name(p)] for p, _ in _leaves(want)]
+                out[name] = jax.tree.unflatten(jax.tree.structure(want), leaves)
+            else:
+                out[name] = {k: got[k] for k in target}
+        if problems:
+            listed = "\n".join(f"  - {p}" for p in problems)
+            raise CheckpointError(f"{folder}: is not of this config:\n{listed}")
+        return out, _read_json(folder / "run.json")
+
+    def wait(self) -> None:
+        """Returns when the last save is committed; raises what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(f"{self.workdir}: the checkpoint was not saved: {error}") from (
+                error
+            )
+
+    def close(self) -> None:
+        self.wait()
+
+    def _prune(self) -> None:
+        for step in committed_steps(self.workdir)[: -self.keep]:
+            folder = self.workdir / "checkpoints" / str(step)
+            (folder / MARKER).unlink()  # first, so that a half-removed one does not count
+            shutil.rmtree(folder) if os.path.isdir(folder) else folder.rmtree()
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _replicated_like(tree: Any) -> Any:
+    """Makes abstract arrays with the sharding's devices of `tree`, whole on each of them."""
+    some = jax.tree.leaves(tree)[0].sharding
+    if isinstance(some, jax.sharding.NamedSharding):
+        some = jax.sharding.NamedSharding(some.mesh, jax.sharding.PartitionSpec())
+    return lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=some)

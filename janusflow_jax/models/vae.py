@@ -1,0 +1,194 @@
+"""The SDXL variational autoencoder (AutoencoderKL): pixels <-> latents, frozen in JanusFlow.
+
+Source: SPEC section 1; diffusers' AutoencoderKL is the reference. Pads (0, 1) before its stride-2
+convolutions, decodes with one layer more a block than it encodes, upsamples by nearest neighbour.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float
+
+from janusflow_jax.config import VaeConfig
+from janusflow_jax.models import layers
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+def _conv(x: Array, kernel: Array, stride: int = 1, padding: Any = "SAME") -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class Conv3x3(nn.Module):
+    """3x3 convolution; stride 2 pads bottom and right only, as the published code does."""
+
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2)
+        )
+        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        padding = "SAME" if self.stride == 1 else ((0, 1), (0, 1))
+        return _conv(x, kernel.astype(x.dtype), self.stride, padding) + bias.astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group norm in float32 with the two-pass variance (the fast one loses digits)."""
+
+    groups: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        y = x.astype(jnp.float32).reshape(len(x), -1, self.groups, channels // self.groups)
+        y = y - jnp.mean(y, axis=(1, 3), keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=(1, 3), keepdims=True) + self.eps)
+        return (y.reshape(x.shape) * scale + bias).astype(x.dtype)
+
+
+class Resnet(nn.Module):
+    cfg: VaeConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        norm = lambda name: GroupNorm(self.cfg.norm_groups, self.cfg.norm_eps, name=name)  # noqa: E731
+        h = Conv3x3(self.features, name="conv1")(jax.nn.silu(norm("norm1")(x)))
+        h = Conv3x3(self.features, name="conv2")(jax.nn.silu(norm("norm2")(h)))
+        if x.shape[-1] != self.features:
+            x = layers.Linear(self.features, name="shortcut")(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """Single-head attention over all positions."""
+
+    cfg: VaeConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        batch, height, width, channels = x.shape
+        h = GroupNorm(self.cfg.norm_groups, self.cfg.norm_eps, name="norm")(x)
+        h = h.reshape(batch, height * width, channels)
+        q, k, v = (layers.Linear(channels, name=n)(h)[:, :, None] for n in ("q", "k", "v"))
+        h = layers.attention(q, k, v)[:, :, 0]
+        return x + layers.Linear(channels, name="o")(h).reshape(x.shape)
+
+
+class Mid(nn.Module):
+    cfg: VaeConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Resnet(self.cfg, x.shape[-1], name="resnet_0")(x)
+        x = Attention(self.cfg, name="attn")(x)
+        return Resnet(self.cfg, x.shape[-1], name="resnet_1")(x)
+
+
+class Down(nn.Module):
+    cfg: VaeConfig
+    features: int
+    downsample: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(self.cfg.layers_per_block):
+            x = Resnet(self.cfg, self.features, name=f"resnet_{i}")(x)
+        return Conv3x3(self.features, stride=2, name="downsample")(x) if self.downsample else x
+
+
+class Up(nn.Module):
+    cfg: VaeConfig
+    features: int
+    upsample: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(self.cfg.layers_per_block + 1):
+            x = Resnet(self.cfg, self.features, name=f"resnet_{i}")(x)
+        if not self.upsample:
+            return x
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return Conv3x3(self.features, name="upsample")(x)
+
+
+class Encoder(nn.Module):
+    cfg: VaeConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        cfg, last = self.cfg, len(self.cfg.channels) - 1
+        x = Conv3x3(cfg.channels[0], name="conv_in")(x)
+        for i, features in enumerate(cfg.channels):
+            x = Down(cfg, features, i < last, name=f"down_{i}")(x)
+        x = Mid(cfg, name="mid")(x)
+        x = jax.nn.silu(GroupNorm(cfg.norm_groups, cfg.norm_eps, name="norm_out")(x))
+        return Conv3x3(2 * cfg.latent_channels, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    cfg: VaeConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        cfg, last = self.cfg, len(self.cfg.channels) - 1
+        x = Mid(cfg, name="mid")(Conv3x3(cfg.channels[-1], name="conv_in")(x))
+        for i, features in enumerate(reversed(cfg.channels)):
+            x = Up(cfg, features, i < last, name=f"up_{i}")(x)
+        x = jax.nn.silu(GroupNorm(cfg.norm_groups, cfg.norm_eps, name="norm_out")(x))
+        return Conv3x3(3, name="conv_out")(x)
+
+
+class Vae(nn.Module):
+    """Latents here are unscaled; the factor 0.13025 is the caller's."""
+
+    cfg: VaeConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.encoder = Encoder(self.cfg)
+        self.decoder = Decoder(self.cfg)
+        self.quant_conv = layers.Linear(2 * self.cfg.latent_channels)
+        self.post_quant_conv = layers.Linear(self.cfg.latent_channels)
+
+    def encode(
+        self, images: Float[Array, "B H W 3"]
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+        """Images in [-1, 1] -> the posterior's mean and log variance, float32."""
+        moments = self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+    def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Latents -> images, float32, about [-1, 1] and not clipped."""
+        x = self.decoder(self.post_quant_conv(latents.astype(self.dtype)))
+        return x.astype(jnp.float32)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        """Reconstruction through the posterior's mean."""
+        return self.decode(self.encode(images)[0])
+
+
+def init_params(cfg: VaeConfig, key: Array) -> dict[str, Any]:
+    """Fresh float32 parameters."""
+    side = 2 * 2 ** (len(cfg.channels) - 1)
+    return Vae(cfg).init(key, jnp.zeros((1, side, side, 3)))["params"]
+
+
+def param_shapes(cfg: VaeConfig) -> dict[str, Any]:
+    """The parameter tree as ShapeDtypeStructs."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))

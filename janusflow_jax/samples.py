@@ -1,0 +1,82 @@
+"""What a run shows of itself: a sheet of pictures for fixed prompts, captions of held-out ones."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from PIL import Image
+
+from janusflow_jax import pipeline
+from janusflow_jax.config import SourceConfig, TrainConfig
+from janusflow_jax.data import sources
+from janusflow_jax.eval import sheet
+
+CAPTION_QUESTION = "Describe the picture."
+MAX_CAPTION_TOKENS = 32
+
+
+def from_state(cfg: TrainConfig, state: Any, chat: Any) -> pipeline.JanusFlowPipeline:
+    """The model that a train state holds (its EMA where there is one), ready to run."""
+    params = {**state["frozen"], **state["params"], **state["ema"]}
+    return pipeline.JanusFlowPipeline(
+        cfg.model, jax.device_get(params), jax.device_get(state["vae"]), chat, dtype=cfg.dtype
+    )
+
+
+def caption_source(
+    model: pipeline.JanusFlowPipeline, source: SourceConfig, count: int
+) -> list[dict[str, Any]]:
+    """Captions `count` pictures spread evenly over a source; with the truth beside them."""
+    data = sources.open_source(source.path, source.split)
+    count = min(count, len(data))
+    records = [data[i * len(data) // count] for i in range(count)]
+    out = []
+    for at in range(0, count, pipeline.MAX_BATCH):
+        part = records[at : at + pipeline.MAX_BATCH]
+        answers = model.chat(
+            [CAPTION_QUESTION] * len(part),
+            images=[[r["image"]] for r in part],
+            max_new_tokens=MAX_CAPTION_TOKENS,
+        )
+        for record, answer in zip(part, answers, strict=True):
+            keep = {k: record[k] for k in ("id", "captions", "class", "colour") if k in record}
+            out.append({**keep, "answer": answer, "image": record["image"]})
+    return out
+
+
+def write(
+    cfg: TrainConfig, workdir: epath.Path, step: int, state: Any, chat: Any, writer: Any
+) -> None:
+    """Writes `samples/sheet_<step>.png` and `samples/captions_<step>.jsonl` into the workdir."""
+    if jax.process_count() > 1:
+        return  # a pod's parameters do not fit one process; generate from the checkpoint instead
+    folder = epath.Path(workdir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = from_state(cfg, state, chat)
+    if cfg.prompts and cfg.data.gen_slots:
+        pictures = model.generate(
+            list(cfg.prompts), cfg_weight=cfg.sheet_cfg_weight, num_steps=cfg.sheet_num_steps
+        )
+        path = folder / f"sheet_{step:06d}.png"
+        grid = sheet.make_sheet(pictures, list(cfg.prompts))
+        _save_png(grid, path)
+        print(f"step {step}: pictures for {len(cfg.prompts)} prompts in {path}", flush=True)
+        writer.image(step, "sheet", grid)
+    lines = []
+    for source in cfg.heldout:
+        for record in caption_source(model, source, cfg.heldout_captions):
+            record.pop("image")
+            lines.append({"split": source.split, **record})
+    if lines:
+        right = sum(line["answer"] in line["captions"] for line in lines)
+        path = folder / f"captions_{step:06d}.jsonl"
+        path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+        print(f"step {step}: {right} of {len(lines)} held-out captions exact, {path}", flush=True)
+
+
+def _save_png(image: Image.Image, path: epath.Path) -> None:
+    with path.open("wb") as f:
+        image.save(f, "PNG")

@@ -1,0 +1,258 @@
+"""Trains JanusFlow: `python -m janusflow_jax.train --config=configs/emoji.py`.
+
+Run the same command again to go on where it stopped. Ctrl-C and SIGTERM end with a saved
+checkpoint. Any field of the config can be set: `--config.optim.lr=3e-4`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from janusflow_jax import checkpoint, metrics, optim, samples, sharding, train_step
+from janusflow_jax import config as config_lib
+from janusflow_jax.config import ConfigError, TrainConfig
+from janusflow_jax.data import chat_format, lengths, loader, rows, sources
+from janusflow_jax.models import janusflow, vae
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with an argument after a colon: configs/ablation.py:A,test"
+)
+_USER_ERRORS = (
+    ConfigError,
+    checkpoint.CheckpointError,
+    chat_format.FormatError,
+    lengths.LengthsError,
+    loader.BadDataError,
+    rows.DataError,
+    sources.SourceError,
+)
+
+
+def initial_params(cfg: TrainConfig) -> tuple[Any, Any, str, dict[str, str]]:
+    """Every part from where `init` says.
+
+    Returns: params, VAE params, the folder of tokenizer files, part -> origin.
+    Raises:
+      ConfigError: a part that must have learned something is fresh, or its path lacks it.
+    """
+    wanted = dict(cfg.init)
+    origins = {p: wanted.get(p, "fresh") for p in (*config_lib.STAGE_PARTS, "vae")}
+    fresh = [p for p in config_lib.PRETRAINED_PARTS if origins[p] == "fresh"]
+    if fresh and not cfg.allow_fresh:
+        raise ConfigError(
+            f"init: the parts {fresh} would start from random numbers, and training could not "
+            "make up for it; expected a path for each (--config.init), made by "
+            "tools/train_vae.py, tools/pretrain_tiny.py or tools/convert_checkpoint.py"
+        )
+    key = jax.random.key(cfg.seed)
+    params = dict(jax.jit(janusflow.init_params, static_argnums=0)(cfg.model, key))
+    vae_params = None
+    if origins["vae"] == "fresh":
+        vae_params = jax.jit(vae.init_params, static_argnums=0)(cfg.model.vae, key)
+    problems, hub = [], cfg.tokenizer
+    for path in dict.fromkeys(v for v in origins.values() if v != "fresh"):
+        parts = [p for p, origin in origins.items() if origin == path]
+        loaded = checkpoint.load_model(path, weights="ema")
+        for part in parts:
+            got = loaded.vae if part == "vae" else (loaded.params or {}).get(part)
+            if got is None:
+                have = sorted(loaded.params or {}) + (["vae"] if loaded.vae else [])
+                problems.append(f"{path} has no part {part!r}; it has {have}")
+            elif part == "vae":
+                expect = vae.param_shapes(cfg.model.vae)
+                problems += checkpoint.compare_trees(expect, got, "vae")
+                vae_params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), got)
+            else:
+                problems += checkpoint.compare_trees(params[part], got, part)
+                params[part] = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), got)
+        if not hub and "llm" in parts:
+            hub = str(loaded.hub)
+    config_lib.raise_problems("init", problems)
+    if not hub:
+        raise ConfigError(
+            "tokenizer: expected a folder with tokenizer.json and processor_config.json (a "
+            "model folder's hub/); got '' and no `init` of the llm to take it from"
+        )
+    return params, vae_params, hub, origins
+
+
+def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[str, str]) -> None:
+    trained = train_step.trained_parts(cfg)
+    print(f"{'part':12} {'parameters':>14}  {'':8}  origin")
+    for part, tree in [*params.items(), ("vae", vae_params)]:
+        state = "trained" if part in trained else "frozen"
+        print(f"{part:12} {optim.count_params(tree):>14,}  {state:8}  {origins[part]}")
+
+
+def make_state(cfg: TrainConfig, mesh: Any, params: Any, vae_params: Any) -> Any:
+    """The sharded start state."""
+    create = lambda p, v: train_step.create_state(cfg, p, v)  # noqa: E731
+    shapes = jax.eval_shape(create, params, vae_params)
+    where = train_step.state_shardings(shapes, mesh)
+    return jax.jit(create, out_shardings=where)(params, vae_params)
+
+
+def restore(cfg: TrainConfig, ckpts: checkpoint.RunCheckpoints, state: Any) -> tuple[Any, int]:
+    """The newest committed checkpoint put into `state`; (state, 0) when there is none."""
+    step = ckpts.latest()
+    if step is None:
+        return state, 0
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        {n: state[n] for n in train_step.SAVED},
+    )
+    got, run = ckpts.restore(step, abstract)
+    counters = {n: jnp.int32(run[n]) for n in ("step", "bad_steps")}
+    where = {n: state[n].sharding for n in counters}
+    return {**state, **got, **jax.device_put(counters, where)}, int(run["next_row"])
+
+
+class Stop:
+    """Remembers SIGTERM and Ctrl-C; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _: Any) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("stopping: saving a checkpoint after this step", flush=True)
+
+
+def train(cfg: TrainConfig) -> str:
+    """Runs the config to its last step, or until told to stop. Returns the workdir."""
+    started = time.time()
+    config_lib.raise_problems(f"config {cfg.name!r}", config_lib.train_problems(cfg))
+    workdir = epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
+    params, vae_params, hub, origins = initial_params(cfg)
+    print_origins(cfg, params, vae_params, origins)
+    chat = chat_format.ChatFormat.load(hub)
+    chat.check_vocab(cfg.model.llm.vocab_size)
+    data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows)
+    for source in data.describe():
+        print(
+            "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
+            "{fill:.1%} of positions used, {share_of_positions:.1%} of the mixture".format(**source)
+        )
+    checkpoint.start_workdir(workdir, cfg, vae=vae_params, hub=hub)
+    mesh = sharding.make_mesh(cfg.mesh)
+    print(f"{jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}")
+    stop = Stop()
+    with jax.set_mesh(mesh):
+        state = make_state(cfg, mesh, params, vae_params)
+        del params, vae_params
+        ckpts = checkpoint.RunCheckpoints(workdir, keep=cfg.keep_checkpoints)
+        state, first_row = restore(cfg, ckpts, state)
+        step = int(state["step"])
+        if step:
+            print(f"resumed from step {step}")
+        writer = metrics.Writer(workdir, resume_step=step, tensorboard=cfg.tensorboard)
+        state, step = _loop(cfg, mesh, state, step, first_row, data, chat, ckpts, writer, stop)
+        ckpts.wait()
+        if not stop.signal:
+            samples.write(cfg, workdir, step, state, chat, writer)
+        writer.close()
+        ckpts.close()
+    minutes = (time.time() - started) / 60
+    print(f"{'stopped' if stop.signal else 'done'} at step {step} after {minutes:.1f} min")
+    print(f"workdir {workdir}")
+    return str(workdir)
+
+
+def _loop(
+    cfg: TrainConfig, mesh: Any, state: Any, step: int, first_row: int, data: loader.Loader, chat: Any,
+    ckpts: Any, writer: Any, stop: Stop,
+) -> tuple[Any, int]:  # fmt: skip
+    """Steps until the last one or a signal, logging one step late; always ends saved."""
+    compiled = None
+    late: tuple[int, Any, loader.Report] | None = None
+    progress = metrics.Progress(cfg.num_steps, first_step=step)
+    saved = step
+    batches = data.batches(first_row)
+    while step < cfg.num_steps and not stop.signal:
+        waited = time.perf_counter()
+        batch, report = next(batches)
+        waited = time.perf_counter() - waited
+        images = int(np.sum(batch["slot_task"] != janusflow.NONE))
+        batch = sharding.put_batch(batch, mesh, cfg.batch_rows)
+        if compiled is None:
+            compiled = train_step.jit_train_step(cfg, mesh, state, batch)
+        state, out = compiled(state, batch)
+        step += 1
+        progress.count(images=images, wait=waited)
+        if late is not None:
+            _log(cfg, writer, progress, *late)
+        late = (step, out, report)
+        if cfg.save_every_steps and step % cfg.save_every_steps == 0:
+            _save(cfg, ckpts, state, step)
+            saved = step
+        if cfg.sheet_every_steps and step % cfg.sheet_every_steps == 0 and step < cfg.num_steps:
+            samples.write(cfg, epath.Path(ckpts.workdir), step, state, chat, writer)
+    if late is not None:
+        _log(cfg, writer, progress, *late)
+    if step != saved:
+        _save(cfg, ckpts, state, step)
+    batches.close()
+    return state, step
+
+
+def _save(cfg: TrainConfig, ckpts: Any, state: Any, step: int) -> None:
+    run = {
+        "step": step,
+        "bad_steps": int(state["bad_steps"]),
+        "next_row": step * cfg.batch_rows,
+        "config": config_lib.to_dict(cfg),
+    }
+    ckpts.save(
+        step,
+        params={**state["frozen"], **state["params"]},
+        ema=state["ema"],
+        opt_state=state["opt_state"],
+        run=run,
+    )
+
+
+def _log(
+    cfg: TrainConfig, writer: Any, progress: Any, step: int, out: Any, report: loader.Report
+) -> None:
+    """Fetches a past step's metrics; stops a run whose losses are no longer numbers."""
+    if step % cfg.log_every_steps and step not in (1, cfg.num_steps):
+        return
+    values = {k: float(v) for k, v in jax.device_get(out).items()} | progress.rates()
+    values |= {"bad_samples": report.num_bad, "samples": report.num_samples}
+    writer.write(step, values)
+    print(progress.line(step, values), flush=True)
+    if not values["ok"]:
+        print(f"step {step}: non-finite loss or gradient, update skipped", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config=FILE[:ARG]")
+    train(_CONFIG.value)
+
+
+def run() -> None:
+    """The command line; errors that the user can mend are one message, not a stack."""
+    flags.mark_flag_as_required("config")
+    try:
+        app.run(main)
+    except _USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run()
