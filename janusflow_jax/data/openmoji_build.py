@@ -168,7 +168,7 @@ def _write_records(
 ) -> Path:
     import tensorflow_datasets as tfds
 
-    class OpenmojiColours(tfds.core.GeneratorBasedBuilder):
+    class OpenmojiColours(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """OpenMoji drawings in palette colours."""
 
         VERSION = tfds.core.Version("1.0.0")

@@ -8,14 +8,14 @@ Standard library only.
 from __future__ import annotations
 
 PALETTE = {
-    "red": 0,
-    "orange": 28,
-    "yellow": 52,
-    "green": 120,
-    "cyan": 185,
-    "blue": 225,
-    "purple": 275,
-    "pink": 325,
+    "red": 0.0,
+    "orange": 28.0,
+    "yellow": 52.0,
+    "green": 120.0,
+    "cyan": 185.0,
+    "blue": 225.0,
+    "purple": 275.0,
+    "pink": 325.0,
 }
 """Colour name -> hue in degrees. Captions use these names and no other."""
 
