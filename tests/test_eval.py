@@ -1,0 +1,283 @@
+"""The scores tell right pictures and captions from wrong ones, and say so with an interval."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from janusflow_jax import evaluate
+from janusflow_jax.data import openmoji, openmoji_sheet
+from janusflow_jax.eval import emoji, sheet, stats
+
+SHAPES = {
+    f"{word} shape {sides}": (sides, thin)
+    for sides in (3, 4, 5, 6)
+    for word, thin in (("round", 1.0), ("flat", 0.6), ("thin", 0.35))
+}
+
+
+def _draw(name, colour, turn=0.0, scale=1.0, shift=(0, 0)):
+    """A polygon with a black eye, on white, in a palette colour: uint8[64, 64, 3]."""
+    sides, thin = SHAPES[name]
+    angle = np.arange(sides) / sides * 2 * np.pi + np.deg2rad(turn)
+    x = 32 + shift[0] + 24 * scale * np.cos(angle)
+    y = 32 + shift[1] + 24 * scale * thin * np.sin(angle)
+    image = Image.new("RGB", (256, 256), "white")
+    pen = ImageDraw.Draw(image)
+    points = [(4 * a, 4 * b) for a, b in zip(x, y, strict=True)]
+    pen.polygon(points, fill=openmoji.tone_hex(colour, 0), outline="black", width=8)
+    return np.asarray(image.resize((64, 64), Image.Resampling.BOX))
+
+
+def _all(**view):
+    labels = [emoji.Label(name, colour) for name in SHAPES for colour in ("red", "blue", "green")]
+    return [_draw(x.name, x.colour, **view) for x in labels], labels
+
+
+# --- hue
+
+
+@pytest.mark.parametrize("colour", openmoji_sheet.PALETTE)
+def test_hue_of_a_palette_colour(colour):
+    found = emoji.dominant_hue(_draw("round shape 5", colour))
+    assert emoji.hue_distance(found, openmoji_sheet.PALETTE[colour]) < 3
+
+
+def test_hue_follows_the_larger_area_and_wraps_around():
+    picture = _draw("round shape 4", "red").copy()
+    picture[:6] = (0, 0, 255)  # less than the red square
+    assert emoji.hue_distance(emoji.dominant_hue(picture), 0) < 3
+    assert emoji.hue_distance(350, 10) == 20 and emoji.hue_distance(10, 350) == 20
+
+
+def test_grey_has_no_hue_and_is_never_right():
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    assert np.isnan(emoji.dominant_hue(grey))
+    labels = [emoji.Label("round shape 3", "red"), emoji.Label("round shape 4", "blue")]
+    scores = emoji.score_hues([grey, _draw("round shape 4", "blue")], labels)
+    assert (scores["right"], scores["nearest"], scores["hues"][0]) == (1, 1, None)
+    json.dumps(scores, allow_nan=False)
+
+
+def test_hues_beat_exchanged_prompts_only_when_right():
+    pictures, labels = _all()
+    good = emoji.score_hues(pictures, labels)
+    assert good["right"] == len(labels) and good["within"]["beats"]
+    wrong = emoji.score_hues(pictures, labels[1:] + labels[:1])
+    assert wrong["right"] == 0 and not wrong["within"]["beats"]
+
+
+# --- retrieval
+
+
+def test_retrieval_finds_other_views_and_not_wrong_pictures():
+    gallery = emoji.make_gallery(*_all())
+    pictures, labels = _all(turn=5, scale=0.8, shift=(3, -2))
+    good = emoji.score_retrieval(pictures, labels, gallery)
+    assert good["top1"] >= 0.9 * len(labels)
+    assert good["candidates"] == len(SHAPES)
+    assert good["percentile"]["beats"] and good["reciprocal_rank"]["beats"]
+    order = np.random.default_rng(0).permutation(len(labels))
+    wrong = emoji.score_retrieval([pictures[i] for i in order], labels, gallery)
+    assert wrong["top1"] < 0.5 * len(labels) and not wrong["percentile"]["beats"]
+    json.dumps(good, allow_nan=False)
+
+
+def test_equal_pictures_stand_at_chance():
+    """The same picture for every prompt must not look like skill; nor must an empty one."""
+    gallery = emoji.make_gallery(*_all())
+    _, labels = _all()
+    for picture in (_draw("round shape 3", "red"), np.full((64, 64, 3), 255, np.uint8)):
+        scores = emoji.score_retrieval([picture] * len(labels), labels, gallery)
+        assert scores["percentile"]["score"] == pytest.approx(0.5, abs=0.02)
+        assert not scores["percentile"]["beats"]
+
+
+def test_a_colour_alone_retrieves_nothing():
+    gallery = emoji.make_gallery(*_all())
+    _, labels = _all()
+    flat = [_draw("round shape 6", x.colour) for x in labels]  # right colour, one shape
+    scores = emoji.score_retrieval(flat, labels, gallery)
+    assert not scores["percentile"]["beats"]
+    assert emoji.score_hues(flat, labels)["right"] == len(labels)
+
+
+def test_gallery_keeps_as_many_views_of_each_and_names_what_lacks():
+    a, b = emoji.Label("round shape 3", "red"), emoji.Label("round shape 4", "red")
+    pictures = [_draw(x.name, x.colour) for x in (a, a, b)]
+    gallery = emoji.make_gallery(pictures, [a, a, b])
+    assert gallery.labels == (a, b)
+    with pytest.raises(ValueError, match="pink shape 9"):
+        emoji.ranks(pictures[:1], [emoji.Label("shape 9", "pink")], gallery)
+
+
+# --- captions
+
+
+def test_parse_caption():
+    assert emoji.parse_caption("A drawing of a red race car.") == emoji.Label("race car", "red")
+    assert emoji.parse_caption("an orange cat") == emoji.Label("cat", "orange")
+    assert emoji.parse_caption("pink") == emoji.Label("", "pink")
+    assert emoji.parse_caption("") == emoji.Label("", "")
+    assert emoji.parse_caption("a car") == emoji.Label("car", "")
+
+
+def test_every_caption_of_the_data_parses_to_its_label():
+    for name in ("race car", "T-shirt", "cat"):
+        for text in openmoji.captions("orange", name):
+            assert emoji.parse_caption(text) == emoji.Label(name.lower(), "orange")
+
+
+def _truth(count=40):
+    names = ("cat", "dog", "race car", "key", "fish")
+    colours = tuple(openmoji_sheet.PALETTE)
+    labels = [emoji.Label(names[i % 5], colours[i % 8]) for i in range(count)]
+    return labels, [openmoji.captions(x.colour, x.name) for x in labels]
+
+
+def test_right_captions_beat_both_baselines():
+    labels, captions = _truth()
+    scores = emoji.score_captions([c[0] for c in captions], captions, labels)
+    for kind in ("exact", "colour", "name"):
+        assert scores[kind]["right"] == 40
+        assert scores[kind]["constant"]["beats"] and scores[kind]["shuffled"]["beats"]
+    json.dumps(scores, allow_nan=False)
+
+
+def test_right_colour_with_wrong_class_is_only_half_right():
+    labels, captions = _truth()
+    answers = [f"a {x.colour} house" for x in labels]
+    scores = emoji.score_captions(answers, captions, labels)
+    assert (scores["exact"]["right"], scores["name"]["right"]) == (0, 0)
+    assert scores["colour"]["right"] == 40 and scores["colour"]["constant"]["beats"]
+    assert not scores["exact"]["shuffled"]["beats"]
+
+
+def test_a_constant_answer_and_exchanged_answers_beat_nothing():
+    labels, captions = _truth()
+    constant = emoji.score_captions(["a red cat"] * 40, captions, labels)
+    rolled = emoji.score_captions([c[0] for c in captions[1:] + captions[:1]], captions, labels)
+    for scores in (constant, rolled):
+        for kind in ("exact", "colour", "name"):
+            assert not scores[kind]["constant"]["beats"]
+            assert not scores[kind]["shuffled"]["beats"]
+
+
+def test_captions_of_unequal_number_are_refused():
+    with pytest.raises(ValueError, match="2 pictures, 1 answers"):
+        emoji.score_captions(["a"], [["a"], ["b"]], [emoji.Label("a", "red")] * 2)
+
+
+# --- intervals
+
+
+def test_interval_covers_and_is_the_same_again():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for n in range(60):
+        values = rng.normal(1.0, 1.0, 50)
+        low, high = stats.bootstrap_interval(values, seed=n)
+        hits += low < 1.0 < high
+    assert 52 <= hits <= 60  # 95 %: 57 wanted
+    assert stats.bootstrap_interval(values, seed=3) == stats.bootstrap_interval(values, seed=3)
+
+
+def test_views_of_one_group_do_not_narrow_the_interval():
+    values = np.random.default_rng(0).normal(0, 1, 20)
+    low, high = stats.bootstrap_interval(values)
+    many = stats.bootstrap_interval(np.repeat(values, 10), np.repeat(np.arange(20), 10).tolist())
+    assert many == pytest.approx((low, high), abs=1e-9)
+
+
+def test_against_others_is_the_mean_over_all_exchanges():
+    own, others = stats.against_others(np.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 10]]))
+    assert own.tolist() == [1, 5, 10] and others.tolist() == [2.5, 5.0, 7.5]
+
+
+# --- the sheet
+
+
+def test_sheet_shows_every_picture_as_painted_with_its_label():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+    pictures = [Image.new("RGB", (64, 64), c) for c in colours]
+    labels = ["a red apple", "", "a very long label of many words that does not fit", "x" * 90]
+    grid = np.asarray(sheet.make_sheet(pictures, labels, columns=3, scale=2))
+    for colour in colours:
+        assert (grid == colour).all(-1).sum() == 128 * 128
+    assert (grid.sum(-1) < 60).sum() > 50  # dark text
+    assert sheet.make_sheet(pictures[:1], [""]).width < 160
+
+
+@pytest.mark.parametrize("labels", [[], ["a"], ["a", "b", "c"]])
+def test_sheet_wants_a_label_each(labels):
+    with pytest.raises(ValueError, match="one label each"):
+        sheet.make_sheet([np.zeros((8, 8, 3), np.uint8)] * (2 * bool(labels)), labels)
+
+
+# --- the entry
+
+
+class _Model(evaluate.pipeline.JanusFlowPipeline):
+    """Paints the right drawing of every prompt."""
+
+    def __init__(self):
+        pass
+
+    def generate(self, prompts, *, seed, cfg_weight, num_steps, output):
+        assert output == "numpy"
+        said = [emoji.parse_caption(p) for p in prompts]
+        return np.stack([_draw(x.name, x.colour, turn=4) for x in said])
+
+
+def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """With a model that is always right every verdict holds, and the report is plain JSON."""
+    pictures, labels = _all()
+    trained = sorted(labels, key=lambda x: (x.name, x.colour))
+    shown = tuple((x.colour, x.name, i % 3 < 2) for i, x in enumerate(labels[:24]))
+    prompts = tuple(openmoji_sheet.caption(c, n) for c, n, _ in shown)
+    monkeypatch.setattr(openmoji_sheet, "SHEET", shown)
+    monkeypatch.setattr(openmoji_sheet, "PROMPTS", prompts)
+    monkeypatch.setattr(
+        evaluate, "references", lambda path: (emoji.make_gallery(pictures, labels), trained)
+    )
+    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, dtype, weights: _Model())
+
+    def captions(model, source, count):
+        return [
+            {
+                "id": str(i),
+                "class": x.name,
+                "colour": x.colour,
+                "captions": openmoji.captions(x.colour, x.name),
+                "answer": openmoji.captions(x.colour, x.name)[0],
+                "image": b"",
+            }
+            for i, x in enumerate(labels[:count])
+        ]
+
+    monkeypatch.setattr(evaluate.samples, "caption_source", captions)
+    out, data, model = (tmp_path / x for x in ("eval.json", "data", "model"))
+    for folder in (data, model):
+        folder.mkdir()
+        (folder / "model.json").write_text("{}")
+    evaluate.main(f"--model {model} --data {data} --out {out} --prompts 12 --captions 30".split())
+    report = json.loads(out.read_text())
+    assert [x["what"] for x in report["verdicts"] if not x["holds"]] == []
+    assert len(report["verdicts"]) == 1 + 2 * 3 + 3 * 6
+    assert report["sheet"]["hue"]["right"] == 24 and len(report["trained_pairs"]["pictures"]) == 12
+    assert {x["prompt"] for x in report["trained_pairs"]["pictures"]}.isdisjoint(prompts)
+    assert len(report["model"]["model.json"]) == len(report["data"]["files_sha256"]) == 64
+    assert out.with_suffix(".png").exists()
+    said = capsys.readouterr().out
+    assert "24/24" in said and "captions heldout pairs: exact, against constant" in said
+
+
+def test_resolve_takes_the_newest_finished_checkpoint(tmp_path):
+    assert evaluate.resolve(str(tmp_path)) == tmp_path
+    for step, done in ((2, True), (10, True), (12, False)):
+        folder = tmp_path / "checkpoints" / str(step)
+        folder.mkdir(parents=True)
+        if done:
+            (folder / evaluate.checkpoint.MARKER).write_text("")
+    assert evaluate.resolve(str(tmp_path)).name == "10"
