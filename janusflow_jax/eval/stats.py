@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 RESAMPLES = 10_000
+_ROUNDING = 1e-9  # equal scores differ by this at most, and beat nothing
 
 
 def bootstrap_interval(
@@ -64,7 +65,7 @@ def compare(
         "difference": float((scores - baseline).mean()),
         "low": low,
         "high": high,
-        "beats": low > 0,
+        "beats": low > _ROUNDING,
     }
 
 
