@@ -91,6 +91,7 @@ def test_truncated_broken_and_foreign_bytes():
         images.decode(png, max_bytes=100)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_200_megapixels_are_refused_before_decoding():
     def chunk(kind: bytes, body: bytes) -> bytes:
         crc = struct.pack(">I", zlib.crc32(kind + body))
@@ -111,6 +112,14 @@ def test_generation_crops_are_squares_of_the_picture():
     assert len({c.tobytes() for c in crops}) > 4
     np.testing.assert_array_equal(crops[3], images.for_generation(image, 64, (0, 3)))
     assert images.for_generation(image, 32, (1,)).shape == (32, 32, 3)
+
+
+def test_sides_are_floored_and_never_too_short():
+    wide = images.for_understanding(np.zeros((37, 100, 3), np.uint8), 64)
+    rows = np.flatnonzero((wide != images.GREY).any((1, 2)))
+    assert len(rows) == 23 and rows[0] == 20  # 64 * 37 / 100 = 23.7
+    thin = images.for_understanding(np.zeros((100, 3, 3), np.uint8), 64)
+    assert (thin != images.GREY).any((0, 2)).sum() == 14
 
 
 def test_extreme_shapes():

@@ -56,7 +56,7 @@ def test_permute_mixes():
 
 @pytest.mark.parametrize("weights", [[1.0], [30, 50, 20], [14, 80, 6], [1e-9, 1], [1, 1, 1, 1]])
 def test_interleave_numbers_every_source_without_gaps(weights):
-    shares = packing.row_shares(weights, [1.0] * len(weights))
+    shares, _ = packing.mixture(weights, [1.0] * len(weights), [False] * len(weights))
     assert sum(shares) == packing.SHARE_UNITS
     seen = [0] * len(weights)
     n = 5000
@@ -69,7 +69,7 @@ def test_interleave_numbers_every_source_without_gaps(weights):
 
 
 def test_interleave_is_the_same_far_out():
-    shares = packing.row_shares([14, 80, 6], [0.9, 0.7, 1.0])
+    shares, _ = packing.mixture([14, 80, 6], [0.9, 0.7, 1.0], [False] * 3)
     row = 10**12
     counts = [0, 0, 0]
     first = {}
@@ -82,6 +82,23 @@ def test_interleave_is_the_same_far_out():
 
 
 def test_row_shares_give_shares_of_positions():
-    shares, fill = packing.row_shares([0.3, 0.7], [0.9, 0.6]), np.array([0.9, 0.6])
+    (shares, filler), fill = packing.mixture([3, 7], [0.9, 0.6], [False] * 2), [0.9, 0.6]
     positions = np.array(shares) * fill
     np.testing.assert_allclose(positions / positions.sum(), [0.3, 0.7], atol=1e-5)
+    assert filler == 0
+
+
+@pytest.mark.parametrize("fill", [0.95, 0.6])
+@pytest.mark.parametrize("weights", [(14, 80, 6), (30, 50, 20), (1, 0.001, 3)])
+def test_text_fills_what_images_leave(weights, fill):
+    shares, filler = packing.mixture(weights, [fill, fill, 1.0], [False, False, True])
+    rows = np.array(shares) / packing.SHARE_UNITS
+    assert abs(rows.sum() - 1) < 1e-9 and 0 < filler <= 1
+    positions = rows * [fill, fill, 1]
+    positions[2] += filler * (rows[:2] * (1 - fill)).sum()
+    want = np.array(weights) / np.sum(weights)
+    np.testing.assert_allclose(positions / positions.sum(), want, atol=1e-5)
+    if rows[2]:
+        assert filler == 1  # no row of its own while a tail is free
+    counts = np.bincount([packing.interleave(r, shares)[0] for r in range(2000)], minlength=3)
+    np.testing.assert_allclose(counts / 2000, rows, atol=2e-3)

@@ -114,8 +114,9 @@ def test_batches_do_not_depend_on_hosts_threads_or_restart(stores, chat, threads
                     assert_same({k: v[i] for k, v in batch.items()}, want.row(first + place)[0])
 
 
-def test_an_epoch_holds_every_sample_once(stores, chat):
-    made = rows.Rows(config(), MODEL, chat)
+@pytest.mark.parametrize("mix", [MIX[:2], MIX[2:]])
+def test_an_epoch_holds_every_sample_once(stores, chat, mix):
+    made = rows.Rows(config(sources=mix), MODEL, chat)
     done: dict[tuple[int, int], list[int]] = {}
     for r in range(400):
         which, epoch, b = made.locate(r)
@@ -156,7 +157,7 @@ def test_samples_are_apart_and_start_at_position_0(stores, chat):
 
 
 def test_slots_stand_where_they_say(stores, chat):
-    made = rows.Rows(config(drop_prompt=0.0), MODEL, chat)
+    made = rows.Rows(config(drop_prompt=0.0, sources=MIX[:2]), MODEL, chat)
     seen = set()
     for r in range(40):
         row, _ = made.row(r)
@@ -180,7 +181,43 @@ def test_slots_stand_where_they_say(stores, chat):
                 # neither the slot nor <image_end> is ever a target
                 assert not row["target_mask"][start - 1 : start + MODEL.slot_len].any()
             assert row["images"][slot].any()
-    assert seen == {"generate", "understand", "text"}
+    assert seen == {"generate", "understand"}
+
+
+def test_text_stands_behind_the_images_and_moves_nothing(stores, chat):
+    mixed = rows.Rows(config(), MODEL, chat)
+    assert mixed.filler > 0
+    filled = 0
+    for r in range(60):
+        row, _ = mixed.row(r)
+        which, _, b = mixed.locate(r)
+        bins = mixed.sources[which].bins
+        count = int(bins.starts[b + 1] - bins.starts[b])
+        for where in [w for w in segments(row) if row["segment_ids"][w[0]] > count]:
+            filled += 1
+            assert mixed.sources[which].cfg.task != "text"
+            np.testing.assert_array_equal(where, where[0] + np.arange(len(where)))
+            np.testing.assert_array_equal(row["positions"][where], np.arange(len(where)))
+            assert row["target_mask"][where].tolist() == [True] * (len(where) - 1) + [False]
+            assert row["tokens"][where[0]] == chat.bos_id
+            assert where[0] > row["slot_start"].max() + MODEL.slot_len - 1
+            assert not set(row["tokens"][where]) & {chat.gen_id, chat.image_id}
+    assert filled > 5
+
+
+def test_shares_with_text_come_out_in_the_rows(stores, chat):
+    made = rows.Rows(config(drop_prompt=0.0), MODEL, chat)
+    got = np.zeros(3)
+    for r in range(300):
+        row, _ = made.row(r)
+        which, _, b = made.locate(r)
+        bins = made.sources[which].bins
+        text = row["segment_ids"] > int(bins.starts[b + 1] - bins.starts[b])
+        got[2] += text.sum()
+        got[which] += ((row["segment_ids"] > 0) & ~text).sum()
+    want = [d["share_of_positions"] for d in made.describe()]
+    np.testing.assert_allclose(want, [0.5, 0.3, 0.2], atol=0.02)
+    np.testing.assert_allclose(got / got.sum(), want, atol=0.05)
 
 
 def test_targets_of_understanding_are_a_caption_and_eos(stores, chat):
@@ -190,6 +227,16 @@ def test_targets_of_understanding_are_a_caption_and_eos(stores, chat):
         ids = row["tokens"][where[1:]][row["target_mask"][where[:-1]]]
         assert ids[-1] == chat.eos_id
         assert chat.decode(ids).startswith(" A")
+
+
+def test_text_rows(stores, chat):
+    made = rows.Rows(config(sources=MIX[2:], row_len=64), MODEL, chat)
+    for r in range(8):
+        row, bad = made.row(r)
+        assert not bad and not row["slot_task"].any()
+        for where in segments(row):
+            np.testing.assert_array_equal(row["positions"][where], np.arange(len(where)))
+            assert row["target_mask"][where].tolist() == [True] * (len(where) - 1) + [False]
 
 
 def test_a_dropped_prompt_is_the_samplers_unconditional_form(stores, chat):

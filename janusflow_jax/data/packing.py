@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -131,17 +132,40 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def row_shares(weights: Sequence[float | int], fill: Sequence[float]) -> list[int]:
-    """Shares of rows, in SHARE_UNITS, that give the wanted shares of positions.
+class Mixture(NamedTuple):
+    """How rows are divided: shares of rows in SHARE_UNITS, and the part of the rows with images
+    whose free tail takes a piece of text."""
+
+    shares: list[int]
+    filler: float
+
+
+def mixture(weights: Sequence[float | int], fill: Sequence[float], text: Sequence[bool]) -> Mixture:
+    """Shares of rows that give the wanted shares of positions.
+
+    Text-only data fills what images leave free; what it still lacks it gets as rows of its own.
 
     Args:
       weights: wanted shares of positions, any scale.
-      fill: part of a row's positions that each source uses, in (0, 1].
+      fill: part of a row's positions that each source's bins use, in (0, 1].
+      text: which sources are text-only.
     """
-    raw = np.asarray(weights, np.float64) / np.asarray(fill, np.float64)
-    shares = np.maximum(np.round(raw / raw.sum() * SHARE_UNITS), 1).astype(int).tolist()
-    shares[int(np.argmax(shares))] += SHARE_UNITS - sum(shares)
-    return shares
+    want = np.asarray(weights, np.float64) / np.sum(weights)
+    is_text = np.asarray(text, bool)
+    rows = want / np.asarray(fill, np.float64)
+    text_want, image_rows = float(want[is_text].sum()), float(rows[~is_text].sum())
+    filler = 0.0
+    if text_want and image_rows:
+        if image_rows < 1:  # every free tail is filled, and text has rows of its own
+            filler = 1.0
+            rows[is_text] = (1 - image_rows) * want[is_text] / text_want
+        else:
+            filler = text_want / (image_rows - 1 + text_want)
+            rows[is_text] = 0
+    shares = np.round(rows / rows.sum() * SHARE_UNITS).astype(int)
+    shares[rows > 0] = np.maximum(shares[rows > 0], 1)
+    shares[int(np.argmax(shares))] += SHARE_UNITS - int(shares.sum())
+    return Mixture(shares.tolist(), filler)
 
 
 def interleave(row: int, shares: Sequence[int]) -> tuple[int, int]:

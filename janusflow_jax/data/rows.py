@@ -23,7 +23,8 @@ from janusflow_jax.data import (
     sources,
 )
 
-_CAPTION, _DROP, _CROP = range(3)
+_CAPTION, _DROP, _CROP, _FILLER = range(4)
+_MIN_FILLER = 16  # positions; a shorter tail stays padding
 _TASKS = {"generate": samples.GENERATE, "understand": samples.UNDERSTAND, "text": samples.NONE}
 
 
@@ -51,6 +52,7 @@ class Source:
     cfg: config_lib.SourceConfig
     name: str
     records: Any
+    lengths: np.ndarray  # int64[n], positions
     bins: packing.Bins
     left_out: int  # records that no row can hold
     key: int
@@ -92,7 +94,9 @@ class Rows:
         if empty:
             raise DataError("data:\n" + "\n".join(f"  - {p}" for p in empty))
         self.fill = [s.bins.used / (len(s.bins) * cfg.row_len) for s in self.sources]
-        self.shares = packing.row_shares([s.weight for s in cfg.sources], self.fill)
+        self.shares, self.filler = packing.mixture(
+            [s.weight for s in cfg.sources], self.fill, [s.task == "text" for s in cfg.sources]
+        )
 
     def locate(self, row: int) -> tuple[int, int, int]:
         """(source, epoch of that source, bin) of a row."""
@@ -140,11 +144,22 @@ class Rows:
                 self._place(out, source, record, row, place, offset, next_offset - offset)
             except (samples.BadRecord, images.BadImage) as e:
                 bad.append(BadSample(row, source.name, record, str(e)))
+        if source.cfg.task != "text" and _rng((self.cfg.seed, row), _FILLER).random() < self.filler:
+            i = int(source.bins.starts[b + 1]) - 1
+            end = int(source.bins.offsets[i] + source.lengths[source.bins.samples[i]])
+            self._fill(out, row, end, place=len(source.sample_range(b)), bad=bad)
         return out, bad
 
     def describe(self) -> list[dict[str, Any]]:
         """Per source: name, task, records, samples, bins, left_out, fill, shares."""
-        total = sum(s * f for s, f in zip(self.shares, self.fill, strict=True))
+        rows = np.array(self.shares) / packing.SHARE_UNITS
+        fill = np.array(self.fill)
+        is_text = np.array([s.cfg.task == "text" for s in self.sources])
+        positions = rows * fill
+        weights = np.array([s.cfg.weight for s in self.sources]) * is_text
+        if weights.any():  # text also stands in the tails of the other rows
+            tails = self.filler * float((rows * (1 - fill))[~is_text].sum())
+            positions = positions + tails * weights / weights.sum()
         return [
             {
                 "source": source.name,
@@ -153,11 +168,11 @@ class Rows:
                 "samples": len(source.bins.samples),
                 "bins": len(source.bins),
                 "left_out": source.left_out,
-                "fill": fill,  # part of a row's positions that are used
-                "share_of_rows": share / packing.SHARE_UNITS,
-                "share_of_positions": share * fill / total,
+                "fill": float(fill[i]),  # part of a row's positions that are used
+                "share_of_rows": float(rows[i]),
+                "share_of_positions": float(positions[i] / positions.sum()),
             }
-            for source, share, fill in zip(self.sources, self.shares, self.fill, strict=True)
+            for i, source in enumerate(self.sources)
         ]
 
     def _open(self, cfg: config_lib.SourceConfig) -> Source:
@@ -177,6 +192,7 @@ class Rows:
             cfg=cfg,
             name=name,
             records=records,
+            lengths=counted,
             bins=bins,
             left_out=len(records) - len(bins.samples),
             key=zlib.crc32(f"{name}:{cfg.task}".encode()),
@@ -222,6 +238,33 @@ class Rows:
         if task == samples.GENERATE and _rng(key, _DROP).random() < self.cfg.drop_prompt:
             # the sampler's unconditional form: BOS and the slot stay, positions are kept
             out["segment_ids"][here][sample.prompt_mask] = 0
+
+    def _fill(
+        self, out: dict[str, np.ndarray], row: int, end: int, place: int, bad: list[BadSample]
+    ) -> None:
+        """Puts pieces of text, the last one cut anywhere, behind the row's samples."""
+        texts = [s for s in self.sources if s.cfg.task == "text"]
+        weights = np.array([s.cfg.weight for s in texts], np.float64)
+        rng = _rng((self.cfg.seed, row, place), _FILLER)
+        while self.cfg.row_len - end >= _MIN_FILLER:
+            source = texts[int(rng.choice(len(texts), p=weights / weights.sum()))]
+            record = int(rng.integers(len(source.records)))
+            try:
+                tokens = self._sample(source, source.records[record], ()).tokens
+            except samples.BadRecord as e:
+                bad.append(BadSample(row, source.name, record, str(e)))
+                return
+            spare = len(tokens) - (self.cfg.row_len - end)
+            if spare > 0:  # BOS stays in front of a piece from anywhere
+                head, start = int(self.chat.add_bos), int(rng.integers(spare + 1))
+                body = tokens[head + start : len(tokens) - (spare - start)]
+                tokens = np.concatenate([tokens[:head], body])
+            n = len(tokens)
+            out["tokens"][end : end + n] = tokens
+            out["positions"][end : end + n] = np.arange(n)
+            out["target_mask"][end : end + n - 1] = True
+            out["segment_ids"][end : end + n] = place + 1
+            end, place = end + n, place + 1
 
     def _sample(self, source: Source, data: dict[str, Any], key: tuple[int, ...]) -> samples.Sample:
         if source.cfg.task == "text":
