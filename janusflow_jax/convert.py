@@ -7,24 +7,13 @@ ml_dtypes' bfloat16); torch is never imported.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from janusflow_jax import config
-from janusflow_jax.config import (
-    GenConfig,
-    LlamaConfig,
-    ModelConfig,
-    RepaConfig,
-    SiglipConfig,
-    VaeConfig,
-)
+from janusflow_jax.config import ModelConfig, VaeConfig
 from janusflow_jax.models import janusflow, vae
 
 Tensors = Mapping[str, Any]
@@ -190,8 +179,7 @@ def _vae_rules(cfg: VaeConfig) -> list[Rule]:
                 shortcut = j == 0 and before != width
                 rules += _resnet_rules(f"{name}.resnets.{j}", f"{path}/resnet_{j}", shortcut)
             if i < last:
-                name = f"{name}.{resample}rs.0.conv" if ours == "up" else f"{name}.{resample}rs.0.conv"
-                rules += _affine(name, f"{path}/{resample}", "conv")
+                rules += _affine(f"{name}.{resample}rs.0.conv", f"{path}/{resample}", "conv")
     return rules
 
 
@@ -249,9 +237,7 @@ def _raise(what: str, problems: list[str]) -> None:
 def _from_torch(tensors: Tensors, rules: list[Rule], expected: Any, what: str) -> dict[str, Any]:
     wanted = torch_shapes(rules, expected)
     problems = [f"missing: {n} {list(s)}" for n, s in wanted.items() if n not in tensors]
-    problems += [
-        f"unknown: {n} {list(x.shape)}" for n, x in tensors.items() if n not in wanted
-    ]
+    problems += [f"unknown: {n} {list(x.shape)}" for n, x in tensors.items() if n not in wanted]
     problems += [
         f"shape of {n}: expected {list(s)}; got {list(tensors[n].shape)}"
         for n, s in wanted.items()
@@ -336,9 +322,7 @@ def vae_from_torch(tensors: Tensors, cfg: VaeConfig) -> dict[str, Any]:
       ConvertError: every missing, unknown and misshaped tensor.
     """
     old = re.compile(r"(mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.")
-    named = {
-        old.sub(lambda m: f"{m[1]}.{_OLD_VAE_NAMES[m[2]]}.", n): x for n, x in tensors.items()
-    }
+    named = {old.sub(lambda m: f"{m[1]}.{_OLD_VAE_NAMES[m[2]]}.", n): x for n, x in tensors.items()}
     return _from_torch(named, _vae_rules(cfg), vae.param_shapes(cfg), "VAE")
 
 

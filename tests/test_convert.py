@@ -1,0 +1,147 @@
+"""Published checkpoints in and out: every name, every bit, and errors that tell all."""
+
+import json
+
+import golden
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from janusflow_jax import config, convert, hub_config
+from janusflow_jax.models import janusflow, vae
+
+
+def count(tree):
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def hub_files():
+    read = lambda name: json.loads((golden.TINY / name).read_text())  # noqa: E731
+    names = ("janusflow/config.json", "janusflow/preprocessor_config.json", "vae/config.json")
+    return [read(name) for name in names]
+
+
+def test_every_tensor_of_the_released_model_has_its_place():
+    published = json.loads((golden.ROOT / "janusflow_1p3b_tensors.json").read_text())
+    used = {n: tuple(s) for n, s in published.items() if ".attn_pool." not in n}
+    cfg = config.model_config("1p3b")
+    shapes = dict(janusflow.param_shapes(cfg))
+    del shapes["repa_head"]
+    assert len(published) == 587
+    assert convert.torch_shapes(convert.janusflow_rules(cfg), shapes) == used
+
+
+def test_parameter_counts_of_the_full_size():
+    cfg = config.model_config("1p3b")
+    shapes = janusflow.param_shapes(cfg)
+    assert count(shapes["llm"]) == 1_652_656_128
+    assert count(shapes["und_encoder"]) == 303_688_704
+    assert count(shapes["gen_encoder"]) == 21_614_336
+    assert count(shapes["gen_decoder"]) == 50_561_296
+    small = ("und_aligner", "und_begin", "gen_aligner", "gen_norm", "gen_head")
+    assert sum(count(shapes[n]) for n in small) == 5_251_840
+    assert count(vae.param_shapes(cfg.vae)) == 83_653_863
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_round_trip_is_exact(dtype):
+    cfg = config.model_config("test")
+    tensors = {n: x.astype(dtype) for n, x in golden.arrays("janusflow/model").items()}
+    params, unused = convert.janusflow_from_torch(tensors, cfg)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(dtype)}
+    back = convert.janusflow_to_torch(params, unused, cfg)
+    assert {n: x.tobytes() for n, x in back.items()} == {n: x.tobytes() for n, x in tensors.items()}
+    assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
+    tensors = golden.arrays("vae/diffusion_pytorch_model")
+    tensors = {n: x.astype(dtype) for n, x in tensors.items()}
+    back = convert.vae_to_torch(convert.vae_from_torch(tensors, cfg.vae), cfg.vae)
+    assert {n: x.tobytes() for n, x in back.items()} == {n: x.tobytes() for n, x in tensors.items()}
+    assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
+
+
+def test_old_names_of_the_vaes_attention():
+    cfg = config.model_config("test").vae
+    tensors = golden.arrays("vae/diffusion_pytorch_model")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(name):
+        for new, was in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
+        return name
+
+    got = convert.vae_from_torch({rename(n): x for n, x in tensors.items()}, cfg)
+    jax.tree.map(np.testing.assert_array_equal, got, convert.vae_from_torch(tensors, cfg))
+
+
+def test_all_problems_are_told_at_once():
+    tensors = dict(golden.arrays("janusflow/model"))
+    del tensors["vision_gen_dec_aligner.bias"]
+    tensors["stranger"] = np.zeros(3)
+    tensors["language_model.model.norm.weight"] = np.zeros(5)
+    with pytest.raises(convert.ConvertError) as error:
+        convert.janusflow_from_torch(tensors, config.model_config("test"))
+    for part in (
+        "3 problems",
+        "missing: vision_gen_dec_aligner.bias [32]",
+        "unknown: stranger [3]",
+        "shape of language_model.model.norm.weight: expected [64]; got [5]",
+    ):
+        assert part in str(error.value)
+
+
+def test_layers_of_different_types_are_no_stack():
+    tensors = dict(golden.arrays("janusflow/model"))
+    name = "language_model.model.layers.1.input_layernorm.weight"
+    tensors[name] = tensors[name].astype(np.float16)
+    with pytest.raises(convert.ConvertError, match="one type in all layers"):
+        convert.janusflow_from_torch(tensors, config.model_config("test"))
+
+
+def test_config_of_the_tiny_folder(recwarn):
+    got = hub_config.model_config_from_hf(*hub_files())
+    want = config.model_config("test")
+    got.name, got.repa = want.name, want.repa
+    assert got == want
+    assert not recwarn.list
+
+
+def test_config_of_the_released_size():
+    files = hub_files()
+    files[0]["language_config"] = {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632,
+        "num_attention_heads": 16, "num_hidden_layers": 24, "vocab_size": 102400,
+    }  # fmt: skip
+    files[0]["vision_und_enc_config"]["params"] = {
+        "image_size": 384, "model_name": "siglip_large_patch16_384", "select_feature": "same",
+        "select_layer": -1,
+    }  # fmt: skip
+    for name in ("vision_gen_enc_config", "vision_gen_dec_config"):
+        files[0][name]["params"] |= {"block_out_channels": [768], "hidden_size": 2048}
+    files[0]["vision_gen_dec_config"]["params"]["in_channels"] = 768
+    files[1]["image_size"] = 384
+    files[2] |= {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32}
+    got = hub_config.model_config_from_hf(*files)
+    got.name = "1p3b"
+    assert got == config.model_config("1p3b")
+
+
+def test_unknown_keys_warn_and_unsupported_values_are_errors():
+    files = hub_files()
+    files[0]["language_config"]["novelty"] = 1
+    with pytest.warns(UserWarning, match="language_config.novelty"):
+        hub_config.model_config_from_hf(*files)
+    del files[0]["language_config"]["novelty"]
+    files[0]["language_config"]["tie_word_embeddings"] = True
+    del files[0]["vision_gen_enc_config"]["params"]["kernel_size"]
+    files[2]["shift_factor"] = 0.1
+    with pytest.raises(config.ConfigError) as error:
+        hub_config.model_config_from_hf(*files)
+    for part in ("tie_word_embeddings", "kernel_size: expected 2; got 7", "shift_factor"):
+        assert part in str(error.value)
+
+
+def test_select_layer_keeps_fewer_blocks():
+    files = hub_files()
+    files[0]["vision_und_enc_config"]["params"]["select_layer"] = -2
+    assert hub_config.model_config_from_hf(*files).und.num_layers == 1
