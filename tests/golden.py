@@ -42,7 +42,8 @@ def model() -> tuple[janusflow.JanusFlow, dict[str, Any], dict[str, Any]]:
     head = {n: x for n, x in arrays("train").items() if n.startswith("repa_head.")}
     params["repa_head"] = convert.repa_from_torch(head, cfg)
     vae = convert.vae_from_torch(arrays("vae/diffusion_pytorch_model"), cfg.vae)
-    params, vae = jax.tree.map(jnp.asarray, (params, vae))
+    with jax.ensure_compile_time_eval():  # the first caller may be inside a trace
+        params, vae = jax.tree.map(jnp.asarray, (params, vae))
     return janusflow.JanusFlow(cfg), params, vae
 
 

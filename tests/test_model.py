@@ -1,0 +1,235 @@
+"""Properties of the model: what may see what, and that speed changes no number."""
+
+import functools
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from janusflow_jax import config, decode, losses, sampler, sharding
+from janusflow_jax.config import LossConfig, MeshConfig
+from janusflow_jax.models import convnext, janusflow, layers
+
+
+def close(got, want, tolerance=3e-6):
+    assert golden.error(got, np.asarray(want)) < tolerance
+
+
+def same_gradients(got, want, tolerance):
+    """Relative to each array's largest; some are zero but for rounding (a key's bias)."""
+
+    def check(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max() + 1e-6)
+
+    jax.tree.map(check, got, want)
+
+
+def run(method, *args, model=None, **kwargs):
+    tiny, params, _ = golden.model()
+    return (model or tiny).apply({"params": params}, *args, method=method, **kwargs)
+
+
+def vectors(length=12, rows=1, seed=0):
+    return jax.random.normal(jax.random.key(seed), (rows, length, 64))
+
+
+def causal(length, rows=1):
+    return layers.segment_mask(jnp.ones((rows, length), jnp.int32))
+
+
+def test_no_position_sees_a_later_one():
+    x, at = vectors(), 5
+    positions = jnp.arange(12)[None]
+    read = lambda x: run("run_llm", x, positions, causal(12))[0][0, at].sum()  # noqa: E731
+    grad = np.abs(np.asarray(jax.jit(jax.grad(read))(x)))[0].max(-1)
+    assert (grad[: at + 1] > 0).all()
+    assert (grad[at + 1 :] == 0).all()
+
+
+def test_a_cached_prefix_changes_nothing():
+    x, positions = vectors(rows=2), jnp.broadcast_to(jnp.arange(12), (2, 12))
+    whole, _, _ = run("run_llm", x, positions, causal(12, 2))
+    mask = causal(12, 2)
+    first = run("run_llm", x[:, :7], positions[:, :7], mask[:, :7, :7], keep="kv")[2]
+    rest, _, _ = run("run_llm", x[:, 7:], positions[:, 7:], mask[:, 7:], cache=first)
+    close(rest, whole[:, 7:])
+
+
+def test_token_by_token_equals_all_at_once():
+    """Greedy tokens of the buffer's decoder against a forward pass over the whole sequence."""
+    model, params, _ = golden.model()
+    prompt = jnp.asarray([[0, 39, 568, 548, 569, 9]])
+    x, lengths = run("embed_tokens", prompt), jnp.asarray([6])
+    keys = jax.random.split(jax.random.key(0), 1)
+    state = decode.start(model, params, x, lengths, keys, 5)
+    zero, one = jnp.float32(0), jnp.float32(1)
+    _, tokens = decode.advance(model, params, state, zero, one, num_tokens=5, eos_id=-1)
+    ids = jnp.concatenate([prompt, tokens], axis=1)
+    hidden, _, _ = run("run_llm", run("embed_tokens", ids), jnp.arange(11)[None], causal(11))
+    want = jnp.argmax(run("logits", hidden), -1)[:, 5:-1]
+    np.testing.assert_array_equal(tokens, want)
+
+
+def test_padding_a_prompt_changes_nothing():
+    model, params, _ = golden.model()
+    ids, other = [0, 39, 568, 548], [0, 39, 568, 548, 569, 279, 267]
+    noise = jax.random.normal(jax.random.key(1), (2, *model.cfg.latent_shape))
+
+    def sample(tokens, lengths, noise):
+        return sampler.sample(
+            model, params, jnp.asarray(tokens), jnp.asarray(lengths), noise, 2.0,
+            num_steps=2, guided=True,
+        )  # fmt: skip
+
+    alone = sample([ids], [4], noise[:1])
+    together = sample([ids + [7] * 3, other], [4, 7], noise)
+    close(together[:1], alone, 5e-6)
+
+
+def rows(pieces, length):
+    """A batch of rows from lists of samples ('g' or 'u', prompt length), one image each."""
+    cfg = golden.model()[0].cfg
+    rng = np.random.default_rng(0)
+    num_slots = 2
+    shape = (len(pieces), length)
+    batch = {n: np.zeros(shape, np.int32) for n in ("tokens", "segment_ids", "positions")}
+    batch["target_mask"] = np.zeros(shape, bool)
+    batch["images"] = np.zeros((len(pieces), num_slots, 64, 64, 3), np.uint8)
+    batch["slot_start"] = np.zeros((len(pieces), num_slots), np.int32)
+    batch["slot_task"] = np.zeros((len(pieces), num_slots), np.int32)
+    batch["row"] = np.arange(len(pieces), dtype=np.uint32)
+    pool = rng.integers(0, 256, (2, 64, 64, 3), np.uint8)  # the picture goes with the task
+    for b, row in enumerate(pieces):
+        at = 0
+        for number, (task, prompt) in enumerate(row, 1):
+            size = prompt + cfg.slot_len + (3 if task == "u" else 0)
+            span = slice(at, at + size)
+            ids = np.random.default_rng(prompt).integers(6, 600, size)
+            batch["tokens"][b, span] = ids
+            batch["segment_ids"][b, span] = number
+            batch["positions"][b, span] = np.arange(size)
+            slot = 0 if task == "g" else 1
+            batch["slot_start"][b, slot] = at + prompt
+            batch["slot_task"][b, slot] = 1 if task == "g" else 2
+            batch["images"][b, slot] = pool[slot]
+            if task == "u":
+                batch["target_mask"][b, at + size - 3 : at + size - 1] = True
+            at += size
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def draws_for(num_rows):
+    """The same draw in every row, so that rows can be compared in other batches."""
+    shape = golden.model()[0].cfg.latent_shape
+    keys = jax.random.split(jax.random.key(3), 2)
+    one = {
+        n: jax.random.normal(k, shape) for n, k in zip(("noise", "posterior"), keys, strict=True)
+    }
+    draws = {n: jnp.broadcast_to(x, (num_rows, 1, *shape)) for n, x in one.items()}
+    return draws | {"t": jnp.full((num_rows, 1), 0.3)}
+
+
+def sums(params, vae, batch, model=None, **kwargs):
+    options = {"loss": LossConfig(), "num_gen": 1, "num_und": 1} | kwargs
+    draws = draws_for(len(batch["tokens"]))
+    model = model or golden.model()[0]
+    return losses.loss_sums(params, vae, batch, draws, model=model, **options)[0]
+
+
+def total(params, vae, batch, **kwargs):
+    return sum(sums(params, vae, batch, **kwargs).values())
+
+
+SUMS = jax.jit(sums)
+GRADIENT = jax.jit(jax.grad(total))  # tests share shapes, so that both compile once
+
+
+def test_packed_samples_equal_rows_of_their_own():
+    _, params, vae = golden.model()
+    packed = SUMS(params, vae, rows([[("u", 5), ("g", 7)]], 60))
+    apart = SUMS(params, vae, rows([[("u", 5)], [("g", 7)]], 60))
+    for task in losses.TASKS:
+        assert packed[task] != 0
+        np.testing.assert_allclose(packed[task], apart[task], rtol=5e-6)
+
+
+def test_a_packed_sample_sees_no_other():
+    batch = rows([[("u", 5), ("g", 7)]], 60)
+    x = vectors(60)
+    read = lambda x: run(  # noqa: E731
+        "run_llm", x, batch["positions"], layers.segment_mask(batch["segment_ids"])
+    )[0][0, 30].sum()
+    grad = np.abs(np.asarray(jax.grad(read)(x)))[0].max(-1)
+    assert batch["segment_ids"][0, 30] == 2
+    np.testing.assert_array_equal(grad > 0, (batch["segment_ids"][0] == 2) & (np.arange(60) <= 30))
+
+
+def test_remat_changes_no_gradient():
+    model, params, vae = golden.model()
+    batch = rows([[("u", 5), ("g", 7)]], 60)
+    lean = janusflow.JanusFlow(model.cfg, remat=True)
+    plain = GRADIENT(params, vae, batch)
+    saved = jax.jit(jax.grad(functools.partial(total, model=lean)))(params, vae, batch)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(plain))
+    same_gradients(saved, plain, 1e-5)
+
+
+def test_dead_channels_have_a_finite_gradient():
+    module = convnext.GlobalResponseNorm()
+    x = jnp.ones((1, 4, 4, 3)).at[..., 1].set(0.0)
+    params = module.init(jax.random.key(0), x)
+    read = lambda p, x: jnp.sum(module.apply(p, x) ** 2)  # noqa: E731
+    for dead in (x, jnp.zeros_like(x)):
+        grads = jax.grad(read, argnums=(0, 1))(params, dead)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_cosine_with_zeros_has_a_finite_gradient(side):
+    pair = [jnp.ones((2, 4)), jnp.ones((2, 4))]
+    pair[side] = pair[side].at[0].set(0.0)
+    read = lambda a, b: losses.cosine(a, b).sum()  # noqa: E731
+    grads = jax.grad(read, argnums=(0, 1))(*pair)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_a_batch_without_images_has_a_finite_gradient():
+    _, params, vae = golden.model()
+    grads = GRADIENT(params, vae, rows([[]], 60))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_empty_slots_change_nothing():
+    _, params, vae = golden.model()
+    batch = rows([[("u", 5)]], 60)
+    noisy = batch | {"images": batch["images"].at[:, 0].set(200)}
+    got, want = SUMS(params, vae, noisy), SUMS(params, vae, batch)
+    for task in losses.TASKS:
+        np.testing.assert_allclose(got[task], want[task], rtol=5e-6)
+
+
+def test_a_mesh_changes_no_loss_and_no_gradient():
+    _, params, vae = golden.model()
+    batch = rows([[("u", 5), ("g", 7)], [("g", 4)], [("u", 9)], [("g", 11), ("u", 3)]], 64)
+    step = lambda p, v, b: jax.value_and_grad(total)(p, v, b)  # noqa: E731
+    want, grads = jax.jit(step)(params, vae, batch)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
+        spread = jax.device_put(batch, sharding.batch_shardings(batch, mesh))
+        got, sharded = jax.jit(step)(placed, vae, spread)
+    embedding = placed["llm"]["embedding"]
+    assert embedding.addressable_shards[0].data.size == embedding.size // 4
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    same_gradients(sharded, grads, 3e-5)
+
+
+def test_grouped_heads_equal_repeated_ones():
+    cfg = config.model_config("test").llm
+    assert cfg.num_heads == cfg.num_kv_heads == 4
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 5, n, 8)) for i, n in enumerate((4, 2, 2)))
+    wide = [jnp.repeat(y, 2, axis=2) for y in (k, v)]
+    mask = causal(5)
+    close(layers.attention(q, k, v, mask), layers.attention(q, *wide, mask))
