@@ -7,7 +7,7 @@ mixed 25:75 by positions. The VAE, SigLIP and LLM start from the weights that sh
     python tools/prepare_openmoji.py --out data/openmoji
     python -m janusflow_jax.train --config=configs/emoji.py
 
-Arguments: `long` (the same, for about 80 minutes instead of about 10), `norepa`.
+Arguments: `long` (the same, for about 80 minutes instead of about 10), `norepa`, `test`.
 Cost and what to expect: README, with the sheets of both.
 """
 
@@ -46,7 +46,12 @@ PROMPTS = (  # of data/openmoji_sheet.py: fixed before training, every third pai
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
     names = c.parse_arg(
-        arg, {"long": "about 80 minutes instead of 10", "norepa": "without the REPA loss"}
+        arg,
+        {
+            "long": "about 80 minutes instead of 10",
+            "norepa": "without the REPA loss",
+            "test": "seconds: a tiny fresh model, for the tests",
+        },
     )
     understand = c.SourceConfig(
         name="describe", path=DATA, task="understand", format="chat", weight=0.25
@@ -57,7 +62,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         for split in ("heldout_pairs", "heldout_views")
     )
     steps = 16000 if "long" in names else 2000
-    return c.TrainConfig(
+    cfg = c.TrainConfig(
         name="-".join(["emoji", *sorted(names)]),
         model=c.model_config("emoji"),
         data=c.DataConfig(sources=(understand, generate), row_len=160, gen_slots=5, und_slots=2),
@@ -80,3 +85,10 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         prompts=PROMPTS,
         heldout=heldout,
     )
+    if "test" in names:
+        cfg.model = c.model_config("test")
+        cfg.init, cfg.allow_fresh, cfg.tokenizer = (), True, "starts/emoji_llm/hub"
+        cfg.num_steps, cfg.batch_rows, cfg.log_every_steps, cfg.save_every_steps = 4, 8, 1, 2
+        cfg.optim.warmup_steps, cfg.optim.decay_steps = 2, 0
+        cfg.prompts, cfg.heldout_captions, cfg.sheet_num_steps = PROMPTS[:2], 2, 2
+    return cfg

@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from janusflow_jax import checkpoint, pipeline
+from janusflow_jax.data import images
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +30,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    pictures = [pipeline.read_picture(path) for path in args.image]  # a wrong path fails before loading
+    pictures = [images.read(path) for path in args.image]  # a wrong path fails before loading
     model = pipeline.load(args.model, dtype=args.dtype, weights=args.weights)
     options = {
         "max_new_tokens": args.max_new_tokens,

@@ -22,18 +22,12 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.config import ModelConfig, TrainConfig
+from janusflow_jax.config import ModelConfig
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.sharding import path_name
 
 FORMAT = 1
 MODEL_FILE, SUMS_FILE, MARKER = "model.json", "checksums.json", "COMMITTED"
-# What a run may change when it goes on: everything else makes it another run.
-MAY_CHANGE = frozenset(
-    "workdir num_steps log_every_steps save_every_steps keep_checkpoints sheet_every_steps "
-    "tensorboard prompts heldout heldout_captions sheet_cfg_weight sheet_num_steps mesh init "
-    "data.num_threads data.max_bad_share attention remat".split()
-)
 
 
 class CheckpointError(ValueError):
@@ -166,7 +160,7 @@ def load_model(path: Any, weights: str = "ema") -> LoadedModel:
 
 
 def _load_folder(folder: epath.Path) -> LoadedModel:
-    meta = _read_json(folder / MODEL_FILE)
+    meta = read_json(folder / MODEL_FILE)
     if meta.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder}: expected format {FORMAT}; got {meta.get('format')!r}: written by another "
@@ -183,7 +177,7 @@ def _load_folder(folder: epath.Path) -> LoadedModel:
 
 def _load_step(folder: epath.Path, workdir: epath.Path, weights: str) -> LoadedModel:
     verify_sums(folder)
-    run = _read_json(folder / "run.json")
+    run = read_json(folder / "run.json")
     cfg = config_lib.from_dict(ModelConfig, run["config"]["model"])
     params = _load_tree(folder / "params")
     if weights == "ema" and (folder / "ema").exists():
@@ -219,7 +213,7 @@ def _load_tree(path: epath.Path) -> Any:
     return ocp.load(path, abstract)
 
 
-def _read_json(path: epath.Path) -> Any:
+def read_json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -244,7 +238,7 @@ def _write_sums(folder: epath.Path) -> None:
 
 def verify_sums(folder: epath.Path) -> None:
     """Raises CheckpointError naming every file that is missing or differs from its checksum."""
-    want, have = _read_json(folder / SUMS_FILE), _sums(folder)
+    want, have = read_json(folder / SUMS_FILE), _sums(folder)
     missing = sorted(want.keys() - have)
     changed = sorted(n for n in want.keys() & have if want[n] != have[n])
     if missing or changed:
@@ -252,54 +246,6 @@ def verify_sums(folder: epath.Path) -> None:
             f"{folder}: damaged: missing {missing}, changed {changed}; restore the folder from a "
             "copy, or use another checkpoint"
         )
-
-
-def start_workdir(workdir: epath.Path, cfg: TrainConfig, *, vae: Any, hub: Any) -> None:
-    """Makes a run's folder, or checks that the one that is there is the same run.
-
-    Raises:
-      CheckpointError: it holds a run of another config (lists every difference).
-    """
-    file = workdir / "config.json"
-    now = _flat_config(config_lib.to_dict(cfg))
-    if file.exists():
-        then = _flat_config(_read_json(file))
-        differ = [
-            f"{n}: {then.get(n)!r} then, {now.get(n)!r} now"
-            for n in sorted(then.keys() | now)
-            if then.get(n) != now.get(n) and not _may_change(n)
-        ]
-        if differ:
-            listed = "\n".join(f"  - {d}" for d in differ)
-            raise CheckpointError(
-                f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
-                "(--config.workdir=...), or the old config to go on with it"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "base" / MODEL_FILE).exists():
-        save_model(
-            workdir / "base",
-            model_cfg=cfg.model,
-            params=None,
-            vae=vae,
-            hub_files=hub,
-            extra={"made_by": "train"},
-            overwrite=True,
-        )
-    file.write_text(json.dumps(config_lib.to_dict(cfg), indent=1))
-
-
-def _may_change(name: str) -> bool:
-    return any(name == n or name.startswith(f"{n}.") for n in MAY_CHANGE)
-
-
-def _flat_config(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix[:-1]: values}
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        out |= _flat_config(value, f"{prefix}{name}.")
-    return out
 
 
 def committed_steps(workdir: Any) -> list[int]:
@@ -381,7 +327,7 @@ class RunCheckpoints:
         if problems:
             listed = "\n".join(f"  - {p}" for p in problems)
             raise CheckpointError(f"{folder}: is not of this config:\n{listed}")
-        return out, _read_json(folder / "run.json")
+        return out, read_json(folder / "run.json")
 
     def wait(self) -> None:
         """Returns when the last save is committed; raises what it raised."""

@@ -221,8 +221,6 @@ class TrainConfig:
     sheet_num_steps: int = 30
 
 
-
-
 def model_config(name: str, image_size: int = 0) -> ModelConfig:
     """A model size by name.
 
@@ -279,113 +277,6 @@ MODEL_SIZES = {
     ),
     "1p3b": ModelConfig,
 }  # fmt: skip
-
-
-def model_problems(cfg: ModelConfig) -> list[str]:
-    """Every reason why a model of this config cannot be built; empty when it can."""
-    bad = []
-    llm, und, vae, gen = cfg.llm, cfg.und, cfg.vae, cfg.gen
-    if cfg.image_size % (vae.downscale * gen.patch_size):
-        unit = vae.downscale * gen.patch_size
-        bad.append(f"model.image_size: expected a multiple of {unit}; got {cfg.image_size}")
-    if und.image_size != cfg.image_size:
-        bad.append(
-            f"model.und.image_size: expected model.image_size ({cfg.image_size}); "
-            f"got {und.image_size}"
-        )
-    if und.num_tokens != cfg.num_image_tokens:
-        bad.append(
-            f"model.und: expected (image_size/16)^2 = {cfg.num_image_tokens} tokens an image; "
-            f"got {und.num_tokens} (image_size {und.image_size}, patch_size {und.patch_size})"
-        )
-    if llm.num_heads % llm.num_kv_heads:
-        bad.append(
-            f"model.llm.num_heads: expected a multiple of num_kv_heads ({llm.num_kv_heads}); "
-            f"got {llm.num_heads}"
-        )
-    if und.width % und.num_heads:
-        bad.append(
-            f"model.und.width: expected a multiple of num_heads ({und.num_heads}); "
-            f"got {und.width}"
-        )
-    if any(c % vae.norm_groups for c in vae.channels):
-        bad.append(
-            f"model.vae.channels: expected multiples of norm_groups ({vae.norm_groups}); "
-            f"got {vae.channels}"
-        )
-    if len(und.pixel_mean) != len(und.pixel_std) or len(und.pixel_mean) not in (0, 3):
-        bad.append("model.und.pixel_mean and pixel_std: expected both empty or 3 numbers each")
-    if not 1 <= cfg.repa.layer <= llm.num_layers:
-        bad.append(
-            f"model.repa.layer: expected 1 to {llm.num_layers} (llm.num_layers); "
-            f"got {cfg.repa.layer}"
-        )
-    return bad
-
-
-def train_problems(cfg: TrainConfig) -> list[str]:
-    """Every reason why a run of this config cannot start; empty when it can."""
-    bad = model_problems(cfg.model)
-
-    def check(ok: bool, message: str) -> None:
-        if not ok:
-            bad.append(message)
-
-    data, optim, loss = cfg.data, cfg.optim, cfg.loss
-    check(bool(data.sources), "data.sources: expected at least one source; got none")
-    check(bool(cfg.name), "name: expected a name for the run; got ''")
-    check(cfg.num_steps > 0, f"num_steps: expected > 0; got {cfg.num_steps}")
-    check(cfg.batch_rows > 0, f"batch_rows: expected > 0; got {cfg.batch_rows}")
-    check(
-        optim.accum_steps > 0 and cfg.batch_rows % optim.accum_steps == 0,
-        f"optim.accum_steps: expected a divisor of batch_rows ({cfg.batch_rows}); "
-        f"got {optim.accum_steps}",
-    )
-    check(optim.lr > 0, f"optim.lr: expected > 0; got {optim.lr}")
-    check(0 <= optim.ema < 1, f"optim.ema: expected 0 (off) or in (0, 1); got {optim.ema}")
-    check(
-        loss.norm in ("per_task", "per_sample"),
-        f"loss.norm: expected per_task or per_sample; got {loss.norm!r}",
-    )
-    check(
-        loss.time in ("logit_normal", "uniform"),
-        f"loss.time: expected logit_normal or uniform; got {loss.time!r}",
-    )
-    check(
-        cfg.dtype in ("float32", "bfloat16"),
-        f"dtype: expected float32 or bfloat16; got {cfg.dtype!r}",
-    )
-    check(
-        cfg.attention in ("auto", "xla", "cudnn", "splash"),
-        f"attention: expected auto, xla, cudnn or splash; got {cfg.attention!r}",
-    )
-    check(
-        0 <= data.drop_prompt < 1,
-        f"data.drop_prompt: expected in [0, 1); got {data.drop_prompt}",
-    )
-    unknown = sorted(set(cfg.train_parts) - set(STAGE_PARTS))
-    check(not unknown, f"train_parts: expected names of {STAGE_PARTS}; got {unknown}")
-    unknown = sorted({p for p, _ in cfg.init} - {*STAGE_PARTS, "vae"})
-    check(not unknown, f"init: expected names of {(*STAGE_PARTS, 'vae')}; got {unknown}")
-    for s in data.sources:
-        check(
-            s.task in ("generate", "understand", "text"),
-            f"source {s.name!r} task: expected generate, understand or text; got {s.task!r}",
-        )
-        check(
-            s.format in ("chat", "plain"),
-            f"source {s.name!r} format: expected chat or plain; got {s.format!r}",
-        )
-        check(s.weight > 0, f"source {s.name!r} weight: expected > 0; got {s.weight}")
-        check(
-            s.task != "generate" or data.gen_slots > 0,
-            f"source {s.name!r} generates: expected data.gen_slots > 0; got 0",
-        )
-        check(
-            s.task != "understand" or data.und_slots > 0,
-            f"source {s.name!r} understands: expected data.und_slots > 0; got 0",
-        )
-    return bad
 
 
 def raise_problems(what: str, problems: list[str]) -> None:

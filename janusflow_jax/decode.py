@@ -88,9 +88,7 @@ def pick(
         return order[jax.random.categorical(key, kept)]
 
     greedy = jnp.argmax(logits, axis=-1)
-    sampled = lax.cond(
-        temperature > 0, lambda: jax.vmap(one)(logits, keys), lambda: greedy
-    )
+    sampled = lax.cond(temperature > 0, lambda: jax.vmap(one)(logits, keys), lambda: greedy)
     return sampled.astype(jnp.int32)
 
 

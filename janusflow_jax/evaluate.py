@@ -193,10 +193,11 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
         lines.append({"what": what, "result": result, **compared, "holds": compared["beats"]})
 
     hue = report["sheet"]["hue"]
+    unseen = [x["hue_right"] for x in report["sheet"]["pictures"] if not x["trained"]]
     lines.append(
         {
             "what": f"sheet: hue within {emoji.HUE_TOLERANCE:.0f} degrees, {HUE_WANTED} wanted",
-            "result": f"{hue['right']}/{hue['of']}",
+            "result": f"{hue['right']}/{hue['of']} (untrained pairs {sum(unseen)}/{len(unseen)})",
             "holds": hue["right"] >= HUE_WANTED,
         }
     )

@@ -19,9 +19,7 @@ Velocity = Callable[[Array, Array], tuple[Array, Array | None]]
 TIMESTEP_SCALE = 1000.0
 
 
-def sample_time(
-    key: Array, kind: str = "logit_normal", shift: float = 1.0
-) -> Float[Array, ""]:
+def sample_time(key: Array, kind: str = "logit_normal", shift: float = 1.0) -> Float[Array, ""]:
     """One training time in (0, 1): logit-normal(0, 1) or uniform, then shifted.
 
     `shift` s maps t to t / (t + s*(1-t)): s > 1 gives more weight to noise, 1 does nothing.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from janusflow_jax import flow, sharding
 from janusflow_jax.config import LossConfig, ModelConfig
@@ -50,7 +50,7 @@ def counts(batch: Batch, num_gen: int) -> Sums:
     return {"ar": targets, "rf": slots, "repa": slots}
 
 
-def weights(loss: LossConfig, totals: Sums, shares: Sums) -> Sums:
+def weights(loss: LossConfig, totals: Sums, shares: dict[str, float]) -> Sums:
     """Factor of each task's sum in the loss: weight / count (times its share if per_sample)."""
     given = {"ar": loss.ar_weight, "rf": loss.rf_weight, "repa": loss.repa_weight}
     share = shares if loss.norm == "per_sample" else dict.fromkeys(TASKS, 1.0)
@@ -62,7 +62,7 @@ def to_float(images: Array, dtype: Any) -> Array:
     return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)
 
 
-def over_slots(fn: Any, x: Float[Array, "B K ..."]) -> Any:
+def over_slots(fn: Any, x: Shaped[Array, "B K ..."]) -> Any:
     """Applies an image encoder slot by slot (`lax.map`): K times less memory, rows stay put."""
     moved = lax.map(fn, jnp.moveaxis(x, 1, 0))
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), moved)
@@ -176,9 +176,7 @@ def loss_sums(
         capture=cfg.repa.layer if use_repa else 0,
     )
     sums = dict.fromkeys(TASKS, jnp.float32(0))
-    sums["ar"] = ar_sum(
-        model, params, hidden, batch["tokens"], batch["target_mask"], loss.ce_chunk
-    )
+    sums["ar"] = ar_sum(model, params, hidden, batch["tokens"], batch["target_mask"], loss.ce_chunk)
     extras: dict[str, Array] = {}
     if num_gen:
         active = (task[:, :num_gen] == janusflow.GENERATE).astype(jnp.float32)

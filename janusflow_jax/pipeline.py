@@ -10,14 +10,12 @@ Shapes are bucketed (prompt lengths, batch sizes), so a new prompt seldom compil
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from PIL import Image
 
 from janusflow_jax import checkpoint, decode, losses, sampler, sharding
@@ -60,36 +58,10 @@ def load(
         loaded.cfg,
         loaded.params,
         loaded.vae,
-        chat_format.ChatFormat.load(str(loaded.hub)),
+        chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens),
         dtype=dtype,
         mesh=mesh,
     )
-
-
-def read_picture(picture: ImageLike) -> np.ndarray:
-    """A path, PIL image, encoded bytes or array -> uint8[H, W, 3].
-
-    Raises: ValueError: not a picture that can be read; says why and which.
-    """
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(
-                f"image array: expected uint8[H, W, 3]; got {picture.dtype}{picture.shape}"
-            )
-        return picture
-    if isinstance(picture, Image.Image):
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")  # one path for grey, palette and transparent pictures
-        return images.decode(buffer.getvalue())
-    if isinstance(picture, bytes):
-        return images.decode(picture)
-    path = epath.Path(picture)
-    if not path.is_file():
-        raise ValueError(f"image {path}: no such file")
-    try:
-        return images.decode(path.read_bytes())
-    except images.BadImage as error:
-        raise ValueError(f"image {path}: {error}") from error
 
 
 class JanusFlowPipeline:
@@ -192,7 +164,7 @@ class JanusFlowPipeline:
         """Pictures -> float32[B, h, w, C]: the posterior's mean times the scaling factor."""
         many = pictures if isinstance(pictures, (list, tuple)) else [pictures]
         pixels = np.stack(
-            [images.for_generation(read_picture(p), self.cfg.image_size) for p in many]
+            [images.for_generation(images.read(p), self.cfg.image_size) for p in many]
         )
         parts = []
         for at in range(0, len(pixels), MAX_BATCH):
@@ -223,9 +195,7 @@ class JanusFlowPipeline:
         """
         many, pictures, single = _conversations(conversation, images, self.text.image_tag)
         text = [""] * len(many)
-        for pieces in self._stream(
-            many, pictures, max_new_tokens, temperature, top_p, seed
-        ):
+        for pieces in self._stream(many, pictures, max_new_tokens, temperature, top_p, seed):
             text = pieces
         answers = [t.strip() for t in text]
         return answers[0] if single else answers
@@ -278,7 +248,7 @@ class JanusFlowPipeline:
                 return
 
     def _start_decode(self, many: list, pictures: list, max_new: int, seed: int) -> Any:
-        cfg, size = self.cfg, self.cfg.image_size
+        size = self.cfg.image_size
         prompts = [
             self.text.conversation(rest, len(p), closed=False, system=system)
             for (system, rest), p in zip(map(_system, many), pictures, strict=True)
@@ -291,7 +261,7 @@ class JanusFlowPipeline:
         pixels = np.zeros((rows, num_slots, size, size, 3), np.uint8)
         for i, (prompt, given) in enumerate(zip(prompts, pictures, strict=True)):
             for j, picture in enumerate(given):
-                pixels[i, j] = images.for_understanding(read_picture(picture), size)
+                pixels[i, j] = images.for_understanding(images.read(picture), size)
                 start[i, j], task[i, j] = prompt.slot_starts[j], janusflow.UNDERSTAND
         # Room in the buffer comes in whole chunks and doubles, so that few sizes compile.
         room = CHUNK_TOKENS * _bucket_batch(-(-max_new // CHUNK_TOKENS))
@@ -405,9 +375,7 @@ def _until(row: np.ndarray, eos_id: int) -> list[int]:
     return row[: end[0] if len(end) else len(row)].tolist()
 
 
-def _conversations(
-    conversation: Any, pictures: Sequence[Any], tag: str
-) -> tuple[list, list, bool]:
+def _conversations(conversation: Any, pictures: Sequence[Any], tag: str) -> tuple[list, list, bool]:
     """Normalises to (list of turns, list of picture lists, was it one conversation)."""
     is_turns = isinstance(conversation, list) and all(isinstance(t, dict) for t in conversation)
     single = isinstance(conversation, str) or is_turns

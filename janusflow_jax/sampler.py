@@ -35,9 +35,7 @@ def prefill(
     return cache
 
 
-def slot_masks(
-    lengths: Int[Array, " B"], prompt_len: int, slot_len: int
-) -> tuple[Array, Array]:
+def slot_masks(lengths: Int[Array, " B"], prompt_len: int, slot_len: int) -> tuple[Array, Array]:
     """What the slot's positions see: bool[B, S, P + S] with the prompt, and with BOS alone."""
     causal = jnp.tril(jnp.ones((slot_len, slot_len), bool))
     index = jnp.arange(prompt_len)

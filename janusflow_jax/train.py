@@ -18,8 +18,9 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from janusflow_jax import checkpoint, metrics, optim, samples, sharding, train_step
+from janusflow_jax import checkpoint, config_checks, metrics, optim, samples, sharding, train_step
 from janusflow_jax import config as config_lib
+from janusflow_jax import workdir as workdir_lib
 from janusflow_jax.config import ConfigError, TrainConfig
 from janusflow_jax.data import chat_format, lengths, loader, rows, sources
 from janusflow_jax.models import janusflow, vae
@@ -135,11 +136,11 @@ class Stop:
 def train(cfg: TrainConfig) -> str:
     """Runs the config to its last step, or until told to stop. Returns the workdir."""
     started = time.time()
-    config_lib.raise_problems(f"config {cfg.name!r}", config_lib.train_problems(cfg))
+    config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
     workdir = epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
     params, vae_params, hub, origins = initial_params(cfg)
     print_origins(cfg, params, vae_params, origins)
-    chat = chat_format.ChatFormat.load(hub)
+    chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
     chat.check_vocab(cfg.model.llm.vocab_size)
     data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows)
     for source in data.describe():
@@ -147,9 +148,15 @@ def train(cfg: TrainConfig) -> str:
             "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
             "{fill:.1%} of positions used, {share_of_positions:.1%} of the mixture".format(**source)
         )
-    checkpoint.start_workdir(workdir, cfg, vae=vae_params, hub=hub)
     mesh = sharding.make_mesh(cfg.mesh)
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if cfg.batch_rows % (split * cfg.optim.accum_steps):
+        raise ConfigError(
+            f"batch_rows: expected a multiple of data x fsdp x accum_steps = {split} x "
+            f"{cfg.optim.accum_steps}; got {cfg.batch_rows}"
+        )
     print(f"{jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}")
+    workdir_lib.start(workdir, cfg, vae=vae_params, hub=hub)
     stop = Stop()
     with jax.set_mesh(mesh):
         state = make_state(cfg, mesh, params, vae_params)
@@ -173,8 +180,8 @@ def train(cfg: TrainConfig) -> str:
 
 
 def _loop(
-    cfg: TrainConfig, mesh: Any, state: Any, step: int, first_row: int, data: loader.Loader, chat: Any,
-    ckpts: Any, writer: Any, stop: Stop,
+    cfg: TrainConfig, mesh: Any, state: Any, step: int, first_row: int, data: loader.Loader,
+    chat: Any, ckpts: Any, writer: Any, stop: Stop,
 ) -> tuple[Any, int]:  # fmt: skip
     """Steps until the last one or a signal, logging one step late; always ends saved."""
     compiled = None

@@ -51,6 +51,13 @@ def test_hue_follows_the_larger_area_and_wraps_around():
     assert emoji.hue_distance(350, 10) == 20 and emoji.hue_distance(10, 350) == 20
 
 
+def test_shades_count_together():
+    """Two shades of red outweigh one flat green of more pixels than either."""
+    rows = [(255, 0, 30)] * 3 + [(255, 30, 0)] * 3 + [(0, 255, 0)] * 4
+    picture = np.repeat(np.asarray(rows, np.uint8)[:, None], 10, axis=1)
+    assert emoji.hue_distance(emoji.dominant_hue(picture), 0) < 1
+
+
 def test_grey_has_no_hue_and_is_never_right():
     grey = np.full((64, 64, 3), 128, np.uint8)
     assert np.isnan(emoji.dominant_hue(grey))
@@ -92,6 +99,16 @@ def test_equal_pictures_stand_at_chance():
         scores = emoji.score_retrieval([picture] * len(labels), labels, gallery)
         assert scores["percentile"]["score"] == pytest.approx(0.5, abs=0.02)
         assert not scores["percentile"]["beats"]
+
+
+def test_candidates_are_in_the_colour_that_was_asked_for():
+    """A blue square for 'a red triangle' finds the red square, not a blue triangle's class."""
+    a, b = "round shape 3", "round shape 4"
+    labels = [emoji.Label(a, "red"), emoji.Label(a, "blue"), emoji.Label(b, "red")]
+    drawn = [_draw(a, "red"), _draw(b, "blue"), _draw(b, "red")]
+    gallery = emoji.make_gallery(drawn, labels)
+    table, candidates = emoji.ranks([_draw(b, "blue")], labels[:1], gallery)
+    assert table.tolist() == [[2.0]] and candidates == [2]
 
 
 def test_a_colour_alone_retrieves_nothing():
@@ -207,6 +224,9 @@ def test_sheet_shows_every_picture_as_painted_with_its_label():
         assert (grid == colour).all(-1).sum() == 128 * 128
     assert (grid.sum(-1) < 60).sum() > 50  # dark text
     assert sheet.make_sheet(pictures[:1], [""]).width < 160
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    grid = np.asarray(sheet.make_sheet([noise], [""], scale=2))
+    np.testing.assert_array_equal(grid[8:136, 8:136], noise.repeat(2, 0).repeat(2, 1))
 
 
 @pytest.mark.parametrize("labels", [[], ["a"], ["a", "b", "c"]])
@@ -270,7 +290,10 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert len(report["model"]["model.json"]) == len(report["data"]["files_sha256"]) == 64
     assert out.with_suffix(".png").exists()
     said = capsys.readouterr().out
-    assert "24/24" in said and "captions heldout pairs: exact, against constant" in said
+    assert (
+        "24/24 (untrained pairs 8/8)" in said
+        and "captions heldout pairs: exact, against constant" in said
+    )
 
 
 def test_resolve_takes_the_newest_finished_checkpoint(tmp_path):

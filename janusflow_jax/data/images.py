@@ -6,8 +6,10 @@ Pictures stay uint8 until they are on the device; `to_float` is the one normalis
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
@@ -93,6 +95,32 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def read(picture: Any) -> np.ndarray:
+    """A path, PIL image, encoded bytes or array -> uint8[H, W, 3].
+
+    Raises: BadImage: not a picture that can be read; says why and which.
+    """
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise BadImage(
+                f"image array: expected uint8[H, W, 3]; got {picture.dtype}{picture.shape}"
+            )
+        return picture
+    if isinstance(picture, Image.Image):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")  # one path for grey, palette and transparent pictures
+        return decode(buffer.getvalue())
+    if isinstance(picture, bytes):
+        return decode(picture)
+    path = epath.Path(picture)
+    if not path.is_file():
+        raise BadImage(f"image {path}: no such file")
+    try:
+        return decode(path.read_bytes())
+    except BadImage as error:
+        raise BadImage(f"image {path}: {error}") from error
 
 
 def for_understanding(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "H H 3"]:

@@ -148,7 +148,7 @@ class GenEncoder(nn.Module):
     @nn.compact
     def __call__(
         self, z: Float[Array, "B H W C"], timesteps: Float[Array, " B"]
-    ) -> tuple[Float[Array, "B h w W"], Float[Array, "B D"]]:
+    ) -> tuple[Float[Array, "B h w G"], Float[Array, "B D"]]:
         """Args: z: noisy latents; timesteps: 1000 * t. Returns: features, time embedding."""
         cfg = self.cfg
         t_emb = TimeEmbedding(cfg.width, self.llm_width, self.dtype, name="time_embed")(timesteps)
@@ -188,8 +188,8 @@ class GenDecoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        hidden: Float[Array, "B h w W"],
-        skip: Float[Array, "B h w W"],
+        hidden: Float[Array, "B h w G"],
+        skip: Float[Array, "B h w G"],
         t_emb: Float[Array, "B D"],
     ) -> Float[Array, "B H V C"]:
         """Args: hidden: LLM features through `gen_head`; skip: the encoder's output."""

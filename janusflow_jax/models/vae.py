@@ -54,15 +54,18 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        y = x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, channels // self.groups)
+        y = x.astype(jnp.float32)
         y = y - self._mean(y)
         y = y * lax.rsqrt(self._mean(y * y) + self.eps)
-        return (y.reshape(x.shape) * scale + bias).astype(x.dtype)
+        return (y * scale + bias).astype(x.dtype)
 
-    @staticmethod
-    def _mean(y: Float[Array, "B H W G C"]) -> Float[Array, "B 1 1 G 1"]:
-        """Mean of each group, rows first: on CPU one long float32 sum costs 1e-5 at 64 px."""
-        return jnp.mean(jnp.mean(y, axis=2, keepdims=True), axis=(1, 4), keepdims=True)
+    def _mean(self, y: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:
+        """Mean of each channel's group. Rows first: on CPU one long float32 sum costs 1e-5 at
+        64 px; channels before groups: the pixels keep their layout, which is faster there."""
+        channel = jnp.mean(jnp.mean(y, axis=2), axis=1)
+        size = y.shape[-1] // self.groups
+        group = jnp.mean(channel.reshape(len(y), self.groups, size), axis=-1)
+        return jnp.repeat(group, size, axis=-1)[:, None, None]
 
 
 class Resnet(nn.Module):

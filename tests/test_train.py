@@ -1,0 +1,205 @@
+"""The whole loop at test size: train, resume, shard, refuse, and use what it left."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from janusflow_jax import checkpoint, pipeline, sharding, train, train_step
+from janusflow_jax import config as c
+from janusflow_jax.data import chat_format, loader, rows, sources
+from janusflow_jax.models import janusflow, vae
+
+ROOT = Path(__file__).parents[1]
+HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
+COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (30, 180, 40)}
+
+
+def record(i: int) -> dict:
+    colour = list(COLOURS)[i % 3]
+    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels[8 : 40 + i % 8, 16:48] = COLOURS[colour]
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return {"id": str(i), "image": data.getvalue(), "captions": [f"a {colour} fox"]}
+
+
+class Store(list):
+    def __repr__(self) -> str:
+        return f"Store of {len(self)}"
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    records = Store(record(i) for i in range(30))
+    monkeypatch.setattr(sources, "open_source", lambda path, split: records)
+    monkeypatch.chdir(tmp_path)
+    return records
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def fresh(model: c.ModelConfig, key) -> tuple:
+    return janusflow.init_params(model, key), vae.init_params(model.vae, key)
+
+
+def config(workdir, **changes) -> c.TrainConfig:
+    cfg = runpy.run_path(str(ROOT / "configs" / "emoji.py"))["get_config"]("test")
+    cfg.tokenizer, cfg.workdir = str(HUB), str(workdir)
+    for name, value in changes.items():
+        setattr(cfg, name, value)
+    return cfg
+
+
+def final(workdir) -> dict:
+    step = checkpoint.committed_steps(workdir)[-1]
+    folder = Path(workdir) / "checkpoints" / str(step)
+    trees = {n: checkpoint._load_tree(folder / n) for n in ("params", "ema", "opt_state")}
+    return checkpoint.flat(jax.device_get(trees))
+
+
+def lines(workdir) -> list[dict]:
+    return [json.loads(x) for x in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resumed_run_equals_uninterrupted_bit_for_bit(store, tmp_path):
+    train.train(config("whole"))
+    train.train(config("parts", num_steps=2))
+    train.train(config("parts", num_steps=4))
+    a, b = final("whole"), final("parts")
+    assert a.keys() == b.keys() and len(a) > 100
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert [x["step"] for x in lines("parts")] == [1, 2, 3, 4]
+    for x, y in zip(lines("whole"), lines("parts"), strict=True):
+        assert x["loss"] == y["loss"] and x["loss_rf"] > 0 and x["loss_ar"] > 0
+
+    # What training left is used by the same face as any model.
+    assert sorted(p.name for p in Path("whole/samples").iterdir()) == [
+        "captions_000004.jsonl",
+        "sheet_000004.png",
+    ]
+    model = pipeline.load("whole")
+    args = {"num_steps": 2, "output": "latent"}
+    both = model.generate(["a red fox", "a very blue fox in the snow"], seed=3, **args)
+    alone = model.generate("a very blue fox in the snow", seed=4, **args)
+    np.testing.assert_allclose(both[1:], alone, atol=1e-5)
+    assert isinstance(model.chat("What is this?", [record(0)["image"]], max_new_tokens=4), str)
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_sharded_step_equals_single_device(store, accum):
+    cfg = config("x", loss=c.LossConfig(norm="per_sample"))
+    cfg.optim.accum_steps = accum
+    chat = chat_format.ChatFormat.load(str(HUB))
+    batches = loader.Loader(cfg.data, cfg.model, chat, 8).batches(0)
+    data = [next(batches)[0] for _ in range(2)]
+    batches.close()
+    key = jax.random.key(0)
+    params, vae_params = jax.device_get(fresh(cfg.model, key))
+    # The last kernels start at zero; these do not, so that every part matters.
+    params = jax.tree.map(lambda x: x + np.float32(0.01), params)
+    losses = {}
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        devices = jax.devices()[: int(np.prod(shape))]
+        mesh = sharding.make_mesh(
+            c.MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]), devices
+        )
+        with jax.set_mesh(mesh):
+            state = train.make_state(cfg, mesh, params, vae_params)
+            step = None
+            losses[shape] = []
+            for batch in data:
+                batch = sharding.put_batch(batch, mesh, 8)
+                step = step or train_step.jit_train_step(cfg, mesh, state, batch)
+                state, out = step(state, batch)
+                losses[shape].append([float(out[n]) for n in ("loss", "loss_rf", "grad_norm")])
+        if shape == (2, 2, 2):
+            kernel = state["params"]["llm"]["layers"]["block"]["mlp"]["up"]["kernel"]
+            moment = state["opt_state"][1][0].mu["llm"]["layers"]["block"]["mlp"]["up"]["kernel"]
+            assert kernel.sharding.shard_shape(kernel.shape) == (3, 32, 88)
+            assert moment.sharding == kernel.sharding
+    np.testing.assert_allclose(losses[(2, 2, 2)], losses[(1, 1, 1)], rtol=2e-5)
+
+
+def test_accumulation_equals_one_big_batch(store):
+    chat = chat_format.ChatFormat.load(str(HUB))
+    out = {}
+    for accum in (1, 4):
+        cfg = config("x")
+        cfg.optim.accum_steps = accum
+        batches = loader.Loader(cfg.data, cfg.model, chat, 8).batches(0)
+        batch = next(batches)[0]
+        batches.close()
+        key = jax.random.key(0)
+        params, vae_params = fresh(cfg.model, key)
+        state = train_step.create_state(cfg, params, vae_params)
+        _, metrics = jax.jit(train_step.make_train_step(cfg))(state, batch)
+        out[accum] = [float(metrics[n]) for n in ("loss", "grad_norm", "grad_norm/llm")]
+    np.testing.assert_allclose(out[1], out[4], rtol=1e-5)
+
+
+def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
+    cfg = config("frozen", train_parts=("gen_encoder", "gen_decoder"), num_steps=2)
+    train.train(cfg)
+    saved = final("frozen")
+    moments = [n for n in saved if n.startswith("opt_state") and "/mu/" in n]
+    assert moments and all("/gen_encoder/" in n or "/gen_decoder/" in n for n in moments)
+    start = checkpoint.flat(jax.device_get(fresh(cfg.model, jax.random.key(0))[0]))
+    name = "llm/layers/block/mlp/up/kernel"
+    np.testing.assert_allclose(saved[f"params/{name}"], start[name], atol=1e-7)
+    name = "gen_decoder/out_conv/kernel"
+    assert np.abs(saved[f"params/{name}"] - start[name]).max() > 1e-6
+
+
+def test_one_bad_record_does_not_end_a_run_and_many_do(store):
+    store[3]["image"] = store[3]["image"][:200]
+    store[4]["captions"] = [""]
+    train.train(config("some", num_steps=3))
+    assert lines("some")[-1]["bad_samples"] > 0
+    for r in store:
+        r["image"] = b"not a picture"
+    with pytest.raises(loader.BadDataError, match="at most"):
+        train.train(config("many", num_steps=50))
+
+
+def test_refuses_what_cannot_work(store, tmp_path):
+    with pytest.raises(c.ConfigError, match="would start from random numbers"):
+        train.train(config("a", allow_fresh=False))
+    with pytest.raises(c.ConfigError, match="data.sources"):
+        train.train(config("a", data=c.DataConfig()))
+    with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
+        train.train(config("a", init=(("llm", "nowhere"),)))
+    train.train(config("a", num_steps=1))
+    with pytest.raises(checkpoint.CheckpointError, match="seed: 0 then, 1 now"):
+        train.train(config("a", num_steps=2, seed=1))
+    other = config("b", num_steps=1, init=(("llm", str(tmp_path / "a")),))
+    other.model.llm.mlp_width = 64
+    with pytest.raises(c.ConfigError, match="mlp/up/kernel: expected shape"):
+        train.train(other)
+
+
+def test_a_damaged_checkpoint_is_named(store):
+    train.train(config("run", num_steps=1))
+    folder = Path("run/checkpoints/1/params")
+    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(checkpoint.CheckpointError, match=file.name):
+        pipeline.load("run")
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        train.train(config("run", num_steps=2))
+
+
+def test_empty_data_is_an_error(store):
+    store.clear()
+    with pytest.raises((rows.DataError, ValueError)):
+        train.train(config("none"))
