@@ -343,7 +343,7 @@ def _seeds(seed: int | Sequence[int], num_prompts: int, per_prompt: int) -> list
     return [int(s) + j for s in seed for j in range(per_prompt)]
 
 
-def _pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _pad(ids: Sequence[Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded int32[B, P], P in buckets, and lengths int32[B]."""
     lengths = np.asarray([len(x) for x in ids], np.int32)
     size = -(-int(lengths.max()) // PROMPT_BUCKET) * PROMPT_BUCKET

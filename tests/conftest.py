@@ -1,6 +1,7 @@
 """Every test runs on 8 fake CPU devices, in full float32 precision, and downloads nothing."""
 
 import os
+import tempfile
 
 # The environment is for processes that tests start; JAX may be imported already (jaxtyping's
 # pytest plugin comes first), so this one is told by its config.
@@ -15,3 +16,8 @@ import jax  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Tests compile the same steps again and again; within one session each is compiled once.
+_cache = tempfile.TemporaryDirectory(prefix="jax-cache-")
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

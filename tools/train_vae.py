@@ -2,11 +2,11 @@
 
     python tools/train_vae.py --data data/openmoji --out starts/emoji_vae --minutes 15
 
-The architecture is SDXL's at small widths. Loss: L1 and squared error of pixels, L1 of
-their local means (colour) and of their differences between neighbours (edges), and a small KL term. JanusFlow multiplies latents by SDXL's 0.13025, so at the
-end the latent basis is changed exactly (an affine map per channel, folded into quant_conv and
-undone in post_quant_conv) to make the scaled latents of the training pictures zero-mean and of
-unit variance; reconstructions do not change.
+The architecture is SDXL's at small widths. Loss: L1 and squared error of pixels, L1 of their local
+means (colour) and of their differences between neighbours (edges), and a small KL term. JanusFlow
+multiplies latents by SDXL's 0.13025, so at the end the latent basis is changed exactly (an affine
+map per channel, folded into quant_conv and undone in post_quant_conv) to make the scaled latents
+of the training pictures zero-mean and of unit variance; reconstructions do not change.
 """
 
 from __future__ import annotations
