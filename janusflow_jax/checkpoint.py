@@ -203,8 +203,9 @@ def _check_parts(
         raise CheckpointError(f"{folder}: its arrays do not fit its config:\n{listed}")
 
 
-def _load_tree(path: epath.Path) -> Any:
+def _load_tree(path: Any) -> Any:
     """Every array of an Orbax folder, onto the default device."""
+    path = epath.Path(path).resolve()  # Orbax takes absolute paths only
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device),

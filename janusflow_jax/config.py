@@ -262,7 +262,7 @@ MODEL_SIZES = {
         ),
         und=SiglipConfig(image_size=64, width=96, num_layers=4, num_heads=3, mlp_width=384),
         gen=GenConfig(width=192),
-        vae=VaeConfig(channels=(16, 32, 64, 64), norm_groups=8),
+        vae=VaeConfig(channels=(16, 32, 64, 64), norm_groups=4),
         repa=RepaConfig(layer=2, width=192),
     ),
     "small": lambda: ModelConfig(
