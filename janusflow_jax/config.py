@@ -260,9 +260,11 @@ MODEL_SIZES = {
             vocab_size=640, width=192, mlp_width=512, num_layers=4, num_heads=6, num_kv_heads=6,
             head_dim=32,
         ),
-        und=SiglipConfig(image_size=64, width=96, num_layers=4, num_heads=3, mlp_width=384),
+        und=SiglipConfig(
+            image_size=64, patch_size=8, width=96, num_layers=4, num_heads=3, mlp_width=384
+        ),
         gen=GenConfig(width=192),
-        vae=VaeConfig(channels=(16, 32, 64, 64), norm_groups=4),
+        vae=VaeConfig(channels=(16, 32, 64), layers_per_block=1, norm_groups=4),
         repa=RepaConfig(layer=2, width=192),
     ),
     "small": lambda: ModelConfig(

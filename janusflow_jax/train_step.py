@@ -111,7 +111,7 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, dic
         totals = losses.counts(batch, num_gen)
         weight = losses.weights(cfg.loss, totals, shares)
         (loss, (sums, extras)), grads = accumulate(state, batch, weight)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -127,7 +127,7 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, dic
         metrics = {f"loss_{n}": sums[n] / jnp.maximum(totals[n], 1.0) for n in losses.TASKS}
         metrics |= {f"count_{n}": totals[n] for n in ("ar", "rf")}
         metrics |= {"loss": loss, "grad_norm": norm, "ok": ok, "lr": lr(state["step"])}
-        metrics |= {f"grad_norm/{k}": optax.global_norm(v) for k, v in grads.items()}
+        metrics |= {f"grad_norm/{k}": optax.tree.norm(v) for k, v in grads.items()}
         for i in range(losses.T_BUCKETS if "rf_by_t" in extras else 0):
             metrics[f"loss_rf/t{i}"] = extras["rf_by_t"][i] / jnp.maximum(
                 extras["count_by_t"][i], 1.0

@@ -95,13 +95,11 @@ def test_standardised_latents():
     mean, logvar = map(np.asarray, run("encode", before, x))
     new_mean, new_logvar = map(np.asarray, run("encode", after, x))
     axes = (0, 1, 2)
+
     # Scaled, a sampled latent has mean 0 and variance 1 in every channel; before, it had not.
-    spread = lambda m, v: (
-        (m * CFG.scaling_factor).var(axes)
-        + (  # noqa: E731
-            np.exp(v) * CFG.scaling_factor**2
-        ).mean(axes)
-    )
+    def spread(m, v):
+        return CFG.scaling_factor**2 * (m.var(axes) + np.exp(v).mean(axes))
+
     assert np.abs(spread(mean, logvar) - 1).min() > 0.1
     np.testing.assert_allclose(new_mean.mean(axes), 0, atol=1e-4)
     np.testing.assert_allclose(spread(new_mean, new_logvar), 1, rtol=1e-4)
@@ -112,27 +110,22 @@ def test_standardised_latents():
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
-def test_augmentation_only_mirrors_and_permutes_colours():
-    x = jnp.asarray(noise(9, 8, 4, 4, 3))
-    got = np.asarray(train_vae.augment(jax.random.key(1), x))
-    for before, after in zip(np.asarray(x), got, strict=True):
-        options = (before, before[:, ::-1])
-        found = [
-            all(any(np.array_equal(after[..., i], o[..., j]) for j in range(3)) for i in range(3))
-            for o in options
-        ]
-        assert any(found)
-    assert not np.array_equal(got, x)
+def test_augmentation_only_mirrors():
+    x = noise(9, 16, 4, 4, 3)
+    got = np.asarray(train_vae.augment(jax.random.key(1), jnp.asarray(x)))
+    mirrored = [np.array_equal(a, b[:, ::-1]) for a, b in zip(got, x, strict=True)]
+    same = [np.array_equal(a, b) for a, b in zip(got, x, strict=True)]
+    assert all(m != s for m, s in zip(mirrored, same, strict=True))
+    assert any(mirrored) and any(same)
 
 
-@pytest.mark.parametrize("budget", [["--steps", "12"], ["--minutes", "0.05"]])
-def test_training_saves_a_start_that_loads(tmp_path, monkeypatch, capsys, budget):
+def test_training_saves_a_start_that_loads(tmp_path, monkeypatch, capsys):
     model = config.model_config("test")
     model.image_size, model.vae = 16, CFG
     monkeypatch.setattr(train_vae.c, "model_config", lambda name: model)
     monkeypatch.setattr(train_vae, "load_split", lambda data, split, size: pixels(32, size))
     out, preview = tmp_path / "start", tmp_path / "preview.png"
-    argv = ["--out", str(out), "--preview", str(preview), "--batch", "4", *budget]
+    argv = ["--out", str(out), "--preview", str(preview), "--steps", "12"]
     train_vae.main(argv)
     printed = capsys.readouterr().out
     assert "heldout_pairs: PSNR" in printed and "heldout_views: PSNR" in printed

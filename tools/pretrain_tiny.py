@@ -33,7 +33,7 @@ def make_config(args: argparse.Namespace, hub: str) -> c.TrainConfig:
         name="pretrain_tiny",
         workdir=args.workdir,
         model=c.model_config("emoji"),
-        data=c.DataConfig(sources=(source,), row_len=160, gen_slots=0, und_slots=2, seed=args.seed),
+        data=c.DataConfig(sources=(source,), row_len=256, gen_slots=0, und_slots=2, seed=args.seed),
         optim=c.OptimConfig(
             lr=args.lr, warmup_steps=100, decay_steps=args.steps // 2, ema=0.995, weight_decay=0.05
         ),

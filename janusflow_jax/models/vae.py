@@ -31,13 +31,13 @@ class Conv3x3(nn.Module):
 
     features: int
     stride: int = 1
+    kernel_init: layers.Init = nn.initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2)
+    )
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2)
-        )
-        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         padding = "SAME" if self.stride == 1 else ((0, 1), (0, 1))
         return _conv(x, kernel.astype(x.dtype), self.stride, padding) + bias.astype(x.dtype)
@@ -76,7 +76,9 @@ class Resnet(nn.Module):
     def __call__(self, x: Array) -> Array:
         norm = lambda name: GroupNorm(self.cfg.norm_groups, self.cfg.norm_eps, name=name)  # noqa: E731
         h = Conv3x3(self.features, name="conv1")(jax.nn.silu(norm("norm1")(x)))
-        h = Conv3x3(self.features, name="conv2")(jax.nn.silu(norm("norm2")(h)))
+        h = Conv3x3(self.features, kernel_init=nn.initializers.zeros, name="conv2")(
+            jax.nn.silu(norm("norm2")(h))
+        )
         if x.shape[-1] != self.features:
             x = layers.Linear(self.features, name="shortcut")(x)
         return x + h
@@ -94,7 +96,8 @@ class Attention(nn.Module):
         h = h.reshape(batch, height * width, channels)
         q, k, v = (layers.Linear(channels, name=n)(h)[:, :, None] for n in ("q", "k", "v"))
         h = layers.attention(q, k, v)[:, :, 0]
-        return x + layers.Linear(channels, name="o")(h).reshape(x.shape)
+        h = layers.Linear(channels, kernel_init=nn.initializers.zeros, name="o")(h)
+        return x + h.reshape(x.shape)
 
 
 class Mid(nn.Module):
