@@ -65,7 +65,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     cfg = c.TrainConfig(
         name="-".join(["emoji", *sorted(names)]),
         model=c.model_config("emoji"),
-        data=c.DataConfig(sources=(understand, generate), row_len=256, gen_slots=3, und_slots=1),
+        data=c.DataConfig(sources=(understand, generate), row_len=160, gen_slots=5, und_slots=2),
         optim=c.OptimConfig(lr=1e-3, warmup_steps=100, decay_steps=steps // 2, ema=0.995),
         loss=c.LossConfig(repa_weight=0.0 if "norepa" in names else 1.0),
         init=(

@@ -29,6 +29,9 @@ PRETRAINED_PARTS = ("vae", "und_encoder", "llm")
 """Parts that must have learned something before training starts (unless `allow_fresh`)."""
 
 
+OPTIMIZERS = ("adamw", "muon")
+
+
 class ConfigError(ValueError):
     """A config that cannot work: the message names every problem and what to do."""
 
@@ -157,6 +160,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
+    name: str = "adamw"  # adamw (the paper's) | muon (kernels by Muon, the rest by AdamW)
     lr: float = 1e-4
     warmup_steps: int = 2000
     decay_steps: int = 0  # linear decay to 0 over the last steps; 0: constant, as the paper
@@ -261,9 +265,9 @@ MODEL_SIZES = {
             head_dim=32,
         ),
         und=SiglipConfig(
-            image_size=64, patch_size=8, width=96, num_layers=4, num_heads=3, mlp_width=384
+            image_size=64, patch_size=16, width=96, num_layers=4, num_heads=3, mlp_width=384
         ),
-        gen=GenConfig(width=192),
+        gen=GenConfig(width=192, patch_size=4),
         vae=VaeConfig(channels=(16, 32, 64), layers_per_block=1, norm_groups=4),
         repa=RepaConfig(layer=2, width=192),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from janusflow_jax.config import STAGE_PARTS, ModelConfig, TrainConfig
+from janusflow_jax.config import OPTIMIZERS, STAGE_PARTS, ModelConfig, TrainConfig
 
 
 def model_problems(cfg: ModelConfig) -> list[str]:
@@ -63,6 +63,10 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         optim.accum_steps > 0 and cfg.batch_rows % optim.accum_steps == 0,
         f"optim.accum_steps: expected a divisor of batch_rows ({cfg.batch_rows}); "
         f"got {optim.accum_steps}",
+    )
+    check(
+        optim.name in OPTIMIZERS,
+        f"optim.name: expected one of {', '.join(OPTIMIZERS)}; got {optim.name!r}",
     )
     check(optim.lr > 0, f"optim.lr: expected > 0; got {optim.lr}")
     check(0 <= optim.ema < 1, f"optim.ema: expected 0 (off) or in (0, 1); got {optim.ema}")

@@ -1,4 +1,4 @@
-"""The optimizer and what is trainable: AdamW, clipping and warm-up by optax; EMA; freezing.
+"""The optimizer and what is trainable: AdamW or Muon, clipping and warm-up by optax; EMA; freezing.
 
 A frozen part is an argument of the step, not a masked gradient: it takes no gradient and no
 optimizer memory (PROTOTYPES section 5).
@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
+from janusflow_jax import sharding
 from janusflow_jax.config import OptimConfig
 
 Tree = dict[str, Any]
@@ -29,17 +31,40 @@ def schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW."""
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(
-            schedule(cfg, num_steps),
-            b1=cfg.b1,
-            b2=cfg.b2,
-            eps=cfg.eps,
+    """Clip by global norm, then AdamW or Muon.
+
+    Muon takes the kernels inside the parts; embeddings, the LLM's head, depthwise kernels, norms
+    and biases stay with AdamW at the same rate (`consistent_rms` gives both updates the same size).
+    """
+    rate = schedule(cfg, num_steps)
+    if cfg.name == "muon":
+        update = contrib.muon(
+            rate,
+            consistent_rms=1.0,
             weight_decay=cfg.weight_decay,
-        ),
-    )
+            adam_b1=cfg.b1,
+            adam_b2=cfg.b2,
+            adam_weight_decay=cfg.weight_decay,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )
+    else:
+        update = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
+
+
+def muon_dimensions(params: Tree) -> Tree:
+    """For every parameter its inputs and outputs as axes, or None where Muon is not meant."""
+
+    def dimensions(path: Any, x: Any) -> contrib.MuonDimensionNumbers | None:
+        name = sharding.path_name(path)
+        if not name.endswith("kernel") or name.endswith("llm/head/kernel") or x.ndim < 2:
+            return None
+        if x.ndim == 4:  # convolution: height, width and inputs to outputs; depthwise: none
+            return contrib.MuonDimensionNumbers((0, 1, 2), 3) if x.shape[2] > 1 else None
+        return contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)  # stacked layers lead
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def split(params: Tree, train_parts: tuple[str, ...]) -> tuple[Tree, Tree]:

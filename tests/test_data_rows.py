@@ -335,7 +335,7 @@ def test_io_errors_are_tried_again_then_stop(monkeypatch):
 
 def test_every_problem_of_a_mixture_is_said_at_once(stores, chat):
     bad = config(sources=(source("a", task="understand"), source("a", task="draw")), und_slots=0)
-    model = config_lib.model_config("emoji", image_size=128)
+    model = config_lib.model_config("test", image_size=128)
     model.llm.vocab_size = 600
     with pytest.raises(rows.DataError) as e:
         rows.Rows(bad, model, chat)

@@ -28,14 +28,19 @@ PARTS = ("llm", "und_encoder", "und_aligner", "und_begin")
 
 def make_config(args: argparse.Namespace, hub: str) -> c.TrainConfig:
     """The understanding-only run. Fresh parts are the point of it, hence `allow_fresh`."""
-    source = c.SourceConfig(name="describe", path=args.data, task="understand", format="chat")
+    source = c.SourceConfig(name="describe", path=args.data, task="understand", format="plain")
     return c.TrainConfig(
         name="pretrain_tiny",
         workdir=args.workdir,
         model=c.model_config("emoji"),
-        data=c.DataConfig(sources=(source,), row_len=256, gen_slots=0, und_slots=2, seed=args.seed),
+        data=c.DataConfig(sources=(source,), row_len=160, gen_slots=0, und_slots=6, seed=args.seed),
         optim=c.OptimConfig(
-            lr=args.lr, warmup_steps=100, decay_steps=args.steps // 2, ema=0.995, weight_decay=0.05
+            name="muon",
+            lr=args.lr,
+            warmup_steps=50,
+            decay_steps=args.steps // 2,
+            ema=0.995,
+            weight_decay=0.05,
         ),
         loss=c.LossConfig(rf_weight=0.0, repa_weight=0.0),
         tokenizer=hub,
@@ -68,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", default="starts/emoji_llm")
     p.add_argument("--workdir", default="runs/pretrain_tiny")
     p.add_argument("--steps", type=int, default=1500)
-    p.add_argument("--batch-rows", type=int, default=32)
-    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--batch-rows", type=int, default=8)
+    p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--overwrite", action="store_true")
     args = p.parse_args(argv)
@@ -101,6 +106,12 @@ def main(argv: list[str] | None = None) -> None:
         extra=extra,
         overwrite=args.overwrite,
     )
+    options = f"--steps {args.steps} --batch-rows {args.batch_rows} --lr {args.lr}"
+    command = f"python tools/pretrain_tiny.py {options} --out starts/emoji_llm"
+    notice = openmoji_build.START_NOTICE.format(
+        title="The quick start's SigLIP and language model", command=command
+    )
+    (epath.Path(args.out) / "README.md").write_text(notice)
     print(json.dumps(extra), f"{(time.time() - began) / 60:.1f} min, saved to {args.out}")
 
 

@@ -34,8 +34,20 @@ License of the drawings and of these pictures: CC BY-SA 4.0
 (https://creativecommons.org/licenses/by-sa/4.0/).
 Changes: one fill of each drawing is replaced by a colour of our palette; the drawing is turned by
 up to 10 degrees, scaled and shifted, and rendered on white.
-Names: the package `emoji` and this project.
+Names: this project's.
 Made by tools/prepare_openmoji.py.
+"""
+
+START_NOTICE = """\
+# {title}
+
+Weights that the quick start (`configs/emoji.py`) begins from, made by
+
+    {command}
+
+They were learned from drawings of [OpenMoji](https://openmoji.org) 17 - the open-source emoji and
+icon project - recoloured and rendered by `tools/prepare_openmoji.py`, and are under the drawings'
+licence, [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/).
 """
 
 
