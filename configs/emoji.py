@@ -66,7 +66,9 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         name="-".join(["emoji", *sorted(names)]),
         model=c.model_config("emoji"),
         data=c.DataConfig(sources=(understand, generate), row_len=160, gen_slots=5, und_slots=2),
-        optim=c.OptimConfig(lr=1e-3, warmup_steps=100, decay_steps=steps // 2, ema=0.995),
+        optim=c.OptimConfig(
+            name="muon", lr=1e-3, warmup_steps=50, decay_steps=steps // 2, ema=0.995
+        ),
         loss=c.LossConfig(repa_weight=0.0 if "norepa" in names else 1.0),
         init=(
             ("vae", "starts/emoji_vae"),
@@ -76,7 +78,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
             ("llm", "starts/emoji_llm"),
         ),
         train_parts=tuple(p for p in c.STAGE_PARTS if p != "und_encoder"),
-        batch_rows=16,
+        batch_rows=8,
         num_steps=steps,
         remat=False,
         log_every_steps=20,

@@ -223,7 +223,9 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """The verdicts as text: a line each, columns aligned."""
-    rows = [("", "result", "score", "baseline", "difference, 95 % interval", "")]
+    rows: list[tuple[str, ...]] = [
+        ("", "result", "score", "baseline", "difference, 95 % interval", "")
+    ]
     for x in lines:
         numbers = ("", "", "")
         if "difference" in x:

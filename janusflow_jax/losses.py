@@ -147,7 +147,9 @@ def loss_sums(
     rows, num_slots = task.shape
     text = run("embed_tokens", batch["tokens"])
     gen_slots = und_slots = None
-    features = t_emb = velocity_target = None
+    features: Any = None
+    t_emb: Any = None
+    velocity_target: Any = None
     gen_images = batch["images"][:, :num_gen]
     if num_gen:
         if latents is None:
@@ -175,7 +177,7 @@ def loss_sums(
         layers.segment_mask(batch["segment_ids"]),
         capture=cfg.repa.layer if use_repa else 0,
     )
-    sums = dict.fromkeys(TASKS, jnp.float32(0))
+    sums: Sums = {name: jnp.float32(0) for name in TASKS}
     sums["ar"] = ar_sum(model, params, hidden, batch["tokens"], batch["target_mask"], loss.ce_chunk)
     extras: dict[str, Array] = {}
     if num_gen:
@@ -187,12 +189,11 @@ def loss_sums(
         sums["rf"] = jnp.sum(error * active)
         extras = _by_time(error, active, draws["t"]) | {"velocity": v}
     if use_repa:
-        if repa_target is None:
-            repa_target = over_slots(
-                lambda pixels: run("siglip", to_float(pixels, dtype)), gen_images
-            )
+        target = repa_target
+        if target is None:
+            target = over_slots(lambda pixels: run("siglip", to_float(pixels, dtype)), gen_images)
         seen = janusflow.take_slots(seen, start[:, :num_gen], cfg.num_image_tokens)
-        similar = cosine(run("project_repa", seen), lax.stop_gradient(repa_target))
+        similar = cosine(run("project_repa", seen), lax.stop_gradient(target))
         sums["repa"] = -jnp.sum(jnp.mean(similar, axis=-1) * active)
     return sums, extras
 

@@ -6,7 +6,7 @@ optimizer memory (PROTOTYPES section 5).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
             adam_b2=cfg.b2,
             adam_weight_decay=cfg.weight_decay,
             adam_learning_rate=rate,
-            muon_weight_dimension_numbers=muon_dimensions,
+            muon_weight_dimension_numbers=cast(Any, muon_dimensions),
         )
     else:
         update = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)

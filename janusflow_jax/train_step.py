@@ -115,9 +115,9 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, dic
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        new = {"params": params, "opt_state": opt_state}
+        new: State = {"params": params, "opt_state": opt_state}
         if cfg.optim.ema:
-            new["ema"] = optim.update_ema(state["ema"], params, cfg.optim.ema, state["step"])
+            new["ema"] = optim.update_ema(state["ema"], new["params"], cfg.optim.ema, state["step"])
         # A non-finite step changes nothing but the counters.
         new = {
             n: jax.tree.map(lambda a, b: jnp.where(ok, a, b), v, state[n]) for n, v in new.items()

@@ -166,6 +166,7 @@ def test_a_packed_sample_sees_no_other():
     np.testing.assert_array_equal(grad > 0, (batch["segment_ids"][0] == 2) & (np.arange(60) <= 30))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     model, params, vae = golden.model()
     batch = rows([[("u", 5), ("g", 7)]], 60)
@@ -210,6 +211,7 @@ def test_empty_slots_change_nothing():
         np.testing.assert_allclose(got[task], want[task], rtol=5e-6)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_loss_and_no_gradient():
     _, params, vae = golden.model()
     batch = rows([[("u", 5), ("g", 7)], [("g", 4)], [("u", 9)], [("g", 11), ("u", 3)]], 64)

@@ -94,7 +94,7 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(store, tmp_path):
     assert isinstance(model.chat("What is this?", [record(0)["image"]], max_new_tokens=4), str)
 
 
-@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("accum", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sharded_step_equals_single_device(store, accum):
     cfg = config("x", loss=c.LossConfig(norm="per_sample"))
     cfg.optim.accum_steps = accum
@@ -129,6 +129,7 @@ def test_sharded_step_equals_single_device(store, accum):
     np.testing.assert_allclose(losses[(2, 2, 2)], losses[(1, 1, 1)], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_big_batch(store):
     chat = chat_format.ChatFormat.load(str(HUB))
     out = {}

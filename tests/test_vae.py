@@ -52,15 +52,15 @@ def test_pictures_of_a_batch_do_not_see_one_another():
 
 def test_stride_two_pads_below_and_right_only():
     module = vae.Conv3x3(1, stride=2)
-    p = {"kernel": np.ones((3, 3, 1, 1), np.float32), "bias": np.zeros(1, np.float32)}
-    got = module.apply({"params": p}, np.ones((1, 4, 4, 1), np.float32))
+    p = {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}
+    got = module.apply({"params": p}, jnp.ones((1, 4, 4, 1)))
     np.testing.assert_array_equal(np.asarray(got)[0, :, :, 0], [[9, 6], [6, 4]])
 
 
 def test_group_norm_keeps_digits_under_a_large_mean():
     x = 50 + 0.1 * noise(4, 2, 8, 8, 8)  # the one-pass variance is 8 % off here
     p = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
-    got = vae.GroupNorm(2, 1e-6).apply({"params": p}, x)
+    got = vae.GroupNorm(2, 1e-6).apply({"params": p}, jnp.asarray(x))
     wide = x.astype(np.float64).reshape(2, 8, 8, 2, 4)
     mean, var = wide.mean((1, 2, 4), keepdims=True), wide.var((1, 2, 4), keepdims=True)
     want = ((wide - mean) / np.sqrt(var + 1e-6)).reshape(x.shape)
@@ -119,9 +119,10 @@ def test_augmentation_only_mirrors():
     assert any(mirrored) and any(same)
 
 
+@pytest.mark.slow
 def test_training_saves_a_start_that_loads(tmp_path, monkeypatch, capsys):
-    model = config.model_config("test")
-    model.image_size, model.vae = 16, CFG
+    model = config.model_config("test", image_size=32)
+    model.vae = CFG
     monkeypatch.setattr(train_vae.c, "model_config", lambda name: model)
     monkeypatch.setattr(train_vae, "load_split", lambda data, split, size: pixels(32, size))
     out, preview = tmp_path / "start", tmp_path / "preview.png"
@@ -138,7 +139,7 @@ def test_training_saves_a_start_that_loads(tmp_path, monkeypatch, capsys):
 
 
 def test_a_step_of_training_lowers_the_loss():
-    x = pixels(4) / np.float32(127.5) - 1
+    x = jnp.asarray(pixels(4) / np.float32(127.5) - 1)
     loss = jax.jit(lambda p: train_vae.loss_fn(p, x, jax.random.key(0), CFG, 1e-4)[0])
     value, grads = jax.jit(jax.value_and_grad(loss))(params())
     stepped = jax.tree.map(lambda p, g: p - 1e-3 * g, params(), grads)

@@ -64,7 +64,7 @@ def loss_fn(
     kl = 0.5 * jnp.mean(jnp.sum(mean**2 + jnp.exp(logvar) - 1 - logvar, axis=(1, 2, 3)))
     kl = kl / np.prod(x.shape[1:])
     l1, mse = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
-    colour = sum(jnp.mean(jnp.abs(pool(error, n))) for n in (4, 8))
+    colour = jnp.mean(jnp.abs(pool(error, 4))) + jnp.mean(jnp.abs(pool(error, 8)))
     loss = l1 + mse + colour + 0.25 * edges + kl_weight * kl
     return loss, {"l1": l1, "mse": mse, "colour": colour, "edges": edges, "kl": kl}
 

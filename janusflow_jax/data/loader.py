@@ -6,7 +6,7 @@ grain sees ranges of row numbers and nothing else; its iterator's state is never
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class Loader:
 
     def batches(
         self, first_row: int, rows_of_process: Sequence[int] | None = None
-    ) -> Iterator[tuple[dict[str, np.ndarray], Report]]:
+    ) -> Generator[tuple[dict[str, np.ndarray], Report], None, None]:
         """Batches of rows first_row, first_row + 1, ...; each batch is `batch_rows` further.
 
         Args:

@@ -86,9 +86,9 @@ class Siglip(nn.Module):
         x = images.astype(self.dtype).reshape(batch, side, p, side, p, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side * side, p * p * 3)
         x = PatchEmbed(cfg.width, p, name="patch_embed")(x)
-        position = self.param(
-            "pos_embedding", nn.initializers.normal(0.02), (cfg.num_tokens, cfg.width)
-        )
+        # Fresh, as the published SigLIP was: at 0.02 a small tower is blind to shapes for long.
+        init = nn.initializers.normal(cfg.width**-0.5)
+        position = self.param("pos_embedding", init, (cfg.num_tokens, cfg.width))
         x = sharding.constrain(x + position.astype(x.dtype), "batch", None, None)
         stack = nn.scan(
             Body,
