@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from janusflow_jax import sharding
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.models import convnext, layers, llama, siglip
 
@@ -162,6 +163,7 @@ def place_slots(
     source = jnp.sum(jnp.where(inside, first[:, None] + where, 0), axis=-1)  # slots never overlap
     vectors = jnp.concatenate(given, axis=1)
     vectors = vectors.reshape(len(text), -1, text.shape[-1]).astype(text.dtype)
+    vectors = sharding.constrain(vectors, "batch", None, None)  # a gather inside each row
     placed = jnp.take_along_axis(vectors, source[..., None], axis=1)
     return jnp.where(inside.any(-1)[..., None], placed, text)
 
@@ -172,5 +174,6 @@ def take_slots(
     """Reads back each slot's `length` feature positions (those after its first vector)."""
     index = slot_start[..., None] + 1 + jnp.arange(length)  # [B, K, S]
     index = jnp.minimum(index, x.shape[1] - 1).reshape(len(x), -1)
+    x = sharding.constrain(x, "batch", None, None)
     taken = jnp.take_along_axis(x, index[..., None], axis=1)
     return taken.reshape(*slot_start.shape, length, x.shape[-1])

@@ -1,0 +1,76 @@
+"""The weights that ship with the project: what they weigh, say of themselves, and have learned."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from janusflow_jax import checkpoint, pipeline
+from janusflow_jax.data import chat_format, images, openmoji, openmoji_classes, openmoji_sheet
+
+STARTS = Path(__file__).parents[1] / "starts"
+PARTS = {
+    "emoji_vae": {"vae"},
+    "emoji_llm": {"llm", "und_aligner", "und_begin", "und_encoder"},
+}
+
+
+@pytest.fixture(scope="module")
+def drawings() -> list[tuple[str, str, np.ndarray]]:
+    """(colour, name, uint8[64, 64, 3]) in a view that no split has."""
+    out = []
+    for i, (point, name) in enumerate(list(openmoji_classes.CLASSES.items())[::16]):
+        colour = list(openmoji_sheet.PALETTE)[i % 8]
+        svg = openmoji.load_class(point, name).recoloured(colour)
+        png = openmoji.render(svg, openmoji.View(3.3, 0.93, -0.7, 0.4), 64)
+        out.append((colour, name, images.decode(png)))
+    return out
+
+
+def test_size_parts_and_licence():
+    files = [p for p in STARTS.rglob("*") if p.is_file()]
+    assert max(p.stat().st_size for p in files) <= 5e6
+    assert sum(p.stat().st_size for p in files) <= 8e6
+    assert {p.name for p in STARTS.iterdir()} == set(PARTS)
+    for name, parts in PARTS.items():
+        loaded = checkpoint.load_model(STARTS / name)
+        assert set(loaded.meta["parts"]) == parts
+        notice = (STARTS / name / "README.md").read_text()
+        assert "CC BY-SA 4.0" in notice and "openmoji.org" in notice
+        assert f"--out starts/{name}" in notice
+        for tree in (loaded.params, loaded.vae):
+            assert all(x.dtype == "bfloat16" for x in jax.tree.leaves(tree))
+
+
+def test_the_vae_gives_a_drawing_back(drawings):
+    loaded = checkpoint.load_model(STARTS / "emoji_vae")
+    model = pipeline.JanusFlowPipeline(loaded.cfg, {}, loaded.vae, None)
+    x = np.stack([picture for _, _, picture in drawings])
+    latents = model.encode_image(list(x))
+    again = model.decode_latents(latents, "numpy")
+    error = np.mean((x / 255.0 - again / 255.0) ** 2, axis=(1, 2, 3))
+    assert (-10 * np.log10(error)).mean() > 26
+    # What the flow has to learn is near the noise in size.
+    np.testing.assert_allclose(np.std(latents), 1, atol=0.15)
+
+
+def test_the_language_model_names_colour_and_object(drawings):
+    loaded = checkpoint.load_model(STARTS / "emoji_llm")
+    chat = chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens)
+    model = pipeline.JanusFlowPipeline(loaded.cfg, loaded.params, {}, chat)
+    given = []
+    for _, _, picture in drawings:
+        data = io.BytesIO()
+        Image.fromarray(picture).save(data, "PNG")
+        given.append([data.getvalue()])
+    answers = model.chat(["Describe the picture."] * len(given), images=given, max_new_tokens=16)
+    right = [
+        answer in openmoji.captions(colour, name)
+        for answer, (colour, name, _) in zip(answers, drawings, strict=True)
+    ]
+    assert np.mean(right) > 0.5, answers
