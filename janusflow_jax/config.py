@@ -5,9 +5,8 @@ A config is built once by a file in `configs/` (`get_config(arg)`), may be chang
 into compiled functions. Off is written 0 or '' because a flag cannot set None.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import difflib
 import json
 from typing import Any
 
@@ -283,6 +282,20 @@ MODEL_SIZES = {
     ),
     "1p3b": ModelConfig,
 }  # fmt: skip
+
+
+def check_field(path: str) -> None:
+    """Raises ConfigError when `path` ('optim.lr') is no field of a TrainConfig, and names those
+    that are there."""
+    node: Any = TrainConfig()
+    for depth, name in enumerate(path.split(".")):
+        known = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        if name not in known:
+            where = ".".join(["config", *path.split(".")[:depth]])
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{where}: expected one of {', '.join(known)}; got {name!r}{hint}")
+        node = getattr(node, name)
 
 
 def raise_problems(what: str, problems: list[str]) -> None:

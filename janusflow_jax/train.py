@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -247,16 +247,32 @@ def _log(
 
 
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config=FILE[:ARG]")
-    train(_CONFIG.value)
+    try:
+        cfg = _CONFIG.value
+    except OSError as error:
+        raise ConfigError(f"--config: {error}") from error
+    train(cfg)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with one line for a field, value or config file that it cannot take."""
+    for arg in argv[1:]:
+        if arg.startswith("--config."):
+            config_lib.check_field(arg.removeprefix("--config.").split("=")[0])
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"--config: {error}") from error
 
 
 def run() -> None:
     """The command line; errors that the user can mend are one message, not a stack."""
     flags.mark_flag_as_required("config")
     try:
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)
     except _USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
