@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 
 from janusflow_jax import checkpoint, pipeline, sharding, train, train_step
@@ -185,6 +187,23 @@ def test_refuses_what_cannot_work(store, tmp_path):
     other.model.llm.mlp_width = 64
     with pytest.raises(c.ConfigError, match="mlp/up/kernel: expected shape"):
         train.train(other)
+
+
+def test_flags_change_fields_and_a_typo_is_named():
+    values = flags.FlagValues()
+    argv = ["train", f"--config={ROOT / 'configs' / 'emoji.py'}:test", "--config.optim.lr=0.5"]
+    argv += ["--config.workdir=there", "--config.mesh.fsdp=2", "--config.tensorboard"]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    cfg = values.config
+    assert (cfg.optim.lr, cfg.workdir, cfg.mesh.fsdp, cfg.tensorboard) == (0.5, "there", 2, True)
+    c.check_field("optim.lr")
+    with pytest.raises(c.ConfigError, match="config: .*got 'num_step'; did you mean 'num_steps'"):
+        c.check_field("num_step")
+    with pytest.raises(c.ConfigError, match="config.optim: expected one of name, lr.*got 'rate'"):
+        c.check_field("optim.rate")
+    with pytest.raises(c.ConfigError, match="optim.name: expected one of adamw, muon; got 'sgd'"):
+        train.train(config("x", optim=c.OptimConfig(name="sgd")))
 
 
 def test_a_damaged_checkpoint_is_named(store):
