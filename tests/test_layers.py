@@ -7,6 +7,7 @@ import ast
 import pathlib
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -115,7 +116,7 @@ def problems(module: str, source: str) -> list[str]:
             found.append(f"{module} imports {library}: only {list(allowed) or 'tests'} may")
         if layer == 2 and module.startswith("data.") and library in NUMPY_ONLY:
             found.append(f"{module} imports {library}: data of layer 2 is numpy only")
-        if module == "config" and library not in ("__future__", "dataclasses", "json", "typing"):
+        if module == "config" and library not in sys.stdlib_module_names:
             found.append(f"config imports {library}: it is standard library only")
     return found
 

@@ -55,6 +55,7 @@ def fresh(model: c.ModelConfig, key) -> tuple:
 def config(workdir, **changes) -> c.TrainConfig:
     cfg = runpy.run_path(str(ROOT / "configs" / "emoji.py"))["get_config"]("test")
     cfg.tokenizer, cfg.workdir = str(HUB), str(workdir)
+    cfg.prompts, cfg.heldout = (), ()  # the sheet takes longer than the steps
     for name, value in changes.items():
         setattr(cfg, name, value)
     return cfg
@@ -83,7 +84,12 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(store, tmp_path):
     for x, y in zip(lines("whole"), lines("parts"), strict=True):
         assert x["loss"] == y["loss"] and x["loss_rf"] > 0 and x["loss_ar"] > 0
 
-    # What training left is used by the same face as any model.
+
+@pytest.mark.slow
+def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
+    cfg = config("whole")
+    cfg.prompts, cfg.heldout = ("a red fox", "a blue fox"), cfg.data.sources[:1]
+    train.train(cfg)
     assert sorted(p.name for p in Path("whole/samples").iterdir()) == [
         "captions_000004.jsonl",
         "sheet_000004.png",
@@ -149,6 +155,7 @@ def test_accumulation_equals_one_big_batch(store):
     np.testing.assert_allclose(out[1], out[4], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
     cfg = config("frozen", train_parts=("gen_encoder", "gen_decoder"), num_steps=2)
     train.train(cfg)
