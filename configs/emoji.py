@@ -66,7 +66,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         name="-".join(["emoji", *sorted(names)]),
         model=c.model_config("emoji"),
         data=c.DataConfig(sources=(understand, generate), row_len=160, gen_slots=5, und_slots=2),
-        optim=c.OptimConfig(lr=2e-3, warmup_steps=50, decay_steps=steps // 2, ema=0.995),
+        optim=c.OptimConfig(lr=1e-3, warmup_steps=50, decay_steps=steps // 2, ema=0.995),
         loss=c.LossConfig(repa_weight=0.0 if "norepa" in names else 1.0),
         init=(
             ("vae", "starts/emoji_vae"),
@@ -82,6 +82,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         log_every_steps=20,
         save_every_steps=500,
         sheet_every_steps=0,
+        sheet_cfg_weight=5.0,  # of 1, 2 and 5 the best hues on trained pairs that are on no sheet
         prompts=PROMPTS,
         heldout=heldout,
     )
