@@ -102,7 +102,8 @@ def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
     assert isinstance(model.chat("What is this?", [record(0)["image"]], max_new_tokens=4), str)
 
 
-@pytest.mark.parametrize("accum", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accum", [1, 2])
 def test_sharded_step_equals_single_device(store, accum):
     cfg = config("x", loss=c.LossConfig(norm="per_sample"))
     cfg.optim.accum_steps = accum
