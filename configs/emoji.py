@@ -2,7 +2,7 @@
 
 All of the real code path at small dimensions: 64 px, LLM 192 x 4, pre-training's objective
 (AR + RF + REPA) and what it trains (all but SigLIP and the VAE), understanding and generation
-mixed 1:7 by positions. The VAE, SigLIP and LLM start from the weights that ship in `starts/`.
+mixed 25:75 by positions. The VAE, SigLIP and LLM start from the weights that ship in `starts/`.
 
     python tools/prepare_openmoji.py --out data/openmoji
     python -m janusflow_jax.train --config=configs/emoji.py
@@ -54,14 +54,14 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         },
     )
     understand = c.SourceConfig(
-        name="describe", path=DATA, task="understand", format="chat", weight=0.125
+        name="describe", path=DATA, task="understand", format="chat", weight=0.25
     )
-    generate = c.SourceConfig(name="paint", path=DATA, task="generate", format="chat", weight=0.875)
+    generate = c.SourceConfig(name="paint", path=DATA, task="generate", format="chat", weight=0.75)
     heldout = tuple(
         dataclasses.replace(understand, name=split, split=split)
         for split in ("heldout_pairs", "heldout_views")
     )
-    steps = 3000 if "long" in names else 1200
+    steps = 3000 if "long" in names else 1000
     cfg = c.TrainConfig(
         name="-".join(["emoji", *sorted(names)]),
         model=c.model_config("emoji"),

@@ -326,11 +326,8 @@ def _encode_vae(cfg: ModelConfig, dtype: str, params: Any, pixels: Any) -> Any:
 
 def _check_generate(prompts: list, num_steps: int, per_prompt: int, output: str) -> None:
     known = ("pil", "numpy", "latent", "trajectory")
-    problems = [
-        f"prompt {i} is empty: expected words for what to paint"
-        for i, p in enumerate(prompts)
-        if not str(p).strip()
-    ]
+    empty = [i for i, p in enumerate(prompts) if not str(p).strip()]
+    problems = [f"prompt {i} is empty: expected words for what to paint" for i in empty]
     problems += [] if prompts else ["no prompt"]
     problems += [] if num_steps >= 1 else [f"num_steps: expected >= 1; got {num_steps}"]
     problems += [] if per_prompt >= 1 else [f"images_per_prompt: expected >= 1; got {per_prompt}"]
