@@ -94,7 +94,7 @@ def save_model(
     part.mkdir(parents=True)
     for name, tree in (("params", params), ("vae", vae)):
         if tree:
-            ocp.save(part / name, jax.tree.map(np.asarray, jax.device_get(tree)))
+            _save_tree(part / name, jax.tree.map(np.asarray, jax.device_get(tree)))
     _copy_hub(hub_files, part / "hub")
     meta = {
         "format": FORMAT,
@@ -203,6 +203,14 @@ def _check_parts(
         raise CheckpointError(f"{folder}: its arrays do not fit its config:\n{listed}")
 
 
+def _save_tree(path: epath.Path, tree: Any) -> None:
+    """Saves by Orbax; its commit note keeps no path of this machine (model folders are shared)."""
+    ocp.save(path, tree)
+    note = path / "commit_success.txt"
+    if note.exists():
+        note.write_text("Checkpoint commit was successful\n")
+
+
 def _load_tree(path: Any) -> Any:
     """Every array of an Orbax folder, onto the default device."""
     path = epath.Path(path).resolve()  # Orbax takes absolute paths only
@@ -285,7 +293,7 @@ class RunCheckpoints:
         def finish() -> None:
             try:
                 for name, tree in host.items():
-                    ocp.save(folder / name, tree)
+                    _save_tree(folder / name, tree)
                 (folder / "run.json").write_text(json.dumps(run, indent=1))
                 _write_sums(folder)
                 (folder / MARKER).write_text(f"{step}\n")

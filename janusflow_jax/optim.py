@@ -41,6 +41,7 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
         update = contrib.muon(
             rate,
             consistent_rms=1.0,
+            eps=cfg.eps,
             weight_decay=cfg.weight_decay,
             adam_b1=cfg.b1,
             adam_b2=cfg.b2,

@@ -30,7 +30,7 @@ PARTS = ("llm", "und_encoder", "und_aligner", "und_begin")
 
 
 def small_reader() -> c.ModelConfig:
-    """The quick start's SigLIP under a language model of a twentieth of the quick start's size."""
+    """The quick start's SigLIP under a language model with an eleventh of its parameters."""
     model = c.model_config("emoji")
     model.name = "emoji-reader"
     model.llm = dataclasses.replace(
