@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", default="eval.json", help="the report; the sheet goes beside it (.png)")
     p.add_argument("--prompts", type=int, default=96, help="trained pairs to paint, sheet apart")
     p.add_argument("--captions", type=int, default=200, help="pictures to caption of every split")
-    p.add_argument("--cfg", type=float, default=5.0, help="guidance weight; 1 is none")
+    p.add_argument("--cfg", type=float, default=2.0, help="guidance weight; 1 is none")
     p.add_argument("--steps", type=int, default=30, help="Euler steps")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by accelerator")
