@@ -7,6 +7,7 @@ One table is read in both directions, so a round trip is exact. Arrays are numpy
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -194,9 +195,13 @@ def pool_problems(pool: Tensors, cfg: SiglipConfig, prefix: str = torch_names.TO
     return shape_problems(pool, torch_names.pool_shapes(cfg, prefix)) if pool else []
 
 
+_model_shapes = functools.lru_cache(4)(janusflow.param_shapes)  # a trace of the whole model each
+_vae_shapes = functools.lru_cache(4)(vae.param_shapes)
+
+
 def published_shapes(cfg: ModelConfig) -> dict[str, Any]:
     """Our tree's shapes without `repa_head`, which only training has."""
-    return {n: part for n, part in janusflow.param_shapes(cfg).items() if n != "repa_head"}
+    return {n: part for n, part in _model_shapes(cfg).items() if n != "repa_head"}
 
 
 def rules_of(rules: list[Rule], part: str) -> list[Rule]:
@@ -261,7 +266,7 @@ def vae_names(tensors: Tensors) -> Tensors:
 
 def vae_problems(tensors: Tensors, cfg: VaeConfig, dtype: Any = None) -> list[str]:
     """Why tensors are no AutoencoderKL of this config."""
-    expected = vae.param_shapes(cfg)
+    expected = _vae_shapes(cfg)
     found = problems(vae_names(tensors), torch_names.vae_rules(cfg), expected, dtype)
     doubled = len(tensors) - len(vae_names(tensors))
     return found + ([f"duplicate: {doubled} tensors have an old and a new name"] if doubled else [])
@@ -275,13 +280,13 @@ def vae_from_torch(tensors: Tensors, cfg: VaeConfig, dtype: Any = None) -> dict[
     """
     found = vae_problems(tensors, cfg, dtype)
     raise_problems("VAE: the tensors do not fit the config", found)
-    expected = vae.param_shapes(cfg)
+    expected = _vae_shapes(cfg)
     return from_torch(vae_names(tensors), torch_names.vae_rules(cfg), expected, dtype)
 
 
 def lazy_vae(params: Mapping[str, Any], cfg: VaeConfig) -> dict[str, Made]:
     """`to_torch` of a VAE's tree."""
-    return to_torch(params, torch_names.vae_rules(cfg), vae.param_shapes(cfg), "VAE")
+    return to_torch(params, torch_names.vae_rules(cfg), _vae_shapes(cfg), "VAE")
 
 
 def vae_to_torch(params: Mapping[str, Any], cfg: VaeConfig) -> dict[str, np.ndarray]:

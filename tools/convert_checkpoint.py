@@ -15,6 +15,7 @@ import argparse
 import signal
 import sys
 import time
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -53,12 +54,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+class Say:
+    """Prints; after Ctrl-C or SIGTERM it ends the tool at the next line, so between two parts.
+
+    Not at once: Orbax's threads would go on writing into the folder that is being removed.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _: Any) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("stopping: after this part; nothing will be left", flush=True)
+
+    def __call__(self, line: str) -> None:
+        if self.signal:
+            sys.exit(128 + self.signal)
+        print(line, flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a folder is removed
     began = time.time()
-    options = {"dtype": args.dtype, "overwrite": args.overwrite}
+    options = {"dtype": args.dtype, "overwrite": args.overwrite, "say": Say()}
     if args.janusflow:
         hub_import.convert_janusflow(args.janusflow, args.vae, args.out, **options)
     else:
