@@ -64,7 +64,8 @@ def export(
     cfg, params = loaded.cfg, jax.tree.map(np.asarray, loaded.params)
     types = loaded.meta.get("source_dtypes", {})
     pool = _pooling_head(hub, cfg, params, say)
-    made = _typed(convert.lazy_janusflow(params, cfg), types.get("janusflow", ""), dtype) | pool
+    made = _typed(convert.lazy_janusflow(params, cfg), types.get("janusflow", ""), dtype)
+    made |= _typed(pool, "", dtype)
     vae = jax.tree.map(np.asarray, loaded.vae)
     made_vae = _typed(convert.lazy_vae(vae, cfg.vae), types.get("vae", ""), dtype)
     configs = _configs(hub, cfg, _main_type(made))
@@ -140,19 +141,30 @@ def _configs(hub: Mapping[str, Any], cfg: ModelConfig, kind: str) -> dict[str, b
     """The three config files: as they came where they still describe this model, else written."""
     names = {"vae/config.json": VAE_CONFIG_FILE}
     came = {n: hub[names.get(n, n)].read_bytes() for n in CONFIGS if names.get(n, n) in hub}
-    if "config.json" in came and "vae/config.json" in came:
-        read = [json.loads(came.get(n, b"{}")) for n in CONFIGS]
-        try:
-            if _same(_read_back(read), cfg) and read[0].get("torch_dtype", kind) == kind:
-                return came
-        except (ValueError, TypeError, AttributeError):
-            pass  # of another model: this one was born from it with other sizes
     extra = json.loads(hub[LLM_CONFIG_FILE].read_bytes()) if LLM_CONFIG_FILE in hub else {}
-    made = hub_config.model_config_to_hf(cfg, extra)
-    made["config.json"]["torch_dtype"] = kind
-    if _read_back([made[n] for n in CONFIGS]) != cfg:
+    written = hub_config.model_config_to_hf(cfg, extra)
+    if _read_back([written[n] for n in CONFIGS]) != cfg:
         raise ExportError("the config would not be read back as it is: a mistake of ours")
-    return {n: json.dumps(x, indent=2, ensure_ascii=False).encode() for n, x in made.items()}
+    if not {"config.json", "vae/config.json"} <= came.keys():
+        written["config.json"]["torch_dtype"] = kind
+        return {n: _dump(x) for n, x in written.items()}
+    read = [json.loads(came.get(n, b"{}")) for n in CONFIGS]
+    try:
+        then = _read_back(read)
+    except (ValueError, TypeError, AttributeError):
+        then = None
+    if then is None or not _same(then, cfg):  # born from that model with other sizes
+        written["config.json"]["torch_dtype"] = kind
+        return {n: _dump(x) for n, x in written.items()}
+    main = read[0]
+    changed = {"torch_dtype": kind} if main.get("torch_dtype", kind) != kind else {}
+    if then != cfg:  # the name, REPA's head
+        changed[hub_config.OURS] = written["config.json"][hub_config.OURS]
+    return came | ({"config.json": _dump(main | changed)} if changed else {})
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode()
 
 
 def _read_back(files: list[Any]) -> ModelConfig:
@@ -175,8 +187,10 @@ def _card(
     cfg, meta = loaded.cfg, loaded.meta
     said = json.loads(hub[LICENCES_FILE].read_text()) if LICENCES_FILE in hub else []
     head = {"library_name": "janusflow_jax", "pipeline_tag": "any-to-any"}
-    first = next((x for x in said if "license" in x), {})
-    head |= {k: v for k, v in first.items() if k.startswith("license")}
+    named = [{k: v for k, v in x.items() if k.startswith("license")} for x in said]
+    named = [x for x in named if x]
+    if named:  # of several kinds: each is told below
+        head |= named[0] if all(x == named[0] for x in named) else {"license": "other"}
     if licence:
         head["license"] = licence
     lines = [f"{k}: {v}" for k, v in head.items()]
@@ -203,11 +217,11 @@ python -m janusflow_jax.generate --model models/janusflow --prompt "a red apple"
 ## Licence
 
 """
-    named = []
+    told = []
     for x in said:
         name = x.get("license_name") or x.get("license") or "see the files"
         files = ", ".join(f"`{n.replace('vae.', 'vae/', 1)}`" for n in x["files"])
-        named.append(f"- {x['of']}: {name}" + (f" ({files})" if files else ""))
-    if not named:
-        named = [f"{licence or 'No licence was named by what this was made from.'}"]
-    return "\n".join(["---", *lines, "---", "", text]) + "\n".join(named) + "\n"
+        told.append(f"- {x['of']}: {name}" + (f" ({files})" if files else ""))
+    if not told:
+        told = [f"{licence or 'No licence was named by what this was made from.'}"]
+    return "\n".join(["---", *lines, "---", "", text]) + "\n".join(told) + "\n"

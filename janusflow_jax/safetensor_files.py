@@ -84,7 +84,7 @@ def read_header(path: epath.Path) -> dict[str, LazyTensor]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: its header is damaged ({error}); get it again") from error
     end = 8 + length
-    for tensor in sorted(entries.values(), key=lambda x: x.start):
+    for tensor in sorted(entries.values(), key=lambda x: (x.start, math.prod(x.shape))):
         if tensor.start != end:
             raise ValueError(f"{path}: its header is damaged (gaps or overlaps); get it again")
         end += math.prod(tensor.shape) * tensor.dtype.itemsize

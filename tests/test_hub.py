@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import golden
 import jax
@@ -199,7 +200,7 @@ def test_licences_travel(folder, vae_folder, tmp_path):
     assert (tmp_path / "back" / "LICENSE-MODEL").read_text() == "the model licence"
     assert (tmp_path / "back" / "vae" / "LICENSE.md").read_text() == "the vae's"
     card = (tmp_path / "back" / "README.md").read_text()
-    assert "license_name: deepseek" in card.split("---")[1]
+    assert card.startswith("---\n") and "license_name: deepseek" in card.split("---")[1]
     assert "- janusflow: deepseek (`LICENSE-MODEL`)" in card and "`vae/LICENSE.md`" in card
 
 
@@ -412,8 +413,8 @@ def test_a_killed_conversion_leaves_nothing_that_loads(number, tmp_path):
 
 
 def test_parts_are_read_one_after_another(tmp_path, monkeypatch):
-    """No tensor of a part is read before the part before it was saved."""
-    log = []
+    """No tensor of a part is read before the part before it was saved and dropped."""
+    log, alive = [], []
     real_read, real_save = safetensor_files.LazyTensor.__array__, checkpoint._save_tree
 
     def read(self, *args, **kwargs):
@@ -421,6 +422,8 @@ def test_parts_are_read_one_after_another(tmp_path, monkeypatch):
         return real_read(self, *args, **kwargs)
 
     def save(path, tree):
+        assert not [x for x in alive if x() is not None], "the part before is still in memory"
+        alive[:] = [weakref.ref(x) for x in jax.tree.leaves(tree)]
         log.append(path.name)
         real_save(path, tree)
 
@@ -506,3 +509,28 @@ def test_what_the_published_format_cannot_say(tmp_path):
                  "hub/tokenizer.json: missing"):  # fmt: skip
         assert part in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weights", ["ema", "params"])
+def test_a_training_run_is_exported(weights, model, tmp_path):
+    """A run that began from a converted model: its files, its own numbers, float32."""
+    start = checkpoint.load_model(model)
+    cfg = config.TrainConfig(name="run", model=start.cfg)
+    cfg.model.name = "mine"
+    checkpoint.save_model(
+        tmp_path / "run" / "base", model_cfg=cfg.model, params=None, vae=start.vae,
+        hub_files=start.hub, extra={},
+    )  # fmt: skip
+    ema = {"und_begin": jax.tree.map(lambda x: x + 1, start.params["und_begin"])}
+    run = {"step": 7, "config": config.to_dict(cfg)}
+    saver = checkpoint.RunCheckpoints(tmp_path / "run")
+    saver.save(7, params=start.params, ema=ema, opt_state={}, run=run)
+    saver.close()
+    hub_export.export(tmp_path / "run", tmp_path / "out", weights=weights, **SILENT)
+    want = dict(golden.arrays("janusflow/model"))
+    if weights == "ema":
+        want["beg_of_und_embed"] = want["beg_of_und_embed"] + 1
+    same_bits(load_file(tmp_path / "out" / "model.safetensors"), want)
+    files = [json.loads((tmp_path / "out" / n).read_text()) for n in hub_export.CONFIGS]
+    assert hub_config.model_config_from_hf(*files) == cfg.model
+    assert f"to step 7, `{weights}` weights" in (tmp_path / "out" / "README.md").read_text()
