@@ -42,13 +42,21 @@ class LazyTensor(NamedTuple):
             f.seek(self.start)
             done = 0
             while done < len(out):
-                piece = f.read(min(len(out) - done, 1 << 22))
-                if not piece:
+                count = _read_into(f, out[done : done + (1 << 24)])
+                if not count:
                     raise OSError(f"{self.file}: ended early; was it changed meanwhile?")
-                out[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
-                done += len(piece)
+                done += count
         array = out.view(self.dtype).reshape(self.shape)
         return array if dtype is None else array.astype(dtype)
+
+
+def _read_into(file: Any, out: np.ndarray) -> int:
+    """Fills bytes from a file, in place where the file can; returns how many came."""
+    if hasattr(file, "readinto"):
+        return file.readinto(out.data)
+    piece = file.read(len(out))
+    out[: len(piece)] = np.frombuffer(piece, np.uint8)
+    return len(piece)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
