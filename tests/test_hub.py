@@ -14,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from published import SILENT, edit, shard, to_model
 from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import (
@@ -22,18 +23,11 @@ from janusflow_jax import (
     convert,
     hub_config,
     hub_export,
-    hub_import,
     pipeline,
     safetensor_files,
 )
 from janusflow_jax.convert import ConvertError
 from janusflow_jax.data import chat_format
-
-SILENT = {"say": lambda line: None}
-
-
-def to_model(source, vae, out, **options):
-    return hub_import.convert_janusflow(source, vae, out, **{**SILENT, **options})
 
 
 def same_bits(got, want):
@@ -43,43 +37,11 @@ def same_bits(got, want):
         assert got[name].tobytes() == x.tobytes(), name
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A copy of the golden folder that a test may change."""
-    return shutil.copytree(golden.TINY / "janusflow", tmp_path / "janusflow")
-
-
-@pytest.fixture
-def vae_folder(tmp_path):
-    return shutil.copytree(golden.TINY / "vae", tmp_path / "vae")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     out = tmp_path_factory.mktemp("converted") / "model"
     to_model(golden.TINY / "janusflow", golden.TINY / "vae", out)
     return out
-
-
-def edit(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
-def shard(folder, count=3):
-    """Splits model.safetensors; returns the shards' names."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, index = list(tensors), {}
-    for i in range(count):
-        file = f"model-{i + 1:05}-of-{count:05}.safetensors"
-        part = {n: tensors[n] for n in names[i::count]}
-        save_file(part, folder / file)
-        index |= dict.fromkeys(part, file)
-    path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return sorted(set(index.values()))
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +113,7 @@ def test_bfloat16_shards_there_and_back(folder, vae_folder, tmp_path):
     assert len(meta["source_sha256"]["janusflow"]) == 3
 
 
+@pytest.mark.slow
 def test_dtype_casts_and_an_export_remembers_the_source(folder, vae_folder, tmp_path):
     tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in golden.arrays("janusflow/model").items()}
     save_file(tensors, folder / "model.safetensors")
@@ -202,156 +165,6 @@ def test_licences_travel(folder, vae_folder, tmp_path):
     card = (tmp_path / "back" / "README.md").read_text()
     assert card.startswith("---\n") and "license_name: deepseek" in card.split("---")[1]
     assert "- janusflow: deepseek (`LICENSE-MODEL`)" in card and "`vae/LICENSE.md`" in card
-
-
-# Bad folders. Each entry breaks one thing; the message must say where and what.
-
-
-def _truncated(f, v):
-    data = (f / "model.safetensors").read_bytes()
-    (f / "model.safetensors").write_bytes(data[:-100])
-
-
-def _flipped_header(f, v):
-    data = bytearray((f / "model.safetensors").read_bytes())
-    data[20] = 0
-    (f / "model.safetensors").write_bytes(bytes(data))
-
-
-def _empty_file(f, v):
-    (v / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-
-
-def _lfs(f, v):
-    (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
-
-
-def _empty(f, v):
-    shutil.rmtree(f)
-    f.mkdir()
-
-
-def _gone(f, v):
-    shutil.rmtree(v)
-
-
-def _bin(f, v):
-    (f / "model.safetensors").rename(f / "pytorch_model.bin")
-
-
-def _janus(f, v):
-    edit(
-        f / "config.json",
-        lambda c: (c.pop("vision_gen_enc_config"), c.update(gen_vision_config={})),
-    )
-
-
-def _llama(f, v):
-    (f / "config.json").write_text('{"model_type": "llama"}')
-
-
-def _bad_json(f, v):
-    (v / "config.json").write_text("{")
-
-
-def _doubled(f, v):
-    files = shard(f)
-    first, second = load_file(f / files[0]), load_file(f / files[1])
-    name = next(iter(first))
-    save_file(second | {name: first[name]}, f / files[1])
-
-
-def _lost_shard(f, v):
-    (f / shard(f)[1]).unlink()
-
-
-def _not_in_index(f, v):
-    files = shard(f)
-    save_file(load_file(f / files[0]) | {"stray": np.zeros(2)}, f / files[0])
-
-
-def _index_lies(f, v):
-    shard(f)
-    edit(
-        f / "model.safetensors.index.json",
-        lambda i: i["weight_map"].update(ghost=i["weight_map"]["beg_of_und_embed"]),
-    )
-
-
-def _integers(f, v):
-    tensors = load_file(f / "model.safetensors")
-    tensors["beg_of_und_embed"] = tensors["beg_of_und_embed"].astype(np.int64)
-    save_file(tensors, f / "model.safetensors")
-
-
-def _small_table(f, v):
-    tensors = load_file(f / "model.safetensors")
-    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
-        tensors[name] = tensors[name][:600]
-    save_file(tensors, f / "model.safetensors")
-    edit(f / "config.json", lambda c: c["language_config"].update(vocab_size=600))
-
-
-def _no_tokenizer(f, v):
-    (f / "tokenizer.json").unlink()
-
-
-def _half_a_pool(f, v):
-    tensors = load_file(f / "model.safetensors")
-    del tensors["vision_und_enc_model.vision_tower.attn_pool.latent"]
-    save_file(tensors, f / "model.safetensors")
-
-
-def _other_pictures(f, v):
-    edit(f / "processor_config.json", lambda c: c.update(num_image_tokens=576))
-
-
-BAD = {
-    _truncated: r"model\.safetensors: truncated or damaged: expected \d+ bytes; got \d+",
-    _flipped_header: r"model\.safetensors: its header is damaged",
-    _empty_file: r"diffusion_pytorch_model\.safetensors: empty",
-    _lfs: r"Git LFS pointer",
-    _empty: r"(?s)found nothing: the folder is empty.*config\.json: missing",
-    _gone: r"vae: no such folder",
-    _bin: r"only pytorch_model\.bin.*python -c .*torch\.load\(.*weights_only=True.*save_file",
-    _janus: r"config\.json: expected JanusFlow; it is Janus or Janus-Pro",
-    _llama: r"it is a Llama \(--llm\)",
-    _bad_json: r"vae/config\.json: expected a JSON file",
-    _doubled: r"duplicate: \S+ is in model-00001-of-00003\.safetensors and in model-00002",
-    _lost_shard: r"model-00002-of-00003\.safetensors: missing; model\.safetensors\.index\.json",
-    _not_in_index: r"stray is not in the index",
-    _index_lies: r"missing: ghost, which the index places in model-",
-    _integers: r"type of beg_of_und_embed: expected floating-point numbers; got int64",
-    _small_table: r"expected ids below 600",
-    _no_tokenizer: r"missing tokenizer\.json",
-    _half_a_pool: r"missing: vision_und_enc_model\.vision_tower\.attn_pool\.latent \[1, 1, 48\]",
-    _other_pictures: r"num_image_tokens: expected 16 \(image_size 64\); got 576",
-}
-
-
-@pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__[1:])
-def test_bad_folders_are_named_with_the_reason(spoil, folder, vae_folder, tmp_path):
-    spoil(folder, vae_folder)
-    with pytest.raises(ConvertError, match=BAD[spoil]):
-        to_model(folder, vae_folder, tmp_path / "out" / "model")
-    assert not (tmp_path / "out").exists()
-
-
-def test_all_problems_of_both_folders_come_in_one_error(folder, vae_folder, tmp_path):
-    tensors = dict(golden.arrays("janusflow/model"))
-    del tensors["vision_gen_dec_aligner.bias"]
-    tensors["stranger"] = np.zeros(3)
-    tensors["language_model.model.norm.weight"] = np.zeros(5)
-    save_file(tensors, folder / "model.safetensors")
-    weights = vae_folder / "diffusion_pytorch_model.safetensors"
-    save_file(load_file(weights) | {"odd": np.zeros(1)}, weights)
-    (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(ConvertError) as error:
-        to_model(folder, vae_folder, tmp_path / "model")
-    for part in ("(5 problems)", "missing: vision_gen_dec", "unknown: stranger [3]",
-                 "shape of language_model.model.norm.weight", "VAE: unknown: odd",
-                 "missing tokenizer_config.json"):  # fmt: skip
-        assert part in str(error.value), part
 
 
 def test_nothing_is_overwritten_unasked(model, tmp_path):
@@ -511,6 +324,7 @@ def test_what_the_published_format_cannot_say(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["ema", "params"])
 def test_a_training_run_is_exported(weights, model, tmp_path):
     """A run that began from a converted model: its files, its own numbers, float32."""
