@@ -25,3 +25,21 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+import pathlib  # noqa: E402
+
+import pytest  # noqa: E402
+
+_TINY = pathlib.Path(__file__).parent / "data" / "golden" / "tiny"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the published JanusFlow folder of the golden numbers, for a test to change."""
+    return shutil.copytree(_TINY / "janusflow", tmp_path / "janusflow")
+
+
+@pytest.fixture
+def vae_folder(tmp_path):
+    """The same of its VAE."""
+    return shutil.copytree(_TINY / "vae", tmp_path / "vae")
