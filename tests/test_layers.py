@@ -17,7 +17,7 @@ MAX_LINES = 400
 
 LAYERS = (
     # 0 GROUND
-    ("config", "config_checks", "sharding", "models.layers"),
+    ("config", "config_checks", "compile_cache", "sharding", "models.layers"),
     # 1 PARTS
     ("flow", "models.llama", "models.siglip", "models.convnext", "models.vae"),
     # 2 MODEL, and the data in numpy: no jax
@@ -25,7 +25,7 @@ LAYERS = (
         "models.janusflow",
         "data.openmoji_sheet", "data.openmoji_classes", "data.images", "data.chat_format",
         "data.train_tokenizer", "data.sources", "data.samples", "data.lengths", "data.packing",
-        "data.rows", "data.openmoji", "data.openmoji_build",
+        "data.rows", "data.openmoji", "data.openmoji_build", "data.requests",
     ),
     # 3 PROBLEM
     ("losses", "optim", "decode", "sampler", "data.loader"),
@@ -35,7 +35,7 @@ LAYERS = (
         "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples",
     ),
     # 5 ENTRY
-    ("train", "generate", "chat", "evaluate"),
+    ("command_line", "train", "generate", "chat", "evaluate"),
 )  # fmt: skip
 """Modules of the package by layer, from the left."""
 
