@@ -101,7 +101,7 @@ class JanusFlowPipeline:
         num_steps: int = 30,
         seed: int | Sequence[int] = 0,
         images_per_prompt: int = 1,
-        noise: np.ndarray | None = None,
+        noise: Any = None,
         output: str = "pil",
     ) -> Any:
         """Paints pictures, prompt by prompt.
@@ -135,7 +135,7 @@ class JanusFlowPipeline:
         tokens, lengths = requests.pad(ids, self.text.pad_id)
         fn = _trajectory if output == "trajectory" else _sample
 
-        def paint(tokens: np.ndarray, lengths: np.ndarray, noise: np.ndarray) -> Any:
+        def paint(tokens: Any, lengths: Any, noise: Any) -> Any:
             return fn(
                 self.model, self.params, tokens, lengths, noise, jnp.float32(cfg_weight),
                 num_steps=num_steps, guided=cfg_weight != 1,
@@ -147,7 +147,7 @@ class JanusFlowPipeline:
             return latents
         return self.decode_latents(latents, output)
 
-    def decode_latents(self, latents: np.ndarray, output: str = "pil") -> Any:
+    def decode_latents(self, latents: Any, output: str = "pil") -> Any:
         """Scaled latents float32[B, h, w, C] -> pictures, 'pil' or 'numpy' uint8[B, H, W, 3]."""
         self._need("decoding latents", "vae")
         latents = np.asarray(latents, np.float32)
@@ -174,7 +174,7 @@ class JanusFlowPipeline:
     def chat(
         self,
         conversation: Any,
-        images: Sequence[Any] = (),
+        images: Any = (),
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
@@ -209,7 +209,7 @@ class JanusFlowPipeline:
     def stream(
         self,
         conversation: Any,
-        images: Sequence[Any] = (),
+        images: Any = (),
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
