@@ -66,7 +66,8 @@ class Reference:
         prefix = "language_model."
         weights = {n[len(prefix) :]: x for n, x in self.t.items() if n.startswith(prefix)}
         self.t = {n: x for n, x in self.t.items() if not n.startswith(prefix)}
-        llama = transformers.LlamaConfig(**config["language_config"], attn_implementation="eager")
+        options = {**config["language_config"], "attn_implementation": "eager"}
+        llama = transformers.LlamaConfig(**options)
         self.llm: Any = transformers.LlamaForCausalLM(llama).eval()
         self.llm.load_state_dict(weights, strict=True, assign=True)
         self.llm_eps = llama.rms_norm_eps
