@@ -148,9 +148,13 @@ def test_seeds_buckets_and_groups_change_nothing(model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_guidance_of_one_is_the_conditional_branch(model):
+def test_guidance_of_one_is_the_conditional_branch_alone(model, monkeypatch):
+    branches, sample = [], pipeline._sample
+    count = lambda *a, guided, **k: branches.append(1 + guided) or sample(*a, guided=guided, **k)  # noqa: E731
+    monkeypatch.setattr(pipeline, "_sample", count)
     got = model.generate(PROMPTS[1], seed=5, cfg_weight=1.0, **QUICK)
     near = model.generate(PROMPTS[1], seed=5, cfg_weight=1 + 1e-7, **QUICK)
+    assert branches == [1, 2]
     close(got, near)
     assert np.abs(got - model.generate(PROMPTS[1], seed=5, **QUICK)).max() > 1e-3
 
@@ -199,6 +203,18 @@ def test_a_new_prompt_compiles_nothing(model):
     assert "sample" in str(seen.names)
 
 
+def test_the_key_value_buffer_is_donated(model):
+    many, pictures = conversations()
+    state = model._start_decode(many, pictures, 24, 0)
+    args = (model.model, model.params, state, jnp.float32(0), jnp.float32(1))
+    pipeline._advance(*args, num_tokens=pipeline.CHUNK_TOKENS, eos_id=model.text.eos_id)
+    assert state["k"].is_deleted() and state["v"].is_deleted()
+    noise = jax.random.normal(jax.random.key(0), (1, *model.cfg.latent_shape))
+    kept = np.array(noise)
+    model.generate("a", noise=noise, **QUICK)  # the caller's own array is not used up
+    np.testing.assert_array_equal(noise, kept)
+
+
 @pytest.mark.slow
 def test_a_new_question_compiles_nothing(model):
     picture = np.zeros((40, 30, 3), np.uint8)
@@ -226,6 +242,20 @@ def test_pieces_hold_back_half_a_character_and_spaces():
     pieces = list(pipeline.JanusFlowPipeline._pieces(iter(texts)))
     assert pieces == ["a", " \u00e9 b", "\ufffd"]
     assert "".join(pieces) == texts[-1][0].strip()
+
+
+@pytest.mark.slow
+def test_decoding_stops_at_eos(model, monkeypatch):
+    (_, turns), (_, paths) = conversations()  # its answer is eos at once
+    calls, advance = [], pipeline._advance
+    count = lambda *a, **k: calls.append(a[2]) or advance(*a, **k)  # noqa: E731
+    monkeypatch.setattr(pipeline, "_advance", count)
+    assert list(model.stream(turns, paths, max_new_tokens=512)) == [] and len(calls) == 1
+    state, _ = advance(
+        model.model, model.params, model._start_decode([turns], [paths], 512, 0),
+        jnp.float32(0), jnp.float32(1), num_tokens=16, eos_id=model.text.eos_id,
+    )  # fmt: skip
+    assert int(state["step"]) == 1  # inside the compiled chunk too
 
 
 @pytest.mark.slow
