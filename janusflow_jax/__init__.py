@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 
-def load(path: str, **options: Any) -> Any:
-    """Loads a model to paint, chat and encode with: `janusflow_jax.pipeline.load`."""
+def load(path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema") -> Any:
+    """Loads a model to paint, chat and encode with: `janusflow_jax.pipeline.load`.
+
+    Args:
+      path: a model folder, a training run's folder or one of its checkpoints.
+      dtype: 'float32' or 'bfloat16'; None: float32 on CPU, bfloat16 on TPU and GPU.
+      mesh: a `jax.sharding.Mesh` to spread the parameters over; None: one device.
+      weights: 'ema', or 'params' (raw) of a training run.
+    """
     from janusflow_jax import pipeline  # here, so that config files do not import JAX
 
-    return pipeline.load(path, **options)
+    return pipeline.load(path, dtype=dtype, mesh=mesh, weights=weights)

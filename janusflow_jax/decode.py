@@ -19,23 +19,30 @@ from janusflow_jax.models import janusflow
 State = dict[str, Array]
 
 
+def read_pictures(
+    model: janusflow.JanusFlow, params: Any, images: Float[Array, "M H W 3"], chunk: int = 16
+) -> Float[Array, "M S D"]:
+    """Understanding slots of pictures in [-1, 1], `chunk` at a time to bound the memory."""
+    read = lambda x: model.apply({"params": params}, x, method="understanding_slot")  # noqa: E731
+    if len(images) <= chunk or len(images) % chunk:
+        return read(images)
+    slots = lax.map(read, images.reshape(-1, chunk, *images.shape[1:]))
+    return slots.reshape(-1, *slots.shape[2:])
+
+
 def embed_prompt(
     model: janusflow.JanusFlow,
     params: Any,
     tokens: Int[Array, "B P"],
-    images: Float[Array, "B K H W 3"] | None,
+    slots: Float[Array, "B K S D"] | None,
     slot_start: Int[Array, "B K"],
     slot_task: Int[Array, "B K"],
 ) -> Float[Array, "B P D"]:
-    """Prompt embeddings with understanding slots filled; images in [-1, 1]."""
-    run = {"params": params}
-    text = model.apply(run, tokens, method="embed_tokens")
-    if images is None or not images.shape[1]:
-        return text
-    flat = images.reshape(-1, *images.shape[2:])
-    slots = model.apply(run, flat, method="understanding_slot")
-    slots = slots.reshape(*images.shape[:2], *slots.shape[1:])
-    return janusflow.place_slots(text, None, slots, slot_start, slot_task)
+    """Prompt embeddings with the pictures' vectors (of `read_pictures`) in their places."""
+    text = model.apply({"params": params}, tokens, method="embed_tokens")
+    return (
+        text if slots is None else janusflow.place_slots(text, None, slots, slot_start, slot_task)
+    )
 
 
 def start(

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from janusflow_jax import checkpoint, checksums, pipeline, samples
+from janusflow_jax import checkpoint, checksums, command_line, pipeline, samples
 from janusflow_jax.config import SourceConfig
 from janusflow_jax.data import images, openmoji_sheet, sources
 from janusflow_jax.eval import emoji, sheet
@@ -32,12 +31,11 @@ _MORE_SEED = 1000  # the extra prompts' noise is no sheet prompt's
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="python -m janusflow_jax.evaluate",
-        description="Paints and captions with a model, and scores both against baselines.",
-        epilog="The same model, data and options give the same report, times apart.",
+    p = command_line.parser(
+        "evaluate",
+        "Paints and captions with a model, and scores both against baselines.",
+        "The same model, data and options give the same report, times apart.",
     )
-    p.add_argument("--model", required=True, help="model folder, workdir or one checkpoint of it")
     p.add_argument("--suite", choices=("emoji",), default="emoji")
     p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
     p.add_argument("--out", default="eval.json", help="the report; the sheet goes beside it (.png)")
@@ -46,8 +44,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--cfg", type=float, default=2.0, help="guidance weight; 1 is none")
     p.add_argument("--steps", type=int, default=30, help="Euler steps")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by accelerator")
-    p.add_argument("--weights", choices=("ema", "params"), default="ema")
     return p.parse_args(argv)
 
 
@@ -239,13 +235,5 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def run() -> None:
-    """The command line; errors that the user can mend are one message, not a stack."""
-    try:
-        main()
-    except (checkpoint.CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    run()
+    command_line.run(main)

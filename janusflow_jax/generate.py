@@ -5,78 +5,112 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import sys
 import time
+from typing import Any
 
-from janusflow_jax import checkpoint, pipeline
+import jax
+
+from janusflow_jax import command_line, pipeline
+from janusflow_jax.data import requests
 from janusflow_jax.eval import sheet
+
+DESCRIPTION = "Paints pictures for prompts."
+EPILOG = """\
+examples:
+  one picture:            --model runs/emoji --prompt "a red apple" --out apple.png
+  a sheet, 4 of each:     --model runs/emoji --prompt "a red apple" --prompt "a blue whale" \\
+                          --images-per-prompt 4 --out sheet.png
+  many, one file each:    --model runs/emoji --prompts prompts.txt --out pictures --json report.json
+
+Picture n of the output uses seed + n; with a seed for each prompt, picture j of prompt i uses
+seed[i] + j. A picture is the same whatever is painted beside it, so --json's seeds paint it again.
+The first picture waits for compilation; compiled programs are kept in ~/.cache/janusflow_jax
+(JANUSFLOW_COMPILATION_CACHE=FOLDER or off)."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="python -m janusflow_jax.generate",
-        description="Paints pictures for prompts with a model folder or a training run's folder.",
-        epilog="Picture n of the output uses seed + n, so any of them can be painted again alone.",
-    )
-    p.add_argument("--model", required=True, help="model folder, workdir or one checkpoint of it")
+    p = command_line.parser("generate", DESCRIPTION, EPILOG)
     p.add_argument("--prompt", action="append", default=[], help="what to paint; repeatable")
-    p.add_argument("--prompts", help="a text file, one prompt a line")
-    p.add_argument("--out", default="out.png", help="a .png (a sheet if several), or a folder")
-    p.add_argument("--images-per-prompt", type=int, default=1)
-    p.add_argument("--cfg", type=float, default=2.0, help="guidance weight; 1 is none")
-    p.add_argument("--steps", type=int, default=30, help="Euler steps")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by accelerator")
-    p.add_argument("--weights", choices=("ema", "params"), default="ema")
-    p.add_argument("--json", help="write a report (seeds, settings, seconds) to this file")
+    p.add_argument("--prompts", metavar="FILE", help="a text file, one prompt a line")
+    p.add_argument(
+        "--out", default="out.png", help="a .png (a sheet if several), or a folder; default out.png"
+    )
+    p.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
+    p.add_argument(
+        "--cfg", type=float, default=2.0, metavar="W",
+        help="guidance: 1 is none (twice as fast), more follows the prompt more; default 2",
+    )  # fmt: skip
+    p.add_argument("--steps", type=int, default=30, help="Euler steps; default 30")
+    p.add_argument(
+        "--seed", type=int, nargs="+", default=[0], metavar="S", help="one, or one for each prompt"
+    )
+    p.add_argument("--json", metavar="FILE", help="write a report: seeds, settings, files, seconds")
     return p.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Those of the command line, then those of the file."""
     prompts = list(args.prompt)
     if args.prompts:
         lines = pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError("expected --prompt TEXT or --prompts FILE; got neither")
-    model = pipeline.load(args.model, dtype=args.dtype, weights=args.weights)
-    began = time.time()
-    pictures = model.generate(
-        prompts,
-        cfg_weight=args.cfg,
-        num_steps=args.steps,
-        seed=args.seed,
-        images_per_prompt=args.images_per_prompt,
-    )
-    seconds = time.time() - began
+        raise ValueError("expected --prompt TEXT or --prompts FILE with text in it; got no prompt")
+    return prompts
+
+
+def check_out(path: str) -> pathlib.Path:
+    """The output's path; refuses what is neither a .png nor a folder."""
+    out = pathlib.Path(path)
+    if out.suffix and out.suffix.lower() != ".png" and not out.is_dir():
+        raise ValueError(f"--out: expected a .png file or a folder; got {path}")
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    prompts, out = read_prompts(args), check_out(args.out)
+    one_seed = args.seed[0] if len(args.seed) == 1 else args.seed
+    seeds = requests.picture_seeds(one_seed, len(prompts), args.images_per_prompt)
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
-    out = pathlib.Path(args.out)
-    if out.suffix.lower() == ".png":
-        out.parent.mkdir(parents=True, exist_ok=True)
+    requests.check_generate(prompts, args.steps, args.images_per_prompt, "pil")
+    model = command_line.load(args)
+    (out.parent if out.suffix and not out.is_dir() else out).mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    pictures: list[Any] = []
+    files: list[str] = []
+    for at in range(0, len(labels), pipeline.MAX_BATCH):
+        here = slice(at, at + pipeline.MAX_BATCH)
+        pictures += model.generate(
+            labels[here], cfg_weight=args.cfg, num_steps=args.steps, seed=seeds[here]
+        )
+        if out.is_dir():
+            for n in range(at, len(pictures)):
+                files.append(str(out / f"{n:04d}.png"))
+                pictures[n].save(files[n])
+        done = f"{len(pictures)} of {len(labels)} pictures, {time.time() - began:.1f} s"
+        command_line.note(done + (" (with compilation)" if not at else ""))
+    seconds = time.time() - began
+    if not files:
+        files = [str(out)]
         image = pictures[0] if len(pictures) == 1 else sheet.make_sheet(pictures, labels)
         image.save(out)
-        files = [str(out)]
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        files = [str(out / f"{n:04d}.png") for n in range(len(pictures))]
-        for picture, file in zip(pictures, files, strict=True):
-            picture.save(file)
     if args.json:
-        settings = {"model": args.model, "cfg_weight": args.cfg, "num_steps": args.steps}
-        made = [{"prompt": p, "seed": args.seed + n} for n, p in enumerate(labels)]
-        report = {**settings, "seconds": seconds, "files": files, "pictures": made}
-        pathlib.Path(args.json).write_text(json.dumps(report, indent=1))
-    print(f"{len(pictures)} picture(s) in {seconds:.1f} s (compilation included): {files[0]}")
-
-
-def run() -> None:
-    """The command line; errors that the user can mend are one message, not a stack."""
-    try:
-        main()
-    except (checkpoint.CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        made = [
+            {"prompt": p, "seed": s, "file": files[min(n, len(files) - 1)]}
+            for n, (p, s) in enumerate(zip(labels, seeds, strict=True))
+        ]
+        report = {
+            "model": {"path": model.source, "name": model.cfg.name, "weights": args.weights},
+            "settings": {"cfg_weight": args.cfg, "num_steps": args.steps, "dtype": model.dtype},
+            "software": {"jax": jax.__version__, "device": command_line.accelerator()},
+            "seconds": round(seconds, 2),
+            "pictures": made,
+        }
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        pathlib.Path(args.json).write_text(text, encoding="utf-8")
+    print(files[0] if len(files) == 1 else f"{files[0]} .. {files[-1]}")
 
 
 if __name__ == "__main__":
-    run()
+    command_line.run(main)

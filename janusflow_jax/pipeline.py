@@ -4,7 +4,8 @@
     model.generate("a red apple")[0].save("apple.png")
     model.chat("What is in the picture?", images=["apple.png"])
 
-Shapes are bucketed (prompt lengths, batch sizes), so a new prompt seldom compiles anything.
+Shapes are bucketed (`data/requests.py`) and compiled programs are kept on disk
+(`compile_cache.py`), so a new prompt seldom compiles anything.
 """
 
 from __future__ import annotations
@@ -16,52 +17,57 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from janusflow_jax import checkpoint, decode, losses, sampler, sharding
+from janusflow_jax import checkpoint, compile_cache, decode, losses, sampler, sharding
 from janusflow_jax.config import ModelConfig
-from janusflow_jax.data import chat_format, images
+from janusflow_jax.data import chat_format, requests
+from janusflow_jax.data import images as pictures_lib
 from janusflow_jax.models import janusflow, vae
 
-PROMPT_BUCKET = 32
 CHUNK_TOKENS = 16
 MAX_BATCH = 16
+DTYPES = ("float32", "bfloat16")
+PAINTS = ("llm", "gen_encoder", "gen_aligner", "gen_norm", "gen_head", "gen_decoder")
+READS = ("llm", "und_encoder", "und_aligner", "und_begin")
+"""The parts that painting and answering about pictures need."""
 
 ImageLike = Any
 """A path, a PIL image, encoded bytes, or uint8[H, W, 3]."""
-Turns = list[dict[str, str]]
 
 
 def load(
-    path: str, dtype: str | None = None, mesh: Any = None, weights: str = "ema"
+    path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema"
 ) -> JanusFlowPipeline:
     """Loads a model folder, a workdir or one of its checkpoints.
+
+    A folder with some parts only does what those parts can do; the rest says what is missing.
 
     Args:
       dtype: 'float32' or 'bfloat16'; None: float32 on CPU, bfloat16 on TPU and GPU.
       mesh: a `jax.sharding.Mesh` to spread the parameters over; None: one device.
       weights: 'ema' or 'params' (raw); folders without an EMA have only 'params'.
     Raises:
-      checkpoint.CheckpointError: nothing there that loads, or a part is missing.
+      checkpoint.CheckpointError: nothing there that loads.
+      ValueError: another dtype, or a tokenizer that is not this model's.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    loaded = checkpoint.load_model(path, weights=weights)
-    need = set(janusflow.param_shapes(loaded.cfg)) - {"repa_head"}
-    lacking = sorted(need - set(loaded.params or {})) + ([] if loaded.vae else ["vae"])
-    if lacking:
-        raise checkpoint.CheckpointError(
-            f"{path}: expected a whole model; the parts {lacking} are not in it. It is a start "
-            "for training (config field `init`), not a model to run"
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype: expected one of {DTYPES}; got {dtype!r} (the VAE overflows in float16)"
         )
+    compile_cache.enable()
+    loaded = checkpoint.load_model(path, weights=weights)
+    chat = None
+    if loaded.params and "llm" in loaded.params:
+        chat = chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens)
+        chat.check_vocab(loaded.cfg.llm.vocab_size)
     return JanusFlowPipeline(
-        loaded.cfg,
-        loaded.params,
-        loaded.vae,
-        chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens),
-        dtype=dtype,
-        mesh=mesh,
-    )
+        loaded.cfg, loaded.params or {}, loaded.vae, chat, dtype=dtype, mesh=mesh,
+        source=loaded.source,
+    )  # fmt: skip
 
 
 class JanusFlowPipeline:
@@ -76,14 +82,16 @@ class JanusFlowPipeline:
         *,
         dtype: str = "float32",
         mesh: Any = None,
+        source: str = "",
     ) -> None:
-        self.cfg, self.dtype, self.mesh, self.text = cfg, dtype, mesh, chat
+        self.cfg, self.dtype, self.mesh, self.text, self.source = cfg, dtype, mesh, chat, source
         self.model = janusflow.JanusFlow(cfg, jnp.dtype(dtype))
         kept = {k: v for k, v in params.items() if k != "repa_head"}
-        cast = lambda t, d: jax.tree.map(lambda x: jnp.asarray(x, d), t)  # noqa: E731
-        self.params, self.vae = cast(kept, jnp.dtype(dtype)), cast(vae_params, jnp.dtype(dtype))
+        cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), t)  # noqa: E731
+        self.params, self.vae = cast(kept), cast(vae_params or {})
         if mesh is not None:
             self.params = jax.device_put(self.params, sharding.tree_shardings(self.params, mesh))
+            self.vae = jax.device_put(self.vae, NamedSharding(mesh, PartitionSpec()))
 
     def generate(
         self,
@@ -93,7 +101,7 @@ class JanusFlowPipeline:
         num_steps: int = 30,
         seed: int | Sequence[int] = 0,
         images_per_prompt: int = 1,
-        noise: np.ndarray | None = None,
+        noise: Any = None,
         output: str = "pil",
     ) -> Any:
         """Paints pictures, prompt by prompt.
@@ -106,13 +114,17 @@ class JanusFlowPipeline:
           output: 'pil'; 'numpy' uint8[B, H, W, 3]; 'latent' float32[B, h, w, C], scaled;
             'trajectory' float32[N + 1, B, h, w, C], the noise first.
         Raises:
-          ValueError: an empty prompt, a wrong noise shape or an unknown output.
+          ValueError: an empty prompt, a wrong noise shape, a seed out of range or an unknown
+            output (all in one message).
+          checkpoint.CheckpointError: the model has no parts that paint.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        requests.check_generate(prompts, num_steps, images_per_prompt, output)
+        self._need("painting", *PAINTS, *(["vae"] if output in ("pil", "numpy") else []))
         total = len(prompts) * images_per_prompt
-        _check_generate(prompts, num_steps, images_per_prompt, output)
         if noise is None:
-            noise = self._noise(_seeds(seed, len(prompts), images_per_prompt))
+            seeds = requests.picture_seeds(seed, len(prompts), images_per_prompt)
+            noise = self._noise(np.asarray(seeds, np.uint32))
         noise = np.asarray(noise, np.float32)
         if noise.shape != (total, *self.cfg.latent_shape):
             raise ValueError(
@@ -120,65 +132,49 @@ class JanusFlowPipeline:
                 f"got {noise.shape}"
             )
         ids = [self.text.generation_ids(p) for p in prompts for _ in range(images_per_prompt)]
-        tokens, lengths = _pad(ids, self.text.pad_id)
-        parts = []
-        for at in range(0, total, MAX_BATCH):
-            here = slice(at, min(at + MAX_BATCH, total))
-            size = _bucket_batch(here.stop - at)
-            parts.append(
-                self._run(
-                    _sample,
-                    self.model,
-                    self.params,
-                    _fill(tokens[here], size),
-                    _fill(lengths[here], size),
-                    _fill(noise[here], size),
-                    jnp.float32(cfg_weight),
-                    num_steps=num_steps,
-                    guided=cfg_weight != 1,
-                    trajectory=output == "trajectory",
-                )
-            )
-            rows = (slice(None),) * (output == "trajectory") + (slice(0, here.stop - at),)
-            parts[-1] = parts[-1][rows]
-        latents = np.concatenate(
-            [np.asarray(p) for p in parts], axis=1 if output == "trajectory" else 0
-        )
-        return (
-            latents if output in ("latent", "trajectory") else self.decode_latents(latents, output)
-        )
+        tokens, lengths = requests.pad(ids, self.text.pad_id)
+        fn = _trajectory if output == "trajectory" else _sample
 
-    def decode_latents(self, latents: np.ndarray, output: str = "pil") -> Any:
+        def paint(tokens: Any, lengths: Any, noise: Any) -> Any:
+            return fn(
+                self.model, self.params, tokens, lengths, noise, jnp.float32(cfg_weight),
+                num_steps=num_steps, guided=cfg_weight != 1,
+            )  # fmt: skip
+
+        axis = int(output == "trajectory")
+        latents = self._batched(paint, tokens, lengths, noise, axis=axis)
+        if output in ("latent", "trajectory"):
+            return latents
+        return self.decode_latents(latents, output)
+
+    def decode_latents(self, latents: Any, output: str = "pil") -> Any:
         """Scaled latents float32[B, h, w, C] -> pictures, 'pil' or 'numpy' uint8[B, H, W, 3]."""
-        latents, parts = np.asarray(latents, np.float32), []
-        for at in range(0, len(latents), MAX_BATCH):
-            part = latents[at : at + MAX_BATCH]
-            out = self._run(
-                _decode_vae, self.cfg, self.dtype, self.vae, _fill(part, _bucket_batch(len(part)))
+        self._need("decoding latents", "vae")
+        latents = np.asarray(latents, np.float32)
+        if latents.ndim != 4 or latents.shape[1:] != self.cfg.latent_shape or not len(latents):
+            raise ValueError(
+                f"latents: expected shape (B, *{self.cfg.latent_shape}); got {latents.shape}"
             )
-            parts.append(np.asarray(out)[: len(part)])
-        pixels = np.concatenate(parts)
+        if output not in ("pil", "numpy"):
+            raise ValueError(f"output: expected 'pil' or 'numpy'; got {output!r}")
+        fn = functools.partial(_decode_vae, self.cfg, self.dtype, self.vae)
+        pixels = self._batched(fn, latents)
         return [Image.fromarray(p) for p in pixels] if output == "pil" else pixels
 
-    def encode_image(self, pictures: ImageLike | Sequence[ImageLike]) -> np.ndarray:
-        """Pictures -> float32[B, h, w, C]: the posterior's mean times the scaling factor."""
-        many = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-        pixels = np.stack(
-            [images.for_generation(images.read(p), self.cfg.image_size) for p in many]
-        )
-        parts = []
-        for at in range(0, len(pixels), MAX_BATCH):
-            part = pixels[at : at + MAX_BATCH]
-            out = self._run(
-                _encode_vae, self.cfg, self.dtype, self.vae, _fill(part, _bucket_batch(len(part)))
-            )
-            parts.append(np.asarray(out)[: len(part)])
-        return np.concatenate(parts)
+    def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
+        """Pictures (a square of each) -> float32[B, h, w, C]: posterior mean times the scale."""
+        self._need("encoding pictures", "vae")
+        many = images if isinstance(images, (list, tuple)) else [images]
+        if not many:
+            raise ValueError("encode_image: expected at least one picture; got an empty list")
+        size = self.cfg.image_size
+        pixels = np.stack([pictures_lib.for_generation(pictures_lib.read(p), size) for p in many])
+        return self._batched(functools.partial(_encode_vae, self.cfg, self.dtype, self.vae), pixels)
 
     def chat(
         self,
-        conversation: str | Turns | Sequence[str | Turns],
-        images: Sequence[Any] = (),
+        conversation: Any,
+        images: Any = (),
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
@@ -190,34 +186,56 @@ class JanusFlowPipeline:
         Args:
           conversation: turns {'role': 'System' | 'User' | 'Assistant', 'content': ...}, or just
             the question; `<image_placeholder>` marks where a picture stands (a question as a
-            string gets them in front).
+            string gets them in front). A first System turn replaces the default prompt; a last
+            Assistant turn with text is continued.
           images: pictures in order; for several conversations a list of lists.
+          temperature: 0 is greedy. top_p: nucleus. seed: conversation n draws with seed + n.
+        Raises:
+          ValueError: lists, turns, tags or options that do not fit.
         """
-        many, pictures, single = _conversations(conversation, images, self.text.image_tag)
-        text = [""] * len(many)
-        for pieces in self._stream(many, pictures, max_new_tokens, temperature, top_p, seed):
-            text = pieces
-        answers = [t.strip() for t in text]
+        options = (max_new_tokens, temperature, top_p)
+        requests.check_chat(*options)
+        self._need("answering", "llm")
+        many, given, single = requests.conversations(conversation, images, self.text.image_tag)
+        answers: list[str] = []
+        for at in range(0, len(many), MAX_BATCH):
+            said = [""]
+            here = slice(at, at + MAX_BATCH)
+            for said in self._stream(many[here], given[here], *options, seed + at):  # noqa: B007
+                pass
+            answers += [text.strip() for text in said]
         return answers[0] if single else answers
 
     def stream(
-        self, conversation: str | Turns, images: Sequence[Any] = (), **options: Any
+        self,
+        conversation: Any,
+        images: Any = (),
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> Iterator[str]:
-        """Like `chat` for one conversation, as pieces of text as they come."""
-        many, pictures, single = _conversations(conversation, images, self.text.image_tag)
+        """Like `chat` for one conversation, as pieces of text as they come; joined, they are
+        `chat`'s answer."""
+        options = (max_new_tokens, temperature, top_p)
+        requests.check_chat(*options)
+        self._need("answering", "llm")
+        many, given, single = requests.conversations(conversation, images, self.text.image_tag)
         if not single:
             raise ValueError("stream: expected one conversation; got a list of them, use chat")
-        defaults = {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-        unknown = sorted(set(options) - set(defaults))
-        if unknown:
-            raise TypeError(f"stream: unknown options {unknown}; known are {sorted(defaults)}")
-        said = ""
-        for pieces in self._stream(many, pictures, **{**defaults, **options}):
-            now = pieces[0].lstrip()
-            # A piece may end inside a character of several bytes: hold it back.
-            if not now.endswith("\ufffd") and now.startswith(said):
-                yield now[len(said) :]
-                said = now
+        return self._pieces(self._stream(many, given, *options, seed))
+
+    @staticmethod
+    def _pieces(texts: Iterator[list[str]]) -> Iterator[str]:
+        now = said = ""
+        for (text,) in texts:
+            now = text.strip()
+            # The end may be inside a character of several bytes: held back, as ending spaces are.
+            sure = now.rstrip("\ufffd").rstrip()
+            if len(sure) > len(said) and sure.startswith(said):
+                yield sure[len(said) :]
+                said = sure
         if now != said:
             yield now[len(said) :]
 
@@ -226,62 +244,77 @@ class JanusFlowPipeline:
         seed: int,
     ) -> Iterator[list[str]]:  # fmt: skip
         """All text so far of every row, after each compiled chunk of tokens."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected >= 1; got {max_new_tokens}")
         state = self._start_decode(many, pictures, max_new_tokens, seed)
         out = np.zeros((len(many), 0), np.int32)
         while out.shape[1] < max_new_tokens:
             state, tokens = self._run(
-                _advance,
-                self.model,
-                self.params,
-                state,
-                jnp.float32(temperature),
-                jnp.float32(top_p),
-                num_tokens=CHUNK_TOKENS,
-                eos_id=self.text.eos_id,
-            )
+                _advance, self.model, self.params, state, jnp.float32(temperature),
+                jnp.float32(top_p), num_tokens=CHUNK_TOKENS, eos_id=self.text.eos_id,
+            )  # fmt: skip
             out = np.concatenate([out, np.asarray(tokens)[: len(many)]], axis=1)
             out = out[:, :max_new_tokens]
-            yield [self.text.decode(_until(row, self.text.eos_id)) for row in out]
+            yield [self.text.decode(requests.until(row, self.text.eos_id)) for row in out]
             if (out == self.text.eos_id).any(1).all():
                 return
 
     def _start_decode(self, many: list, pictures: list, max_new: int, seed: int) -> Any:
-        size = self.cfg.image_size
         prompts = [
             self.text.conversation(rest, len(p), closed=False, system=system)
-            for (system, rest), p in zip(map(_system, many), pictures, strict=True)
+            for (system, rest), p in zip(map(requests.split_system, many), pictures, strict=True)
         ]
-        tokens, lengths = _pad([p.ids for p in prompts], self.text.pad_id)
-        num_slots = max(len(p) for p in pictures)
-        rows = _bucket_batch(len(many))
-        start = np.zeros((rows, num_slots), np.int32)
-        task = np.zeros((rows, num_slots), np.int32)
-        pixels = np.zeros((rows, num_slots, size, size, 3), np.uint8)
+        tokens, lengths = requests.pad([p.ids for p in prompts], self.text.pad_id)
+        rows = requests.batch_bucket(len(many))
+        most = max(len(p) for p in pictures)
+        shape = (rows, requests.batch_bucket(most) if most else 0)
+        start, task, which = (np.zeros(shape, np.int32) for _ in range(3))
+        pixels: list[np.ndarray] = []
         for i, (prompt, given) in enumerate(zip(prompts, pictures, strict=True)):
             for j, picture in enumerate(given):
-                pixels[i, j] = images.for_understanding(images.read(picture), size)
-                start[i, j], task[i, j] = prompt.slot_starts[j], janusflow.UNDERSTAND
+                which[i, j], start[i, j] = len(pixels), prompt.slot_starts[j]
+                task[i, j] = janusflow.UNDERSTAND
+                image = pictures_lib.read(picture)
+                pixels.append(pictures_lib.for_understanding(image, self.cfg.image_size))
+        slots = None
+        if pixels:
+            self._need("reading pictures", *READS)
+            flat = requests.fill(np.stack(pixels), requests.batch_bucket(len(pixels)))
+            slots = self._run(_read, self.model, self.params, self._place(flat))
         # Room in the buffer comes in whole chunks and doubles, so that few sizes compile.
-        room = CHUNK_TOKENS * _bucket_batch(-(-max_new // CHUNK_TOKENS))
-        keys = jax.vmap(jax.random.key)(jnp.arange(rows) + seed)
-        return self._run(
-            _start,
-            self.model,
-            self.params,
-            _fill(tokens, rows),
-            pixels if num_slots else None,
-            start,
-            task,
-            _fill(lengths, rows),
-            keys,
-            max_new=room,
-        )
+        room = CHUNK_TOKENS * requests.batch_bucket(-(-max_new // CHUNK_TOKENS))
+        seeds = ((np.arange(rows) + seed) % requests.SEED_LIMIT).astype(np.uint32)
+        tokens, lengths = requests.fill(tokens, rows), requests.fill(lengths, rows)
+        prompt = (tokens, slots, which, start, task, lengths, seeds)
+        return self._run(_start, self.model, self.params, *prompt, max_new=room)
 
-    def _noise(self, seeds: list[int]) -> np.ndarray:
-        draw = lambda s: jax.random.normal(jax.random.key(s), self.cfg.latent_shape)  # noqa: E731
-        return np.asarray(jax.vmap(draw)(jnp.asarray(seeds)))
+    def _noise(self, seeds: np.ndarray) -> np.ndarray:
+        """float32[B, h, w, C], each row of its own seed alone."""
+        padded = requests.fill(seeds, requests.batch_bucket(len(seeds)))
+        return np.asarray(_draw_noise(padded, self.cfg.latent_shape))[: len(seeds)]
+
+    def _need(self, what: str, *parts: str) -> None:
+        has = set(self.params) | ({"vae"} if self.vae else set())
+        if lacking := [p for p in parts if p not in has]:
+            raise checkpoint.CheckpointError(
+                f"{what}: expected a model with all of {list(parts)}; {self.source or 'this one'} "
+                f"lacks {lacking}. Use a trained or converted model"
+            )
+
+    def _batched(self, fn: Any, *arrays: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Runs `fn` over rows, at most MAX_BATCH at a time in few sizes; joins on `axis`."""
+        parts = []
+        for at in range(0, len(arrays[0]), MAX_BATCH):
+            rows = [x[at : at + MAX_BATCH] for x in arrays]
+            size = requests.batch_bucket(len(rows[0]))
+            out = self._run(fn, *(self._place(requests.fill(x, size)) for x in rows))
+            parts.append(np.take(np.asarray(out), np.arange(len(rows[0])), axis=axis))
+        return np.concatenate(parts, axis=axis)
+
+    def _place(self, x: np.ndarray) -> Any:
+        """On a mesh: rows over its devices (where they divide)."""
+        if self.mesh is None:
+            return x
+        spec = PartitionSpec(sharding.BATCH, *[None] * (x.ndim - 1))
+        return jax.device_put(x, NamedSharding(self.mesh, sharding.fit(spec, x.shape, self.mesh)))
 
     def _run(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         if self.mesh is None:
@@ -290,25 +323,45 @@ class JanusFlowPipeline:
             return fn(*args, **kwargs)
 
 
+# --- what is compiled; buffers that are used up are donated
+
 _sample = jax.jit(
-    sampler.sample, static_argnums=0, static_argnames=("num_steps", "guided", "trajectory")
+    sampler.sample,
+    static_argnums=0,
+    static_argnames=("num_steps", "guided"),
+    donate_argnames="noise",
+)
+_trajectory = jax.jit(
+    functools.partial(sampler.sample, trajectory=True),
+    static_argnums=0,
+    static_argnames=("num_steps", "guided"),
 )
 _advance = jax.jit(
     decode.advance,
     static_argnums=0,
     static_argnames=("num_tokens", "eos_id"),
-    donate_argnums=2,
+    donate_argnames="state",
 )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_noise(seeds: Any, shape: tuple[int, ...]) -> Any:
+    return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(model: Any, params: Any, pixels: Any) -> Any:
+    return decode.read_pictures(model, params, losses.to_float(pixels, model.dtype), MAX_BATCH)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new")
 def _start(
-    model: Any, params: Any, tokens: Any, pixels: Any, start: Any, task: Any, lengths: Any,
-    keys: Any, max_new: int,
+    model: Any, params: Any, tokens: Any, slots: Any, which: Any, start: Any, task: Any,
+    lengths: Any, seeds: Any, max_new: int,
 ) -> Any:  # fmt: skip
-    pixels = None if pixels is None else losses.to_float(pixels, model.dtype)
-    x = decode.embed_prompt(model, params, tokens, pixels, start, task)
-    return decode.start(model, params, x, lengths, keys, max_new)
+    slots = None if slots is None else jnp.take(slots, which, axis=0)
+    x = decode.embed_prompt(model, params, tokens, slots, start, task)
+    return decode.start(model, params, x, lengths, jax.vmap(jax.random.key)(seeds), max_new)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -322,78 +375,3 @@ def _decode_vae(cfg: ModelConfig, dtype: str, params: Any, latents: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encode_vae(cfg: ModelConfig, dtype: str, params: Any, pixels: Any) -> Any:
     return losses.encode_latents(params, pixels[:, None], None, cfg, jnp.dtype(dtype))[:, 0]
-
-
-def _check_generate(prompts: list, num_steps: int, per_prompt: int, output: str) -> None:
-    known = ("pil", "numpy", "latent", "trajectory")
-    empty = [i for i, p in enumerate(prompts) if not str(p).strip()]
-    problems = [f"prompt {i} is empty: expected words for what to paint" for i in empty]
-    problems += [] if prompts else ["no prompt"]
-    problems += [] if num_steps >= 1 else [f"num_steps: expected >= 1; got {num_steps}"]
-    problems += [] if per_prompt >= 1 else [f"images_per_prompt: expected >= 1; got {per_prompt}"]
-    problems += [] if output in known else [f"output: expected one of {known}; got {output!r}"]
-    if problems:
-        raise ValueError("generate: " + "; ".join(problems))
-
-
-def _seeds(seed: int | Sequence[int], num_prompts: int, per_prompt: int) -> list[int]:
-    if isinstance(seed, (int, np.integer)):
-        return [int(seed) + n for n in range(num_prompts * per_prompt)]
-    if len(seed) != num_prompts:
-        raise ValueError(f"seed: expected one or {num_prompts} (one a prompt); got {len(seed)}")
-    return [int(s) + j for s in seed for j in range(per_prompt)]
-
-
-def _pad(ids: Sequence[Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded int32[B, P], P in buckets, and lengths int32[B]."""
-    lengths = np.asarray([len(x) for x in ids], np.int32)
-    size = -(-int(lengths.max()) // PROMPT_BUCKET) * PROMPT_BUCKET
-    tokens = np.full((len(ids), size), pad_id, np.int32)
-    for row, x in zip(tokens, ids, strict=True):
-        row[: len(x)] = x
-    return tokens, lengths
-
-
-def _bucket_batch(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
-
-
-def _fill(x: np.ndarray, size: int) -> np.ndarray:
-    """Repeats the last row up to `size` rows."""
-    return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) if len(x) < size else x
-
-
-def _system(turns: Turns) -> tuple[str, Turns]:
-    """The system prompt and the other turns: a first System turn replaces the default."""
-    if turns and turns[0]["role"].lower() == "system":
-        return turns[0]["content"], turns[1:]
-    return chat_format.SYSTEM_PROMPT, turns
-
-
-def _until(row: np.ndarray, eos_id: int) -> list[int]:
-    end = np.flatnonzero(row == eos_id)
-    return row[: end[0] if len(end) else len(row)].tolist()
-
-
-def _conversations(conversation: Any, pictures: Sequence[Any], tag: str) -> tuple[list, list, bool]:
-    """Normalises to (list of turns, list of picture lists, was it one conversation)."""
-    is_turns = isinstance(conversation, list) and all(isinstance(t, dict) for t in conversation)
-    single = isinstance(conversation, str) or is_turns
-    many = [conversation] if single else list(conversation)
-    given = [list(pictures)] if single else [list(p) for p in pictures] or [[] for _ in many]
-    if not many or len(given) != len(many):
-        raise ValueError(
-            f"chat: expected one list of images a conversation; got {len(many)} conversations "
-            f"and {len(given)} lists"
-        )
-    out = []
-    for turns, own in zip(many, given, strict=True):
-        if isinstance(turns, str):
-            front = "" if tag in turns else f"{tag}\n" * len(own)
-            turns = [
-                {"role": "User", "content": front + turns},
-                {"role": "Assistant", "content": ""},
-            ]
-        out.append(turns)
-    return out, given, single

@@ -77,7 +77,9 @@ def test_understanding_reads_images_and_text():
     model, params, _ = golden.model()
     want = golden.arrays("expected")
     tokens, lengths, pixels, start, task = understanding_prompts()
-    x = decode.embed_prompt(model, params, tokens, pixels, start, task)
+    slots = decode.read_pictures(model, params, pixels.reshape(-1, *pixels.shape[2:]), chunk=2)
+    slots = slots.reshape(*start.shape, *slots.shape[1:])
+    x = decode.embed_prompt(model, params, tokens, slots, start, task)
     size = tokens.shape[1]
     segments = (jnp.arange(size) < lengths[:, None]).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(size), tokens.shape)
@@ -98,7 +100,9 @@ def test_greedy_answers():
     model, params, _ = golden.model()
     want = golden.arrays("expected")["und.greedy_tokens"]
     tokens, lengths, pixels, start, task = understanding_prompts()
-    x = decode.embed_prompt(model, params, tokens, pixels, start, task)
+    slots = decode.read_pictures(model, params, pixels.reshape(-1, *pixels.shape[2:]), chunk=2)
+    slots = slots.reshape(*start.shape, *slots.shape[1:])
+    x = decode.embed_prompt(model, params, tokens, slots, start, task)
     state = decode.start(model, params, x, lengths, jax.random.split(jax.random.key(0), 2), 24)
     eos = chat().eos_id
     zero, one = jnp.float32(0), jnp.float32(1)

@@ -1,0 +1,72 @@
+"""What `generate`, `chat` and `evaluate` share: their model's options, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from janusflow_jax import checkpoint, pipeline
+
+
+def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser that prints its texts as they stand, with the options that choose a model."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m janusflow_jax.{module}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--model", required=True, help="a model folder, a training run's folder, or one checkpoint"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=pipeline.DTYPES,
+        help="default: float32 on CPU, bfloat16 on TPU and GPU (older GPUs, such as the T4, have "
+        "no bfloat16: take float32 there)",
+    )
+    p.add_argument(
+        "--weights", choices=("ema", "params"), default="ema", help="of a training run; default ema"
+    )
+    return p
+
+
+def load(args: argparse.Namespace) -> pipeline.JanusFlowPipeline:
+    """Loads the model of the options, and says on stderr what it is and where it runs."""
+    model = pipeline.load(args.model, dtype=args.dtype, weights=args.weights)
+    size = model.cfg.image_size
+    note(f"{args.model}: {model.cfg.name}, {size} x {size} px, on {accelerator()} in {model.dtype}")
+    return model
+
+
+def accelerator() -> str:
+    """What JAX runs on, in words: 'cpu', '2 x NVIDIA H100'."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    return kind if len(devices) == 1 else f"{len(devices)} x {kind}"
+
+
+def note(text: str) -> None:
+    """Progress and remarks: on stderr, so that stdout holds results only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a command; errors that the user can mend are one message, not a stack."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (checkpoint.CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            "error: out of memory on the device: ask for fewer pictures at a time, take "
+            f"--dtype bfloat16, or a smaller model\n{str(error).splitlines()[0]}"
+        )

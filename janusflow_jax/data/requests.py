@@ -1,0 +1,153 @@
+"""What a caller asks for -> arrays of few shapes: conversations, seeds, prompts in buckets.
+
+Every shape is rounded up (rows and pictures to powers of two, prompts to few lengths), so that a
+new prompt seldom compiles anything. What is added is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from janusflow_jax.data import chat_format
+
+Turns = list[dict[str, str]]
+OUTPUTS = ("pil", "numpy", "latent", "trajectory")
+PROMPT_BUCKET = 32
+SEED_LIMIT = 2**32
+_ROLES = ("system", "user", "assistant")
+
+
+def check_generate(prompts: Sequence[Any], num_steps: int, per_prompt: int, output: str) -> None:
+    """Raises ValueError with every reason why nothing can be painted."""
+    problems = [] if prompts else ["no prompt"]
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            problems.append(f"prompt {i}: expected text; got {type(prompt).__name__}")
+        elif not prompt.strip():
+            problems.append(f"prompt {i} is empty: expected words for what to paint")
+    problems += [] if num_steps >= 1 else [f"num_steps: expected >= 1; got {num_steps}"]
+    problems += [] if per_prompt >= 1 else [f"images_per_prompt: expected >= 1; got {per_prompt}"]
+    problems += [] if output in OUTPUTS else [f"output: expected one of {OUTPUTS}; got {output!r}"]
+    if problems:
+        raise ValueError("generate: " + "; ".join(problems))
+
+
+def check_chat(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raises ValueError with every option that is out of its range."""
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens: expected >= 1; got {max_new_tokens}")
+    if not temperature >= 0:
+        problems.append(f"temperature: expected >= 0 (0 is greedy); got {temperature}")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p: expected above 0 and at most 1; got {top_p}")
+    if problems:
+        raise ValueError("chat: " + "; ".join(problems))
+
+
+def picture_seeds(seed: int | Sequence[int], num_prompts: int, per_prompt: int) -> list[int]:
+    """The seed of every picture of the output.
+
+    Args: seed: picture n uses seed + n; a list: picture j of prompt i uses seed[i] + j.
+    Raises: ValueError: another number of seeds than prompts, or one out of range.
+    """
+    if isinstance(seed, (int, np.integer)):
+        out = [int(seed) + n for n in range(num_prompts * per_prompt)]
+    elif len(seed) != num_prompts:
+        raise ValueError(f"seed: expected one or {num_prompts} (one a prompt); got {len(seed)}")
+    else:
+        out = [int(s) + j for s in seed for j in range(per_prompt)]
+    if out and not 0 <= min(out) <= max(out) < SEED_LIMIT:
+        raise ValueError(f"seed: expected 0 to 2**32 - 1; the pictures' are {min(out)}..{max(out)}")
+    return out
+
+
+def conversations(
+    conversation: Any, pictures: Any, tag: str
+) -> tuple[list[Turns], list[list[Any]], bool]:
+    """Brings what `chat` was given into one form.
+
+    Args:
+      conversation: a question, turns {'role', 'content'}, or a list of those.
+      pictures: one list, or a list of lists for a list of conversations.
+      tag: marks a picture in a text; a question as a string gets them in front.
+    Returns: turns and pictures of every conversation, and whether it was a single one.
+    Raises: ValueError: lists that do not match, or turns that are none (all named).
+    """
+    single = isinstance(conversation, str) or (
+        isinstance(conversation, (list, tuple))
+        and len(conversation) > 0
+        and all(isinstance(t, dict) for t in conversation)
+    )
+    many = [conversation] if single else list(conversation)
+    if single:
+        given = [list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]]
+    elif not all(isinstance(own, (list, tuple)) for own in pictures):
+        raise ValueError(
+            "chat: expected a list of pictures for each conversation, [[...], ...]; got "
+            f"{[type(own).__name__ for own in pictures]}"
+        )
+    else:
+        given = [list(own) for own in pictures] or [[] for _ in many]
+    if not many or len(given) != len(many):
+        raise ValueError(
+            f"chat: expected one list of images a conversation; got {len(many)} conversations "
+            f"and {len(given)} lists"
+        )
+    out = [_turns(turns, len(own), tag) for turns, own in zip(many, given, strict=True)]
+    return out, given, single
+
+
+def _turns(conversation: Any, num_pictures: int, tag: str) -> Turns:
+    if isinstance(conversation, str):
+        front = "" if tag in conversation else f"{tag}\n" * num_pictures
+        return [{"role": "User", "content": front + conversation}]
+    for i, turn in enumerate(conversation):
+        role, content = (turn.get(k) for k in ("role", "content"))
+        if str(role).lower() not in _ROLES or not isinstance(content, str):
+            raise ValueError(
+                f"chat: turn {i}: expected {{'role': 'User' | 'Assistant', 'content': text}} (a "
+                f"first turn may be System); got role {role!r}, content {content!r:.40}"
+            )
+    return list(conversation)
+
+
+def split_system(turns: Turns) -> tuple[str, Turns]:
+    """The system prompt and the other turns: a first System turn replaces the default."""
+    if turns and turns[0]["role"].lower() == "system":
+        return turns[0]["content"], turns[1:]
+    return chat_format.SYSTEM_PROMPT, turns
+
+
+def until(row: np.ndarray, eos_id: int) -> list[int]:
+    """The ids before the first eos."""
+    end = np.flatnonzero(row == eos_id)
+    return row[: end[0] if len(end) else len(row)].tolist()
+
+
+def length_bucket(length: int) -> int:
+    """`length` rounded up to 32s, above 256 to eighths of the next power of two."""
+    step = max(PROMPT_BUCKET, 1 << max((length - 1).bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+def batch_bucket(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def pad(ids: Sequence[Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded int32[B, P], P in buckets, and lengths int32[B]."""
+    lengths = np.asarray([len(x) for x in ids], np.int32)
+    tokens = np.full((len(ids), length_bucket(int(lengths.max()))), pad_id, np.int32)
+    for row, x in zip(tokens, ids, strict=True):
+        row[: len(x)] = x
+    return tokens, lengths
+
+
+def fill(x: np.ndarray, size: int) -> np.ndarray:
+    """Repeats the last row up to `size` rows."""
+    return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)]) if len(x) < size else x

@@ -1,0 +1,124 @@
+"""The commands on the golden model: what they write, print and refuse; the cache on disk."""
+
+import io
+import json
+import pathlib
+import sys
+
+import golden
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_pipeline import folder, model  # noqa: F401
+
+from janusflow_jax import chat, command_line, compile_cache, evaluate, generate, pipeline
+
+PICTURE = str(golden.TINY / "images" / "0.png")
+
+
+@pytest.fixture
+def loaded(model, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(pipeline, "load", lambda path, dtype, weights: model)
+    return model
+
+
+def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red fox\n\nTwo yellow taxis\n")
+    out, report = tmp_path / "pictures", tmp_path / "report.json"
+    args = f"--model m --prompts {tmp_path}/prompts.txt --steps 2 --seed 5 9 --json {report}"
+    generate.main([*args.split(), "--prompt", "a tree", "--seed", "1", "5", "9", "--out", str(out)])
+    said = json.loads(report.read_text())
+    assert [(x["prompt"], x["seed"]) for x in said["pictures"]] == [
+        ("a tree", 1), ("a red fox", 5), ("Two yellow taxis", 9),
+    ]  # fmt: skip
+    assert said["settings"] == {"cfg_weight": 2.0, "num_steps": 2, "dtype": "float32"}
+    again = loaded.generate("Two yellow taxis", seed=9, num_steps=2, output="numpy")[0]
+    saved = np.asarray(Image.open(said["pictures"][2]["file"])).astype(int)
+    assert np.abs(saved - again).max() <= 1
+    written = capsys.readouterr()
+    assert "3 of 3 pictures" in written.err and "in float32" in written.err
+    assert written.out == f"{out}/0000.png .. {out}/0002.png\n"
+    sheet = tmp_path / "new" / "sheet.png"
+    args = ["--model", "m", "--steps", "2", "--images-per-prompt", "2", "--out", str(sheet)]
+    generate.main([*args, "--prompt", "a tree", "--prompt", "a fox"])
+    assert Image.open(sheet).width > 4 * 128
+
+
+def test_chat_answers_and_talks(loaded, monkeypatch, capsys):
+    ask = ["--model", "m", "--max-new-tokens", "8"]
+    chat.main([*ask, "--image", PICTURE, "--prompt", "What is it?"])
+    assert capsys.readouterr().out.strip() == loaded.chat("What is it?", PICTURE, max_new_tokens=8)
+    seen = []
+    monkeypatch.setattr(
+        type(loaded), "stream", lambda self, turns, pictures, **_: seen.append((turns, pictures)) or
+        iter(("yes", " no")),
+    )  # fmt: skip
+    lines = [f"/image {PICTURE}", "One?", "/what", "/image no.png", "Two?", "/new", "Three?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    chat.main([*ask, "--system", "Be brief."])
+    written = capsys.readouterr()
+    assert written.out == "yes no\n" * 3
+    assert "unknown command /what" in written.err and "no.png: no such file" in written.err
+    roles = [[t["role"] for t in turns] for turns, _ in seen]
+    assert roles == [["System", "User"], ["System", "User", "Assistant", "User"], roles[0]]
+    assert seen[1][0][1]["content"] == "<image_placeholder>\nOne?"
+    assert seen[1][0][2]["content"] == "yes no"
+    assert [len(pictures) for _, pictures in seen] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "says"),
+    [
+        (generate, "--prompt x --model /no/where", "error: /no/where: no such folder; expected"),
+        (generate, "--model m", "error: expected --prompt TEXT or --prompts FILE"),
+        (generate, "--model m --prompts /no/file", "error: .*No such file"),
+        (generate, "--model m --prompt x --out a.jpg", "error: --out: expected a .png file or a"),
+        (generate, "--model m --prompt x --steps 0", "error: generate: num_steps: expected >= 1"),
+        (chat, "--model m --image no.png --prompt x", "error: image no.png: no such file"),
+        (chat, "--model m --temperature -1", "error: chat: temperature: expected >= 0"),
+        (evaluate, "--model m --prompts 1", "error: expected --prompts and --captions of 2"),
+    ],
+)
+def test_bad_input_is_one_message(module, args, says, monkeypatch):
+    with pytest.raises(SystemExit, match=says):
+        command_line.run(lambda: module.main(args.split()))
+
+
+def test_what_is_no_users_mistake_keeps_its_stack():
+    with pytest.raises(ZeroDivisionError):
+        command_line.run(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("module", [generate, chat, evaluate])
+def test_help_teaches(module, capsys):
+    with pytest.raises(SystemExit):
+        module.parse(["--help"])
+    said = capsys.readouterr().out
+    assert "--model" in said and "bfloat16" in said and f"{module.__name__}" in said
+
+
+def test_the_cache_keeps_programs_and_can_be_turned_off(monkeypatch, tmp_path):
+    before = {n: getattr(jax.config, n) for n in (
+        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+        "jax_compilation_cache_max_size",
+    )}  # fmt: skip
+    assert compile_cache.enable() == before["jax_compilation_cache_dir"]  # JAX's own stays
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv(compile_cache.ENV, "off")
+        assert compile_cache.enable() is None
+        monkeypatch.setenv(compile_cache.ENV, str(tmp_path / "cache"))
+        monkeypatch.setattr(compile_cache, "MIN_SECONDS", 0.0)
+        assert compile_cache.enable() == str(tmp_path / "cache")
+        jax.jit(lambda x: x * 3 + 1).lower(np.ones(7)).compile()
+        assert list((tmp_path / "cache").glob("jit_*"))
+        jax.config.update("jax_compilation_cache_dir", None)
+        blocked = tmp_path / "file"
+        blocked.write_text("")
+        monkeypatch.setenv(compile_cache.ENV, str(pathlib.Path(blocked) / "cache"))
+        assert compile_cache.enable() is None
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compile_cache.compilation_cache.reset_cache()

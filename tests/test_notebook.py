@@ -1,0 +1,47 @@
+"""The notebook is stored without outputs, and runs from its first cell to its last."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILE = ROOT / "notebooks" / "inference.ipynb"
+CELLS = json.loads(FILE.read_text(encoding="utf-8"))["cells"]
+CODE = ["".join(c["source"]) for c in CELLS if c["cell_type"] == "code"]
+
+
+def test_outputs_are_stripped_and_cells_are_python():
+    for cell in CELLS:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+    for source in CODE:
+        compile(source, str(FILE), "exec")  # no magics: the next test runs it as it stands
+
+
+def test_its_commands_are_the_projects():
+    text = "".join("".join(c["source"]) for c in CELLS)
+    assert "tools/convert_checkpoint.py --janusflow" in text and "--vae" in text
+    for word in ("T4", "overflows", "bfloat16"):
+        assert word in text
+
+
+@pytest.mark.slow
+def test_every_cell_runs(tmp_path):
+    """As a script, in order, from the notebook's own folder; the training cell with two steps."""
+    script = tmp_path / "cells.py"
+    script.write_text("\n".join(CODE), encoding="utf-8")
+    env = {n: x for n, x in os.environ.items() if n not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    env |= {"JANUSFLOW_MODEL": str(tmp_path / "run"), "JANUSFLOW_STEPS": "2"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=FILE.parent, env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 x cpu (cpu): float32, because there is no accelerator" in done.stdout
+    assert "latents (3, 16, 16, 4)" in done.stdout
+    assert (tmp_path / "run" / "checkpoints" / "2").exists()
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert said.count("red") == said.count("blue") == said.count("green") == 1, said

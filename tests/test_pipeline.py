@@ -1,0 +1,408 @@
+"""The Python face on the golden model: its numbers, and what must change nothing."""
+
+import functools
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import janusflow_jax
+from janusflow_jax import checkpoint, config, decode, pipeline, sampler, sharding
+from janusflow_jax.data import chat_format, images
+from janusflow_jax.models import janusflow, layers, vae
+
+QUICK = {"num_steps": 2, "output": "latent"}
+PROMPTS = ["a red fox", "Two yellow taxis in the snow beside a quiet river", "a tree"]
+LONG = "a red fox, a blue whale and a green frog sit in the snow beside a quiet river " * 2
+
+
+def save(folder, hub):
+    cfg = config.model_config("test")
+    _, params, vae_params = golden.model()
+    checkpoint.save_model(
+        folder, model_cfg=cfg, params=params, vae=vae_params, hub_files=hub, extra={}
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The golden model as a folder, with the tokenizer whose BOS is in its config only."""
+    names = ("tokenizer_bos_by_config", "janusflow")
+    files = [p for n in names for p in (golden.TINY / n).iterdir() if p.suffix == ".json"]
+    hub = {p.name: p.read_bytes() for p in reversed(files)}
+    return save(tmp_path_factory.mktemp("golden") / "model", hub)
+
+
+@pytest.fixture(scope="session")
+def model(folder):
+    return janusflow_jax.load(folder, dtype="float32")
+
+
+@functools.cache
+def conversations():
+    """The golden conversations and their pictures' paths."""
+    cases = golden.facts("expected")["chat"]
+    paths = [[str(golden.TINY / "images" / n) for n in case["images"]] for case in cases]
+    return [case["conversation"] for case in cases], paths
+
+
+def close(got, want, tolerance=1e-5):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
+class Compilations:
+    """Counts what JAX compiles inside a `with`."""
+
+    def __enter__(self):
+        self.names = []
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+    def _heard(self, event, duration, **said):
+        if event.endswith("jaxpr_to_mlir_module_duration"):
+            self.names.append(said.get("fun_name", event))
+
+
+# --- the golden numbers, through load and the face
+
+
+def test_golden_pictures(model):
+    case, want = golden.facts("expected")["samples"][1], golden.arrays("expected")
+    path = golden.nhwc(want["sample1.trajectory"])
+    options = {"cfg_weight": case["cfg_weight"], "num_steps": case["steps"], "noise": path[0]}
+    got = model.generate(case["prompt"], output="trajectory", **options)
+    assert golden.error(got, path) < 5e-6
+    pixels = model.decode_latents(got[-1], "numpy")
+    expected = (golden.nhwc(want["sample1.image"]) + 1) * 127.5
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels - expected).max() <= 0.5 + 127.5 * 2e-5
+    (picture,) = model.decode_latents(got[-1])
+    np.testing.assert_array_equal(np.asarray(picture), pixels[0])
+
+
+def test_golden_answers(model):
+    many, pictures = conversations()
+    want = [text.strip() for text in golden.facts("expected")["greedy_text"]]
+    assert model.chat(many, pictures, max_new_tokens=24) == want
+
+
+def test_golden_latents(model):
+    names = golden.facts("train")["generation"]["images"]
+    paths = [golden.TINY / "images" / n for n in names]
+    squares = [images.for_understanding(images.read(p), 64) for p in paths]
+    want = golden.nhwc(golden.arrays("train")["train.latents"])
+    assert golden.error(model.encode_image(squares), want) < 5e-6
+    mixed = model.encode_image([squares[0], Image.fromarray(squares[1])])
+    assert golden.error(mixed, want) < 5e-6
+
+
+def test_both_forms_of_the_tokenizer_give_the_same_ids(model, tmp_path):
+    other = janusflow_jax.load(save(tmp_path / "model", golden.TINY / "janusflow"))
+    assert other.text.hash != model.text.hash
+    for case in golden.facts("expected")["samples"]:
+        want = case["input_ids"][:-1]
+        assert other.text.generation_ids(case["prompt"]) == want
+        assert model.text.generation_ids(case["prompt"]) == want
+    for case in golden.facts("expected")["chat"]:
+        for text in (model.text, other.text):
+            got = text.conversation(case["conversation"], len(case["images"]))
+            assert got.ids.tolist() == case["input_ids"]
+
+
+# --- what must change nothing
+
+
+def test_a_picture_is_its_prompts_alone_with_its_seed(model):
+    together = model.generate(PROMPTS, seed=7, **QUICK)
+    alone = [model.generate(p, seed=7 + n, **QUICK)[0] for n, p in enumerate(PROMPTS)]
+    close(together, alone)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+    back = model.generate(PROMPTS[::-1], seed=[9, 8, 7], **QUICK)
+    close(back[::-1], together)
+
+
+@pytest.mark.slow
+def test_seeds_buckets_and_groups_change_nothing(model, monkeypatch):
+    prompts = [PROMPTS[0], LONG]  # another bucket of prompt lengths
+    both = model.generate(prompts, seed=[3, 11], images_per_prompt=2, **QUICK)
+    one = model.generate(prompts[0], seed=3, images_per_prompt=2, **QUICK)
+    close(both[:2], one)
+    close(both[3], model.generate(LONG, seed=12, **QUICK)[0])
+    noise = model.generate(LONG, seed=12, num_steps=2, output="trajectory")[0]
+    close(model.generate(LONG, noise=jnp.asarray(noise), **QUICK)[0], both[3])
+    monkeypatch.setattr(pipeline, "MAX_BATCH", 2)
+    close(model.generate(prompts, seed=[3, 11], images_per_prompt=2, **QUICK), both)
+    pixels = model.decode_latents(both, "numpy")
+    close(pixels[2:3], model.decode_latents(both[2:3], "numpy"), 1)
+    # Exact lengths, no bucket: the sampler itself.
+    ids = jnp.asarray([model.text.generation_ids(LONG)])
+    args = (model.model, model.params, ids, jnp.asarray([ids.shape[1]]), jnp.asarray(noise), 2.0)
+    close(sampler.sample(*args, num_steps=2, guided=True)[0], both[3])
+
+
+@pytest.mark.slow
+def test_guidance_of_one_is_the_conditional_branch_alone(model, monkeypatch):
+    branches, sample = [], pipeline._sample
+    count = lambda *a, guided, **k: branches.append(1 + guided) or sample(*a, guided=guided, **k)  # noqa: E731
+    monkeypatch.setattr(pipeline, "_sample", count)
+    got = model.generate(PROMPTS[1], seed=5, cfg_weight=1.0, **QUICK)
+    near = model.generate(PROMPTS[1], seed=5, cfg_weight=1 + 1e-7, **QUICK)
+    assert branches == [1, 2]
+    close(got, near)
+    assert np.abs(got - model.generate(PROMPTS[1], seed=5, **QUICK)).max() > 1e-3
+
+
+def euler_steps(guided):
+    """The jaxpr of the Euler loop's body, for one prompt of 40 tokens."""
+    tiny, params, _ = golden.model()
+    tokens, noise = jnp.zeros((1, 40), jnp.int32), jnp.zeros((1, *tiny.cfg.latent_shape))
+    run = functools.partial(sampler.sample, tiny, num_steps=7, guided=guided)
+    jaxpr = jax.make_jaxpr(run)(params, tokens, jnp.asarray([38]), noise, 2.0)
+    (loop,) = (e for e in walk(jaxpr.jaxpr) if e.params.get("length") == 7)
+    return loop.params["jaxpr"].jaxpr
+
+
+def walk(jaxpr):
+    """Every equation, those of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            if hasattr(inner, "jaxpr"):
+                yield from walk(inner.jaxpr)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_step_computes_no_prompt_and_only_the_branches_it_needs(guided):
+    """17 positions of the slot are multiplied by the LLM's kernels, never the 40 of the prompt."""
+    rows = set()
+    for equation in walk(euler_steps(guided)):
+        if equation.primitive.name == "dot_general":
+            left, right = (v.aval.shape for v in equation.invars)
+            if right == (64, 176):  # the LLM's MLP
+                rows.add(int(np.prod(left[:-1])))
+    assert rows == {(2 if guided else 1) * 17}
+
+
+def test_a_new_prompt_compiles_nothing(model):
+    model.generate(PROMPTS, seed=1, **QUICK)
+    with Compilations() as seen:
+        model.generate(["another thing", "x", "a whale"], seed=100, cfg_weight=3.5, **QUICK)
+        model.generate([*PROMPTS, "a fourth"], seed=4, **QUICK)
+    assert not seen.names
+    with Compilations() as seen:  # the count counts
+        model.generate("one", num_steps=3, output="latent")
+    assert "sample" in str(seen.names)
+
+
+def test_the_key_value_buffer_is_donated(model):
+    many, pictures = conversations()
+    state = model._start_decode(many, pictures, 24, 0)
+    args = (model.model, model.params, state, jnp.float32(0), jnp.float32(1))
+    pipeline._advance(*args, num_tokens=pipeline.CHUNK_TOKENS, eos_id=model.text.eos_id)
+    assert state["k"].is_deleted() and state["v"].is_deleted()
+    noise = jax.random.normal(jax.random.key(0), (1, *model.cfg.latent_shape))
+    kept = np.array(noise)
+    model.generate("a", noise=noise, **QUICK)  # the caller's own array is not used up
+    np.testing.assert_array_equal(noise, kept)
+
+
+@pytest.mark.slow
+def test_a_new_question_compiles_nothing(model):
+    picture = np.zeros((40, 30, 3), np.uint8)
+    model.chat("What is it?", [picture], max_new_tokens=20)
+    with Compilations() as seen:
+        model.chat("Is it the red fox?", [picture[:20] + 9], max_new_tokens=30, seed=3)
+        "".join(model.stream("Why?", [picture], max_new_tokens=17, temperature=0.5))
+    assert not seen.names
+
+
+@pytest.mark.slow
+def test_streaming_equals_one_shot(model):
+    (turns, _), (paths, _) = conversations()
+    for options in ({"max_new_tokens": 40}, {"temperature": 1.0, "top_p": 0.9, "seed": 4}):
+        options = {"max_new_tokens": 40} | options
+        pieces = list(model.stream(turns, paths, **options))
+        assert len(pieces) > 1 and all(pieces)
+        assert "".join(pieces) == model.chat(turns, paths, **options)
+    warm = [model.chat(turns, paths, temperature=1.0, seed=s, max_new_tokens=16) for s in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_pieces_hold_back_half_a_character_and_spaces():
+    texts = [[" a"], [" a "], [" a \ufffd"], [" a \u00e9 b"], [" a \u00e9 b\ufffd "]]
+    pieces = list(pipeline.JanusFlowPipeline._pieces(iter(texts)))
+    assert pieces == ["a", " \u00e9 b", "\ufffd"]
+    assert "".join(pieces) == texts[-1][0].strip()
+
+
+@pytest.mark.slow
+def test_decoding_stops_at_eos(model, monkeypatch):
+    (_, turns), (_, paths) = conversations()  # its answer is eos at once
+    calls, advance = [], pipeline._advance
+    count = lambda *a, **k: calls.append(a[2]) or advance(*a, **k)  # noqa: E731
+    monkeypatch.setattr(pipeline, "_advance", count)
+    assert list(model.stream(turns, paths, max_new_tokens=512)) == [] and len(calls) == 1
+    state, _ = advance(
+        model.model, model.params, model._start_decode([turns], [paths], 512, 0),
+        jnp.float32(0), jnp.float32(1), num_tokens=16, eos_id=model.text.eos_id,
+    )  # fmt: skip
+    assert int(state["step"]) == 1  # inside the compiled chunk too
+
+
+@pytest.mark.slow
+def test_conversations_together_equal_alone(model, monkeypatch):
+    many, paths = conversations()
+    many, paths = [*many, "Who are you?"], [*paths, []]
+    options = {"max_new_tokens": 20}
+    together = model.chat(many, paths, **options)
+    alone = [model.chat(c, p, **options) for c, p in zip(many, paths, strict=True)]
+    assert together == alone and together[0] and together[2]
+    monkeypatch.setattr(pipeline, "MAX_BATCH", 2)
+    assert model.chat(many[::-1], paths[::-1], **options)[::-1] == together
+    pictures = [Image.open(p) for p in paths[0]]
+    assert model.chat(many[0], pictures, **options) == together[0]
+    assert model.chat(many[0], pictures[0], **options) == together[0]  # one, not in a list
+
+
+def test_a_first_system_turn_replaces_the_prompt(model, monkeypatch):
+    seen = []
+    original = chat_format.ChatFormat.conversation
+
+    def conversation(self, *args, **kwargs):
+        seen.append(original(self, *args, **kwargs))
+        raise InterruptedError
+
+    monkeypatch.setattr(chat_format.ChatFormat, "conversation", conversation)
+    user = [{"role": "User", "content": "Hi <image_end>"}]
+    for start in ([{"role": "System", "content": "Be brief."}], []):
+        with pytest.raises(InterruptedError):
+            model.chat([*start, *user])
+    texts = [model.text.tokenizer.decode(x.ids.tolist(), skip_special_tokens=False) for x in seen]
+    assert texts[0].endswith("Be brief.\n\nUser: Hi <image_end>\n\nAssistant:")
+    assert "helpful language" not in texts[0] and chat_format.SYSTEM_PROMPT in texts[1]
+    assert model.text.image_end_id not in seen[0].ids  # a tag in a text is text
+
+
+# --- other shapes
+
+
+@functools.cache
+def variant():
+    """Grouped heads, another theta and eps, other depths, 256 px; every parameter random."""
+    cfg = config.model_config("test", 256)
+    llm = cfg.llm
+    llm.num_kv_heads, llm.num_layers, llm.rope_theta, llm.norm_eps = 2, 2, 5e5, 1e-5
+    cfg.und.num_layers, cfg.gen.num_blocks = 3, 1
+    leaves, tree = jax.tree.flatten(janusflow.param_shapes(cfg))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    draw = lambda k, x: 0.2 * jax.random.normal(k, x.shape) + (len(x.shape) == 1)  # noqa: E731
+    params = jax.tree.unflatten(tree, map(draw, keys, leaves))
+    text = chat_format.ChatFormat.load(golden.TINY / "janusflow", cfg.num_image_tokens)
+    vae_params = jax.jit(vae.init_params, static_argnums=0)(cfg.vae, jax.random.key(1))
+    return pipeline.JanusFlowPipeline(cfg, params, vae_params, text)
+
+
+@pytest.mark.slow
+def test_other_shapes_paint_as_without_a_cache():
+    model = variant()
+    cfg, run = model.cfg, functools.partial(model.model.apply, {"params": model.params})
+    got = model.generate(["a red fox", LONG], seed=2, cfg_weight=3.0, num_steps=1, output="latent")
+    noise = jnp.asarray(model.generate("x", seed=2, num_steps=1, output="trajectory")[0])
+    ids = jnp.asarray([model.text.generation_ids("a red fox")])
+    slot, features, t_emb = run(noise, jnp.zeros((1,)), method="generation_slot")
+    x = jnp.concatenate([run(ids, method="embed_tokens"), slot], axis=1)
+    size, length = ids.shape[1], x.shape[1]
+    causal = jnp.tril(jnp.ones((1, length, length), bool))
+    k = jnp.arange(length)
+    velocities = []
+    for seen in (jnp.ones(length, bool), (k == 0) | (k >= size)):
+        mask = (causal & seen) | jnp.eye(length, dtype=bool)
+        hidden, _, _ = run(x, k[None], mask, method="run_llm")
+        velocities.append(run(hidden[:, size + 1 :], features, t_emb, method="velocity"))
+    want = noise + 3.0 * velocities[0] - 2.0 * velocities[1]
+    assert golden.error(got[:1], np.asarray(want)) < 1e-5
+    assert got.shape == (2, 32, 32, 4) and cfg.num_image_tokens == 256
+    assert model.decode_latents(got, "numpy").shape == (2, 256, 256, 3)
+
+
+@pytest.mark.slow
+def test_other_shapes_answer_as_without_a_cache():
+    model = variant()
+    run = functools.partial(model.model.apply, {"params": model.params})
+    picture = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    prompt = model.text.conversation([{"role": "user", "content": "<image_placeholder> Hm?"}], 1)
+    pixels = jnp.asarray(images.to_float(picture))[None]
+    slots = decode.read_pictures(model.model, model.params, pixels)[None]
+    start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[janusflow.UNDERSTAND]])
+    ids, want = jnp.asarray(prompt.ids)[None], []
+    x = decode.embed_prompt(model.model, model.params, ids, slots, start, task)
+    for _ in range(6):
+        mask = layers.segment_mask(jnp.ones((1, x.shape[1]), jnp.int32))
+        hidden, _, _ = run(x, jnp.arange(x.shape[1])[None], mask, method="run_llm")
+        want.append(int(jnp.argmax(run(hidden[:, -1], method="logits"))))
+        x = jnp.concatenate([x, run(jnp.asarray([want[-1:]]), method="embed_tokens")], axis=1)
+    until = want.index(model.text.eos_id) if model.text.eos_id in want else 6
+    said = model.chat("<image_placeholder> Hm?", [picture], max_new_tokens=6)
+    assert said == model.text.decode(want[:until]).strip() and len(set(want)) > 1
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(folder, model):
+    mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = janusflow_jax.load(folder, dtype="float32", mesh=mesh)
+    kernel = spread.params["llm"]["head"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    want = model.generate(PROMPTS, seed=7, **QUICK)
+    got = spread.generate(PROMPTS, seed=7, **QUICK)
+    close(got, want, 2e-5)
+    close(spread.decode_latents(got, "numpy"), model.decode_latents(want, "numpy"), 1)
+    many, paths = conversations()
+    assert spread.chat(many, paths, max_new_tokens=16) == model.chat(many, paths, max_new_tokens=16)
+    close(spread.encode_image(paths[1]), model.encode_image(paths[1]), 2e-5)
+
+
+# --- what is refused, and how
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: m.generate([]), "no prompt"),
+        (lambda m: m.generate(["a", " "], num_steps=0), "prompt 1 is empty.*num_steps"),
+        (lambda m: m.generate("a", output="jpeg"), "output: expected one of"),
+        (lambda m: m.generate("a", noise=np.zeros((2, 8, 8, 4))), r"\(1, 8, 8, 4\).*got \(2,"),
+        (lambda m: m.generate(["a", "b"], seed=[1]), "expected one or 2"),
+        (lambda m: m.generate("a", seed=-1), "seed: expected 0 to"),
+        (lambda m: m.decode_latents(np.zeros((8, 8, 4))), "latents: expected shape"),
+        (lambda m: m.encode_image([]), "at least one picture"),
+        (lambda m: m.encode_image(["no.png"]), "no.png: no such file"),
+        (lambda m: m.chat("a", max_new_tokens=0, top_p=2.0), "max_new_tokens.*top_p"),
+        (lambda m: m.chat("<image_placeholder>"), "0 images; got 1"),
+        (lambda m: m.chat(["a", "b"], images=["x.png"]), "a list of pictures for each"),
+        (lambda m: m.chat(["a", "b"], images=[[]]), "2 conversations and 1 lists"),
+        (lambda m: m.chat([{"role": "Bot", "content": "a"}]), "turn 0: .*'Bot'"),
+        (lambda m: m.stream(["a", "b"]), "use chat"),
+    ],
+)
+def test_what_cannot_be_done_says_why(model, call, says):
+    with pytest.raises(ValueError, match=says):
+        call(model)
+
+
+def test_a_folder_of_some_parts_does_what_they_can():
+    with pytest.raises(checkpoint.CheckpointError, match=r"painting: .* lacks \['llm', 'gen_enc"):
+        janusflow_jax.load("starts/emoji_vae").generate("a red apple")
+    reader = janusflow_jax.load("starts/emoji_llm")
+    with pytest.raises(checkpoint.CheckpointError, match=r"encoding pictures: .* lacks \['vae'\]"):
+        reader.encode_image(np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="overflows in float16"):
+        janusflow_jax.load("starts/emoji_llm", dtype="float16")
