@@ -7,7 +7,7 @@ mixed 25:75 by positions. The VAE, SigLIP and LLM start from the weights that sh
     python tools/prepare_openmoji.py --out data/openmoji
     python -m janusflow_jax.train --config=configs/emoji.py
 
-Arguments: `long` (three times the steps), `norepa`, `test`.
+Arguments: `long` (nearly four times the steps), `norepa`, `test`.
 Cost and what to expect: README, with the sheets of both.
 """
 
@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     names = c.parse_arg(
         arg,
         {
-            "long": "three times the steps",
+            "long": "nearly four times the steps",
             "norepa": "without the REPA loss",
             "test": "seconds: a tiny fresh model, for the tests",
         },
@@ -61,7 +61,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         dataclasses.replace(understand, name=split, split=split)
         for split in ("heldout_pairs", "heldout_views")
     )
-    steps = 4500 if "long" in names else 1500
+    steps = 4500 if "long" in names else 1200
     cfg = c.TrainConfig(
         name="-".join(["emoji", *sorted(names)]),
         model=c.model_config("emoji"),
