@@ -19,9 +19,29 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def golden_folder(tmp_path_factory):
+    """The golden model as a folder, with the tokenizer whose BOS is in its config only."""
+    import golden
+
+    names = ("janusflow", "tokenizer_bos_by_config")
+    files = [p for n in names for p in (golden.TINY / n).iterdir() if p.suffix == ".json"]
+    hub = {p.name: p.read_bytes() for p in files}  # the second tokenizer over the first
+    return golden.save(tmp_path_factory.mktemp("golden") / "model", hub)
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_folder):
+    """That folder, loaded as anybody would."""
+    import janusflow_jax
+
+    return janusflow_jax.load(golden_folder, dtype="float32")
