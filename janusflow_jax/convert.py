@@ -1,191 +1,42 @@
-"""Published checkpoints <-> our trees: the only file that knows torch's names and layouts.
+"""Published checkpoints <-> our trees, by the rules of `torch_names`.
 
-Names: those of the released JanusFlow-1.3B, and of diffusers' AutoencoderKL. One table of rules is
-read in both directions, so a round trip is exact. Arrays are numpy and keep their type (also
-ml_dtypes' bfloat16); torch is never imported.
+One table is read in both directions, so a round trip is exact. Arrays are numpy and keep their type
+(also ml_dtypes' bfloat16); torch is never imported. Tensors may be lazy (anything with `shape`,
+`dtype` and `__array__`): they are then read one after another, and no copy of the whole is made.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from janusflow_jax.config import ModelConfig, VaeConfig
+from janusflow_jax import torch_names
+from janusflow_jax.config import ModelConfig, SiglipConfig, VaeConfig
 from janusflow_jax.models import janusflow, vae
+from janusflow_jax.safetensor_files import Made
+from janusflow_jax.torch_names import LAYOUTS, Rule
 
 Tensors = Mapping[str, Any]
-UNUSED = r"vision_und_enc_model\.vision_tower\.attn_pool\."
-"""SigLIP's pooling head: in the published file, used by nothing, kept for export."""
+FLOATS = {np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 
-_OLD_VAE_NAMES = {
-    "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
-}  # fmt: skip
-"""Names of the VAE's attention before diffusers 0.17, which some files still have."""
+
+def numpy_dtype(name: str) -> np.dtype:
+    """A type by numpy's or ml_dtypes' name."""
+    return np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
 class ConvertError(ValueError):
     """Tensors or config values that do not fit; the message lists every problem."""
 
 
-class _Layout(NamedTuple):
-    """torch's array <-> ours."""
-
-    ours: Callable[[Any], Any]
-    torch: Callable[[Any], Any]
-
-
-_LAYOUTS = {
-    "same": _Layout(lambda x: x, lambda x: x),
-    "linear": _Layout(lambda x: x.T, lambda x: x.T),  # [out, in]
-    "conv": _Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW
-    "pointwise": _Layout(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
-    "lead1": _Layout(lambda x: x[0], lambda x: x[None]),  # [1, ...]
-    "lead3": _Layout(lambda x: x[0, 0, 0], lambda x: x[None, None, None]),  # [1, 1, 1, C]
-}
-
-
-class Rule(NamedTuple):
-    """One published tensor: `name` has '{}' for the layer where ours is stacked over layers.
-
-    Several `paths` mean that the tensor is our arrays joined on its first axis (a fused qkv).
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    layout: str = "same"
-
-    @property
-    def stacked(self) -> bool:
-        return "{}" in self.name
-
-
-def _affine(name: str, path: str, layout: str = "linear") -> list[Rule]:
-    return [
-        Rule(f"{name}.weight", (f"{path}/kernel",), layout),
-        Rule(f"{name}.bias", (f"{path}/bias",)),
-    ]
-
-
-def _norm(name: str, path: str) -> list[Rule]:
-    return [Rule(f"{name}.weight", (f"{path}/scale",)), Rule(f"{name}.bias", (f"{path}/bias",))]
-
-
-def _llm_rules() -> list[Rule]:
-    block, ours = "language_model.model.layers.{}", "llm/layers/block"
-    rules = [
-        Rule("language_model.model.embed_tokens.weight", ("llm/embedding",)),
-        Rule("language_model.model.norm.weight", ("llm/norm/scale",)),
-        Rule("language_model.lm_head.weight", ("llm/head/kernel",), "linear"),
-        Rule(f"{block}.input_layernorm.weight", (f"{ours}/attn_norm/scale",)),
-        Rule(f"{block}.post_attention_layernorm.weight", (f"{ours}/mlp_norm/scale",)),
-    ]
-    for part, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-        for n in names:
-            path = f"{ours}/{'attn' if part == 'self_attn' else part}/{n}/kernel"
-            rules.append(Rule(f"{block}.{part}.{n}_proj.weight", (path,), "linear"))
-    return rules
-
-
-def _und_rules() -> list[Rule]:
-    tower, ours = "vision_und_enc_model.vision_tower", "und_encoder"
-    block, our_block = f"{tower}.blocks.{{}}", f"{ours}/layers/block"
-    qkv = [f"{our_block}/attn/{n}" for n in "qkv"]
-    return [
-        Rule("beg_of_und_embed", ("und_begin/embedding",), "lead1"),
-        Rule(f"{tower}.pos_embed", (f"{ours}/pos_embedding",), "lead1"),
-        *_affine(f"{tower}.patch_embed.proj", f"{ours}/patch_embed", "conv"),
-        *_norm(f"{block}.norm1", f"{our_block}/norm1"),
-        Rule(f"{block}.attn.qkv.weight", tuple(f"{p}/kernel" for p in qkv), "linear"),
-        Rule(f"{block}.attn.qkv.bias", tuple(f"{p}/bias" for p in qkv)),
-        *_affine(f"{block}.attn.proj", f"{our_block}/attn/o"),
-        *_norm(f"{block}.norm2", f"{our_block}/norm2"),
-        *_affine(f"{block}.mlp.fc1", f"{our_block}/mlp/fc1"),
-        *_affine(f"{block}.mlp.fc2", f"{our_block}/mlp/fc2"),
-        *_norm(f"{tower}.norm", f"{ours}/norm"),
-        *_affine("vision_und_enc_aligner", "und_aligner"),
-    ]
-
-
-def _gen_rules(num_blocks: int) -> list[Rule]:
-    enc, dec = "vision_gen_enc_model", "vision_gen_dec_model"
-    rules = [
-        *_affine(f"{enc}.in_conv", "gen_encoder/in_conv", "conv"),
-        *_affine(f"{enc}.time_embed.linear_1", "gen_encoder/time_embed/linear_1"),
-        *_affine(f"{enc}.time_embed.linear_2", "gen_encoder/time_embed/linear_2"),
-        *_affine("vision_gen_enc_aligner", "gen_aligner"),
-        Rule("vision_gen_dec_aligner_norm.weight", ("gen_norm/scale",)),
-        *_affine("vision_gen_dec_aligner", "gen_head"),
-        Rule(f"{dec}.input_norm.weight", ("gen_decoder/input_norm/scale",)),
-        Rule(f"{dec}.out_convs.0.norm.weight", ("gen_decoder/out_norm/scale",)),
-        *_affine(f"{dec}.out_convs.0.unpatch_conv", "gen_decoder/out_conv", "pointwise"),
-    ]
-    for module, part in ((enc, "gen_encoder"), (dec, "gen_decoder")):
-        for i in range(num_blocks):
-            name, path = f"{module}.mid_block.res_blocks.{i}", f"{part}/block_{i}"
-            rules += [
-                *_affine(f"{name}.depthwise", f"{path}/depthwise", "conv"),
-                Rule(f"{name}.norm.weight", (f"{path}/norm/scale",)),
-                *_affine(f"{name}.channelwise_linear_1", f"{path}/linear_1"),
-                Rule(f"{name}.channelwise_norm.weight", (f"{path}/grn/scale",), "lead3"),
-                Rule(f"{name}.channelwise_norm.bias", (f"{path}/grn/bias",), "lead3"),
-                *_affine(f"{name}.channelwise_linear_2", f"{path}/linear_2"),
-                *_affine(f"{name}.cond_embeds_mapper", f"{path}/film"),
-            ]
-    return rules
-
-
-def _repa_rules() -> list[Rule]:
-    return [r for i in range(3) for r in _affine(f"repa_head.{2 * i}", f"linear_{i}")]
-
-
-def _resnet_rules(name: str, path: str, shortcut: bool) -> list[Rule]:
-    rules = []
-    for i in (1, 2):
-        rules += _norm(f"{name}.norm{i}", f"{path}/norm{i}")
-        rules += _affine(f"{name}.conv{i}", f"{path}/conv{i}", "conv")
-    if shortcut:
-        rules += _affine(f"{name}.conv_shortcut", f"{path}/shortcut", "pointwise")
-    return rules
-
-
-def _vae_rules(cfg: VaeConfig) -> list[Rule]:
-    last = len(cfg.channels) - 1
-    rules = [
-        *_affine("quant_conv", "quant_conv", "pointwise"),
-        *_affine("post_quant_conv", "post_quant_conv", "pointwise"),
-    ]
-    sides = (
-        ("encoder", "down", "down_blocks", "downsample", cfg.channels, cfg.layers_per_block),
-        ("decoder", "up", "up_blocks", "upsample", cfg.channels[::-1], cfg.layers_per_block + 1),
-    )
-    for side, ours, theirs, resample, channels, layers in sides:
-        rules += _affine(f"{side}.conv_in", f"{side}/conv_in", "conv")
-        rules += _norm(f"{side}.conv_norm_out", f"{side}/norm_out")
-        rules += _affine(f"{side}.conv_out", f"{side}/conv_out", "conv")
-        for i in (0, 1):
-            name = f"{side}.mid_block.resnets.{i}"
-            rules += _resnet_rules(name, f"{side}/mid/resnet_{i}", False)
-        attn, our_attn = f"{side}.mid_block.attentions.0", f"{side}/mid/attn"
-        rules += _norm(f"{attn}.group_norm", f"{our_attn}/norm")
-        for n in ("to_q", "to_k", "to_v", "to_out.0"):
-            rules += _affine(f"{attn}.{n}", f"{our_attn}/{n[3]}")
-        for i, width in enumerate(channels):
-            before = channels[max(i - 1, 0)]
-            name, path = f"{side}.{theirs}.{i}", f"{side}/{ours}_{i}"
-            for j in range(layers):
-                shortcut = j == 0 and before != width
-                rules += _resnet_rules(f"{name}.resnets.{j}", f"{path}/resnet_{j}", shortcut)
-            if i < last:
-                rules += _affine(f"{name}.{resample}rs.0.conv", f"{path}/{resample}", "conv")
-    return rules
-
-
 def janusflow_rules(cfg: ModelConfig) -> list[Rule]:
     """The table for the JanusFlow checkpoint: every name but the unused pooling head's."""
-    return _llm_rules() + _und_rules() + _gen_rules(cfg.gen.num_blocks)
+    return torch_names.janusflow_rules(cfg)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -213,7 +64,7 @@ def _torch_shape(rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int
     """Shape of one published tensor (one layer of a stack) from our arrays' shapes."""
     shape = shapes[rule.paths[0]][int(rule.stacked) :]
     probe = np.broadcast_to(np.int8(0), shape)
-    first, *rest = _LAYOUTS[rule.layout].torch(probe).shape if shape else shape
+    first, *rest = LAYOUTS[rule.layout].torch(probe).shape if shape else shape
     return (first * len(rule.paths), *rest)
 
 
@@ -228,65 +79,148 @@ def torch_shapes(rules: list[Rule], tree: Any) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _raise(what: str, problems: list[str]) -> None:
+def raise_problems(what: str, problems: list[str]) -> None:
+    """Raises one ConvertError that lists every problem; does nothing when there is none."""
     if problems:
         lines = "\n".join(f"  - {p}" for p in problems)
         raise ConvertError(f"{what} ({len(problems)} problems):\n{lines}")
 
 
-def _from_torch(tensors: Tensors, rules: list[Rule], expected: Any, what: str) -> dict[str, Any]:
-    wanted = torch_shapes(rules, expected)
+def shape_problems(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Every missing, unknown and misshaped tensor, and those that hold no floats."""
     problems = [f"missing: {n} {list(s)}" for n, s in wanted.items() if n not in tensors]
     problems += [f"unknown: {n} {list(x.shape)}" for n, x in tensors.items() if n not in wanted]
-    problems += [
-        f"shape of {n}: expected {list(s)}; got {list(tensors[n].shape)}"
-        for n, s in wanted.items()
-        if n in tensors and tuple(tensors[n].shape) != s
-    ]
-    hint = "compare the config files with the tensors; they must be of the same model"
-    _raise(f"{what}: the tensors do not fit the config; {hint}", problems)
-    leaves: dict[str, Any] = {}
+    for name in (n for n in wanted if n in tensors):
+        shape, dtype = tuple(tensors[name].shape), np.dtype(tensors[name].dtype)
+        if shape != wanted[name]:
+            problems.append(f"shape of {name}: expected {list(wanted[name])}; got {list(shape)}")
+        if dtype not in FLOATS:
+            problems.append(f"type of {name}: expected floating-point numbers; got {dtype}")
+    return problems
+
+
+def problems(tensors: Tensors, rules: list[Rule], expected: Any, dtype: Any = None) -> list[str]:
+    """Why tensors cannot become a tree of the shapes `expected`; reads no values.
+
+    Args: dtype: what the arrays will be cast to; None: nothing, so a stack is of one type.
+    """
+    found = shape_problems(tensors, torch_shapes(rules, expected))
     counts = {path: leaf.shape[0] for path, leaf in flatten(expected) if leaf.shape}
+    for rule in rules if dtype is None else ():
+        names = [rule.name.format(i) for i in range(counts[rule.paths[0]] if rule.stacked else 1)]
+        kinds = sorted({str(np.dtype(tensors[n].dtype)) for n in names if n in tensors})
+        if len(kinds) > 1:
+            found.append(
+                f"type of {rule.name}: expected one type in all layers; got {kinds}: name one "
+                "(--dtype)"
+            )
+    return found
+
+
+def from_torch(
+    tensors: Tensors, rules: list[Rule], expected: Any, dtype: Any = None
+) -> dict[str, Any]:
+    """Reads a tree tensor by tensor; `problems` must have found none.
+
+    Args: tensors: may hold others too; expected: the tree's shapes; dtype: None keeps each type.
+    """
+    leaves: dict[str, Any] = {}
+    shapes = {path: leaf.shape for path, leaf in flatten(expected)}
     for rule in rules:
-        layers = counts[rule.paths[0]] if rule.stacked else 1
-        arrays = [np.asarray(tensors[rule.name.format(i)]) for i in range(layers)]
-        if len({a.dtype for a in arrays}) > 1:
-            kinds = sorted({str(a.dtype) for a in arrays})
-            problems.append(f"type of {rule.name}: expected one type in all layers; got {kinds}")
-            continue
-        ours = _LAYOUTS[rule.layout].ours
-        parts = [[ours(p) for p in np.split(a, len(rule.paths))] for a in arrays]
-        for i, path in enumerate(rule.paths):
-            layer = [p[i] for p in parts]
-            leaves[path] = np.stack(layer) if rule.stacked else np.ascontiguousarray(layer[0])
-    _raise(what, problems)
+        ours = LAYOUTS[rule.layout].ours
+        for i in range(shapes[rule.paths[0]][0] if rule.stacked else 1):
+            tensor = np.asarray(tensors[rule.name.format(i)])
+            for path, piece in zip(rule.paths, np.split(tensor, len(rule.paths)), strict=True):
+                if path not in leaves:
+                    leaves[path] = np.empty(shapes[path], dtype or tensor.dtype)
+                _copy(leaves[path][i] if rule.stacked else leaves[path], ours(piece))
     return unflatten(leaves)
 
 
-def _to_torch(tree: Any, rules: list[Rule], expected: Any, what: str) -> dict[str, np.ndarray]:
+def _copy(out: np.ndarray, x: np.ndarray, columns: int = 128) -> None:
+    """out[...] = x; a transposed matrix in strips, so that what is read stays in the cache."""
+    if x.ndim != 2:
+        out[...] = x
+        return
+    for at in range(0, x.shape[1], columns):
+        out[:, at : at + columns] = x[:, at : at + columns]
+
+
+def to_torch(tree: Any, rules: list[Rule], expected: Any, what: str) -> dict[str, Made]:
+    """Name -> the published tensor, not made yet: nothing is copied before `make` is called.
+
+    Raises:
+      ConvertError: every missing, unknown and misshaped parameter.
+    """
     leaves = dict(flatten(tree))
     wanted = {path: tuple(leaf.shape) for path, leaf in flatten(expected)}
-    problems = [f"missing: {p} {list(s)}" for p, s in wanted.items() if p not in leaves]
-    problems += [f"unknown: {p} {list(x.shape)}" for p, x in leaves.items() if p not in wanted]
-    problems += [
+    found = [f"missing: {p} {list(s)}" for p, s in wanted.items() if p not in leaves]
+    found += [f"unknown: {p} {list(x.shape)}" for p, x in leaves.items() if p not in wanted]
+    found += [
         f"shape of {p}: expected {list(s)}; got {list(leaves[p].shape)}"
         for p, s in wanted.items()
         if p in leaves and tuple(leaves[p].shape) != s
     ]
-    _raise(f"{what}: the parameters do not fit the config", problems)
-    tensors = {}
-    for rule in rules:
-        arrays = [np.asarray(leaves[path]) for path in rule.paths]
-        torch = _LAYOUTS[rule.layout].torch
-        for i in range(len(arrays[0]) if rule.stacked else 1):
-            parts = [torch(a[i] if rule.stacked else a) for a in arrays]
-            joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            tensors[rule.name.format(i)] = np.ascontiguousarray(joined)
-    return tensors
+    raise_problems(f"{what}: the parameters do not fit the config", found)
+
+    def make(rule: Rule, layer: int) -> Callable[[], np.ndarray]:
+        def tensor() -> np.ndarray:
+            arrays = [np.asarray(leaves[path]) for path in rule.paths]
+            torch = LAYOUTS[rule.layout].torch
+            parts = [torch(a[layer] if rule.stacked else a) for a in arrays]
+            return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+
+        return tensor
+
+    return {
+        rule.name.format(i): Made(
+            _torch_shape(rule, wanted), np.dtype(leaves[rule.paths[0]].dtype), make(rule, i)
+        )
+        for rule in rules
+        for i in range(wanted[rule.paths[0]][0] if rule.stacked else 1)
+    }
 
 
-def _published_shapes(cfg: ModelConfig) -> dict[str, Any]:
-    return {n: part for n, part in janusflow.param_shapes(cfg).items() if n != "repa_head"}
+def split_pool(tensors: Tensors, prefix: str = torch_names.TOWER) -> tuple[Tensors, Tensors]:
+    """(tensors without the pooling head's, the pooling head's)."""
+    pool = re.compile(re.escape(prefix + torch_names.POOL))
+    return (
+        {n: x for n, x in tensors.items() if not pool.match(n)},
+        {n: x for n, x in tensors.items() if pool.match(n)},
+    )
+
+
+def pool_problems(pool: Tensors, cfg: SiglipConfig, prefix: str = torch_names.TOWER) -> list[str]:
+    """A pooling head is there in whole or not at all."""
+    return shape_problems(pool, torch_names.pool_shapes(cfg, prefix)) if pool else []
+
+
+_model_shapes = functools.lru_cache(4)(janusflow.param_shapes)  # a trace of the whole model each
+_vae_shapes = functools.lru_cache(4)(vae.param_shapes)
+
+
+def published_shapes(cfg: ModelConfig) -> dict[str, Any]:
+    """Our tree's shapes without `repa_head`, which only training has."""
+    return {n: part for n, part in _model_shapes(cfg).items() if n != "repa_head"}
+
+
+def rules_of(rules: list[Rule], part: str) -> list[Rule]:
+    """The rules that make one part of the tree."""
+    return [r for r in rules if r.paths[0].split("/")[0] == part]
+
+
+def _checked(tensors: Tensors, rules: list[Rule], expected: Any, what: str) -> dict[str, Any]:
+    hint = "compare the config files with the tensors; they must be of the same model"
+    found = problems(tensors, rules, expected)
+    raise_problems(f"{what}: the tensors do not fit the config; {hint}", found)
+    return from_torch(tensors, rules, expected)
+
+
+def janusflow_problems(tensors: Tensors, cfg: ModelConfig, dtype: Any = None) -> list[str]:
+    """Why tensors are no JanusFlow of this config; the pooling head counts too."""
+    used, pool = split_pool(tensors)
+    found = problems(used, janusflow_rules(cfg), published_shapes(cfg), dtype)
+    return found + pool_problems(pool, cfg.und)
 
 
 def janusflow_from_torch(
@@ -297,9 +231,12 @@ def janusflow_from_torch(
     Raises:
       ConvertError: every missing, unknown and misshaped tensor.
     """
-    unused = {n: np.asarray(x) for n, x in tensors.items() if re.match(UNUSED, n)}
-    used = {n: x for n, x in tensors.items() if n not in unused}
-    return _from_torch(used, janusflow_rules(cfg), _published_shapes(cfg), "JanusFlow"), unused
+    hint = "compare the config files with the tensors; they must be of the same model"
+    found = janusflow_problems(tensors, cfg)
+    raise_problems(f"JanusFlow: the tensors do not fit the config; {hint}", found)
+    used, pool = split_pool(tensors)
+    tree = from_torch(used, janusflow_rules(cfg), published_shapes(cfg))
+    return tree, {n: np.asarray(x) for n, x in pool.items()}
 
 
 def janusflow_to_torch(
@@ -310,33 +247,61 @@ def janusflow_to_torch(
     Raises:
       ConvertError: every missing, unknown and misshaped parameter.
     """
+    made = lazy_janusflow(params, cfg)
+    return {n: x.make() for n, x in made.items()} | {n: np.asarray(x) for n, x in unused.items()}
+
+
+def lazy_janusflow(params: Mapping[str, Any], cfg: ModelConfig) -> dict[str, Made]:
+    """`to_torch` of a JanusFlow tree, without `repa_head`."""
     params = {n: part for n, part in params.items() if n != "repa_head"}
-    tensors = _to_torch(params, janusflow_rules(cfg), _published_shapes(cfg), "JanusFlow")
-    return tensors | {n: np.asarray(x) for n, x in unused.items()}
+    return to_torch(params, janusflow_rules(cfg), published_shapes(cfg), "JanusFlow")
 
 
-def vae_from_torch(tensors: Tensors, cfg: VaeConfig) -> dict[str, Any]:
+def vae_names(tensors: Tensors) -> Tensors:
+    """A VAE's tensors under diffusers' names of today (its attention's changed in 0.17)."""
+    old = re.compile(r"(mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.")
+    new = torch_names.OLD_VAE_NAMES
+    return {old.sub(lambda m: f"{m[1]}.{new[m[2]]}.", n): x for n, x in tensors.items()}
+
+
+def vae_problems(tensors: Tensors, cfg: VaeConfig, dtype: Any = None) -> list[str]:
+    """Why tensors are no AutoencoderKL of this config."""
+    expected = _vae_shapes(cfg)
+    found = problems(vae_names(tensors), torch_names.vae_rules(cfg), expected, dtype)
+    doubled = len(tensors) - len(vae_names(tensors))
+    return found + ([f"duplicate: {doubled} tensors have an old and a new name"] if doubled else [])
+
+
+def vae_from_torch(tensors: Tensors, cfg: VaeConfig, dtype: Any = None) -> dict[str, Any]:
     """diffusers' AutoencoderKL -> our tree; also with its attention's names before 0.17.
 
     Raises:
       ConvertError: every missing, unknown and misshaped tensor.
     """
-    old = re.compile(r"(mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.")
-    named = {old.sub(lambda m: f"{m[1]}.{_OLD_VAE_NAMES[m[2]]}.", n): x for n, x in tensors.items()}
-    return _from_torch(named, _vae_rules(cfg), vae.param_shapes(cfg), "VAE")
+    found = vae_problems(tensors, cfg, dtype)
+    raise_problems("VAE: the tensors do not fit the config", found)
+    expected = _vae_shapes(cfg)
+    return from_torch(vae_names(tensors), torch_names.vae_rules(cfg), expected, dtype)
+
+
+def lazy_vae(params: Mapping[str, Any], cfg: VaeConfig) -> dict[str, Made]:
+    """`to_torch` of a VAE's tree."""
+    return to_torch(params, torch_names.vae_rules(cfg), _vae_shapes(cfg), "VAE")
 
 
 def vae_to_torch(params: Mapping[str, Any], cfg: VaeConfig) -> dict[str, np.ndarray]:
     """Our VAE tree -> diffusers' names."""
-    return _to_torch(params, _vae_rules(cfg), vae.param_shapes(cfg), "VAE")
+    return {n: x.make() for n, x in lazy_vae(params, cfg).items()}
 
 
 def repa_from_torch(tensors: Tensors, cfg: ModelConfig) -> dict[str, Any]:
     """`repa_head.{0,2,4}` -> our `repa_head` tree (the golden numbers' names)."""
     expected = janusflow.param_shapes(cfg)["repa_head"]
-    return _from_torch(tensors, _repa_rules(), expected, "REPA head")
+    return _checked(tensors, torch_names.repa_rules(), expected, "REPA head")
 
 
 def repa_to_torch(params: Mapping[str, Any], cfg: ModelConfig) -> dict[str, np.ndarray]:
     """The inverse of `repa_from_torch`."""
-    return _to_torch(params, _repa_rules(), janusflow.param_shapes(cfg)["repa_head"], "REPA head")
+    expected = janusflow.param_shapes(cfg)["repa_head"]
+    made = to_torch(params, torch_names.repa_rules(), expected, "REPA head")
+    return {n: x.make() for n, x in made.items()}

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from janusflow_jax import checkpoint, command_line, pipeline, samples
+from janusflow_jax import checkpoint, checksums, command_line, pipeline, samples
 from janusflow_jax.config import SourceConfig
 from janusflow_jax.data import images, openmoji_sheet, sources
 from janusflow_jax.eval import emoji, sheet
@@ -163,7 +163,7 @@ def resolve(path: str) -> epath.Path:
 def identity(folder: epath.Path) -> dict[str, str]:
     """SHA-256 of the checksums of a model or checkpoint (they cover its arrays), and its config."""
     out = {}
-    for name in (checkpoint.SUMS_FILE, checkpoint.MODEL_FILE, "run.json"):
+    for name in (checksums.SUMS_FILE, checkpoint.MODEL_FILE, "run.json"):
         if (folder / name).exists():
             out[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     return out

@@ -1,4 +1,4 @@
-"""The published folders' JSON files -> ModelConfig (SPEC section 1).
+"""The published folders' JSON files <-> ModelConfig (SPEC section 1).
 
 Keys may be missing: the published modules' own defaults fill them, and the tensors' shapes decide
 later. Unknown keys are listed in one warning; a known key with a value that we do not implement
@@ -28,6 +28,9 @@ SIGLIP_SIZES = {
     "siglip_large_patch16_384": (1024, 24, 16, 4096, 16),
 }
 """model_name -> width, layers, heads, mlp width, patch size."""
+
+OURS = "janusflow_jax"
+"""Key of config.json for what the published format has no word for: the name, and REPA's head."""
 
 # Keys that say nothing about what is computed at inference and training here.
 _NEUTRAL = {
@@ -77,7 +80,8 @@ def model_config_from_hf(
     Args:
       janusflow_config: its config.json; preprocessor_config: its preprocessor_config.json ({} if
         there is none); vae_config: config.json of the AutoencoderKL.
-      repa: the head is no part of a published model; default: a quarter of the depth, llm.width.
+      repa: the head is no part of a published model; default: what the key `janusflow_jax` says,
+        else a quarter of the depth and llm.width.
     Raises:
       ConfigError: every known key with a value that is not implemented, and what cannot work.
     """
@@ -105,15 +109,12 @@ def model_config_from_hf(
     gen = _gen(params["vision_gen_enc_config"], params["vision_gen_dec_config"], llm, vae)
     _pictures(pictures)
     image_size = pictures.get("image_size", und.image_size)
-    read = [root, pictures, autoencoder, *parts.values(), *params.values()]
-    unknown = [key for section in read for key in section.unknown()]
-    if unknown:
-        warnings.warn(
-            f"keys that we do not know, kept for export but not used: {', '.join(unknown)}",
-            stacklevel=2,
-        )
+    ours = root.get(OURS, {})
+    if repa is None and "repa" in ours:
+        repa = RepaConfig(**ours["repa"])
+    _warn_unknown([root, pictures, autoencoder, *parts.values(), *params.values()])
     cfg = ModelConfig(
-        name="hub",
+        name=ours.get("name", "hub"),
         image_size=image_size,
         llm=llm,
         und=und,
@@ -127,11 +128,37 @@ def model_config_from_hf(
     return cfg
 
 
-def _llama(s: _Section) -> LlamaConfig:
+def _warn_unknown(sections: list[_Section]) -> None:
+    unknown = [key for section in sections for key in section.unknown()]
+    if unknown:
+        warnings.warn(
+            f"keys that we do not know, kept for export but not used: {', '.join(unknown)}",
+            stacklevel=3,
+        )
+
+
+def llama_config_from_hf(values: Mapping[str, Any], problems: list[str]) -> LlamaConfig:
+    """config.json of a Llama's own folder; its head may be tied. Adds to `problems`."""
+    section = _Section(values, "config.json: ", problems)
+    cfg = _llama(section, tied=(False, True))
+    _warn_unknown([section])
+    return cfg
+
+
+def vae_config_from_hf(values: Mapping[str, Any], problems: list[str]) -> VaeConfig:
+    """config.json of an AutoencoderKL. Adds to `problems`."""
+    section = _Section(values, "vae/config.json: ", problems)
+    cfg = _vae(section)
+    _warn_unknown([section])
+    return cfg
+
+
+def _llama(s: _Section, tied: tuple[bool, ...] = (False,)) -> LlamaConfig:
     """`language_config`; defaults are transformers' LlamaConfig."""
     s.only("model_type", "llama", "llama")
     s.only("hidden_act", "silu", "silu")
-    for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+    s.only("tie_word_embeddings", False, *tied)
+    for key in ("attention_bias", "mlp_bias"):
         s.only(key, False, False)
     s.only("attention_dropout", 0.0, 0.0)
     rope = s.get("rope_parameters", {})  # transformers 5's form
@@ -239,3 +266,86 @@ def _vae(s: _Section) -> VaeConfig:
         latent_channels=s.get("latent_channels", 4),
         scaling_factor=s.get("scaling_factor", 0.18215),
     )
+
+
+def unsayable(cfg: ModelConfig) -> list[str]:
+    """What of a model the published format has no word for; empty when it can be exported."""
+    facts = (
+        ("gen.patch_size", cfg.gen.patch_size, 2),
+        ("und.norm_eps", cfg.und.norm_eps, 1e-6),
+        ("und.final_norm", cfg.und.final_norm, True),
+        ("vae.norm_eps", cfg.vae.norm_eps, 1e-6),
+    )
+    return [
+        f"model.{name}: the published format knows only {only!r}; got {value!r}"
+        for name, value, only in facts
+        if value != only
+    ]
+
+
+def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The inverse of `model_config_from_hf`, for a model that `unsayable` has nothing against.
+
+    Args: llm_extra: keys of the language model's own config.json; those that we write win.
+    Returns: file name -> content: config.json, preprocessor_config.json, vae/config.json.
+    """
+    llm, und, gen, vae = cfg.llm, cfg.und, cfg.gen, cfg.vae
+    ratio = und.mlp_width / und.width
+    if int(und.width * ratio) != und.mlp_width:
+        ratio = (und.mlp_width + 0.5) / und.width
+    convnext = {
+        "block_out_channels": [gen.width], "layers_in_middle": gen.num_blocks,
+        "hidden_size": llm.width, "norm_eps": gen.norm_eps, "dropout": 0.0,
+        "elementwise_affine": True, "use_bias": True, "use_mid_block": True,
+    }  # fmt: skip
+    tower = {
+        "image_size": und.image_size, "model_name": "siglip", "select_feature": "same",
+        "select_layer": -1, "width": und.width, "layers": und.num_layers, "heads": und.num_heads,
+        "mlp_ratio": ratio, "patch_size": und.patch_size,
+    }  # fmt: skip
+    if und.pixel_mean:
+        tower |= {"pixel_mean": list(und.pixel_mean), "pixel_std": list(und.pixel_std)}
+    encoder = {
+        "input_channels": vae.latent_channels, "kernel_size": 2, "stride": 2, "padding": 0,
+    }  # fmt: skip
+    decoder = {"in_channels": gen.width, "out_channels": vae.latent_channels, "upsamples": 1}
+    dropped = ("rope_parameters", "rope_scaling", "tie_word_embeddings", "torch_dtype", "dtype")
+    language = {k: v for k, v in llm_extra.items() if k not in dropped} | {
+        "model_type": "llama", "hidden_size": llm.width, "intermediate_size": llm.mlp_width,
+        "num_attention_heads": llm.num_heads, "num_key_value_heads": llm.num_kv_heads,
+        "num_hidden_layers": llm.num_layers, "head_dim": llm.head_dim,
+        "vocab_size": llm.vocab_size, "rms_norm_eps": llm.norm_eps, "rope_theta": llm.rope_theta,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    parts = (
+        ("vision_und_enc", "CLIPVisionTower", tower),
+        ("vision_gen_enc", "ShallowUViTEncoder", convnext | encoder),
+        ("vision_gen_dec", "ShallowUViTDecoder", convnext | decoder),
+    )
+    config = {
+        "architectures": ["MultiModalityCausalLM"],
+        "model_type": "multi_modality",
+        "language_config": language,
+        **{f"{n}_config": {"cls": c, "model_type": n, "params": p} for n, c, p in parts},
+        OURS: {"name": cfg.name, "repa": {"layer": cfg.repa.layer, "width": cfg.repa.width}},
+    }
+    pictures = {
+        "processor_class": "VLChatProcessor", "image_processor_type": "VLMImageProcessor",
+        "image_size": cfg.image_size, "min_size": 14, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3, "rescale_factor": 1 / 255, "do_normalize": True,
+        "background_color": [127] * 3,
+    }  # fmt: skip
+    count = len(vae.channels)
+    autoencoder = {
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+        "block_out_channels": list(vae.channels), "layers_per_block": vae.layers_per_block,
+        "down_block_types": ["DownEncoderBlock2D"] * count,
+        "up_block_types": ["UpDecoderBlock2D"] * count,
+        "latent_channels": vae.latent_channels, "norm_num_groups": vae.norm_groups,
+        "scaling_factor": vae.scaling_factor, "sample_size": cfg.image_size,
+    }  # fmt: skip
+    return {
+        "config.json": config,
+        "preprocessor_config.json": pictures,
+        "vae/config.json": autoencoder,
+    }

@@ -2,12 +2,14 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
 # The environment is for processes that tests start; JAX may be imported already (jaxtyping's
 # pytest plugin comes first), so this one is told by its config. Nearly all the time of a test is
 # compilation: less of it is optimized (half the time), none is done twice in a session.
+_TINY = pathlib.Path(__file__).parent / "data" / "golden" / "tiny"
 _CACHE = tempfile.mkdtemp(prefix="janusflow-test-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -45,3 +47,15 @@ def golden_model(golden_folder):
     import janusflow_jax
 
     return janusflow_jax.load(golden_folder, dtype="float32")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the published JanusFlow folder of the golden numbers, for a test to change."""
+    return shutil.copytree(_TINY / "janusflow", tmp_path / "janusflow")
+
+
+@pytest.fixture
+def vae_folder(tmp_path):
+    """The same of its VAE."""
+    return shutil.copytree(_TINY / "vae", tmp_path / "vae")

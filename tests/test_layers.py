@@ -31,7 +31,9 @@ LAYERS = (
     ("losses", "optim", "decode", "sampler", "data.loader"),
     # 4 MACHINERY
     (
-        "train_step", "checkpoint", "workdir", "hub_config", "convert", "metrics",
+        "train_step", "checksums", "checkpoint", "workdir", "safetensor_files", "torch_names",
+        "convert", "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
+        "metrics",
         "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples",
     ),
     # 5 ENTRY
@@ -45,7 +47,7 @@ ONLY = {
     "tokenizers": ("data.chat_format", "data.train_tokenizer"),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
-    "safetensors": ("checkpoint", "convert"),
+    "safetensors": (),
     "torch": (),
     "tensorflow": (),
     "diffusers": (),

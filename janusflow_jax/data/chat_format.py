@@ -32,7 +32,7 @@ CAPTION_REQUEST = "Generate the caption of this picture."
 TAG_KEYS = ("image_tag", "image_gen_tag", "image_start_tag", "image_end_tag")
 """Keys of processor_config.json, in the order in which tags that are missing take free ids."""
 
-_DEFAULT_TAGS = {
+DEFAULT_TAGS = {
     "image_tag": "<image_placeholder>",
     "image_gen_tag": "<｜begin▁of▁generation｜>",
     "image_start_tag": "<image_beg>",
@@ -116,7 +116,7 @@ class ChatFormat:
         processor = json.loads(files.get("processor_config.json", b"{}"))
         loaded = _load_fast(files)
         backend = loaded.backend_tokenizer
-        tags = {key: processor.get(key) or _DEFAULT_TAGS[key] for key in TAG_KEYS}
+        tags = {key: processor.get(key) or DEFAULT_TAGS[key] for key in TAG_KEYS}
         added = _add_missing_tags(backend, tags)
         ids = {key: backend.token_to_id(tag) for key, tag in tags.items()}
         num_image_tokens = num_image_tokens or int(processor.get("num_image_tokens", 0))

@@ -1,0 +1,153 @@
+"""Converts a random checkpoint of the released size: peak memory, and time against copying it.
+
+    python benchmarks/conversion.py --scratch /tmp/conversion
+
+Makes (once) a JanusFlow of the released names and shapes in bfloat16 (4.09 GB) and an SDXL-VAE in
+float32 (0.33 GB) in the scratch folder, which needs 15 GB. Then, alternating: `cp` and `sync` of
+the weights, and tools/convert_checkpoint.py and `sync`. Memory is the highest sum, over the
+converting process and its children, of resident pages, mapped files included (VmHWM for the
+process itself, so no peak between two looks is missed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from janusflow_jax import config as c
+from janusflow_jax import convert, hub_config, safetensor_files, torch_names
+from janusflow_jax.models import vae
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "data" / "golden"
+GIB = 1 << 30
+
+
+def random_tensor(shape: tuple[int, ...], dtype: np.dtype, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(shape, np.float32) * 0.02).astype(dtype)
+
+
+def make(scratch: pathlib.Path) -> None:
+    """The two folders as they would come, of the released sizes."""
+    model, autoencoder = scratch / "janusflow", scratch / "vae"
+    for folder in (model, autoencoder):
+        folder.mkdir(parents=True, exist_ok=True)
+    cfg = c.model_config("1p3b")
+    files = hub_config.model_config_to_hf(cfg, {})
+    files["config.json"]["torch_dtype"] = "bfloat16"
+    for name in ("config.json", "preprocessor_config.json"):
+        (model / name).write_text(json.dumps(files[name]))
+    (autoencoder / "config.json").write_text(json.dumps(files["vae/config.json"]))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(GOLDEN / "tiny" / "janusflow" / name, model)
+    processor = json.loads((GOLDEN / "tiny/janusflow/processor_config.json").read_text())
+    (model / "processor_config.json").write_text(json.dumps(processor | {"num_image_tokens": 576}))
+    shapes = json.loads((GOLDEN / "janusflow_1p3b_tensors.json").read_text())
+    sides = (
+        (model, "model", shapes, np.dtype(ml_dtypes.bfloat16)),
+        (
+            autoencoder,
+            "diffusion_pytorch_model",
+            convert.torch_shapes(torch_names.vae_rules(cfg.vae), vae.param_shapes(cfg.vae)),
+            np.dtype(np.float32),
+        ),
+    )
+    for folder, name, wanted, dtype in sides:
+        tensors = {
+            n: safetensor_files.Made(
+                tuple(s), dtype, lambda s=tuple(s), i=i, d=dtype: random_tensor(s, d, i)
+            )
+            for i, (n, s) in enumerate(wanted.items())
+        }
+        safetensor_files.write_folder(epath.Path(folder), name, tensors, 1 << 40)
+
+
+def status(pid: int, key: str) -> int:
+    """A line of /proc/PID/status in bytes; 0 when the process is gone."""
+    try:
+        for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def children(pid: int) -> list[int]:
+    try:
+        text = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [x for n in text.split() for x in (int(n), *children(int(n)))]
+
+
+def watched(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a command."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        mine = status(process.pid, "VmHWM")
+        peak = max(peak, mine + sum(status(p, "VmRSS") for p in children(process.pid)))
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"{command} failed with {process.returncode}")
+    subprocess.run(["sync"], check=True)
+    return time.perf_counter() - began, peak
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--scratch", required=True)
+    p.add_argument("--rounds", type=int, default=3)
+    args = p.parse_args()
+    scratch = pathlib.Path(args.scratch)
+    weights = scratch / "janusflow" / "model.safetensors"
+    if not weights.exists():
+        make(scratch)
+    source = [weights, scratch / "vae" / "diffusion_pytorch_model.safetensors"]
+    print(f"{sum(f.stat().st_size for f in source) / 1e9:.2f} GB, {os.cpu_count()} cores")
+    subprocess.run(["sync"], check=True)
+    copies, conversions, peaks = [], [], []
+    for n in range(args.rounds):
+        seconds, _ = watched(["cp", *map(str, source), str(fresh(scratch / "copy"))])
+        copies.append(seconds)
+        out = scratch / "model"
+        command = [sys.executable, "tools/convert_checkpoint.py", "--janusflow"]
+        command += [str(scratch / "janusflow"), "--vae", str(scratch / "vae"), "--out", str(out)]
+        seconds, peak = watched([*command, "--overwrite"])
+        conversions.append(seconds)
+        peaks.append(peak)
+        print(
+            f"round {n + 1}: cp + sync {copies[-1]:.1f} s, conversion + sync {seconds:.1f} s "
+            f"({seconds / copies[-1]:.2f} x), peak {peak / GIB:.2f} GiB",
+            flush=True,
+        )
+        shutil.rmtree(out)
+    ratio = statistics.median(conversions) / statistics.median(copies)
+    print(
+        f"median: cp + sync {statistics.median(copies):.1f} s, conversion "
+        f"{statistics.median(conversions):.1f} s, {ratio:.2f} x; peak {max(peaks) / GIB:.2f} GiB"
+    )
+
+
+def fresh(folder: pathlib.Path) -> pathlib.Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+if __name__ == "__main__":
+    main()

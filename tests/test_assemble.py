@@ -1,0 +1,236 @@
+"""The start of stage 1 from downloaded parts: torch's numbers, and rows for the tags."""
+
+import functools
+import json
+import shutil
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from janusflow_jax import checkpoint, hub_assemble, hub_export, pipeline
+from janusflow_jax.convert import ConvertError
+from janusflow_jax.data import chat_format
+from janusflow_jax.models import janusflow
+
+PARTS = golden.ROOT.parent / "torch_parts"
+OPTIONS = {"gen_width": 32, "say": lambda line: None}
+TOWER = "vision_und_enc_model.vision_tower."
+
+
+def expected(name):
+    return load_file(PARTS / "expected.safetensors")[name]
+
+
+def llm_folder(out):
+    """The Llama with a tokenizer that has never heard of pictures."""
+    shutil.copytree(PARTS / "llama", out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (golden.TINY / "janusflow" / name).read_text()
+        for i, tag in enumerate(chat_format.DEFAULT_TAGS.values()):
+            text = text.replace(tag, f"<spare_{i}>")
+        (out / name).write_text(text)
+    return out
+
+
+@pytest.fixture
+def llm(tmp_path):
+    return llm_folder(tmp_path / "llama")
+
+
+def to_timm(tensors, prefix=""):
+    """transformers' SigLIP under timm's names."""
+    out = {
+        "pos_embed": tensors["embeddings.position_embedding.weight"][None],
+        "patch_embed.proj.weight": tensors["embeddings.patch_embedding.weight"],
+        "patch_embed.proj.bias": tensors["embeddings.patch_embedding.bias"],
+        "attn_pool.latent": tensors["head.probe"],
+    }
+    for kind in ("weight", "bias"):
+        for i in range(2):
+            block, theirs = f"blocks.{i}", f"encoder.layers.{i}"
+            qkv = [tensors[f"{theirs}.self_attn.{n}_proj.{kind}"] for n in "qkv"]
+            out[f"{block}.attn.qkv.{kind}"] = np.concatenate(qkv)
+            out[f"{block}.attn.proj.{kind}"] = tensors[f"{theirs}.self_attn.out_proj.{kind}"]
+            for n in (1, 2):
+                out[f"{block}.norm{n}.{kind}"] = tensors[f"{theirs}.layer_norm{n}.{kind}"]
+                out[f"{block}.mlp.fc{n}.{kind}"] = tensors[f"{theirs}.mlp.fc{n}.{kind}"]
+        out[f"norm.{kind}"] = tensors[f"post_layernorm.{kind}"]
+        packed = tensors[f"head.attention.in_proj_{kind}"]
+        out[f"attn_pool.q.{kind}"], out[f"attn_pool.kv.{kind}"] = packed[:32], packed[32:]
+        out[f"attn_pool.proj.{kind}"] = tensors[f"head.attention.out_proj.{kind}"]
+        out[f"attn_pool.norm.{kind}"] = tensors[f"head.layernorm.{kind}"]
+        for n in (1, 2):
+            out[f"attn_pool.mlp.fc{n}.{kind}"] = tensors[f"head.mlp.fc{n}.{kind}"]
+    return {f"{prefix}{n}": np.ascontiguousarray(x) for n, x in out.items()}
+
+
+def siglip_folder(form, out):
+    """'hf', 'hf-model' (with prefix, text tower and loss), 'timm' or 'open_clip'."""
+    shutil.copytree(PARTS / "siglip", out)
+    tensors = load_file(out / "model.safetensors")
+    other = {"text_model.x": np.zeros(2, np.float32), "logit_scale": np.zeros(1, np.float32)}
+    if form == "hf-model":
+        tensors = {f"vision_model.{n}": x for n, x in tensors.items()} | other
+        vision = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(
+            json.dumps({"model_type": "siglip", "vision_config": vision})
+        )
+    if form in ("timm", "open_clip"):
+        config = {"architecture": "vit_tiny_siglip", "model_args": {"num_heads": 2}}
+        (out / "config.json").write_text(json.dumps(config))
+        tensors = to_timm(tensors, "visual.trunk." if form == "open_clip" else "")
+    if form == "open_clip":
+        (out / "model.safetensors").unlink()
+        renamed = {n.replace("text_model", "text"): x for n, x in other.items()}
+        save_file(tensors | renamed, out / "open_clip_model.safetensors")
+    else:
+        save_file(tensors, out / "model.safetensors")
+    return out
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("start")
+    parts = llm_folder(tmp / "llama"), siglip_folder("hf", tmp / "siglip"), golden.TINY / "vae"
+    hub_assemble.assemble(*parts, tmp / "model", **OPTIONS)
+    return tmp / "model"
+
+
+def logits(loaded, tokens):
+    model = janusflow.JanusFlow(loaded.cfg)
+    length = tokens.shape[1]
+    mask = jnp.tril(jnp.ones((len(tokens), length, length), bool))
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+
+    def run(m):
+        return m.logits(m.run_llm(m.embed_tokens(tokens), positions, mask)[0])
+
+    return model.apply({"params": loaded.params}, method=run)
+
+
+def test_the_language_model_computes_what_torch_does(start):
+    """Grouped heads, tied embeddings, another theta and eps, and a table that grew."""
+    loaded = checkpoint.load_model(start)
+    assert (loaded.cfg.llm.num_kv_heads, loaded.cfg.llm.rope_theta) == (2, 5000.0)
+    assert (loaded.cfg.llm.norm_eps, loaded.cfg.llm.vocab_size) == (1e-5, 640)
+    got, want = logits(loaded, jnp.asarray(expected("tokens"), jnp.int32)), expected("logits")
+    assert golden.error(got[..., :616], want) < golden.PART
+    table, head = loaded.params["llm"]["embedding"], loaded.params["llm"]["head"]["kernel"]
+    np.testing.assert_array_equal(head, table.T)
+    np.testing.assert_allclose(table[616:], np.tile(table[:616].mean(0), (24, 1)), atol=1e-6)
+
+
+def test_the_tags_take_the_next_free_ids(start):
+    chat = chat_format.ChatFormat.load(start / "hub")
+    assert not chat.added_tags, "they are in the tokenizer's file now"
+    ids = (chat.image_id, chat.gen_id, chat.image_start_id, chat.image_end_id)
+    assert ids == (616, 617, 618, 619)
+    assert chat.num_image_tokens == 4 and chat.vocab_needed == 620
+    old = chat_format.ChatFormat.load(golden.TINY / "janusflow")
+    assert chat.generation_ids("a red apple") == old.generation_ids("a red apple")
+
+
+@pytest.mark.slow
+def test_the_start_runs_as_a_whole(start):
+    model = pipeline.load(str(start))
+    assert model.generate("a red apple", num_steps=1, output="numpy").shape == (1, 32, 32, 3)
+    assert isinstance(model.chat("Hello", max_new_tokens=2), str)
+
+
+def test_new_parts_are_fresh_and_the_pooling_head_is_kept(start, tmp_path):
+    loaded = checkpoint.load_model(start)
+    init = jax.jit(janusflow.init_params, static_argnums=0)
+    fresh = init(loaded.cfg, jax.random.key(0))
+    assert loaded.params.keys() == fresh.keys()
+    for part in fresh.keys() - {"llm", "und_encoder"}:
+        close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+        jax.tree.map(close, loaded.params[part], fresh[part])
+    hub_export.export(start, tmp_path / "out", say=lambda line: None)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    pool = {n: x for n, x in out.items() if ".attn_pool." in n}
+    want = to_timm(load_file(PARTS / "siglip" / "model.safetensors"), TOWER)
+    for name, x in pool.items():
+        np.testing.assert_array_equal(x, want[name], name)
+    assert len(pool) == 13
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["language_config"]["max_position_embeddings"] == 128, "kept from the Llama's"
+
+
+@pytest.mark.parametrize("form", ["hf", "hf-model", "timm", "open_clip"])
+def test_siglip_in_every_naming_computes_what_torch_does(form, tmp_path):
+    source = hub_assemble.Source(siglip_folder(form, tmp_path / form), "siglip")
+    source.drop(hub_assemble.torch_names.SIGLIP_OTHERS, "other")
+    problems = list(source.problems)
+    cfg = hub_assemble.siglip_config(source, problems)
+    assert not problems and cfg is not None
+    module = hub_assemble.janusflow.siglip.Siglip(cfg)
+    pixels = jnp.asarray(golden.nhwc(expected("pixels")))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), pixels)["params"])
+    want = {"und_encoder": shapes}
+    assert hub_assemble.siglip_problems(source, cfg, want, None) == []
+    rules = hub_assemble.siglip_rules(source)
+    params = hub_assemble.convert.from_torch(source.tensors, rules, want)["und_encoder"]
+    got = module.apply({"params": params}, pixels)
+    assert golden.error(got, expected("features")) < golden.PART
+    pool = hub_assemble.pooling_head(source, cfg)
+    timm = to_timm(load_file(PARTS / "siglip" / "model.safetensors"), TOWER)
+    assert pool.keys() == {n for n in timm if ".attn_pool." in n}
+    for name, x in pool.items():
+        np.testing.assert_array_equal(x, timm[name])
+
+
+def test_an_untied_head_stays_its_own():
+    rng = np.random.default_rng(0)
+    cfg = checkpoint.config_lib.model_config("test")
+    cfg.llm.vocab_size = 8
+    llm = {"embedding": rng.normal(size=(5, 3)), "head": {"kernel": rng.normal(size=(3, 5))}}
+    got = hub_assemble.grow(llm, cfg)
+    np.testing.assert_array_equal(got["head"]["kernel"][:, :5], llm["head"]["kernel"])
+    np.testing.assert_allclose(got["head"]["kernel"][:, 7], llm["head"]["kernel"].mean(1), 1e-5)
+    np.testing.assert_allclose(got["embedding"][5], llm["embedding"].mean(0), 1e-5)
+
+
+def test_bad_parts_are_all_told(llm, tmp_path):
+    """Three folders, one error."""
+    tower = siglip_folder("hf", tmp_path / "siglip")
+    tensors = load_file(tower / "model.safetensors")
+    del tensors["head.probe"]
+    save_file(tensors | {"stranger": np.zeros(2, np.float32)}, tower / "model.safetensors")
+    tensors = load_file(llm / "model.safetensors")
+    tensors["model.norm.weight"] = np.zeros(5, np.float32)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+    save_file(tensors, llm / "model.safetensors")
+    vae = shutil.copytree(golden.TINY / "vae", tmp_path / "vae")
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    del weights["quant_conv.bias"]
+    save_file(weights, vae / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ConvertError) as error:
+        hub_assemble.assemble(llm, tower, vae, tmp_path / "model", **OPTIONS)
+    for part in ("(4 problems)", "unknown: stranger", "missing: head.probe [1, 1, 32]",
+                 "norm.weight: expected [32]; got [5]", "missing: quant_conv.bias"):  # fmt: skip
+        assert part in str(error.value), part
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: expected none; got 'llama3'"),
+        ({"attention_bias": True}, "attention_bias: expected False; got True"),
+        ({"model_type": "gpt2"}, "expected a Llama .*it is of model_type 'gpt2'"),
+        ({"num_key_value_heads": 3}, "num_heads: expected a multiple"),
+        ({"vocab_size": 700}, r"embed_tokens\.weight: expected \[700, 32\]; got \[616, 32\]"),
+    ],
+)
+def test_a_language_model_of_another_kind(change, says, llm, tmp_path):
+    config = json.loads((llm / "config.json").read_text()) | change
+    (llm / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConvertError, match=says):
+        hub_assemble.assemble(
+            llm, siglip_folder("hf", tmp_path / "siglip"), golden.TINY / "vae",
+            tmp_path / "model", **OPTIONS,
+        )  # fmt: skip

@@ -1,0 +1,350 @@
+"""Published folders in and out again: every bit, every number, and errors that tell all."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+
+import golden
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from published import SILENT, edit, shard, to_model
+from safetensors.numpy import load_file, save_file
+
+from janusflow_jax import (
+    checkpoint,
+    config,
+    convert,
+    hub_config,
+    hub_export,
+    pipeline,
+    safetensor_files,
+)
+from janusflow_jax.convert import ConvertError
+from janusflow_jax.data import chat_format
+
+
+def same_bits(got, want):
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype and got[name].shape == x.shape, name
+        assert got[name].tobytes() == x.tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "model"
+    to_model(golden.TINY / "janusflow", golden.TINY / "vae", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return pipeline.load(str(model))
+
+
+def test_a_converted_model_samples_the_golden_numbers(loaded):
+    case = golden.facts("expected")["samples"][1]
+    want = golden.arrays("expected")["sample1.trajectory"]
+    got = loaded.generate(
+        [case["prompt"]] * len(want[0]),
+        noise=golden.nhwc(want[0]),
+        num_steps=len(want) - 1,
+        cfg_weight=case["cfg_weight"],
+        output="trajectory",
+    )
+    assert golden.error(got, golden.nhwc(want)) < 5e-6
+
+
+def test_a_converted_model_says_the_golden_words(loaded):
+    case = golden.facts("expected")["chat"][0]
+    pictures = [golden.TINY / "images" / name for name in case["images"]]
+    got = loaded.chat(case["conversation"], pictures, max_new_tokens=24)
+    assert got == golden.facts("expected")["greedy_text"][0].strip()
+
+
+def test_both_forms_of_the_tokenizer_give_the_same_ids(folder, tmp_path):
+    for file in (golden.TINY / "tokenizer_bos_by_config").iterdir():
+        shutil.copy(file, folder)
+    to_model(folder, golden.TINY / "vae", tmp_path / "model")
+    chat = chat_format.ChatFormat.load(tmp_path / "model" / "hub")
+    for case in golden.facts("expected")["samples"]:
+        assert [*chat.generation_ids(case["prompt"]), chat.gen_id] == case["input_ids"]
+    for case in golden.facts("expected")["tokenize"]:
+        assert chat.tokenize(case["text"]) == case["ids"]
+
+
+def test_export_gives_every_bit_and_every_file_back(model, tmp_path):
+    out = tmp_path / "back"
+    hub_export.export(model, out, **SILENT)
+    same_bits(load_file(out / "model.safetensors"), golden.arrays("janusflow/model"))
+    weights = "diffusion_pytorch_model"
+    same_bits(load_file(out / "vae" / f"{weights}.safetensors"), golden.arrays(f"vae/{weights}"))
+    for file in (golden.TINY / "janusflow").glob("*.json"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    assert (out / "vae/config.json").read_bytes() == (golden.TINY / "vae/config.json").read_bytes()
+    assert not (out / "unused.safetensors").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_bfloat16_shards_there_and_back(folder, vae_folder, tmp_path):
+    """Mixed with float32 where no stack is: the source's types come back one by one."""
+    tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in golden.arrays("janusflow/model").items()}
+    name = "vision_gen_dec_aligner.bias"
+    tensors[name] = tensors[name].astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    shard(folder)
+    to_model(folder, vae_folder, tmp_path / "model")
+    hub_export.export(tmp_path / "model", tmp_path / "back", shard_bytes=300_000, **SILENT)
+    files = sorted(p.name for p in (tmp_path / "back").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    same_bits({n: x for f in files for n, x in load_file(tmp_path / "back" / f).items()}, tensors)
+    opened = safetensor_files.open_folder(checkpoint.epath.Path(tmp_path / "back"))
+    assert not opened.problems and opened.tensors.keys() == tensors.keys()
+    meta = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert meta["source_dtypes"]["janusflow"][name] == "float32"
+    assert meta["source_dtypes"]["vae"] == "float32"
+    assert len(meta["source_sha256"]["janusflow"]) == 3
+
+
+@pytest.mark.slow
+def test_dtype_casts_and_an_export_remembers_the_source(folder, vae_folder, tmp_path):
+    tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in golden.arrays("janusflow/model").items()}
+    save_file(tensors, folder / "model.safetensors")
+    to_model(folder, vae_folder, tmp_path / "model", dtype="float32")
+    got = checkpoint.load_model(tmp_path / "model")
+    assert {x.dtype for x in jax.tree.leaves([got.params, got.vae])} == {np.dtype("float32")}
+    hub_export.export(tmp_path / "model", tmp_path / "back", **SILENT)
+    same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
+
+
+def test_select_layer_of_a_published_folder(folder, tmp_path):
+    """-2 keeps one block less; the file has no more, and one that has is refused."""
+    edit(
+        folder / "config.json",
+        lambda c: c["vision_und_enc_config"]["params"].update(select_layer=-2),
+    )
+    with pytest.raises(ConvertError, match=r"unknown: vision_und_enc_model.*blocks\.1\."):
+        to_model(folder, golden.TINY / "vae", tmp_path / "model")
+    tensors = {
+        n: x for n, x in golden.arrays("janusflow/model").items() if ".tower.blocks.1." not in n
+    }
+    tensors = {n: x for n, x in tensors.items() if "vision_tower.blocks.1." not in n}
+    save_file(tensors, folder / "model.safetensors")
+    cfg = to_model(folder, golden.TINY / "vae", tmp_path / "model")
+    assert cfg.und.num_layers == 1
+    params = checkpoint.load_model(tmp_path / "model").params
+    assert params["und_encoder"]["layers"]["block"]["norm1"]["scale"].shape == (1, 48)
+    hub_export.export(tmp_path / "model", tmp_path / "back", **SILENT)
+    same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
+
+
+def test_other_files_of_a_vae_folder_are_ignored_with_a_line(vae_folder, tmp_path):
+    save_file({"first_stage_model.x": np.zeros(3)}, vae_folder / "sdxl_vae.safetensors")
+    (vae_folder / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    said = []
+    to_model(golden.TINY / "janusflow", vae_folder, tmp_path / "model", say=said.append)
+    text = "\n".join(said)
+    assert "sdxl_vae.safetensors: not read" in text and "model.bin: not read" in text
+
+
+def test_licences_travel(folder, vae_folder, tmp_path):
+    (folder / "LICENSE-MODEL").write_text("the model licence")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: deepseek\n---\n# card\n")
+    (vae_folder / "LICENSE.md").write_text("the vae's")
+    to_model(folder, vae_folder, tmp_path / "model")
+    hub_export.export(tmp_path / "model", tmp_path / "back", **SILENT)
+    assert (tmp_path / "back" / "LICENSE-MODEL").read_text() == "the model licence"
+    assert (tmp_path / "back" / "vae" / "LICENSE.md").read_text() == "the vae's"
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert card.startswith("---\n") and "license_name: deepseek" in card.split("---")[1]
+    assert "- janusflow: deepseek (`LICENSE-MODEL`)" in card and "`vae/LICENSE.md`" in card
+
+
+def test_nothing_is_overwritten_unasked(model, tmp_path):
+    before = (model / "checksums.json").read_bytes()
+    for run in (
+        lambda: to_model(golden.TINY / "janusflow", golden.TINY / "vae", model),
+        lambda: hub_export.export(model, model, **SILENT),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match="--overwrite"):
+            run()
+    assert (model / "checksums.json").read_bytes() == before
+    (tmp_path / "there").mkdir()
+    out = tmp_path / "there"
+    to_model(golden.TINY / "janusflow", golden.TINY / "vae", out, overwrite=True)
+    checkpoint.load_model(out)
+
+
+def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
+    real, seen = convert.from_torch, []
+
+    def broken(tensors, rules, *args):
+        seen.append(rules)
+        if len(seen) == 4:
+            raise OSError("the disk is gone")
+        return real(tensors, rules, *args)
+
+    monkeypatch.setattr(convert, "from_torch", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        to_model(golden.TINY / "janusflow", golden.TINY / "vae", tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_conversion_leaves_nothing_that_loads(number, tmp_path):
+    source = golden.TINY
+    command = [
+        sys.executable, "tools/convert_checkpoint.py", "--janusflow", str(source / "janusflow"),
+        "--vae", str(source / "vae"), "--out", str(tmp_path / "model"),
+    ]  # fmt: skip
+    root = golden.ROOT.parents[2]
+    process = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("gen_encoder"):
+            break
+    time.sleep(0.05)
+    process.send_signal(number)
+    process.wait(30)
+    left = list(tmp_path.iterdir())
+    assert not (tmp_path / "model").exists()
+    assert len(left) == (1 if number == signal.SIGKILL else 0)
+    for path in left:
+        with pytest.raises(checkpoint.CheckpointError):
+            checkpoint.load_model(path)
+
+
+def test_parts_are_read_one_after_another(tmp_path, monkeypatch):
+    """No tensor of a part is read before the part before it was saved and dropped."""
+    log, alive = [], []
+    real_read, real_save = safetensor_files.LazyTensor.__array__, checkpoint._save_tree
+
+    def read(self, *args, **kwargs):
+        log.append("read")
+        return real_read(self, *args, **kwargs)
+
+    def save(path, tree):
+        assert not [x for x in alive if x() is not None], "the part before is still in memory"
+        alive[:] = [weakref.ref(x) for x in jax.tree.leaves(tree)]
+        log.append(path.name)
+        real_save(path, tree)
+
+    monkeypatch.setattr(safetensor_files.LazyTensor, "__array__", read)
+    monkeypatch.setattr(checkpoint, "_save_tree", save)
+    to_model(golden.TINY / "janusflow", golden.TINY / "vae", tmp_path / "model")
+    saves = [x for x in log if x != "read"]
+    assert (
+        saves == [*convert.published_shapes(config.model_config("test")), "vae"] or len(saves) == 10
+    )
+    counts = {}
+    at = 0
+    for x in log:
+        if x == "read":
+            at += 1
+        else:
+            counts[x], at = at, 0
+    assert list(counts) == [*(p for p in config.STAGE_PARTS if p != "repa_head"), "vae"]
+    assert counts["llm"] == 13 + 3 + 3 * 9  # the pooling head, which is small, comes first
+    assert counts["und_begin"] == 1 and counts["vae"] == 244
+
+
+def test_old_model_folders_load(tmp_path):
+    """Format 1: all parts in one Orbax folder."""
+    model, params, vae = golden.model()
+    out = tmp_path / "old"
+    checkpoint.save_model(
+        out, model_cfg=model.cfg, params=params, vae=vae, hub_files=None, extra={}
+    )
+    shutil.rmtree(out / "params")
+    checkpoint._save_tree(checkpoint.epath.Path(out / "params"), jax.tree.map(np.asarray, params))
+    edit(out / "model.json", lambda m: m.update(format=1))
+    checkpoint.write_sums(checkpoint.epath.Path(out))
+    got = checkpoint.load_model(out)
+    jax.tree.map(np.testing.assert_array_equal, got.params, params)
+
+
+@pytest.fixture(scope="module")
+def born(tmp_path_factory):
+    """A model that was never published: other sizes, its own REPA head, no pooling head."""
+    cfg = config.model_config("test")
+    cfg.llm.num_kv_heads, cfg.llm.rope_theta, cfg.und.mlp_width = 2, 5000.0, 200
+    cfg.und.pixel_mean, cfg.und.pixel_std = (0.1, 0.2, 0.3), (1.0, 0.9, 0.8)
+    out = tmp_path_factory.mktemp("born") / "model"
+    rng = np.random.default_rng(0)
+    draw = lambda t: jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), t)  # noqa: E731
+    names = ("tokenizer.json", "tokenizer_config.json", "processor_config.json")
+    checkpoint.save_model(
+        out,
+        model_cfg=cfg,
+        params=draw(convert.janusflow.param_shapes(cfg)),
+        vae=draw(convert.vae.param_shapes(cfg.vae)),
+        hub_files={n: (golden.TINY / "janusflow" / n).read_bytes() for n in names},
+        extra={},
+    )
+    return out, cfg
+
+
+def test_a_model_born_here_comes_back_as_it_was(born, tmp_path):
+    model, cfg = born
+    hub_export.export(model, tmp_path / "out", licence="apache-2.0", **SILENT)
+    pool = load_file(tmp_path / "out" / "model.safetensors")
+    pool = {n: x for n, x in pool.items() if ".attn_pool." in n}
+    assert len(pool) == 13 and not any(x.any() for x in pool.values())
+    files = [json.loads((tmp_path / "out" / n).read_text()) for n in hub_export.CONFIGS]
+    assert hub_config.model_config_from_hf(*files) == cfg
+    assert "license: apache-2.0" in (tmp_path / "out" / "README.md").read_text()
+    to_model(tmp_path / "out", tmp_path / "out" / "vae", tmp_path / "again")
+    a, b = checkpoint.load_model(model), checkpoint.load_model(tmp_path / "again")
+    assert b.cfg == cfg
+    del a.params["repa_head"]
+    jax.tree.map(np.testing.assert_array_equal, (a.params, a.vae), (b.params, b.vae))
+
+
+def test_what_the_published_format_cannot_say(tmp_path):
+    cfg = config.model_config("emoji")
+    checkpoint.save_model(
+        tmp_path / "model", model_cfg=cfg, params=None, vae=None, hub_files=None, extra={}
+    )
+    with pytest.raises(hub_export.ExportError) as error:
+        hub_export.export(tmp_path / "model", tmp_path / "out", **SILENT)
+    for part in ("gen.patch_size: the published format knows only 2; got 4", "'llm'", "'vae'",
+                 "hub/tokenizer.json: missing"):  # fmt: skip
+        assert part in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["ema", "params"])
+def test_a_training_run_is_exported(weights, model, tmp_path):
+    """A run that began from a converted model: its files, its own numbers, float32."""
+    start = checkpoint.load_model(model)
+    cfg = config.TrainConfig(name="run", model=start.cfg)
+    cfg.model.name = "mine"
+    checkpoint.save_model(
+        tmp_path / "run" / "base", model_cfg=cfg.model, params=None, vae=start.vae,
+        hub_files=start.hub, extra={},
+    )  # fmt: skip
+    ema = {"und_begin": jax.tree.map(lambda x: x + 1, start.params["und_begin"])}
+    run = {"step": 7, "config": config.to_dict(cfg)}
+    saver = checkpoint.RunCheckpoints(tmp_path / "run")
+    saver.save(7, params=start.params, ema=ema, opt_state={}, run=run)
+    saver.close()
+    hub_export.export(tmp_path / "run", tmp_path / "out", weights=weights, **SILENT)
+    want = dict(golden.arrays("janusflow/model"))
+    if weights == "ema":
+        want["beg_of_und_embed"] = want["beg_of_und_embed"] + 1
+    same_bits(load_file(tmp_path / "out" / "model.safetensors"), want)
+    files = [json.loads((tmp_path / "out" / n).read_text()) for n in hub_export.CONFIGS]
+    assert hub_config.model_config_from_hf(*files) == cfg.model
+    assert f"to step 7, `{weights}` weights" in (tmp_path / "out" / "README.md").read_text()

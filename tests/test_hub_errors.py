@@ -1,0 +1,160 @@
+"""Bad published folders: every kind gets an error that names the file and the reason."""
+
+import shutil
+
+import golden
+import numpy as np
+import pytest
+from published import edit, shard, to_model
+from safetensors.numpy import load_file, save_file
+
+from janusflow_jax.convert import ConvertError
+
+# Each entry breaks one thing; the message must say where and what.
+
+
+def _truncated(f, v):
+    data = (f / "model.safetensors").read_bytes()
+    (f / "model.safetensors").write_bytes(data[:-100])
+
+
+def _flipped_header(f, v):
+    data = bytearray((f / "model.safetensors").read_bytes())
+    data[20] = 0
+    (f / "model.safetensors").write_bytes(bytes(data))
+
+
+def _empty_file(f, v):
+    (v / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+
+
+def _lfs(f, v):
+    (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
+
+
+def _empty(f, v):
+    shutil.rmtree(f)
+    f.mkdir()
+
+
+def _gone(f, v):
+    shutil.rmtree(v)
+
+
+def _bin(f, v):
+    (f / "model.safetensors").rename(f / "pytorch_model.bin")
+
+
+def _janus(f, v):
+    edit(
+        f / "config.json",
+        lambda c: (c.pop("vision_gen_enc_config"), c.update(gen_vision_config={})),
+    )
+
+
+def _llama(f, v):
+    (f / "config.json").write_text('{"model_type": "llama"}')
+
+
+def _bad_json(f, v):
+    (v / "config.json").write_text("{")
+
+
+def _doubled(f, v):
+    files = shard(f)
+    first, second = load_file(f / files[0]), load_file(f / files[1])
+    name = next(iter(first))
+    save_file(second | {name: first[name]}, f / files[1])
+
+
+def _lost_shard(f, v):
+    (f / shard(f)[1]).unlink()
+
+
+def _not_in_index(f, v):
+    files = shard(f)
+    save_file(load_file(f / files[0]) | {"stray": np.zeros(2)}, f / files[0])
+
+
+def _index_lies(f, v):
+    shard(f)
+    edit(
+        f / "model.safetensors.index.json",
+        lambda i: i["weight_map"].update(ghost=i["weight_map"]["beg_of_und_embed"]),
+    )
+
+
+def _integers(f, v):
+    tensors = load_file(f / "model.safetensors")
+    tensors["beg_of_und_embed"] = tensors["beg_of_und_embed"].astype(np.int64)
+    save_file(tensors, f / "model.safetensors")
+
+
+def _small_table(f, v):
+    tensors = load_file(f / "model.safetensors")
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        tensors[name] = tensors[name][:600]
+    save_file(tensors, f / "model.safetensors")
+    edit(f / "config.json", lambda c: c["language_config"].update(vocab_size=600))
+
+
+def _no_tokenizer(f, v):
+    (f / "tokenizer.json").unlink()
+
+
+def _half_a_pool(f, v):
+    tensors = load_file(f / "model.safetensors")
+    del tensors["vision_und_enc_model.vision_tower.attn_pool.latent"]
+    save_file(tensors, f / "model.safetensors")
+
+
+def _other_pictures(f, v):
+    edit(f / "processor_config.json", lambda c: c.update(num_image_tokens=576))
+
+
+BAD = {
+    _truncated: r"model\.safetensors: truncated or damaged: expected \d+ bytes; got \d+",
+    _flipped_header: r"model\.safetensors: its header is damaged",
+    _empty_file: r"diffusion_pytorch_model\.safetensors: empty",
+    _lfs: r"Git LFS pointer",
+    _empty: r"(?s)found nothing: the folder is empty.*config\.json: missing",
+    _gone: r"vae: no such folder",
+    _bin: r"only pytorch_model\.bin.*python -c .*torch\.load\(.*weights_only=True.*save_file",
+    _janus: r"config\.json: expected JanusFlow; it is Janus or Janus-Pro",
+    _llama: r"it is a Llama \(--llm\)",
+    _bad_json: r"vae/config\.json: expected a JSON file",
+    _doubled: r"duplicate: \S+ is in model-00001-of-00003\.safetensors and in model-00002",
+    _lost_shard: r"model-00002-of-00003\.safetensors: missing; model\.safetensors\.index\.json",
+    _not_in_index: r"stray is not in the index",
+    _index_lies: r"missing: ghost, which the index places in model-",
+    _integers: r"type of beg_of_und_embed: expected floating-point numbers; got int64",
+    _small_table: r"expected ids below 600",
+    _no_tokenizer: r"missing tokenizer\.json",
+    _half_a_pool: r"missing: vision_und_enc_model\.vision_tower\.attn_pool\.latent \[1, 1, 48\]",
+    _other_pictures: r"num_image_tokens: expected 16 \(image_size 64\); got 576",
+}
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__[1:])
+def test_bad_folders_are_named_with_the_reason(spoil, folder, vae_folder, tmp_path):
+    spoil(folder, vae_folder)
+    with pytest.raises(ConvertError, match=BAD[spoil]):
+        to_model(folder, vae_folder, tmp_path / "out" / "model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_of_both_folders_come_in_one_error(folder, vae_folder, tmp_path):
+    tensors = dict(golden.arrays("janusflow/model"))
+    del tensors["vision_gen_dec_aligner.bias"]
+    tensors["stranger"] = np.zeros(3)
+    tensors["language_model.model.norm.weight"] = np.zeros(5)
+    save_file(tensors, folder / "model.safetensors")
+    weights = vae_folder / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights) | {"odd": np.zeros(1)}, weights)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ConvertError) as error:
+        to_model(folder, vae_folder, tmp_path / "model")
+    for part in ("(5 problems)", "missing: vision_gen_dec", "unknown: stranger [3]",
+                 "shape of language_model.model.norm.weight", "VAE: unknown: odd",
+                 "missing tokenizer_config.json"):  # fmt: skip
+        assert part in str(error.value), part
