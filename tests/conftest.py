@@ -2,12 +2,14 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
 # The environment is for processes that tests start; JAX may be imported already (jaxtyping's
 # pytest plugin comes first), so this one is told by its config. Nearly all the time of a test is
 # compilation: less of it is optimized (half the time), none is done twice in a session.
+_TINY = pathlib.Path(__file__).parent / "data" / "golden" / "tiny"
 _CACHE = tempfile.mkdtemp(prefix="janusflow-test-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,6 +21,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -26,11 +29,24 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-import pathlib  # noqa: E402
 
-import pytest  # noqa: E402
+@pytest.fixture(scope="session")
+def golden_folder(tmp_path_factory):
+    """The golden model as a folder, with the tokenizer whose BOS is in its config only."""
+    import golden
 
-_TINY = pathlib.Path(__file__).parent / "data" / "golden" / "tiny"
+    names = ("janusflow", "tokenizer_bos_by_config")
+    files = [p for n in names for p in (golden.TINY / n).iterdir() if p.suffix == ".json"]
+    hub = {p.name: p.read_bytes() for p in files}  # the second tokenizer over the first
+    return golden.save(tmp_path_factory.mktemp("golden") / "model", hub)
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_folder):
+    """That folder, loaded as anybody would."""
+    import janusflow_jax
+
+    return janusflow_jax.load(golden_folder, dtype="float32")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from janusflow_jax import config, convert
+from janusflow_jax import checkpoint, config, convert
 from janusflow_jax.models import janusflow
 
 ROOT = pathlib.Path(__file__).parent / "data" / "golden"
@@ -45,6 +45,15 @@ def model() -> tuple[janusflow.JanusFlow, dict[str, Any], dict[str, Any]]:
     with jax.ensure_compile_time_eval():  # the first caller may be inside a trace
         params, vae = jax.tree.map(jnp.asarray, (params, vae))
     return janusflow.JanusFlow(cfg), params, vae
+
+
+def save(folder: Any, hub: Any) -> Any:
+    """The tiny model as a model folder; `hub` as `checkpoint.save_model` takes it."""
+    tiny, params, vae = model()
+    checkpoint.save_model(
+        folder, model_cfg=tiny.cfg, params=params, vae=vae, hub_files=hub, extra={}
+    )
+    return folder
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:

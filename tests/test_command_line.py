@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_pipeline import folder, model  # noqa: F401
 
 from janusflow_jax import chat, command_line, compile_cache, evaluate, generate, pipeline
 
@@ -18,9 +17,9 @@ PICTURE = str(golden.TINY / "images" / "0.png")
 
 
 @pytest.fixture
-def loaded(model, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(pipeline, "load", lambda path, dtype, weights: model)
-    return model
+def loaded(golden_model, monkeypatch):
+    monkeypatch.setattr(pipeline, "load", lambda path, dtype, weights: golden_model)
+    return golden_model
 
 
 def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):

@@ -96,6 +96,7 @@ def test_understanding_reads_images_and_text():
     assert golden.error(np.asarray(logits)[real], want["und.logits"][expected]) < golden.PART
 
 
+@pytest.mark.slow
 def test_greedy_answers():
     model, params, _ = golden.model()
     want = golden.arrays("expected")["und.greedy_tokens"]
@@ -131,7 +132,8 @@ def test_generation_decoder():
     assert golden.error(got, golden.nhwc(want["dec.v"])) < golden.PART
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
+# The fast suite has the second one, and the answers, through the face (test_pipeline.py).
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sampler(index):
     model, params, vae_params = golden.model()
     case, want = golden.facts("expected")["samples"][index], golden.arrays("expected")
