@@ -141,6 +141,7 @@ def test_the_start_runs_as_a_whole(start):
     assert isinstance(model.chat("Hello", max_new_tokens=2), str)
 
 
+@pytest.mark.slow
 def test_new_parts_are_fresh_and_the_pooling_head_is_kept(start, tmp_path):
     loaded = checkpoint.load_model(start)
     init = jax.jit(janusflow.init_params, static_argnums=0)

@@ -22,6 +22,7 @@ def loaded(golden_model, monkeypatch):
     return golden_model
 
 
+@pytest.mark.slow
 def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red fox\n\nTwo yellow taxis\n")
     out, report = tmp_path / "pictures", tmp_path / "report.json"

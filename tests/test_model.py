@@ -196,6 +196,7 @@ def test_cosine_with_zeros_has_a_finite_gradient(side):
     assert all(np.isfinite(g).all() for g in grads)
 
 
+@pytest.mark.slow
 def test_a_batch_without_images_has_a_finite_gradient():
     _, params, vae = golden.model()
     grads = GRADIENT(params, vae, rows([[]], 60))

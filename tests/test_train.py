@@ -189,8 +189,8 @@ def test_refuses_what_cannot_work(store, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
         train.train(config("a", init=(("llm", "nowhere"),)))
     train.train(config("a", num_steps=1))
-    with pytest.raises(checkpoint.CheckpointError, match="seed: 0 then, 1 now"):
-        train.train(config("a", num_steps=2, seed=1))
+    with pytest.raises(checkpoint.CheckpointError, match="seed: 1 then, 2 now"):
+        train.train(config("a", num_steps=2, seed=2))
     other = config("b", num_steps=1, init=(("llm", str(tmp_path / "a")),))
     other.model.llm.mlp_width = 64
     with pytest.raises(c.ConfigError, match="mlp/up/kernel: expected shape"):

@@ -36,6 +36,7 @@ def run(method, p, x, dtype=jnp.float32):
     return fn(p, x)
 
 
+@pytest.mark.slow
 def test_shapes_of_a_picture_that_is_not_square():
     mean, logvar = run("encode", params(), noise(1, 2, 16, 24, 3))
     assert mean.shape == logvar.shape == (2, 8, 12, 4)
