@@ -163,7 +163,7 @@ def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
     saved = final("frozen")
     moments = [n for n in saved if n.startswith("opt_state") and "/mu/" in n]
     assert moments and all("/gen_encoder/" in n or "/gen_decoder/" in n for n in moments)
-    start = checkpoint.flat(jax.device_get(fresh(cfg.model, jax.random.key(0))[0]))
+    start = checkpoint.flat(jax.device_get(fresh(cfg.model, jax.random.key(cfg.seed))[0]))
     name = "llm/layers/block/mlp/up/kernel"
     np.testing.assert_allclose(saved[f"params/{name}"], start[name], atol=1e-7)
     name = "gen_decoder/out_conv/kernel"
