@@ -52,6 +52,18 @@ class LoadedModel:
     source: str
     meta: dict[str, Any]
 
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that are there."""
+        return sorted(self.params or {}) + (["vae"] if self.vae is not None else [])
+
+
+def is_model(path: Any) -> bool:
+    """Whether `load_model` would find something at a path; nothing is read."""
+    folder = epath.Path(path)
+    marks = (folder / MODEL_FILE, folder / MARKER)
+    return any(m.exists() for m in marks) or bool(committed_steps(folder))
+
 
 def flat(tree: Any) -> dict[str, Any]:
     """Leaves by path name."""

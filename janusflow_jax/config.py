@@ -139,6 +139,7 @@ class SourceConfig:
     task: str = "generate"  # generate | understand | text
     format: str = "chat"  # chat | plain
     weight: float = 1.0  # share of positions
+    weight_after: float = -1.0  # from data.change_row on; -1: the same
 
 
 @dataclass
@@ -147,6 +148,7 @@ class DataConfig:
     row_len: int = 4096
     gen_slots: int = 6
     und_slots: int = 6
+    change_row: int = 0  # from this row (step x batch_rows) on `weight_after` holds; 0: never
     drop_prompt: float = 0.1
     seed: int = 0
     num_threads: int = 2
@@ -155,6 +157,12 @@ class DataConfig:
     @property
     def num_slots(self) -> int:
         return max(self.gen_slots, self.und_slots)
+
+    def phases(self) -> list[tuple[int, list[float]]]:
+        """(first row, weight of every source) of each mixture of the run, in order."""
+        before = [s.weight for s in self.sources]
+        after = [s.weight if s.weight_after < 0 else s.weight_after for s in self.sources]
+        return [(0, before)] + ([(self.change_row, after)] if self.change_row > 0 else [])
 
 
 @dataclass
@@ -202,7 +210,9 @@ class TrainConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    init: tuple[tuple[str, str], ...] = ()  # (part, 'fresh' | path); parts not named: 'fresh'
+    start: str = ""  # a model folder or a run: every part that `init` does not name and it has
+    init: tuple[tuple[str, str], ...] = ()  # (part, 'fresh' | path); the rest: `start`, or fresh
+    made_by: tuple[tuple[str, str], ...] = ()  # (path, command that makes it), for messages
     tokenizer: str = ""  # folder with tokenizer and processor files; '': from init's model folder
     allow_fresh: bool = False
     train_parts: tuple[str, ...] = STAGE_PARTS

@@ -103,7 +103,12 @@ def train_problems(cfg: TrainConfig) -> list[str]:
             s.format in ("chat", "plain"),
             f"source {s.name!r} format: expected chat or plain; got {s.format!r}",
         )
-        check(s.weight > 0, f"source {s.name!r} weight: expected > 0; got {s.weight}")
+        later = s.weight_after if data.change_row > 0 else -1.0
+        check(
+            s.weight > 0 or (s.weight == 0 and later > 0),
+            f"source {s.name!r} weight: expected > 0, or 0 with data.change_row and weight_after "
+            f"> 0; got {s.weight}",
+        )
         check(
             s.task != "generate" or data.gen_slots > 0,
             f"source {s.name!r} generates: expected data.gen_slots > 0; got 0",

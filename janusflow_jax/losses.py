@@ -50,7 +50,7 @@ def counts(batch: Batch, num_gen: int) -> Sums:
     return {"ar": targets, "rf": slots, "repa": slots}
 
 
-def weights(loss: LossConfig, totals: Sums, shares: dict[str, float]) -> Sums:
+def weights(loss: LossConfig, totals: Sums, shares: dict[str, Any]) -> Sums:
     """Factor of each task's sum in the loss: weight / count (times its share if per_sample)."""
     given = {"ar": loss.ar_weight, "rf": loss.rf_weight, "repa": loss.repa_weight}
     share = shares if loss.norm == "per_sample" else dict.fromkeys(TASKS, 1.0)

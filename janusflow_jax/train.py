@@ -40,20 +40,26 @@ _USER_ERRORS = (
 
 
 def initial_params(cfg: TrainConfig) -> tuple[Any, Any, str, dict[str, str]]:
-    """Every part from where `init` says.
+    """Every part from where `init` or `start` says.
 
     Returns: params, VAE params, the folder of tokenizer files, part -> origin.
     Raises:
       ConfigError: a part that must have learned something is fresh, or its path lacks it.
     """
-    wanted = dict(cfg.init)
-    origins = {p: wanted.get(p, "fresh") for p in (*config_lib.STAGE_PARTS, "vae")}
+    origins: dict[str, str] = dict.fromkeys([*config_lib.STAGE_PARTS, "vae"], "fresh")
+    cache: dict[str, checkpoint.LoadedModel] = {}
+    if cfg.start:
+        cache[cfg.start] = checkpoint.load_model(cfg.start, weights="ema")
+        for part in cache[cfg.start].parts:
+            origins[part] = cfg.start
+    origins.update(cfg.init)
     fresh = [p for p in config_lib.PRETRAINED_PARTS if origins[p] == "fresh"]
     if fresh and not cfg.allow_fresh:
         raise ConfigError(
             f"init: the parts {fresh} would start from random numbers, and training could not "
-            "make up for it; expected a path for each (--config.init), made by "
-            "tools/train_vae.py, tools/pretrain_tiny.py or tools/convert_checkpoint.py"
+            "make up for it; expected a path for each (--config.init) or for all "
+            "(--config.start), made by tools/train_vae.py, tools/pretrain_tiny.py or "
+            "tools/convert_checkpoint.py"
         )
     key = jax.random.key(cfg.seed)
     params = dict(jax.jit(janusflow.init_params, static_argnums=0)(cfg.model, key))
@@ -63,19 +69,18 @@ def initial_params(cfg: TrainConfig) -> tuple[Any, Any, str, dict[str, str]]:
     problems, hub = [], cfg.tokenizer
     for path in dict.fromkeys(v for v in origins.values() if v != "fresh"):
         parts = [p for p, origin in origins.items() if origin == path]
-        loaded = checkpoint.load_model(path, weights="ema")
+        loaded = cache.get(path) or checkpoint.load_model(path, weights="ema")
         for part in parts:
             got = loaded.vae if part == "vae" else (loaded.params or {}).get(part)
             if got is None:
-                have = sorted(loaded.params or {}) + (["vae"] if loaded.vae else [])
-                problems.append(f"{path} has no part {part!r}; it has {have}")
+                problems.append(f"{path} has no part {part!r}; it has {loaded.parts}")
             elif part == "vae":
                 expect = vae.param_shapes(cfg.model.vae)
                 problems += checkpoint.compare_trees(expect, got, "vae")
-                vae_params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), got)
+                vae_params = _host(got)
             else:
                 problems += checkpoint.compare_trees(params[part], got, part)
-                params[part] = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), got)
+                params[part] = _host(got)
         if not hub and "llm" in parts:
             hub = str(loaded.hub)
     config_lib.raise_problems("init", problems)
@@ -85,6 +90,39 @@ def initial_params(cfg: TrainConfig) -> tuple[Any, Any, str, dict[str, str]]:
             "model folder's hub/); got '' and no `init` of the llm to take it from"
         )
     return params, vae_params, hub, origins
+
+
+def _host(tree: Any) -> Any:
+    """float32 on the host: arrays of one device cannot enter a step on a mesh of several."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+
+
+def check_needs(cfg: TrainConfig) -> None:
+    """Raises ConfigError with everything on disk that the run needs and lacks, and what makes it.
+
+    Nothing is loaded: a run of hours must not find in its tenth minute that data is missing.
+    """
+    made_by, problems = dict(cfg.made_by), []
+
+    def lacks(path: str, reason: str) -> None:
+        command = made_by.get(path, "")
+        problems.append(f"{reason}\n      made by: {command}" if command else reason)
+
+    starts = dict.fromkeys([cfg.start, *(p for _, p in cfg.init if p != "fresh")])
+    for path in filter(None, starts):
+        if not checkpoint.is_model(path):
+            lacks(path, f"{path}: expected a model folder or a training run; found none")
+    splits = dict.fromkeys((s.path, s.split) for s in (*cfg.data.sources, *cfg.heldout))
+    for path, split in splits:
+        try:
+            sources.open_source(path, split)
+        except sources.SourceError as error:
+            lacks(path, str(error))
+    if cfg.tokenizer and not epath.Path(cfg.tokenizer).exists():
+        lacks(cfg.tokenizer, f"{cfg.tokenizer}: expected a tokenizer folder; found none")
+    if problems:
+        listed = "\n".join(f"  - {p}" for p in problems)
+        raise ConfigError(f"config {cfg.name!r} needs what is not here:\n{listed}")
 
 
 def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[str, str]) -> None:
@@ -137,17 +175,23 @@ def train(cfg: TrainConfig) -> str:
     """Runs the config to its last step, or until told to stop. Returns the workdir."""
     started = time.time()
     config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
+    check_needs(cfg)
     workdir = epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
     params, vae_params, hub, origins = initial_params(cfg)
     print_origins(cfg, params, vae_params, origins)
     chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
     chat.check_vocab(cfg.model.llm.vocab_size)
     data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows)
-    for source in data.describe():
-        print(
-            "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
-            "{fill:.1%} of positions used, {share_of_positions:.1%} of the mixture".format(**source)
-        )
+    for phase, (first_row, _) in enumerate(cfg.data.phases()):
+        if first_row:
+            print(f"from step {-(-first_row // cfg.batch_rows)} on:")
+        for source in data.describe(phase):
+            print(
+                "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
+                "{fill:.1%} of positions used, {share_of_positions:.1%} of the mixture".format(
+                    **source
+                )
+            )
     mesh = sharding.make_mesh(cfg.mesh)
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if cfg.batch_rows % (split * cfg.optim.accum_steps):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from janusflow_jax import losses, optim, sharding
 from janusflow_jax.config import TrainConfig
@@ -55,10 +56,14 @@ def state_shardings(state: State, mesh: Mesh) -> State:
     return sharding.tree_shardings(state, mesh)
 
 
-def task_shares(cfg: TrainConfig) -> dict[str, float]:
-    """Each task's share of the mixture's positions (for `loss.norm = per_sample`)."""
-    total = sum(s.weight for s in cfg.data.sources)
-    gen = sum(s.weight for s in cfg.data.sources if s.task == "generate") / total
+def task_shares(cfg: TrainConfig, step: Array | int) -> dict[str, Any]:
+    """Each task's share of the mixture's positions at a step (for `loss.norm = per_sample`)."""
+    gen: Any = 0.0
+    for first_row, weights in cfg.data.phases():
+        made = sum(
+            w for w, s in zip(weights, cfg.data.sources, strict=True) if s.task == "generate"
+        )
+        gen = jnp.where(step >= -(-first_row // cfg.batch_rows), made / sum(weights), gen)
     return {"ar": 1 - gen, "rf": gen, "repa": gen}
 
 
@@ -67,7 +72,6 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, dic
     model = make_model(cfg)
     tx = optim.make_optimizer(cfg.optim, cfg.num_steps)
     accum = cfg.optim.accum_steps
-    shares = task_shares(cfg)
     num_gen, num_und = cfg.data.gen_slots, cfg.data.und_slots
     key = jax.random.key(cfg.seed)
     lr = optim.schedule(cfg.optim, cfg.num_steps)
@@ -109,7 +113,7 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, dic
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         totals = losses.counts(batch, num_gen)
-        weight = losses.weights(cfg.loss, totals, shares)
+        weight = losses.weights(cfg.loss, totals, task_shares(cfg, state["step"]))
         (loss, (sums, extras)), grads = accumulate(state, batch, weight)
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -14,8 +14,8 @@ from janusflow_jax.config import TrainConfig
 # What a run may change when it goes on: everything else makes it another run.
 MAY_CHANGE = frozenset(
     "workdir num_steps log_every_steps save_every_steps keep_checkpoints sheet_every_steps "
-    "tensorboard prompts heldout heldout_captions sheet_cfg_weight sheet_num_steps mesh init "
-    "data.num_threads data.max_bad_share attention remat".split()
+    "tensorboard prompts heldout heldout_captions sheet_cfg_weight sheet_num_steps mesh init start "
+    "made_by data.num_threads data.max_bad_share attention remat".split()
 )
 
 

@@ -186,7 +186,7 @@ def test_slots_stand_where_they_say(stores, chat):
 
 def test_text_stands_behind_the_images_and_moves_nothing(stores, chat):
     mixed = rows.Rows(config(), MODEL, chat)
-    assert mixed.filler > 0
+    assert mixed.phases[0].filler > 0
     filled = 0
     for r in range(60):
         row, _ = mixed.row(r)

@@ -65,9 +65,9 @@ class Loader:
         self.cfg, self.batch_rows = cfg, batch_rows
         self.rows = rows_lib.Rows(cfg, model, chat)
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self, phase: int = 0) -> list[dict[str, Any]]:
         """Per source: samples, bins, shares (see `rows.Rows.describe`)."""
-        return self.rows.describe()
+        return self.rows.describe(phase)
 
     def batches(
         self, first_row: int, rows_of_process: Sequence[int] | None = None

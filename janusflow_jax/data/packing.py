@@ -168,6 +168,16 @@ def mixture(weights: Sequence[float | int], fill: Sequence[float], text: Sequenc
     return Mixture(shares.tolist(), filler)
 
 
+def count(num_rows: int, shares: Sequence[int]) -> list[int]:
+    """How many of the first `num_rows` rows belong to each source; see `interleave`."""
+    left, out = SHARE_UNITS, []
+    for share in shares[:-1]:
+        out.append(num_rows * share // left if left else 0)
+        num_rows -= out[-1]
+        left -= share
+    return [*out, num_rows]
+
+
 def interleave(row: int, shares: Sequence[int]) -> tuple[int, int]:
     """Which source a row belongs to, and its place among that source's rows.
 

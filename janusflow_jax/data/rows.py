@@ -61,6 +61,17 @@ class Source:
         return range(int(self.bins.starts[b]), int(self.bins.starts[b + 1]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of rows with one mixture."""
+
+    first_row: int
+    weights: list[float]  # wanted shares of positions, any scale
+    shares: list[int]  # of rows, in packing.SHARE_UNITS
+    filler: float  # part of the rows with images whose free tail takes text
+    before: list[int]  # rows that each source had in earlier phases
+
+
 class Rows:
     """The mixture as one endless sequence of rows."""
 
@@ -94,15 +105,18 @@ class Rows:
         if empty:
             raise DataError("data:\n" + "\n".join(f"  - {p}" for p in empty))
         self.fill = [s.bins.used / (len(s.bins) * cfg.row_len) for s in self.sources]
-        self.shares, self.filler = packing.mixture(
-            [s.weight for s in cfg.sources], self.fill, [s.task == "text" for s in cfg.sources]
-        )
+        self.phases = self._phases()
+
+    def phase(self, row: int) -> Phase:
+        """The mixture that holds for a row."""
+        return next(p for p in reversed(self.phases) if p.first_row <= row)
 
     def locate(self, row: int) -> tuple[int, int, int]:
         """(source, epoch of that source, bin) of a row."""
-        which, k = packing.interleave(row, self.shares)
+        phase = self.phase(row)
+        which, k = packing.interleave(row - phase.first_row, phase.shares)
         source = self.sources[which]
-        epoch, place = divmod(k, len(source.bins))
+        epoch, place = divmod(phase.before[which] + k, len(source.bins))
         return (
             which,
             epoch,
@@ -144,21 +158,23 @@ class Rows:
                 self._place(out, source, record, row, place, offset, next_offset - offset)
             except (samples.BadRecord, images.BadImage) as e:
                 bad.append(BadSample(row, source.name, record, str(e)))
-        if source.cfg.task != "text" and _rng((self.cfg.seed, row), _FILLER).random() < self.filler:
+        filler = self.phase(row).filler
+        if source.cfg.task != "text" and _rng((self.cfg.seed, row), _FILLER).random() < filler:
             i = int(source.bins.starts[b + 1]) - 1
             end = int(source.bins.offsets[i] + source.lengths[source.bins.samples[i]])
             self._fill(out, row, end, place=len(source.sample_range(b)), bad=bad)
         return out, bad
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Per source: name, task, records, samples, bins, left_out, fill, shares."""
-        rows = np.array(self.shares) / packing.SHARE_UNITS
+    def describe(self, phase: int = 0) -> list[dict[str, Any]]:
+        """Per source: name, task, records, samples, bins, left_out, fill, shares in a phase."""
+        now = self.phases[phase]
+        rows = np.array(now.shares) / packing.SHARE_UNITS
         fill = np.array(self.fill)
         is_text = np.array([s.cfg.task == "text" for s in self.sources])
         positions = rows * fill
-        weights = np.array([s.cfg.weight for s in self.sources]) * is_text
+        weights = np.array(now.weights) * is_text
         if weights.any():  # text also stands in the tails of the other rows
-            tails = self.filler * float((rows * (1 - fill))[~is_text].sum())
+            tails = now.filler * float((rows * (1 - fill))[~is_text].sum())
             positions = positions + tails * weights / weights.sum()
         return [
             {
@@ -174,6 +190,18 @@ class Rows:
             }
             for i, source in enumerate(self.sources)
         ]
+
+    def _phases(self) -> list[Phase]:
+        out: list[Phase] = []
+        before = [0] * len(self.sources)
+        is_text = [s.cfg.task == "text" for s in self.sources]
+        for first_row, weights in self.cfg.phases():
+            if out:
+                ended = packing.count(first_row - out[-1].first_row, out[-1].shares)
+                before = [a + b for a, b in zip(before, ended, strict=True)]
+            shares, filler = packing.mixture(weights, self.fill, is_text)
+            out.append(Phase(first_row, weights, shares, filler, before))
+        return out
 
     def _open(self, cfg: config_lib.SourceConfig) -> Source:
         records = sources.open_source(cfg.path, cfg.split)
@@ -243,14 +271,15 @@ class Rows:
         self, out: dict[str, np.ndarray], row: int, end: int, place: int, bad: list[BadSample]
     ) -> None:
         """Puts pieces of text, the last one cut anywhere, behind the row's samples."""
-        texts = [s for s in self.sources if s.cfg.task == "text"]
-        weights = np.array([s.cfg.weight for s in texts], np.float64)
+        texts = [i for i, s in enumerate(self.sources) if s.cfg.task == "text"]
+        weights = np.array([self.phase(row).weights[i] for i in texts], np.float64)
         rng = _rng((self.cfg.seed, row, place), _FILLER)
         while self.cfg.row_len - end >= _MIN_FILLER:
-            source = texts[int(rng.choice(len(texts), p=weights / weights.sum()))]
+            source = self.sources[texts[int(rng.choice(len(texts), p=weights / weights.sum()))]]
             record = int(rng.integers(len(source.records)))
             try:
-                tokens = self._sample(source, source.records[record], ()).tokens
+                key = (self.cfg.seed, row, place)
+                tokens = self._sample(source, source.records[record], key).tokens
             except samples.BadRecord as e:
                 bad.append(BadSample(row, source.name, record, str(e)))
                 return
@@ -267,13 +296,9 @@ class Rows:
             end, place = end + n, place + 1
 
     def _sample(self, source: Source, data: dict[str, Any], key: tuple[int, ...]) -> samples.Sample:
-        if source.cfg.task == "text":
-            text = data.get("text", "").strip()
-            if not text:
-                raise samples.BadRecord("expected text; got none")
-        else:
-            found = samples.captions_of(data)
-            text = found[int(_rng(key, _CAPTION).integers(len(found)))]
+        is_text = source.cfg.task == "text"
+        found = samples.texts_of(data) if is_text else samples.captions_of(data)
+        text = found[int(_rng(key, _CAPTION).integers(len(found)))]
         return samples.make(source.cfg.task, source.cfg.format, text, self.chat)
 
     def _image(self, data: dict[str, Any], task: int, key: tuple[int, ...]) -> np.ndarray:

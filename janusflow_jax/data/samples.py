@@ -48,14 +48,26 @@ def captions_of(record: dict[str, Any]) -> list[str]:
     return found
 
 
+def texts_of(record: dict[str, Any]) -> list[str]:
+    """What a text-only source reads: the text, or the captions where a record has no text.
+
+    Raises:
+      BadRecord: there is neither.
+    """
+    text = record.get("text", "").strip()
+    if not text and not record.get("captions"):
+        raise BadRecord("expected text or captions; got none")
+    return [text] if text else captions_of(record)
+
+
 def measure(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFormat) -> int:
     """Tokens of the record's longest caption in its form, without image positions; 0 for none."""
-    if task == "text":
-        return len(chat.plain_text(record.get("text", "")).ids)
     try:
-        found = captions_of(record)
+        found = texts_of(record) if task == "text" else captions_of(record)
     except BadRecord:
         return 0
+    if task == "text":
+        return max(len(chat.plain_text(t).ids) for t in found)
     slot = 1 + chat.num_image_tokens
     return max(len(make(task, form, c, chat).tokens) - slot for c in found)
 

@@ -1,0 +1,108 @@
+"""What the paper's three stages and six ablations share: sizes, sources, and their test twins.
+
+Source: arXiv 2411.07975 section 4 and SPEC section 4. Where the paper is silent (packed rows of
+4,096 positions, which shares the ratios are of) the choice is ours and said so there.
+"""
+
+import dataclasses
+
+from janusflow_jax import config as c
+
+ADAPTED = tuple(p for p in c.STAGE_PARTS if p not in ("llm", "und_encoder"))
+"""What adaptation trains: all that is new. The language model and SigLIP stay as they came."""
+
+TEST = "seconds on a CPU: a tiny model on the quick start's data, through the same code"
+SIZE_256 = "256 px pictures instead of 384"
+ROW_LEN = 4096
+Shares = tuple[float | int, float | int]
+START = "models/start"
+DATA = {"understand": "data/understand", "generate": "data/generate", "text": "data/text"}
+_FEATURES = {
+    "understand": "id, image, captions",
+    "generate": "id, image, captions",
+    "text": "id, text",
+}
+
+
+def sources(weights: dict[str, Shares], form: str) -> tuple[c.SourceConfig, ...]:
+    """One source a task, with its shares of positions before and after `data.change_row`."""
+    return tuple(
+        c.SourceConfig(
+            name=task, path=DATA[task], task=task, format="plain" if task == "text" else form,
+            weight=float(before), weight_after=float(after),
+        )
+        for task, (before, after) in weights.items()
+        if before or after > 0
+    )  # fmt: skip
+
+
+def stage(
+    names: set[str], weights: dict[str, Shares], form: str, **fields: object
+) -> c.TrainConfig:
+    """A 1.3B run on packed rows, with the values that all stages share.
+
+    Args:
+      names: config arguments that were given; '256' changes the size.
+      weights: task -> shares of positions (before, after the change; -1: the same).
+      form: chat | plain, of the sources with pictures.
+      fields: of TrainConfig.
+    """
+    size = 256 if "256" in names else 384
+    model = c.model_config("1p3b", size)
+    slots = ROW_LEN // (model.slot_len + 40)  # 40: a short prompt
+    generates, understands = (any(weights.get(t, (0, 0))) for t in ("generate", "understand"))
+    cfg = c.TrainConfig(
+        model=model,
+        data=c.DataConfig(
+            sources=sources(weights, form),
+            row_len=ROW_LEN,
+            gen_slots=slots if generates else 0,
+            und_slots=slots if understands else 0,
+        ),
+        mesh=c.MeshConfig(data=-1, fsdp=8, tensor=1),
+        made_by=made_by(),
+        dtype="bfloat16",
+        batch_rows=512,
+        log_every_steps=20,
+        save_every_steps=1000,
+        keep_checkpoints=3,
+    )
+    for name, value in fields.items():
+        setattr(cfg, name, value)
+    return cfg
+
+
+def made_by() -> tuple[tuple[str, str], ...]:
+    """For the paths above: what makes them."""
+    data = [
+        (path, f"a tfds data set in array_record form with the features {_FEATURES[task]}")
+        for task, path in DATA.items()
+    ]
+    start = "python tools/convert_checkpoint.py --llm DIR --siglip DIR --vae DIR --out " + START
+    return (*data, (START, start))
+
+
+def test_twin(cfg: c.TrainConfig) -> c.TrainConfig:
+    """The same run at the size of a test: everything that is no size stays.
+
+    Steps, warm-up and the change of the mixture shrink to 4, 2 and the third step; the parts that
+    `start` would give are fresh, unless `--config.start` names a run.
+    """
+    slots = 2
+    model = c.model_config("test")
+    cfg.model = dataclasses.replace(model, name=f"{cfg.model.name}-test")
+    cfg.data = dataclasses.replace(
+        cfg.data,
+        sources=tuple(dataclasses.replace(s, path="data/openmoji") for s in cfg.data.sources),
+        row_len=192,
+        gen_slots=slots if cfg.data.gen_slots else 0,
+        und_slots=slots if cfg.data.und_slots else 0,
+        change_row=16 if cfg.data.change_row else 0,
+    )
+    cfg.optim = dataclasses.replace(cfg.optim, warmup_steps=2)
+    cfg.num_steps, cfg.batch_rows = 4, 8
+    cfg.log_every_steps = cfg.save_every_steps = 1
+    cfg.mesh = c.MeshConfig()
+    cfg.dtype = "float32"
+    cfg.start, cfg.allow_fresh, cfg.tokenizer = "", True, "starts/emoji_llm/hub"
+    return cfg
