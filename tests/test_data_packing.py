@@ -12,7 +12,7 @@ from janusflow_jax.data import packing
 @pytest.mark.parametrize("count", [0, 1, 7, 300])
 def test_pack_loses_and_overlaps_nothing(slots, count):
     lengths = np.random.default_rng(count).integers(1, 120, count)
-    bins = packing.pack(lengths, 100, slots)
+    bins = packing.pack(lengths, np.ones(len(lengths), int), 100, slots)
     fits = np.flatnonzero(lengths <= 100)
     assert sorted(bins.samples.tolist()) == fits.tolist()
     assert bins.used == lengths[fits].sum()
@@ -24,13 +24,16 @@ def test_pack_loses_and_overlaps_nothing(slots, count):
         np.testing.assert_array_equal(bins.offsets[here][1:], ends[:-1])
 
 
-def test_pack_is_first_fit_decreasing():
-    lengths = np.random.default_rng(1).integers(1, 100, 500)
-    bins = packing.pack(lengths, 100, 4)
+@pytest.mark.parametrize("most", [1, 5])
+def test_pack_is_first_fit_decreasing_in_positions_and_images(most):
+    rng = np.random.default_rng(most)
+    lengths = rng.integers(1, 100, 500)
+    images = np.ones(500, int) if most == 1 else rng.integers(0, most, 500)
+    bins = packing.pack(lengths, images, 100, 4)
     plain: list[list[int]] = []
     for i in np.argsort(-lengths, kind="stable"):
         for b in plain:
-            if len(b) < 4 and lengths[b].sum() + lengths[i] <= 100:
+            if images[b].sum() + images[i] <= 4 and lengths[b].sum() + lengths[i] <= 100:
                 b.append(i)
                 break
         else:

@@ -31,8 +31,8 @@ LAYERS = (
     (
         "models.janusflow",
         "data.openmoji_sheet", "data.openmoji_classes", "data.images", "data.chat_format",
-        "data.train_tokenizer", "data.sources", "data.samples", "data.lengths", "data.packing",
-        "data.rows", "data.openmoji", "data.openmoji_build", "data.requests",
+        "data.train_tokenizer", "data.sources", "data.samples", "data.lengths", "data.pieces",
+        "data.packing", "data.rows", "data.openmoji", "data.openmoji_build", "data.requests",
     ),
     # 3 PROBLEM
     ("losses", "optim", "decode", "sampler", "data.loader"),

@@ -35,8 +35,9 @@ def main() -> int:
     file = lengths.lengths_path(args.data, args.split, args.task, args.format, chat)
     lengths.store(file, counted, chat)
     print(
-        f"{file}: {len(counted):,} lengths, mean {counted.mean():.1f}, longest {counted.max()}, "
-        f"{int((counted == 0).sum())} records without text"
+        f"{file}: {len(counted):,} records in {len(counted.first):,} units of "
+        f"{counted.first.mean():.1f} tokens, the longest {counted.first.max()}; "
+        f"{int((counted.first == 0).sum())} records make no sample"
     )
     return 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -34,24 +34,51 @@ def lengths_path(
 
 def _key(chat: chat_format.ChatFormat) -> str:
     """What lengths depend on: the tokenizer's files and the fixed words of the forms."""
-    words = (chat.hash, chat_format.SYSTEM_PROMPT, chat_format.CAPTION_REQUEST, samples.QUESTION)
+    words = (
+        "units",
+        chat.hash,
+        chat_format.SYSTEM_PROMPT,
+        chat_format.CAPTION_REQUEST,
+        samples.QUESTION,
+    )
     return hashlib.sha256("\0".join(words).encode()).hexdigest()
 
 
-def measure(source: Any, task: str, form: str, chat: chat_format.ChatFormat) -> np.ndarray:
-    """int32[n]: tokens of each record's longest caption with its form, without image positions.
+class Lengths(NamedTuple):
+    """Units of records (see `samples.Unit`): record i has units [offsets[i], offsets[i + 1]).
 
-    A record that makes no sample (no caption) has the length 0.
+    A record that makes no sample has one unit of length 0.
     """
-    out = np.zeros(len(source), np.int32)
+
+    offsets: np.ndarray  # int64[n + 1]
+    text: np.ndarray  # bool[n], text that may be cut anywhere (one unit)
+    first: np.ndarray  # int32[m]
+    more: np.ndarray  # int32[m]
+    images: np.ndarray  # int32[m]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def measure(source: Any, task: str, form: str, chat: chat_format.ChatFormat) -> Lengths:
+    """Tokens of each record's units in their form, without the positions of images."""
+    found: list[samples.Unit] = []
+    offsets, text = [0], np.zeros(len(source), bool)
     for i in range(len(source)):
-        out[i] = samples.measure(source[i], task, form, chat)
-    return out
+        record = source[i]
+        try:
+            found += samples.units(record, task, form, chat)
+            text[i] = samples.kind(record, task) == "text"
+        except samples.BadRecord:
+            found.append(samples.Unit(0, 0, int(task != "text")))
+        offsets.append(len(found))
+    columns = np.array(found, np.int32).reshape(-1, 3).T
+    return Lengths(np.array(offsets, np.int64), text, *columns)
 
 
 def load_lengths(
     source: Any, path: str, split: str, task: str, form: str, chat: chat_format.ChatFormat
-) -> np.ndarray:
+) -> Lengths:
     """The stored lengths; a small data set is measured, and they are stored for the next time.
 
     Args:
@@ -66,13 +93,15 @@ def load_lengths(
     file = lengths_path(path, split, task, form, chat)
     if file.exists():
         with np.load(io.BytesIO(file.read_bytes())) as stored:
-            found, lengths = str(stored["hash"]), stored["lengths"]
-        if found == _key(chat) and len(lengths) == len(source):
+            found = str(stored["hash"])
+            known = set(Lengths._fields) <= set(stored.files)
+            lengths = Lengths(*(stored[n] for n in Lengths._fields)) if known else None
+        if lengths is not None and found == _key(chat) and len(lengths) == len(source):
             return lengths
         raise LengthsError(
             f"{file}: expected {len(source)} lengths for tokenizer {_key(chat)[:16]}; got "
-            f"{len(lengths)} for {found[:16]}: the data set was made again; run\n  "
-            + _command(path, split, task, form, chat)
+            f"{'none' if lengths is None else len(lengths)} for {found[:16]}: the data set was "
+            "made again; run\n  " + _command(path, split, task, form, chat)
         )
     if len(source) > SMALL:
         others = [p.name for p in file.parent.glob("*.npz")] if file.parent.exists() else []
@@ -89,11 +118,11 @@ def load_lengths(
     return lengths
 
 
-def store(file: epath.Path, lengths: np.ndarray, chat: chat_format.ChatFormat) -> None:
+def store(file: epath.Path, lengths: Lengths, chat: chat_format.ChatFormat) -> None:
     """Writes lengths, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
-    np.savez(data, lengths=lengths, hash=np.array(_key(chat)))
+    np.savez(data, hash=np.array(_key(chat)), **lengths._asdict())
     part = file.parent / f".{file.name}.{uuid.uuid4().hex}"
     part.write_bytes(data.getvalue())
     part.replace(file)

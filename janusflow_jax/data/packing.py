@@ -36,29 +36,31 @@ class Bins:
         return len(self.starts) - 1
 
 
-def pack(lengths: Int[np.ndarray, "n"], row_len: int, slots: int) -> Bins:
+def pack(
+    lengths: Int[np.ndarray, "n"], images: Int[np.ndarray, "n"], row_len: int, slots: int
+) -> Bins:
     """First-fit decreasing: each sample, longest first, goes to the first bin that has room.
 
     Args:
-      lengths: int[n], positions of each sample; a sample with 0 or more than row_len is left out.
+      lengths: positions of each sample; one with 0 or more than row_len is left out.
+      images: of each sample; one with more than `slots` is left out.
       row_len: positions of a bin.
-      slots: samples that fit into a bin (each has one image).
+      slots: images that fit into a bin.
     """
-    lengths = np.asarray(lengths, np.int64)
-    fits = np.flatnonzero((lengths > 0) & (lengths <= row_len))
+    lengths, images = np.asarray(lengths, np.int64), np.asarray(images, np.int64)
+    fits = np.flatnonzero((lengths > 0) & (lengths <= row_len) & (images <= slots))
     order = fits[np.argsort(-lengths[fits], kind="stable")]
-    room = _FirstFit(row_len)
+    tree = _FirstFit(row_len, slots)
     bins: list[list[int]] = []
     offsets = np.zeros(len(lengths), np.int64)
     for i in order.tolist():
-        length = int(lengths[i])
-        b = room.find(length)
+        length, count = int(lengths[i]), int(images[i])
+        b = tree.find(length, count)
         if b == len(bins):
             bins.append([])
-        offsets[i] = row_len - room.left(b)
+        offsets[i] = row_len - tree.room(b)
         bins[b].append(i)
-        full = len(bins[b]) == slots
-        room.set(b, 0 if full else room.left(b) - length)
+        tree.take(b, length, count)
     counts = [len(b) for b in bins]
     samples = np.array([i for b in bins for i in b], np.int64)
     return Bins(
@@ -70,38 +72,49 @@ def pack(lengths: Int[np.ndarray, "n"], row_len: int, slots: int) -> Bins:
 
 
 class _FirstFit:
-    """The first bin with room for a length, in log time: a tree of the room left, maxima above."""
+    """The first bin with room for a length and free slots for its images, in log time: trees of
+    what each bin has left, maxima above."""
 
-    def __init__(self, row_len: int):
+    def __init__(self, row_len: int, slots: int):
         self._leaves = 1
-        self._tree = [0, row_len]
-        self._row_len = row_len
+        self._empty = (row_len, slots)
+        self._room = [0, row_len]
+        self._free = [0, slots]
 
-    def left(self, b: int) -> int:
-        return self._tree[self._leaves + b]
+    def room(self, b: int) -> int:
+        return self._room[self._leaves + b]
 
-    def find(self, length: int) -> int:
-        if self._tree[1] < length:
-            self._grow()
-        node = 1
-        while node < self._leaves:
-            node = 2 * node if self._tree[2 * node] >= length else 2 * node + 1
-        return node - self._leaves
+    def find(self, length: int, images: int) -> int:
+        room, free = self._room, self._free
+        open_nodes = [1]  # both maxima may stand in different bins: then look further right
+        while open_nodes:
+            node = open_nodes.pop()
+            while room[node] >= length and free[node] >= images:
+                if node >= self._leaves:
+                    return node - self._leaves
+                open_nodes.append(2 * node + 1)
+                node = 2 * node
+        self._grow()
+        return self.find(length, images)
 
-    def set(self, b: int, left: int) -> None:
+    def take(self, b: int, length: int, images: int) -> None:
         node = self._leaves + b
-        self._tree[node] = left
+        self._room[node] -= length
+        self._free[node] -= images
         while node > 1:
             node //= 2
-            self._tree[node] = max(self._tree[2 * node], self._tree[2 * node + 1])
+            self._room[node] = max(self._room[2 * node], self._room[2 * node + 1])
+            self._free[node] = max(self._free[2 * node], self._free[2 * node + 1])
 
     def _grow(self) -> None:
         """Doubles the number of bins; the new ones are empty."""
-        old = self._tree[self._leaves :]
-        self._leaves *= 2
-        self._tree = [0] * self._leaves + old + [self._row_len] * len(old)
-        for node in range(self._leaves - 1, 0, -1):
-            self._tree[node] = max(self._tree[2 * node], self._tree[2 * node + 1])
+        old = self._leaves
+        for tree, empty in zip((self._room, self._free), self._empty, strict=True):
+            leaves = tree[old:] + [empty] * old
+            tree[:] = [0] * (2 * old) + leaves
+            for node in range(2 * old - 1, 0, -1):
+                tree[node] = max(tree[2 * node], tree[2 * node + 1])
+        self._leaves = 2 * old
 
 
 def permute(index: int, size: int, key: tuple[int, ...]) -> int:

@@ -22,6 +22,7 @@ from janusflow_jax.data import (
     samples,
     sources,
 )
+from janusflow_jax.data import pieces as pieces_lib
 
 _CAPTION, _DROP, _CROP, _FILLER = range(4)
 _MIN_FILLER = 16  # positions; a shorter tail stays padding
@@ -52,9 +53,8 @@ class Source:
     cfg: config_lib.SourceConfig
     name: str
     records: Any
-    lengths: np.ndarray  # int64[n], positions
+    pieces: pieces_lib.Pieces  # what the bins hold
     bins: packing.Bins
-    left_out: int  # records that no row can hold
     key: int
 
     def sample_range(self, b: int) -> range:
@@ -149,19 +149,18 @@ class Rows:
         bad = []
         which, _, b = self.locate(row)
         source = self.sources[which]
+        slot = 0
         for place, i in enumerate(source.sample_range(b)):
-            record, offset = int(source.bins.samples[i]), int(source.bins.offsets[i])
-            next_offset = length
-            if i + 1 < source.bins.starts[b + 1]:
-                next_offset = int(source.bins.offsets[i + 1])
+            piece, offset = int(source.bins.samples[i]), int(source.bins.offsets[i])
             try:
-                self._place(out, source, record, row, place, offset, next_offset - offset)
+                self._place(out, source, piece, row, place, slot, offset)
             except (samples.BadRecord, images.BadImage) as e:
-                bad.append(BadSample(row, source.name, record, str(e)))
+                bad.append(BadSample(row, source.name, int(source.pieces.record[piece]), str(e)))
+            slot += int(source.pieces.images[piece])
         filler = self.phase(row).filler
         if source.cfg.task != "text" and _rng((self.cfg.seed, row), _FILLER).random() < filler:
             i = int(source.bins.starts[b + 1]) - 1
-            end = int(source.bins.offsets[i] + source.lengths[source.bins.samples[i]])
+            end = int(source.bins.offsets[i] + source.pieces.length[source.bins.samples[i]])
             self._fill(out, row, end, place=len(source.sample_range(b)), bad=bad)
         return out, bad
 
@@ -183,7 +182,7 @@ class Rows:
                 "records": len(source.records),
                 "samples": len(source.bins.samples),
                 "bins": len(source.bins),
-                "left_out": source.left_out,
+                "left_out": source.pieces.left_out,  # units: exchanges of turns, passages
                 "fill": float(fill[i]),  # part of a row's positions that are used
                 "share_of_rows": float(rows[i]),
                 "share_of_positions": float(positions[i] / positions.sum()),
@@ -207,22 +206,17 @@ class Rows:
         records = sources.open_source(cfg.path, cfg.split)
         counted = lengths.load_lengths(
             records, cfg.path, cfg.split, cfg.task, cfg.format, self.chat
-        ).astype(np.int64)
-        if cfg.task == "text":
-            counted = np.minimum(counted, self.cfg.row_len)
-            slots = self.cfg.row_len
-        else:
-            counted = np.maximum(counted, 1) + self.model.slot_len  # 0 is bad; found when it comes
-            slots = self.cfg.gen_slots if cfg.task == "generate" else self.cfg.und_slots
-        bins = packing.pack(counted, self.cfg.row_len, slots)
+        )
+        slots = {"generate": self.cfg.gen_slots, "understand": self.cfg.und_slots}.get(cfg.task, 0)
+        row_len, slot_len = self.cfg.row_len, self.model.slot_len
+        pieces = pieces_lib.cut(counted, slot_len, row_len, slots, int(self.chat.add_bos))
         name = cfg.name or f"{cfg.path}:{cfg.split}:{cfg.task}"
         return Source(
             cfg=cfg,
             name=name,
             records=records,
-            lengths=counted,
-            bins=bins,
-            left_out=len(records) - len(bins.samples),
+            pieces=pieces,
+            bins=packing.pack(pieces.length, pieces.images, row_len, slots),
             key=zlib.crc32(f"{name}:{cfg.task}".encode()),
         )
 
@@ -230,34 +224,33 @@ class Rows:
         self,
         out: dict[str, np.ndarray],
         source: Source,
-        record: int,
+        piece: int,
         row: int,
         place: int,
+        slot: int,
         offset: int,
-        room: int,
     ) -> None:
-        """Writes one sample into the row; raises before it has written anything."""
-        task = _TASKS[source.cfg.task]
-        slot = place
+        """Writes one sample into the row; raises before it has written anything.
+
+        Args: place, slot: samples and images that stand before it; offset: its first position.
+        """
+        task, pieces = _TASKS[source.cfg.task], source.pieces
         if task == samples.UNDERSTAND:
             slot += self.cfg.num_slots - self.cfg.und_slots
-        key = (self.cfg.seed, row, slot)
-        data = source.records[record]
-        sample = self._sample(source, data, key)
-        if task == samples.NONE:
-            sample = dataclasses.replace(
-                sample, tokens=sample.tokens[:room], target_mask=sample.target_mask[:room]
-            )
-            sample.target_mask[-1] = False
-        n = len(sample.tokens)
-        if n > room:
+        key = (self.cfg.seed, row, place if task == samples.NONE else slot)
+        data = source.records[int(pieces.record[piece])]
+        sample = self._sample(source, data, key, int(pieces.begin[piece]), int(pieces.end[piece]))
+        n, room = len(sample.tokens), int(pieces.length[piece])
+        if n > room or len(sample.images) != pieces.images[piece]:
             raise samples.BadRecord(
-                f"expected at most {room} positions, as measured; got {n}: measure lengths again"
+                f"expected at most {room} positions and {pieces.images[piece]} image(s), as "
+                f"measured; got {n} and {len(sample.images)}: measure lengths again"
             )
-        if task != samples.NONE:
-            out["images"][slot] = self._image(data, task, key)
-            out["slot_start"][slot] = offset + sample.slot_start
-            out["slot_task"][slot] = task
+        decoded = [self._image(x, task, (*key[:2], slot + i)) for i, x in enumerate(sample.images)]
+        for i, (start, picture) in enumerate(zip(sample.slot_starts, decoded, strict=True)):
+            out["images"][slot + i] = picture
+            out["slot_start"][slot + i] = offset + start
+            out["slot_task"][slot + i] = task
         here = slice(offset, offset + n)
         out["tokens"][here] = sample.tokens
         out["positions"][here] = np.arange(n)
@@ -279,30 +272,32 @@ class Rows:
             record = int(rng.integers(len(source.records)))
             try:
                 key = (self.cfg.seed, row, place)
-                tokens = self._sample(source, source.records[record], key).tokens
+                sample = self._sample(source, source.records[record], key)
             except samples.BadRecord as e:
                 bad.append(BadSample(row, source.name, record, str(e)))
                 return
-            spare = len(tokens) - (self.cfg.row_len - end)
-            if spare > 0:  # BOS stays in front of a piece from anywhere
-                head, start = int(self.chat.add_bos), int(rng.integers(spare + 1))
-                body = tokens[head + start : len(tokens) - (spare - start)]
-                tokens = np.concatenate([tokens[:head], body])
-            n = len(tokens)
-            out["tokens"][end : end + n] = tokens
+            head, room = int(self.chat.add_bos), self.cfg.row_len - end
+            spare = len(sample.tokens) - room
+            if spare > 0:  # a piece from anywhere
+                start = int(rng.integers(spare + 1))
+                sample = sample.cut(start, start + room - head, head)
+            n = len(sample.tokens)
+            out["tokens"][end : end + n] = sample.tokens
             out["positions"][end : end + n] = np.arange(n)
-            out["target_mask"][end : end + n - 1] = True
+            out["target_mask"][end : end + n] = sample.target_mask
             out["segment_ids"][end : end + n] = place + 1
             end, place = end + n, place + 1
 
-    def _sample(self, source: Source, data: dict[str, Any], key: tuple[int, ...]) -> samples.Sample:
-        is_text = source.cfg.task == "text"
-        found = samples.texts_of(data) if is_text else samples.captions_of(data)
-        text = found[int(_rng(key, _CAPTION).integers(len(found)))]
-        return samples.make(source.cfg.task, source.cfg.format, text, self.chat)
+    def _sample(
+        self, source: Source, data: dict[str, Any], key: tuple[int, ...], begin: int = 0,
+        end: int = -1,
+    ) -> samples.Sample:  # fmt: skip
+        choose = lambda n: int(_rng(key, _CAPTION).integers(n))  # noqa: E731
+        cfg = source.cfg
+        return samples.make(data, cfg.task, cfg.format, self.chat, choose, begin, end)
 
-    def _image(self, data: dict[str, Any], task: int, key: tuple[int, ...]) -> np.ndarray:
-        picture = images.decode(data["image"])
+    def _image(self, encoded: Any, task: int, key: tuple[int, ...]) -> np.ndarray:
+        picture = images.decode(encoded)
         if task == samples.UNDERSTAND:
             return images.for_understanding(picture, self.model.image_size)
         return images.for_generation(picture, self.model.image_size, (*key, _CROP))

@@ -1,7 +1,7 @@
 """Prepared data sets with random access: `open_source(path, split)[i] -> record`.
 
-Any data set that tfds prepared as array_record with the features id, image (encoded bytes),
-captions and (for text-only sources) text will do. No TensorFlow.
+Any data set that tfds prepared as array_record with the features of `samples.py` will do: image or
+images (kept encoded), captions, conversation, text. No TensorFlow.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from absl import logging
 from etils import epath
 
 T = TypeVar("T")
+
+_ENCODED = ("image", "images")
 
 RETRY_SECONDS = (0.1, 1.0, 5.0)
 """Waits between attempts at a read that fails; after the last the run stops."""
@@ -42,10 +44,18 @@ class TfdsSource:
             raise SourceError(
                 f"{folder}: expected split one of {sorted(builder.info.splits)}; got {split!r}"
             )
+
+        class KeepEncoded(tfds.decode.SkipDecoding):
+            """Also for sequences of images, which tfds can skip in TensorFlow only."""
+
+            def decode_batch_example_np(self, example: Any) -> Any:
+                return example
+
+        image = tfds.features.Image
         decoders = {
-            name: tfds.decode.SkipDecoding()
+            name: KeepEncoded()
             for name, feature in builder.info.features.items()
-            if isinstance(feature, tfds.features.Image)
+            if isinstance(feature, image) or isinstance(getattr(feature, "feature", None), image)
         }
         self._records = builder.as_data_source(split=split, decoders=decoders)
 
@@ -59,7 +69,7 @@ class TfdsSource:
           SourceError: the store fails again and again (a read is tried four times).
         """
         record = retry(lambda: self._records[index], f"{self.path} {self.split} record {index}")
-        return {name: value if name == "image" else _plain(value) for name, value in record.items()}
+        return {name: _plain(value, name in _ENCODED) for name, value in record.items()}
 
 
 def open_source(path: epath.PathLike, split: str) -> TfdsSource:
@@ -87,12 +97,18 @@ def retry(read: Callable[[], T], what: str) -> T:
     raise AssertionError("unreachable")
 
 
-def _plain(value: Any) -> Any:
-    """tfds gives text as bytes and sequences as arrays; we want str and lists."""
+def _plain(value: Any, encoded: bool) -> Any:
+    """tfds gives text as bytes and sequences as arrays; we want str and lists.
+
+    Args:
+      encoded: bytes are a picture, and stay.
+    """
     if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
+        return value if encoded else value.decode("utf-8", errors="replace")
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_plain(v, encoded) for v in value]
+    if isinstance(value, dict):
+        return {name: _plain(v, encoded) for name, v in value.items()}
     return value

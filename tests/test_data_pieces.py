@@ -1,0 +1,268 @@
+"""Conversations, documents and long text: measured, cut to fit, and nothing lost or doubled."""
+
+from __future__ import annotations
+
+import collections
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from test_data_rows import HUB, MODEL, Store, png
+
+from janusflow_jax import config as config_lib
+from janusflow_jax.data import chat_format, images, lengths, pieces, rows, samples, sources
+
+WORDS = "a red fox sits in the snow beside a quiet river while it rains".split()
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return chat_format.ChatFormat.load(HUB)
+
+
+def words(rng, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS, int(rng.integers(low, high))))
+
+
+def conversation(i: int, tag: str) -> dict:
+    """Up to six exchanges with up to three images; some answers are long."""
+    rng = np.random.default_rng(i)
+    turns, pictures = [], []
+    if i % 3 == 0:
+        turns.append({"role": "System", "content": "Answer briefly."})
+    for n in range(int(rng.integers(1, 7))):
+        here = int(rng.integers(0, 3)) if n % 2 == 0 else 0
+        pictures += [png(10 * i + n + j, (20, 30)) for j in range(here)]
+        turns.append({"role": "user", "content": f"{tag} " * here + words(rng, 1, 9)})
+        turns.append({"role": "assistant", "content": words(rng, 1, 90 if i == 5 else 20)})
+    return {"id": str(i), "conversation": turns, "images": pictures}
+
+
+def document(i: int, tag: str) -> dict:
+    rng = np.random.default_rng(100 + i)
+    parts = [words(rng, 0, 12) for _ in range(int(rng.integers(2, 7)))]
+    pictures = [png(1000 + 10 * i + j, (20, 30)) for j in range(len(parts) - 1)]
+    return {"id": str(i), "text": f" {tag} ".join(parts), "images": pictures}
+
+
+@pytest.fixture
+def stores(monkeypatch, tmp_path, chat):
+    tag = chat.image_tag
+    known = {
+        "talks": Store(conversation(i, tag) for i in range(30)),
+        "docs": Store(document(i, tag) for i in range(20)),
+        "long": Store({"id": str(i), "text": " ".join(WORDS * (3 * i + 1))} for i in range(9)),
+        "chats": Store(
+            {"id": str(i), "conversation": conversation(i, "")["conversation"]} for i in range(20)
+        ),
+    }
+    monkeypatch.setattr(sources, "open_source", lambda path, split: known[Path(path).name])
+    monkeypatch.chdir(tmp_path)
+    return known
+
+
+def open_rows(chat, path: str, task: str, row_len: int = 128, slots: int = 3) -> rows.Rows:
+    source = config_lib.SourceConfig(path=path, name=path, task=task)
+    cfg = config_lib.DataConfig(
+        sources=(source,), row_len=row_len, gen_slots=0, und_slots=slots, drop_prompt=0.0
+    )
+    return rows.Rows(cfg, MODEL, chat)
+
+
+def epoch(made: rows.Rows):
+    """(row, segment's positions) of every sample of the first epoch; no sample may be bad."""
+    for r in range(len(made.sources[0].bins)):
+        row, bad = made.row(r)
+        assert not bad
+        ids = row["segment_ids"]
+        for segment in np.unique(ids[ids > 0]):
+            yield row, np.flatnonzero(ids == segment)
+
+
+def targets(row: dict, where: np.ndarray) -> list[int]:
+    mask = row["target_mask"][where]
+    assert not mask[-1]
+    return row["tokens"][where[1:]][mask[:-1]].tolist()
+
+
+@pytest.mark.parametrize("path, task", [("talks", "understand"), ("chats", "text")])
+def test_a_conversation_is_split_at_turns_and_every_answer_is_learned_once(
+    stores, chat, path, task
+):
+    made = open_rows(chat, path, task)
+    source = made.sources[0]
+    assert len(source.pieces) > len(stores[path])  # some were split
+    got = []
+    for row, where in epoch(made):
+        ids = row["tokens"][where]
+        assert ids[0] == chat.bos_id and ids[-1] == chat.eos_id
+        answers = targets(row, where)
+        assert answers[-1] == chat.eos_id
+        ends = np.flatnonzero(np.array(answers) == chat.eos_id)
+        got += [chat.decode(a).strip() for a in np.split(answers, ends + 1)[:-1]]
+    every = [
+        turn["content"]
+        for record in stores[path]
+        for turn in record["conversation"]
+        if turn["role"] == "assistant"
+    ]
+    lost = len(every) - len(got)
+    assert lost == source.pieces.left_out > 0
+    assert collections.Counter(got) <= collections.Counter(every) and len(got) > 40
+
+
+def test_images_of_a_sample_stand_in_order_where_they_are_marked(stores, chat):
+    made = open_rows(chat, "talks", "understand")
+    source, several = made.sources[0], 0
+    for r in range(len(source.bins)):
+        row, _ = made.row(r)
+        ids = row["segment_ids"]
+        slot = 0
+        for place, i in enumerate(source.sample_range(r_bin(made, r))):
+            piece = int(source.bins.samples[i])
+            where = np.flatnonzero(ids == place + 1)
+            record = stores["talks"][int(source.pieces.record[piece])]
+            _, turns = samples.turns_of(record)
+            groups = samples.exchanges(turns)
+            before = sum(t["content"].count(chat.image_tag) for g in groups[
+                : int(source.pieces.begin[piece])] for t in g)  # fmt: skip
+            count = int(source.pieces.images[piece])
+            several += count > 1
+            held = np.flatnonzero(row["tokens"][where] == chat.image_start_id) + where[0]
+            assert held.tolist() == row["slot_start"][slot : slot + count].tolist()
+            for j in range(count):
+                want = images.for_understanding(
+                    images.decode(record["images"][before + j]), MODEL.image_size
+                )
+                np.testing.assert_array_equal(row["images"][slot + j], want)
+                assert row["slot_task"][slot + j] == samples.UNDERSTAND
+            slot += count
+        assert not row["slot_task"][slot:].any()
+    assert several > 3
+
+
+def r_bin(made: rows.Rows, row: int) -> int:
+    return made.locate(row)[2]
+
+
+def test_a_document_learns_all_its_text_and_is_never_cut_inside_an_image(stores, chat):
+    made = open_rows(chat, "docs", "understand", row_len=80)
+    source = made.sources[0]
+    assert len(source.pieces) > 20 and not source.pieces.left_out
+    learned = 0
+    for row, where in epoch(made):
+        ids = row["tokens"][where]
+        mask = row["target_mask"][where]
+        special = np.isin(ids, [chat.bos_id, chat.image_start_id, chat.image_id, chat.image_end_id])
+        np.testing.assert_array_equal(mask[:-1], ~special[1:])
+        starts = np.flatnonzero(ids == chat.image_start_id)
+        for start in starts:  # whole images only
+            assert (ids[start + 1 : start + MODEL.slot_len] == chat.image_id).all()
+            assert ids[start + MODEL.slot_len] == chat.image_end_id
+        learned += int(mask.sum())
+    whole = 0
+    for record in stores["docs"]:
+        encoded = chat.interleaved(record["text"], len(record["images"]))
+        whole += int(encoded.target_mask.sum())
+    assert learned == whole
+
+
+def test_long_text_is_cut_into_even_pieces_and_every_token_is_learned_once(stores, chat):
+    made = open_rows(chat, "long", "text", row_len=64)
+    table = made.sources[0].pieces
+    assert len(table) > 30 and not table.left_out
+    assert (table.length <= 64).all() and table.length[table.record == 8].min() > 55
+    got = {}
+    for place in range(len(made.sources[0].bins)):
+        row, bad = made.row(place)
+        assert not bad
+        bins = made.sources[0].bins
+        for segment, i in enumerate(made.sources[0].sample_range(r_bin(made, place)), start=1):
+            where = np.flatnonzero(row["segment_ids"] == segment)
+            piece = int(bins.samples[i])
+            got[piece] = targets(row, where)
+            assert row["tokens"][where[0]] == chat.bos_id
+    for record in range(9):
+        joined = sum((got[p] for p in np.flatnonzero(table.record == record).tolist()), [])
+        ids = chat.plain_text(stores["long"][record]["text"]).ids
+        assert joined == ids[1:].tolist()
+
+
+def test_what_no_row_can_hold_is_left_out_and_counted():
+    units = lengths.Lengths(
+        offsets=np.array([0, 3, 4]), text=np.zeros(2, bool),
+        first=np.array([30, 95, 20, 10], np.int32), more=np.array([25, 90, 15, 5], np.int32),
+        images=np.array([1, 1, 0, 4], np.int32),
+    )  # fmt: skip
+    table = pieces.cut(units, slot_len=17, row_len=100, slots=3, head=1)
+    assert table.left_out == 2  # an exchange of 112 positions, and one with four images
+    assert table.record.tolist() == [0, 0] and table.begin.tolist() == [0, 2]
+    assert table.length.tolist() == [47, 20] and table.images.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"images": []}, "tag for each of the 0"),
+        ({"conversation": [{"role": "user", "content": "hi"}]}, "expected an answer"),
+        ({"conversation": [{"role": "tool", "content": "hi"}] * 2}, "expected an answer"),
+        (
+            {"conversation": [{"role": "tool", "content": "x"}, {"role": "assistant",
+             "content": "y"}], "images": []}, "roles user and assistant",
+        ),
+        ({"conversation": [{"from": "human"}]}, "role and content"),
+    ],
+)  # fmt: skip
+def test_a_bad_conversation_is_counted_and_named(stores, chat, change, reason):
+    tag = chat.image_tag
+    record = {
+        "conversation": [
+            {"role": "user", "content": f"{tag} what?"}, {"role": "assistant", "content": "a fox"},
+        ],
+        "images": [png(1)],
+    }  # fmt: skip
+    stores["talks"][:] = [record, record | change]
+    made = open_rows(chat, "talks", "understand")
+    bad = [b for r in range(2) for b in made.row(r)[1]]
+    assert {b.record for b in bad} == {1} and reason in bad[0].reason
+
+
+def test_several_images_and_turns_come_through_tfds(tmp_path, chat):
+    class Talks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Two conversations."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        url_infos = {}  # noqa: RUF012
+
+        def _info(self):
+            turn = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "images": tfds.features.Sequence(tfds.features.Image()),
+                        "conversation": tfds.features.Sequence(turn),
+                    }
+                ),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in (4, 7):
+                record = conversation(i, chat.image_tag)
+                pictures = [io.BytesIO(x) for x in record["images"]]
+                yield i, {"images": pictures, "conversation": record["conversation"]}
+
+    builder = Talks(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    found = sources.TfdsSource(builder.data_dir, "train")
+    got = {samples.turns_of(found[i])[1][0]["content"]: found[i] for i in range(2)}
+    for i in (4, 7):
+        want = conversation(i, chat.image_tag)
+        have = got[want["conversation"][0]["content"].strip()]
+        assert samples.turns_of(have) == samples.turns_of(want)
+        assert have["images"] == want["images"]
