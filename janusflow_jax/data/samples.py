@@ -114,7 +114,7 @@ def turns_of(record: dict[str, Any]) -> tuple[str, Turns]:
         given = [
             {"role": r, "content": c} for r, c in zip(given["role"], given["content"], strict=True)
         ]
-    if any(set(turn) < {"role", "content"} for turn in given):
+    if not all({"role", "content"} <= set(turn) for turn in given):
         raise BadRecord("conversation: expected turns with role and content")
     turns = [{"role": t["role"].lower(), "content": t["content"].strip()} for t in given]
     if turns and turns[0]["role"] == "system":
