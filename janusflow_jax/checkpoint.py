@@ -22,6 +22,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from janusflow_jax import config as config_lib
+from janusflow_jax import trees
 from janusflow_jax.checksums import (
     MARKER,
     CheckpointError,
@@ -32,6 +33,7 @@ from janusflow_jax.checksums import (
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.sharding import path_name
+from janusflow_jax.trees import flat
 
 FORMAT = 2
 """2: every part is an Orbax folder of its own; 1: `params/` is one (still read)."""
@@ -63,11 +65,6 @@ def is_model(path: Any) -> bool:
     folder = epath.Path(path)
     marks = (folder / MODEL_FILE, folder / MARKER)
     return any(m.exists() for m in marks) or bool(committed_steps(folder))
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    """Leaves by path name."""
-    return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def compare_trees(expected: Any, got: Any, where: str) -> list[str]:
@@ -237,7 +234,7 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str) -> LoadedM
     cfg = config_lib.from_dict(ModelConfig, run["config"]["model"])
     params = _load_tree(folder / "params")
     if weights == "ema" and (folder / "ema").exists():
-        params |= _load_tree(folder / "ema")
+        params = trees.merge(params, _load_tree(folder / "ema"))
     base = _load_folder(workdir / "base")
     _check_parts(folder, cfg, params, None, list(params))
     return LoadedModel(cfg, params, base.vae, base.hub, str(folder), run)
@@ -314,9 +311,9 @@ class RunCheckpoints:
         if folder.exists():
             folder.rmtree()
         folder.mkdir(parents=True)
-        trees = {"params": params, "ema": ema, "opt_state": flat(opt_state)}
+        given = {"params": params, "ema": ema, "opt_state": flat(opt_state)}
         # Host copies: the next step is free to donate the device's buffers.
-        host = {n: jax.tree.map(np.array, jax.device_get(t)) for n, t in trees.items() if t}
+        host = {n: jax.tree.map(np.array, jax.device_get(t)) for n, t in given.items() if t}
 
         def finish() -> None:
             try:
@@ -347,20 +344,17 @@ class RunCheckpoints:
             if not jax.tree.leaves(want):
                 out[name] = want
                 continue
-            saved = ocp.metadata(folder / name).metadata
-            target = flat(want) if name == "opt_state" else want
+            saved, target = flat(ocp.metadata(folder / name).metadata), flat(want)
             have = {k: saved[k] for k in target if k in saved} if name == "params" else saved
             problems += compare_trees(target, have, name)
             if problems:
                 continue
-            extra = {k: v for k, v in saved.items() if k not in target}
-            whole = {**target, **jax.tree.map(_replicated_like(target), extra)}
-            got = ocp.load(folder / name, whole)
-            if name == "opt_state":
-                leaves = [got[path_name(p)] for p, _ in _leaves(want)]
-                out[name] = jax.tree.unflatten(jax.tree.structure(want), leaves)
-            else:
-                out[name] = {k: got[k] for k in target}
+            rest = {k: v for k, v in saved.items() if k not in target}  # frozen: read, not kept
+            whole = target | jax.tree.map(_replicated_like(target), rest)
+            as_saved = whole if name == "opt_state" else trees.nested(whole)
+            got = flat(ocp.load(folder / name, as_saved))
+            leaves = [got[path_name(p)] for p, _ in _leaves(want)]
+            out[name] = jax.tree.unflatten(jax.tree.structure(want), leaves)
         if problems:
             listed = "\n".join(f"  - {p}" for p in problems)
             raise CheckpointError(f"{folder}: is not of this config:\n{listed}")

@@ -21,11 +21,17 @@ STAGE_PARTS = (
     "gen_head",
     "gen_decoder",
     "repa_head",
+    "repa_target",
 )
-"""The parts of the JanusFlow parameter tree, by top-level key. The VAE is a tree of its own."""
+"""The parts of the JanusFlow parameter tree, by top-level key. The VAE is a tree of its own. A
+model has no `und_encoder` where it shares the generation's, and a `repa_target` only where that
+is a SigLIP of its own (ablations B and C)."""
 
-PRETRAINED_PARTS = ("vae", "und_encoder", "llm")
+PRETRAINED_PARTS = ("vae", "und_encoder", "llm", "repa_target")
 """Parts that must have learned something before training starts (unless `allow_fresh`)."""
+
+UND_ENCODERS = ("siglip", "shared", "own")
+REPA_TARGETS = ("und_encoder", "siglip")
 
 
 OPTIMIZERS = ("adamw", "muon")
@@ -109,6 +115,8 @@ class ModelConfig:
     gen: GenConfig = dataclasses.field(default_factory=GenConfig)
     vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
     repa: RepaConfig = dataclasses.field(default_factory=RepaConfig)
+    und_encoder: str = "siglip"  # | shared: VAE and generation encoder | own: a VAE and ConvNeXt
+    repa_target: str = "und_encoder"  # whose features REPA aligns with | siglip: one of its own
 
     @property
     def latent_size(self) -> int:
@@ -127,6 +135,16 @@ class ModelConfig:
     def slot_len(self) -> int:
         """Positions that an image takes: one begin (or time) embedding and its features."""
         return 1 + self.num_image_tokens
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of STAGE_PARTS that this model has."""
+        lacks = set()
+        if self.und_encoder == "shared":
+            lacks.add("und_encoder")
+        if self.repa_target != "siglip":
+            lacks.add("repa_target")
+        return tuple(p for p in STAGE_PARTS if p not in lacks)
 
 
 @dataclass
@@ -189,7 +207,7 @@ class LossConfig:
     time: str = "logit_normal"  # logit_normal | uniform
     time_shift: float = 1.0
     vae_mode: bool = False  # True: the posterior's mode instead of a sample
-    ce_chunk: int = 512
+    ce_chunk: int = 512  # positions of a device that the LLM's head takes at a time; 0: all
 
 
 @dataclass
@@ -215,13 +233,15 @@ class TrainConfig:
     made_by: tuple[tuple[str, str], ...] = ()  # (path, command that makes it), for messages
     tokenizer: str = ""  # folder with tokenizer and processor files; '': from init's model folder
     allow_fresh: bool = False
-    train_parts: tuple[str, ...] = STAGE_PARTS
+    train_parts: tuple[str, ...] = STAGE_PARTS  # or paths below them: llm/layers/block/attn
     batch_rows: int = 512
     num_steps: int = 1000
     seed: int = 0
     dtype: str = "float32"  # activations: float32 | bfloat16
     remat: bool = True
     attention: str = "auto"  # auto | xla | cudnn | splash
+    max_bad_steps: int = 10  # in a row with a non-finite loss or gradient; then the run stops
+    peak_tflops: float = 0.0  # of one device, for utilisation; 0: by its kind, where it is known
     log_every_steps: int = 20
     save_every_steps: int = 1000
     keep_checkpoints: int = 2

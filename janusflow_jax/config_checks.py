@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from janusflow_jax.config import OPTIMIZERS, STAGE_PARTS, ModelConfig, TrainConfig
+from janusflow_jax.config import (
+    OPTIMIZERS,
+    REPA_TARGETS,
+    STAGE_PARTS,
+    UND_ENCODERS,
+    ModelConfig,
+    TrainConfig,
+)
 
 
 def model_problems(cfg: ModelConfig) -> list[str]:
@@ -21,6 +28,17 @@ def model_problems(cfg: ModelConfig) -> list[str]:
         bad.append(
             f"model.und: expected (image_size/16)^2 = {cfg.num_image_tokens} tokens an image; "
             f"got {und.num_tokens} (image_size {und.image_size}, patch_size {und.patch_size})"
+        )
+    for name, value, known in (
+        ("und_encoder", cfg.und_encoder, UND_ENCODERS),
+        ("repa_target", cfg.repa_target, REPA_TARGETS),
+    ):
+        if value not in known:
+            bad.append(f"model.{name}: expected one of {', '.join(known)}; got {value!r}")
+    if cfg.und_encoder != "siglip" and cfg.repa_target == "und_encoder":
+        bad.append(
+            "model.repa_target: expected 'siglip' (a SigLIP of its own) where model.und_encoder "
+            f"is {cfg.und_encoder!r}; got 'und_encoder'"
         )
     if llm.num_heads % llm.num_kv_heads:
         bad.append(
@@ -90,10 +108,11 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         0 <= data.drop_prompt < 1,
         f"data.drop_prompt: expected in [0, 1); got {data.drop_prompt}",
     )
-    unknown = sorted(set(cfg.train_parts) - set(STAGE_PARTS))
-    check(not unknown, f"train_parts: expected names of {STAGE_PARTS}; got {unknown}")
-    unknown = sorted({p for p, _ in cfg.init} - {*STAGE_PARTS, "vae"})
-    check(not unknown, f"init: expected names of {(*STAGE_PARTS, 'vae')}; got {unknown}")
+    unknown = sorted(p for p in cfg.train_parts if p.split("/")[0] not in STAGE_PARTS)
+    check(not unknown, f"train_parts: expected {STAGE_PARTS} or paths below; got {unknown}")
+    parts = (*cfg.model.parts, "vae")
+    unknown = sorted({p for p, _ in cfg.init} - {*parts})
+    check(not unknown, f"init: expected names of {parts}; got {unknown}")
     for s in data.sources:
         check(
             s.task in ("generate", "understand", "text"),

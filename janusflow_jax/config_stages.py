@@ -5,6 +5,7 @@ Source: arXiv 2411.07975 section 4 and SPEC section 4. Where the paper is silent
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from janusflow_jax import config as c
 
@@ -24,7 +25,7 @@ _FEATURES = {
 }
 
 
-def sources(weights: dict[str, Shares], form: str) -> tuple[c.SourceConfig, ...]:
+def sources(weights: Mapping[str, Shares], form: str) -> tuple[c.SourceConfig, ...]:
     """One source a task, with its shares of positions before and after `data.change_row`."""
     return tuple(
         c.SourceConfig(
@@ -37,7 +38,7 @@ def sources(weights: dict[str, Shares], form: str) -> tuple[c.SourceConfig, ...]
 
 
 def stage(
-    names: set[str], weights: dict[str, Shares], form: str, **fields: object
+    names: set[str], weights: Mapping[str, Shares], form: str, **fields: object
 ) -> c.TrainConfig:
     """A 1.3B run on packed rows, with the values that all stages share.
 
@@ -47,8 +48,7 @@ def stage(
       form: chat | plain, of the sources with pictures.
       fields: of TrainConfig.
     """
-    size = 256 if "256" in names else 384
-    model = c.model_config("1p3b", size)
+    model = c.model_config("1p3b", 256 if "256" in names else 384)
     slots = ROW_LEN // (model.slot_len + 40)  # 40: a short prompt
     generates, understands = (any(weights.get(t, (0, 0))) for t in ("generate", "understand"))
     cfg = c.TrainConfig(
@@ -78,8 +78,12 @@ def made_by() -> tuple[tuple[str, str], ...]:
         (path, f"a tfds data set in array_record form with the features {_FEATURES[task]}")
         for task, path in DATA.items()
     ]
-    start = "python tools/convert_checkpoint.py --llm DIR --siglip DIR --vae DIR --out " + START
-    return (*data, (START, start))
+    return (*data, (START, assemble(START)))
+
+
+def assemble(out: str) -> str:
+    """The command that makes a start from what people can download."""
+    return f"python tools/convert_checkpoint.py --llm DIR --siglip DIR --vae DIR --out {out}"
 
 
 def test_twin(cfg: c.TrainConfig) -> c.TrainConfig:
@@ -90,7 +94,12 @@ def test_twin(cfg: c.TrainConfig) -> c.TrainConfig:
     """
     slots = 2
     model = c.model_config("test")
-    cfg.model = dataclasses.replace(model, name=f"{cfg.model.name}-test")
+    cfg.model = dataclasses.replace(
+        model,
+        name=f"{cfg.model.name}-test",
+        und_encoder=cfg.model.und_encoder,
+        repa_target=cfg.model.repa_target,
+    )
     cfg.data = dataclasses.replace(
         cfg.data,
         sources=tuple(dataclasses.replace(s, path="data/openmoji") for s in cfg.data.sources),
@@ -105,4 +114,5 @@ def test_twin(cfg: c.TrainConfig) -> c.TrainConfig:
     cfg.mesh = c.MeshConfig()
     cfg.dtype = "float32"
     cfg.start, cfg.allow_fresh, cfg.tokenizer = "", True, "starts/emoji_llm/hub"
+    cfg.prompts, cfg.sheet_num_steps = ("a red apple",), 2
     return cfg

@@ -20,9 +20,12 @@ State = dict[str, Array]
 
 
 def read_pictures(
-    model: janusflow.JanusFlow, params: Any, images: Float[Array, "M H W 3"], chunk: int = 16
+    model: janusflow.JanusFlow, params: Any, images: Float[Array, "M ..."], chunk: int = 16
 ) -> Float[Array, "M S D"]:
-    """Understanding slots of pictures in [-1, 1], `chunk` at a time to bound the memory."""
+    """Understanding slots of pictures, `chunk` at a time to bound the memory.
+
+    Args: images: what `JanusFlow.understanding_slot` takes.
+    """
     read = lambda x: model.apply({"params": params}, x, method="understanding_slot")  # noqa: E731
     if len(images) <= chunk or len(images) % chunk:
         return read(images)

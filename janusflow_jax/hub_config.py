@@ -271,6 +271,7 @@ def _vae(s: _Section) -> VaeConfig:
 def unsayable(cfg: ModelConfig) -> list[str]:
     """What of a model the published format has no word for; empty when it can be exported."""
     facts = (
+        ("und_encoder", cfg.und_encoder, "siglip"),
         ("gen.patch_size", cfg.gen.patch_size, 2),
         ("und.norm_eps", cfg.und.norm_eps, 1e-6),
         ("und.final_norm", cfg.und.final_norm, True),

@@ -10,11 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from janusflow_jax import flow, sharding
+from janusflow_jax import cross_entropy, flow, sharding
 from janusflow_jax.config import LossConfig, ModelConfig
 from janusflow_jax.models import janusflow, layers, vae
 
@@ -83,28 +82,13 @@ def encode_latents(
     return lax.stop_gradient(mean.astype(jnp.float32) * cfg.vae.scaling_factor)
 
 
-def ar_sum(
-    model: janusflow.JanusFlow, params: Any, hidden: Array, tokens: Array, mask: Array, chunk: int
-) -> Float[Array, ""]:
-    """Summed cross-entropy of next tokens where `mask`; the head runs in sequence chunks."""
-    targets = jnp.roll(tokens, -1, axis=1)
-    length = hidden.shape[1]
-    size = min(chunk, length) if chunk else length
-    pad = -length % size
-
-    def split(a: Array) -> Array:
-        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(len(a), -1, size, *a.shape[2:]), 1, 0)
-
-    def body(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        x, label, keep = part
-        logits = model.apply({"params": params}, x, method="logits")
-        logits = sharding.constrain(logits, "batch", None, "tensor")
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        return total + jnp.sum(jnp.where(keep, loss, 0.0)), None
-
-    body = jax.checkpoint(body, prevent_cse=False)
-    return lax.scan(body, jnp.float32(0), (split(hidden), split(targets), split(mask)))[0]
+def understanding_input(
+    vae_params: Any, images: Array, cfg: ModelConfig, dtype: Any
+) -> Float[Array, "B ..."]:
+    """What `JanusFlow.understanding_slot` takes of images uint8[B, H, W, 3]."""
+    if cfg.und_encoder != "shared":
+        return to_float(images, dtype)
+    return encode_latents(vae_params, images[:, None], None, cfg, dtype)[:, 0]
 
 
 def cosine(a: Float[Array, "*b D"], b: Float[Array, "*b D"]) -> Float[Array, "*b"]:
@@ -165,7 +149,10 @@ def loss_sums(
     if num_und:
         und_images = batch["images"][:, num_slots - num_und :]
         und_slots = over_slots(
-            lambda pixels: run("understanding_slot", to_float(pixels, dtype)), und_images
+            lambda pixels: run(
+                "understanding_slot", understanding_input(vae_params, pixels, cfg, dtype)
+            ),
+            und_images,
         )
     x = janusflow.place_slots(text, gen_slots, und_slots, start, task)
     x = sharding.constrain(x, "batch", None, None)
@@ -178,7 +165,9 @@ def loss_sums(
         capture=cfg.repa.layer if use_repa else 0,
     )
     sums: Sums = {name: jnp.float32(0) for name in TASKS}
-    sums["ar"] = ar_sum(model, params, hidden, batch["tokens"], batch["target_mask"], loss.ce_chunk)
+    sums["ar"] = cross_entropy.summed(
+        cfg.llm, params["llm"]["head"], hidden, batch["tokens"], batch["target_mask"], loss.ce_chunk
+    )
     extras: dict[str, Array] = {}
     if num_gen:
         active = (task[:, :num_gen] == janusflow.GENERATE).astype(jnp.float32)

@@ -100,36 +100,44 @@ class Progress:
     The first `count` starts the clock: compilation comes before it and is no speed.
     """
 
-    def __init__(self, num_steps: int, first_step: int = 0):
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int, first_step: int = 0, peak_tflops: float = 0.0):
+        """Args: peak_tflops: of all devices together; 0: not known, and no utilisation."""
+        self._num_steps, self._peak = num_steps, peak_tflops
         self._step = self._clock_step = first_step
         self._began = self._window_began = 0.0
-        self._window = {"steps": 0, "images": 0, "wait": 0.0}
+        self._window: dict[str, float] = {}
 
-    def count(self, images: int, wait: float) -> None:
-        """Counts a step: pictures in its batch, seconds waited for its data."""
+    def count(self, wait: float, **sums: float | int) -> None:
+        """Counts a step.
+
+        Args:
+          wait: seconds waited for its data.
+          sums: of its batch: positions, images, tflops (useful), padding and idle_slots (shares).
+        """
         self._step += 1
         if not self._began:
             self._began = self._window_began = time.perf_counter()
             self._clock_step = self._step
             return
-        self._window["steps"] += 1
-        self._window["images"] += images
-        self._window["wait"] += wait
+        for name, value in {"steps": 1, "wait": wait, **sums}.items():
+            self._window[name] = self._window.get(name, 0.0) + value
 
     def rates(self) -> dict[str, float]:
         """Speed since the last call; empty when no step was counted since."""
         now = time.perf_counter()
-        seconds, window = now - self._window_began, self._window
-        if not window["steps"] or seconds <= 0:
+        seconds, sums = now - self._window_began, self._window
+        if not sums or seconds <= 0:
             return {}
-        self._window_began = now
-        self._window = {"steps": 0, "images": 0, "wait": 0.0}
-        return {
-            "steps_per_s": window["steps"] / seconds,
-            "images_per_s": window["images"] / seconds,
-            "data_wait": min(1.0, window["wait"] / seconds),
-        }
+        self._window_began, self._window = now, {}
+        steps = sums["steps"]
+        out = {"steps_per_s": steps / seconds, "data_wait": min(1.0, sums["wait"] / seconds)}
+        for name in ("images", "positions", "tflops"):
+            if name in sums:
+                out[f"{name}_per_s"] = sums[name] / seconds
+        out |= {name: sums[name] / steps for name in ("padding", "idle_slots") if name in sums}
+        if self._peak and "tflops" in sums:
+            out["mfu"] = sums["tflops"] / seconds / self._peak
+        return out
 
     def seconds_left(self) -> float | None:
         """By the mean speed so far, pauses for saving and sheets included; None: not known yet."""
@@ -145,6 +153,8 @@ class Progress:
         parts += [f"{short} {values[name]:.4f}" for short, name in _ON_LINE if name in values]
         if "images_per_s" in values:
             parts.append(f"{values['images_per_s']:.1f} images/s")
+        if "mfu" in values:
+            parts.append(f"{values['mfu']:.0%} MFU")
         left = self.seconds_left()
         if left is not None and step < self._num_steps:
             parts.append(f"{duration(left)} left")

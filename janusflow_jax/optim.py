@@ -68,12 +68,6 @@ def muon_dimensions(params: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def split(params: Tree, train_parts: tuple[str, ...]) -> tuple[Tree, Tree]:
-    """Two trees with disjoint parts: trained and frozen."""
-    train = {k: v for k, v in params.items() if k in train_parts}
-    return train, {k: v for k, v in params.items() if k not in train_parts}
-
-
 def update_ema(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
     """`ema + (1-d)(params-ema)` with d warmed up as (1+n)/(10+n), so early averages are not stuck
     at the start."""

@@ -30,8 +30,12 @@ CHUNK_TOKENS = 16
 MAX_BATCH = 16
 DTYPES = ("float32", "bfloat16")
 PAINTS = ("llm", "gen_encoder", "gen_aligner", "gen_norm", "gen_head", "gen_decoder")
-READS = ("llm", "und_encoder", "und_aligner", "und_begin")
-"""The parts that painting and answering about pictures need."""
+READS = {
+    "siglip": ("llm", "und_encoder", "und_aligner", "und_begin"),
+    "own": ("llm", "und_encoder", "und_aligner", "und_begin"),
+    "shared": ("llm", "vae", "gen_encoder", "und_aligner", "und_begin"),
+}
+"""The parts that painting, and answering about pictures by each understanding encoder, need."""
 
 ImageLike = Any
 """A path, a PIL image, encoded bytes, or uint8[H, W, 3]."""
@@ -86,7 +90,7 @@ class JanusFlowPipeline:
     ) -> None:
         self.cfg, self.dtype, self.mesh, self.text, self.source = cfg, dtype, mesh, chat, source
         self.model = janusflow.JanusFlow(cfg, jnp.dtype(dtype))
-        kept = {k: v for k, v in params.items() if k != "repa_head"}
+        kept = {k: v for k, v in params.items() if not k.startswith("repa")}
         cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), t)  # noqa: E731
         self.params, self.vae = cast(kept), cast(vae_params or {})
         if mesh is not None:
@@ -276,9 +280,9 @@ class JanusFlowPipeline:
                 pixels.append(pictures_lib.for_understanding(image, self.cfg.image_size))
         slots = None
         if pixels:
-            self._need("reading pictures", *READS)
+            self._need("reading pictures", *READS[self.cfg.und_encoder])
             flat = requests.fill(np.stack(pixels), requests.batch_bucket(len(pixels)))
-            slots = self._run(_read, self.model, self.params, self._place(flat))
+            slots = self._run(_read, self.model, self.params, self.vae, self._place(flat))
         # Room in the buffer comes in whole chunks and doubles, so that few sizes compile.
         room = CHUNK_TOKENS * requests.batch_bucket(-(-max_new // CHUNK_TOKENS))
         seeds = ((np.arange(rows) + seed) % requests.SEED_LIMIT).astype(np.uint32)
@@ -350,8 +354,9 @@ def _draw_noise(seeds: Any, shape: tuple[int, ...]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read(model: Any, params: Any, pixels: Any) -> Any:
-    return decode.read_pictures(model, params, losses.to_float(pixels, model.dtype), MAX_BATCH)
+def _read(model: Any, params: Any, vae_params: Any, pixels: Any) -> Any:
+    images = losses.understanding_input(vae_params, pixels, model.cfg, model.dtype)
+    return decode.read_pictures(model, params, images, MAX_BATCH)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new")

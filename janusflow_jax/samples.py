@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from PIL import Image
 
-from janusflow_jax import pipeline
+from janusflow_jax import pipeline, trees
 from janusflow_jax.config import SourceConfig, TrainConfig
 from janusflow_jax.data import sources
 from janusflow_jax.eval import sheet
@@ -20,7 +20,7 @@ MAX_CAPTION_TOKENS = 32
 
 def from_state(cfg: TrainConfig, state: Any, chat: Any) -> pipeline.JanusFlowPipeline:
     """The model that a train state holds (its EMA where there is one), ready to run."""
-    params = {**state["frozen"], **state["params"], **state["ema"]}
+    params = trees.merge(trees.merge(state["frozen"], state["params"]), state["ema"])
     return pipeline.JanusFlowPipeline(
         cfg.model, jax.device_get(params), jax.device_get(state["vae"]), chat, dtype=cfg.dtype
     )

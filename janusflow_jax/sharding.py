@@ -130,6 +130,19 @@ def param_spec(name: str, shape: Sequence[int], mesh: Any) -> P:
     return P()
 
 
+def constrain_params(tree: Any, where: str) -> Any:
+    """Asks for the layout of parameters, by their paths below `where`; for what mirrors them."""
+    mesh = current_mesh()
+    if mesh is None:
+        return tree
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        spec = param_spec(f"{where}/{path_name(path)}", x.shape, mesh)
+        return jax.lax.with_sharding_constraint(x, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of parameters, or of optimizer state that mirrors parameters."""
     return jax.tree_util.tree_map_with_path(

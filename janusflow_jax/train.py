@@ -6,6 +6,7 @@ checkpoint. Any field of the config can be set: `--config.optim.lr=3e-4`.
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 import time
@@ -18,18 +19,35 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from janusflow_jax import checkpoint, config_checks, metrics, optim, samples, sharding, train_step
+from janusflow_jax import (
+    checkpoint,
+    config_checks,
+    flops,
+    guard,
+    metrics,
+    samples,
+    sharding,
+    starts,
+    train_step,
+    trees,
+)
 from janusflow_jax import config as config_lib
 from janusflow_jax import workdir as workdir_lib
 from janusflow_jax.config import ConfigError, TrainConfig
 from janusflow_jax.data import chat_format, lengths, loader, rows, sources
-from janusflow_jax.models import janusflow, vae
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an argument after a colon: configs/ablation.py:A,test"
 )
+_REPLAY = flags.DEFINE_string(
+    "replay",
+    "",
+    "ROW or FIRST:END: print the losses and gradient norms of these rows alone, with the newest "
+    "checkpoint, and train nothing (bad_steps.jsonl in the workdir names rows worth a look)",
+)
 _USER_ERRORS = (
     ConfigError,
+    guard.DivergedError,
     checkpoint.CheckpointError,
     chat_format.FormatError,
     lengths.LengthsError,
@@ -37,100 +55,6 @@ _USER_ERRORS = (
     rows.DataError,
     sources.SourceError,
 )
-
-
-def initial_params(cfg: TrainConfig) -> tuple[Any, Any, str, dict[str, str]]:
-    """Every part from where `init` or `start` says.
-
-    Returns: params, VAE params, the folder of tokenizer files, part -> origin.
-    Raises:
-      ConfigError: a part that must have learned something is fresh, or its path lacks it.
-    """
-    origins: dict[str, str] = dict.fromkeys([*config_lib.STAGE_PARTS, "vae"], "fresh")
-    cache: dict[str, checkpoint.LoadedModel] = {}
-    if cfg.start:
-        cache[cfg.start] = checkpoint.load_model(cfg.start, weights="ema")
-        for part in cache[cfg.start].parts:
-            origins[part] = cfg.start
-    origins.update(cfg.init)
-    fresh = [p for p in config_lib.PRETRAINED_PARTS if origins[p] == "fresh"]
-    if fresh and not cfg.allow_fresh:
-        raise ConfigError(
-            f"init: the parts {fresh} would start from random numbers, and training could not "
-            "make up for it; expected a path for each (--config.init) or for all "
-            "(--config.start), made by tools/train_vae.py, tools/pretrain_tiny.py or "
-            "tools/convert_checkpoint.py"
-        )
-    key = jax.random.key(cfg.seed)
-    params = dict(jax.jit(janusflow.init_params, static_argnums=0)(cfg.model, key))
-    vae_params = None
-    if origins["vae"] == "fresh":
-        vae_params = jax.jit(vae.init_params, static_argnums=0)(cfg.model.vae, key)
-    problems, hub = [], cfg.tokenizer
-    for path in dict.fromkeys(v for v in origins.values() if v != "fresh"):
-        parts = [p for p, origin in origins.items() if origin == path]
-        loaded = cache.get(path) or checkpoint.load_model(path, weights="ema")
-        for part in parts:
-            got = loaded.vae if part == "vae" else (loaded.params or {}).get(part)
-            if got is None:
-                problems.append(f"{path} has no part {part!r}; it has {loaded.parts}")
-            elif part == "vae":
-                expect = vae.param_shapes(cfg.model.vae)
-                problems += checkpoint.compare_trees(expect, got, "vae")
-                vae_params = _host(got)
-            else:
-                problems += checkpoint.compare_trees(params[part], got, part)
-                params[part] = _host(got)
-        if not hub and "llm" in parts:
-            hub = str(loaded.hub)
-    config_lib.raise_problems("init", problems)
-    if not hub:
-        raise ConfigError(
-            "tokenizer: expected a folder with tokenizer.json and processor_config.json (a "
-            "model folder's hub/); got '' and no `init` of the llm to take it from"
-        )
-    return params, vae_params, hub, origins
-
-
-def _host(tree: Any) -> Any:
-    """float32 on the host: arrays of one device cannot enter a step on a mesh of several."""
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
-
-
-def check_needs(cfg: TrainConfig) -> None:
-    """Raises ConfigError with everything on disk that the run needs and lacks, and what makes it.
-
-    Nothing is loaded: a run of hours must not find in its tenth minute that data is missing.
-    """
-    made_by, problems = dict(cfg.made_by), []
-
-    def lacks(path: str, reason: str) -> None:
-        command = made_by.get(path, "")
-        problems.append(f"{reason}\n      made by: {command}" if command else reason)
-
-    starts = dict.fromkeys([cfg.start, *(p for _, p in cfg.init if p != "fresh")])
-    for path in filter(None, starts):
-        if not checkpoint.is_model(path):
-            lacks(path, f"{path}: expected a model folder or a training run; found none")
-    splits = dict.fromkeys((s.path, s.split) for s in (*cfg.data.sources, *cfg.heldout))
-    for path, split in splits:
-        try:
-            sources.open_source(path, split)
-        except sources.SourceError as error:
-            lacks(path, str(error))
-    if cfg.tokenizer and not epath.Path(cfg.tokenizer).exists():
-        lacks(cfg.tokenizer, f"{cfg.tokenizer}: expected a tokenizer folder; found none")
-    if problems:
-        listed = "\n".join(f"  - {p}" for p in problems)
-        raise ConfigError(f"config {cfg.name!r} needs what is not here:\n{listed}")
-
-
-def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[str, str]) -> None:
-    trained = train_step.trained_parts(cfg)
-    print(f"{'part':12} {'parameters':>14}  {'':8}  origin")
-    for part, tree in [*params.items(), ("vae", vae_params)]:
-        state = "trained" if part in trained else "frozen"
-        print(f"{part:12} {optim.count_params(tree):>14,}  {state:8}  {origins[part]}")
 
 
 def make_state(cfg: TrainConfig, mesh: Any, params: Any, vae_params: Any) -> Any:
@@ -171,27 +95,35 @@ class Stop:
         print("stopping: saving a checkpoint after this step", flush=True)
 
 
-def train(cfg: TrainConfig) -> str:
-    """Runs the config to its last step, or until told to stop. Returns the workdir."""
-    started = time.time()
+@dataclasses.dataclass
+class Run:
+    """A run, opened: its state is the newest checkpoint's, or the start's."""
+
+    cfg: TrainConfig
+    workdir: epath.Path
+    mesh: Any
+    data: loader.Loader
+    chat: Any
+    ckpts: checkpoint.RunCheckpoints
+    state: Any
+    next_row: int
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def open_run(cfg: TrainConfig) -> Run:
+    """Everything that a run needs, from disk onto the devices, with what is wrong said first."""
     config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
-    check_needs(cfg)
+    starts.check_needs(cfg)
     workdir = epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
-    params, vae_params, hub, origins = initial_params(cfg)
-    print_origins(cfg, params, vae_params, origins)
+    params, vae_params, hub, origins = starts.initial_params(cfg)
+    starts.print_origins(cfg, params, vae_params, origins)
     chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
     chat.check_vocab(cfg.model.llm.vocab_size)
     data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows)
-    for phase, (first_row, _) in enumerate(cfg.data.phases()):
-        if first_row:
-            print(f"from step {-(-first_row // cfg.batch_rows)} on:")
-        for source in data.describe(phase):
-            print(
-                "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
-                "{fill:.1%} of positions used, {share_of_positions:.1%} of the mixture".format(
-                    **source
-                )
-            )
+    _print_data(cfg, data)
     mesh = sharding.make_mesh(cfg.mesh)
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if cfg.batch_rows % (split * cfg.optim.accum_steps):
@@ -201,63 +133,94 @@ def train(cfg: TrainConfig) -> str:
         )
     print(f"{jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}")
     workdir_lib.start(workdir, cfg, vae=vae_params, hub=hub)
-    stop = Stop()
     with jax.set_mesh(mesh):
         state = make_state(cfg, mesh, params, vae_params)
-        del params, vae_params
         ckpts = checkpoint.RunCheckpoints(workdir, keep=cfg.keep_checkpoints)
-        state, first_row = restore(cfg, ckpts, state)
-        step = int(state["step"])
-        if step:
-            print(f"resumed from step {step}")
-        writer = metrics.Writer(workdir, resume_step=step, tensorboard=cfg.tensorboard)
-        state, step = _loop(cfg, mesh, state, step, first_row, data, chat, ckpts, writer, stop)
-        ckpts.wait()
+        state, next_row = restore(cfg, ckpts, state)
+    return Run(cfg, workdir, mesh, data, chat, ckpts, state, next_row)
+
+
+def _print_data(cfg: TrainConfig, data: loader.Loader) -> None:
+    for phase, (first_row, _) in enumerate(cfg.data.phases()):
+        if first_row:
+            print(f"from step {-(-first_row // cfg.batch_rows)} on:")
+        for source in data.describe(phase):
+            print(
+                "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
+                "{fill:.1%} of positions used, {share_of_positions:.1%} of the mixture".format(
+                    **source
+                )
+                + (f"; {source['left_out']} too long, left out" if source["left_out"] else "")
+            )
+
+
+def train(cfg: TrainConfig) -> str:
+    """Runs the config to its last step, or until told to stop. Returns the workdir."""
+    started = time.time()
+    run = open_run(cfg)
+    stop = Stop()
+    with jax.set_mesh(run.mesh):
+        if run.step:
+            print(f"resumed from step {run.step}")
+        writer = metrics.Writer(run.workdir, resume_step=run.step, tensorboard=cfg.tensorboard)
+        step = _loop(run, writer, stop)
+        run.ckpts.wait()
         if not stop.signal:
-            samples.write(cfg, workdir, step, state, chat, writer)
+            samples.write(cfg, run.workdir, step, run.state, run.chat, writer)
         writer.close()
-        ckpts.close()
+        run.ckpts.close()
     minutes = (time.time() - started) / 60
     print(f"{'stopped' if stop.signal else 'done'} at step {step} after {minutes:.1f} min")
-    print(f"workdir {workdir}")
-    return str(workdir)
+    print(f"workdir {run.workdir}")
+    return str(run.workdir)
 
 
-def _loop(
-    cfg: TrainConfig, mesh: Any, state: Any, step: int, first_row: int, data: loader.Loader,
-    chat: Any, ckpts: Any, writer: Any, stop: Stop,
-) -> tuple[Any, int]:  # fmt: skip
+def _loop(run: Run, writer: Any, stop: Stop) -> int:
     """Steps until the last one or a signal, logging one step late; always ends saved."""
+    cfg, step = run.cfg, run.step
     compiled = None
     late: tuple[int, Any, loader.Report] | None = None
-    progress = metrics.Progress(cfg.num_steps, first_step=step)
+    peak = cfg.peak_tflops or flops.peak_tflops(jax.devices()[0].device_kind)
+    progress = metrics.Progress(cfg.num_steps, step, peak * jax.device_count())
+    trained = {p.split("/")[0] for p in train_step.trained_paths(cfg)}
+    watch = guard.Guard(run.workdir, cfg.max_bad_steps)
     saved = step
-    batches = data.batches(first_row)
-    while step < cfg.num_steps and not stop.signal:
+    batches = run.data.batches(run.next_row)
+    while step < cfg.num_steps and not stop.signal and not watch.tripped:
         waited = time.perf_counter()
         batch, report = next(batches)
         waited = time.perf_counter() - waited
-        images = int(np.sum(batch["slot_task"] != janusflow.NONE))
-        batch = sharding.put_batch(batch, mesh, cfg.batch_rows)
+        work = flops.count(batch, cfg.data.gen_slots, cfg.data.und_slots)
+        batch = sharding.put_batch(batch, run.mesh, cfg.batch_rows)
         if compiled is None:
-            compiled = train_step.jit_train_step(cfg, mesh, state, batch)
-        state, out = compiled(state, batch)
+            compiled = train_step.jit_train_step(cfg, run.mesh, run.state, batch)
+        run.state, out = compiled(run.state, batch)
         step += 1
-        progress.count(images=images, wait=waited)
+        progress.count(
+            waited,
+            images=work.gen_images + work.und_images,
+            positions=work.positions,
+            tflops=work.flops(cfg.model, trained, bool(cfg.loss.repa_weight)) / 1e12,
+            padding=work.padding,
+            idle_slots=work.idle_slots,
+        )
         if late is not None:
-            _log(cfg, writer, progress, *late)
+            _log(cfg, writer, progress, watch, *late)
         late = (step, out, report)
         if cfg.save_every_steps and step % cfg.save_every_steps == 0:
-            _save(cfg, ckpts, state, step)
+            _save(cfg, run.ckpts, run.state, step)
             saved = step
         if cfg.sheet_every_steps and step % cfg.sheet_every_steps == 0 and step < cfg.num_steps:
-            samples.write(cfg, epath.Path(ckpts.workdir), step, state, chat, writer)
+            samples.write(cfg, run.workdir, step, run.state, run.chat, writer)
     if late is not None:
-        _log(cfg, writer, progress, *late)
+        _log(cfg, writer, progress, watch, *late)
     if step != saved:
-        _save(cfg, ckpts, state, step)
+        _save(cfg, run.ckpts, run.state, step)
     batches.close()
-    return state, step
+    if watch.tripped:
+        run.ckpts.wait()
+        raise guard.DivergedError(watch.message())
+    return step
 
 
 def _save(cfg: TrainConfig, ckpts: Any, state: Any, step: int) -> None:
@@ -269,7 +232,7 @@ def _save(cfg: TrainConfig, ckpts: Any, state: Any, step: int) -> None:
     }
     ckpts.save(
         step,
-        params={**state["frozen"], **state["params"]},
+        params=trees.merge(state["frozen"], state["params"]),
         ema=state["ema"],
         opt_state=state["opt_state"],
         run=run,
@@ -277,17 +240,41 @@ def _save(cfg: TrainConfig, ckpts: Any, state: Any, step: int) -> None:
 
 
 def _log(
-    cfg: TrainConfig, writer: Any, progress: Any, step: int, out: Any, report: loader.Report
-) -> None:
-    """Fetches a past step's metrics; stops a run whose losses are no longer numbers."""
+    cfg: TrainConfig, writer: Any, progress: Any, watch: guard.Guard, step: int, out: Any,
+    report: loader.Report,
+) -> None:  # fmt: skip
+    """Fetches a past step's metrics; counts steps whose losses are no numbers."""
+    watch.count(step, bool(out["ok"]), report)
     if step % cfg.log_every_steps and step not in (1, cfg.num_steps):
         return
     values = {k: float(v) for k, v in jax.device_get(out).items()} | progress.rates()
     values |= {"bad_samples": report.num_bad, "samples": report.num_samples}
     writer.write(step, values)
     print(progress.line(step, values), flush=True)
-    if not values["ok"]:
-        print(f"step {step}: non-finite loss or gradient, update skipped", flush=True)
+
+
+def replay(cfg: TrainConfig, rows_asked: str) -> bool:
+    """Losses and gradients of single rows, with the parameters of the newest checkpoint.
+
+    Args: rows_asked: '1234', or '1024:1536' for a step's rows.
+    Returns: whether all of them are finite.
+    """
+    first, end = guard.parse_rows(rows_asked)
+    run = open_run(cfg)
+    print(f"rows {first} to {end - 1} with the parameters of step {run.step}")
+    alone = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, accum_steps=1))
+    copies = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    step = jax.jit(train_step.make_train_step(alone))
+    fine = True
+    with jax.set_mesh(run.mesh):
+        for number in range(first, end):
+            row, bad = run.data.rows.row(number)
+            batch = {name: np.stack([x] * copies) for name, x in row.items()}
+            _, out = step(run.state, sharding.put_batch(batch, run.mesh, copies))
+            values = {k: float(v) for k, v in jax.device_get(out).items()}
+            fine &= bool(values["ok"])
+            print(guard.describe(number, run.data.rows.records(number), values, bad), flush=True)
+    return fine
 
 
 def main(argv: list[str]) -> None:
@@ -298,6 +285,8 @@ def main(argv: list[str]) -> None:
         cfg = _CONFIG.value
     except OSError as error:
         raise ConfigError(f"--config: {error}") from error
+    if _REPLAY.value:
+        sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
     train(cfg)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from janusflow_jax import losses, optim, sharding
+from janusflow_jax import losses, optim, sharding, trees
 from janusflow_jax.config import TrainConfig
 from janusflow_jax.models import janusflow
 
@@ -33,7 +33,7 @@ def make_model(cfg: TrainConfig) -> janusflow.JanusFlow:
 
 def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
     """Puts whole parameter trees into a fresh state. Traceable: jit it with out_shardings."""
-    train, frozen = optim.split(params, trained_parts(cfg))
+    train, frozen = trees.split(params, trained_paths(cfg))
     return {
         "params": train,
         "frozen": frozen,
@@ -45,10 +45,19 @@ def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
     }
 
 
-def trained_parts(cfg: TrainConfig) -> tuple[str, ...]:
-    """The parts that this run trains: without REPA its head is not among them."""
-    unused = () if cfg.loss.repa_weight else ("repa_head",)
-    return tuple(p for p in cfg.train_parts if p not in unused)
+def trained_paths(cfg: TrainConfig) -> tuple[str, ...]:
+    """The paths that this run trains: of `train_parts`, those that its tasks and losses reach."""
+    reads, makes = bool(cfg.data.und_slots), bool(cfg.data.gen_slots)
+    idle = {"repa_target"}  # a target is never trained by its own loss
+    if not (makes and cfg.loss.repa_weight):
+        idle.add("repa_head")
+    if not reads:
+        idle |= {"und_encoder", "und_aligner", "und_begin"}
+    if not makes:
+        idle |= {"gen_aligner", "gen_norm", "gen_head", "gen_decoder"}
+        if not (reads and cfg.model.und_encoder == "shared"):
+            idle.add("gen_encoder")
+    return tuple(p for p in cfg.train_parts if p.split("/")[0] in {*cfg.model.parts} - idle)
 
 
 def state_shardings(state: State, mesh: Mesh) -> State:
@@ -79,7 +88,7 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, dic
     def loss_fn(train: Any, state: State, batch: Any, weight: Any) -> tuple[Any, Any]:
         draws = losses.draw(key, batch, cfg.model, cfg.loss, num_gen)
         sums, extras = losses.loss_sums(
-            {**state["frozen"], **train},
+            trees.merge(state["frozen"], train),
             state["vae"],
             batch,
             draws,
@@ -131,6 +140,7 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, dic
         metrics = {f"loss_{n}": sums[n] / jnp.maximum(totals[n], 1.0) for n in losses.TASKS}
         metrics |= {f"count_{n}": totals[n] for n in ("ar", "rf")}
         metrics |= {"loss": loss, "grad_norm": norm, "ok": ok, "lr": lr(state["step"])}
+        metrics["bad_steps"] = bad
         metrics |= {f"grad_norm/{k}": optax.tree.norm(v) for k, v in grads.items()}
         for i in range(losses.T_BUCKETS if "rf_by_t" in extras else 0):
             metrics[f"loss_rf/t{i}"] = extras["rf_by_t"][i] / jnp.maximum(

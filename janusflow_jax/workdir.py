@@ -15,7 +15,7 @@ from janusflow_jax.config import TrainConfig
 MAY_CHANGE = frozenset(
     "workdir num_steps log_every_steps save_every_steps keep_checkpoints sheet_every_steps "
     "tensorboard prompts heldout heldout_captions sheet_cfg_weight sheet_num_steps mesh init start "
-    "made_by data.num_threads data.max_bad_share attention remat".split()
+    "made_by data.num_threads data.max_bad_share attention remat max_bad_steps peak_tflops".split()
 )
 
 
@@ -28,7 +28,10 @@ def start(workdir: epath.Path, cfg: TrainConfig, *, vae: Any, hub: Any) -> None:
     file = workdir / "config.json"
     now = _flat_config(config_lib.to_dict(cfg))
     if file.exists():
-        then = _flat_config(checkpoint.read_json(file))
+        # a field that the run's version did not have stood at what is now its default
+        then = _flat_config(config_lib.to_dict(TrainConfig())) | _flat_config(
+            checkpoint.read_json(file)
+        )
         differ = [
             f"{n}: {then.get(n)!r} then, {now.get(n)!r} now"
             for n in sorted(then.keys() | now)

@@ -23,6 +23,7 @@ LAYERS = (
         "config_stages",
         "compile_cache",
         "sharding",
+        "trees",
         "models.layers",
     ),
     # 1 PARTS
@@ -35,13 +36,14 @@ LAYERS = (
         "data.packing", "data.rows", "data.openmoji", "data.openmoji_build", "data.requests",
     ),
     # 3 PROBLEM
-    ("losses", "optim", "decode", "sampler", "data.loader"),
+    ("cross_entropy", "losses", "flops", "optim", "decode", "sampler", "data.loader"),
     # 4 MACHINERY
     (
         "train_step", "checksums", "checkpoint", "workdir", "safetensor_files", "torch_names",
         "convert", "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
         "metrics",
-        "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples",
+        "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples", "starts",
+        "guard",
     ),
     # 5 ENTRY
     ("command_line", "train", "generate", "chat", "evaluate"),

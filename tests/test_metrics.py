@@ -81,18 +81,28 @@ def test_a_store_that_cannot_append_gets_the_whole_file(tmp_path):
 def test_progress(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    progress = metrics.Progress(num_steps=50, first_step=10)
+    progress = metrics.Progress(num_steps=50, first_step=10, peak_tflops=20.0)
     assert progress.rates() == {} and progress.seconds_left() is None
     now[0] += 60  # compilation
-    progress.count(images=8, wait=0.0)
+    sums = {"images": 8, "positions": 1000, "tflops": 12.0, "padding": 0.25, "idle_slots": 0.5}
+    progress.count(wait=0.0, **sums)
     for _ in range(10):
         now[0] += 2
-        progress.count(images=8, wait=0.5)
+        progress.count(wait=0.5, **sums)
     rates = progress.rates()
-    assert rates == {"steps_per_s": 0.5, "images_per_s": 4.0, "data_wait": 0.25}
+    assert rates == {
+        "steps_per_s": 0.5,
+        "data_wait": 0.25,
+        "images_per_s": 4.0,
+        "positions_per_s": 500.0,
+        "tflops_per_s": 6.0,
+        "padding": 0.25,
+        "idle_slots": 0.5,
+        "mfu": 0.3,
+    }
     assert progress.seconds_left() == pytest.approx((50 - 21) * 2)
     line = progress.line(20, {"loss": 1.5, "loss_ar": 1, "loss_rf": 0.5, "lr": 3, **rates})
-    assert line == "step 20/50  loss 1.5000  ar 1.0000  rf 0.5000  4.0 images/s  58 s left"
+    assert line == "step 20/50  loss 1.5000  ar 1.0000  rf 0.5000  4.0 images/s  30% MFU  58 s left"
     assert "left" not in progress.line(50, rates)
 
 

@@ -123,6 +123,13 @@ class Rows:
             packing.permute(place, len(source.bins), (self.cfg.seed, source.key, epoch)),
         )
 
+    def records(self, row: int) -> tuple[str, list[int]]:
+        """Name of a row's source, and the numbers of the records that stand in it, in order."""
+        which, _, b = self.locate(row)
+        source = self.sources[which]
+        pieces = source.bins.samples[list(source.sample_range(b))]
+        return source.name, source.pieces.record[pieces].tolist()
+
     def row(self, row: int) -> tuple[dict[str, np.ndarray], list[BadSample]]:
         """One row and the records that had to be left out of it.
 

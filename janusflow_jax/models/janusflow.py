@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from janusflow_jax import sharding
+from janusflow_jax import flow, sharding
 from janusflow_jax.config import ModelConfig
-from janusflow_jax.models import convnext, layers, llama, siglip
+from janusflow_jax.models import convnext, layers, llama, siglip, vae
 
 NONE, GENERATE, UNDERSTAND = 0, 1, 2
 
@@ -44,6 +44,31 @@ class BeginEmbedding(nn.Module):
         return self.param("embedding", nn.initializers.normal(0.02), (self.width,))
 
 
+class LatentEncoder(nn.Module):
+    """Ablation C's understanding encoder: an SDXL-VAE encoder that trains, and ConvNeXt blocks.
+
+    The posterior's mean is encoded as a latent without noise, at t = 1 (SPEC section 4).
+    """
+
+    cfg: ModelConfig
+    dtype: Any
+
+    def setup(self) -> None:
+        self.vae = vae.Vae(self.cfg.vae, self.dtype)
+        self.convnext = convnext.GenEncoder(self.cfg.gen, self.cfg.llm.width, self.dtype)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S G"]:
+        mean, _ = self.vae.encode(images)
+        return encode_clean(self.convnext, mean * self.cfg.vae.scaling_factor)
+
+
+def encode_clean(encoder: Any, latents: Float[Array, "B H W C"]) -> Float[Array, "B S G"]:
+    """Features, row-major, of scaled latents without noise."""
+    times = jnp.full((len(latents),), flow.TIMESTEP_SCALE, jnp.float32)
+    features, _ = encoder(latents, times)
+    return features.reshape(len(latents), -1, features.shape[-1])
+
+
 class JanusFlow(nn.Module):
     """Every trained part; the VAE stands beside it with a tree of its own."""
 
@@ -56,7 +81,13 @@ class JanusFlow(nn.Module):
         cfg, dtype = self.cfg, self.dtype
         self.llm = llama.Llama(cfg.llm, dtype, self.remat, self.impl)
         # The tower's head dimension and length suit XLA's own attention everywhere.
-        self.und_encoder = siglip.Siglip(cfg.und, dtype, self.remat)
+        if cfg.und_encoder == "siglip":
+            self.und_encoder = siglip.Siglip(cfg.und, dtype, self.remat)
+        elif cfg.und_encoder == "own":
+            encoder = nn.remat(LatentEncoder) if self.remat else LatentEncoder
+            self.und_encoder = encoder(cfg, dtype)
+        if cfg.repa_target == "siglip":
+            self.repa_target = siglip.Siglip(cfg.und, dtype, self.remat)
         self.und_aligner = layers.Linear(cfg.llm.width)
         self.und_begin = BeginEmbedding(cfg.llm.width)
         self.gen_encoder = convnext.GenEncoder(cfg.gen, cfg.llm.width, dtype)
@@ -67,15 +98,22 @@ class JanusFlow(nn.Module):
         self.repa_head = RepaHead(cfg.repa.width, cfg.und.width)
 
     def siglip(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S E"]:
-        """SigLIP features of images in [-1, 1]."""
-        return self.und_encoder(images)
+        """The SigLIP features that REPA aligns with, of images in [-1, 1]."""
+        own = self.cfg.repa_target == "siglip"
+        return self.repa_target(images) if own else self.und_encoder(images)
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.llm.embed(tokens)
 
-    def understanding_slot(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
-        """A slot's vectors for images in [-1, 1]: `[und_begin, aligned SigLIP features]`."""
-        features = self.und_aligner(self.und_encoder(images))
+    def understanding_slot(self, x: Float[Array, "B ..."]) -> Float[Array, "B S D"]:
+        """A slot's vectors: `[und_begin, aligned features]`.
+
+        Args: x: images [B, H, W, 3] in [-1, 1]; where the generation's encoder is shared, their
+          scaled latents [B, h, w, C].
+        """
+        shared = self.cfg.und_encoder == "shared"
+        seen = encode_clean(self.gen_encoder, x) if shared else self.und_encoder(x)
+        features = self.und_aligner(seen)
         begin = jnp.broadcast_to(
             self.und_begin().astype(features.dtype), (len(features), 1, features.shape[-1])
         )
@@ -118,7 +156,9 @@ class JanusFlow(nn.Module):
         cfg = self.cfg
         image = jnp.zeros((1, cfg.image_size, cfg.image_size, 3), self.dtype)
         latents = jnp.zeros((1, *cfg.latent_shape), self.dtype)
-        self.understanding_slot(image)
+        self.understanding_slot(latents if cfg.und_encoder == "shared" else image)
+        if cfg.repa_target == "siglip":
+            self.repa_target(image)
         slot, features, t_emb = self.generation_slot(latents, jnp.zeros((1,)))
         length = slot.shape[1]
         positions = jnp.arange(length)[None]

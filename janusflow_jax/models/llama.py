@@ -126,9 +126,7 @@ class Llama(nn.Module):
             "embedding", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.width)
         )
         self.norm = layers.RMSNorm(cfg.norm_eps)
-        self.head = layers.Linear(
-            cfg.vocab_size, use_bias=False, kernel_init=nn.initializers.normal(0.02)
-        )
+        self.head = make_head(cfg)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings: looked up in float32 and cast after (the gradient adds in float32)."""
@@ -174,6 +172,15 @@ class Llama(nn.Module):
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Float32 next-token logits of normed hidden states."""
         return self.head(x).astype(jnp.float32)
+
+
+def make_head(cfg: LlamaConfig) -> layers.Linear:
+    return layers.Linear(cfg.vocab_size, use_bias=False, kernel_init=nn.initializers.normal(0.02))
+
+
+def logits(cfg: LlamaConfig, head: Any, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+    """`Llama.logits` from the head's parameters alone."""
+    return make_head(cfg).apply({"params": head}, x).astype(jnp.float32)
 
 
 def lookup(

@@ -1,0 +1,203 @@
+"""Useful floating-point operations of training: what a batch asks for, and nothing that is wasted.
+
+Padding, idle slots, attention across samples, the head where there is no target and recomputation
+do not count, so model-FLOPs utilisation says how much of a machine does work that was wanted
+(SPEC section 6). A multiply-add is two operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from janusflow_jax.config import ModelConfig
+from janusflow_jax.models import janusflow
+
+PEAK_TFLOPS = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "NVIDIA A100": 312.0,
+    "NVIDIA H100": 989.0,
+    "NVIDIA H200": 989.0,
+}
+"""Dense bfloat16, by the start of jax's device_kind (the longest that fits); makers' figures."""
+
+
+class Work(NamedTuple):
+    """What rows hold."""
+
+    positions: int  # of samples; padding and dropped prompts are not
+    pairs: float  # of positions that see each other, causally
+    targets: int
+    gen_images: int
+    und_images: int
+    padding: float  # share of all positions that is not in `positions`
+    idle_slots: float  # share of the slots that the encoders run on
+
+    def flops(self, cfg: ModelConfig, trained: set[str], repa: bool) -> float:
+        """Operations forward and backward; see `train_flops`."""
+        return train_flops(cfg, self, trained, repa)
+
+
+def count(batch: dict[str, np.ndarray], gen_slots: int, und_slots: int) -> Work:
+    """Counts rows.
+
+    Args:
+      batch: segment_ids int[B, T], target_mask bool[B, T], slot_task int[B, K].
+      gen_slots, und_slots: Kg and Ku, the slots that each task's encoders run on.
+    """
+    ids, task = batch["segment_ids"], batch["slot_task"]
+    rows, length = ids.shape
+    most = int(ids.max()) + 1
+    sizes = np.bincount((ids + most * np.arange(rows)[:, None]).ravel(), minlength=rows * most)
+    sizes = sizes.reshape(rows, most)[:, 1:].astype(np.float64)
+    used = int(sizes.sum())
+    gen, und = (int((task == t).sum()) for t in (janusflow.GENERATE, janusflow.UNDERSTAND))
+    slots = rows * (gen_slots + und_slots)
+    return Work(
+        positions=used,
+        pairs=float((sizes * (sizes + 1) / 2).sum()),
+        targets=int(batch["target_mask"].sum()),
+        gen_images=gen,
+        und_images=und,
+        padding=1 - used / (rows * length),
+        idle_slots=1 - (gen + und) / slots if slots else 0.0,
+    )
+
+
+def train_flops(cfg: ModelConfig, work: Work, trained: set[str], repa: bool) -> float:
+    """Operations of one forward and backward pass over `work`.
+
+    A part that is trained costs three times its forward pass (itself, gradients of inputs, of
+    weights); a frozen one that gradients pass through, two; one that is only read, one.
+
+    Args:
+      trained: the top-level parts that the run trains.
+      repa: whether REPA's loss is on.
+    """
+
+    def times(part: str, passes_through: bool) -> int:
+        return 3 if part in trained else 2 if passes_through else 1
+
+    images = work.gen_images + work.und_images
+    llm = times("llm", True)
+    total = llm * 2.0 * llm_kernel(cfg) * work.positions
+    total += 3 * attention_per_pair(cfg) * work.pairs  # no weights: 1 forward, 2 backward
+    total += llm * 2.0 * cfg.llm.width * cfg.llm.vocab_size * work.targets
+    gen = times("gen_encoder", True)
+    total += gen * (gen_encoder(cfg) + gen_decoder(cfg)) * work.gen_images
+    total += vae_encoder(cfg) * work.gen_images
+    total += 3 * aligner(cfg, "generate") * work.gen_images
+    if work.und_images:
+        total += 3 * aligner(cfg, "understand") * work.und_images
+        if cfg.und_encoder == "siglip":
+            total += times("und_encoder", False) * siglip(cfg) * work.und_images
+        else:
+            own = cfg.und_encoder == "own"
+            vae = vae_encoder(cfg) * (times("und_encoder", False) if own else 1)
+            total += (vae + 3 * gen_encoder(cfg)) * work.und_images
+    if repa and images:
+        total += (siglip(cfg) + 3 * repa_head(cfg)) * work.gen_images
+    return total
+
+
+def peak_tflops(device_kind: str) -> float:
+    """A device's dense bfloat16 peak; 0 where it is not known."""
+    found = [k for k in PEAK_TFLOPS if device_kind.startswith(k)]
+    return PEAK_TFLOPS[max(found, key=len)] if found else 0.0
+
+
+# --- forward passes of the parts, one image or one position
+
+
+def llm_kernel(cfg: ModelConfig) -> float:
+    """Weights of the LLM's blocks: one multiply-add a position each."""
+    m = cfg.llm
+    attn = 2.0 * m.width * m.head_dim * (m.num_heads + m.num_kv_heads)
+    return m.num_layers * (attn + 3 * m.width * m.mlp_width)
+
+
+def attention_per_pair(cfg: ModelConfig) -> float:
+    """Scores and weighted values of a pair of positions, all heads and layers."""
+    return 4.0 * cfg.llm.num_layers * cfg.llm.num_heads * cfg.llm.head_dim
+
+
+def aligner(cfg: ModelConfig, task: str) -> float:
+    seen = cfg.und.width if task == "understand" and cfg.und_encoder == "siglip" else cfg.gen.width
+    return 2.0 * cfg.num_image_tokens * seen * cfg.llm.width
+
+
+def repa_head(cfg: ModelConfig) -> float:
+    width = cfg.repa.width
+    return 2.0 * cfg.num_image_tokens * width * (cfg.llm.width + width + cfg.und.width)
+
+
+def siglip(cfg: ModelConfig) -> float:
+    m = cfg.und
+    block = 2.0 * (4 * m.width**2 + 2 * m.width * m.mlp_width) + 4.0 * m.num_tokens * m.width
+    return m.num_tokens * (m.num_layers * block + 2.0 * 3 * m.patch_size**2 * m.width)
+
+
+def _convnext(cfg: ModelConfig, width: int) -> float:
+    kernel = 49 + 8 * width  # depthwise 7x7, and two linears of width x 4 width
+    film = 4.0 * cfg.llm.width * width
+    return cfg.gen.num_blocks * (2.0 * cfg.num_image_tokens * width * kernel + film)
+
+
+def gen_encoder(cfg: ModelConfig) -> float:
+    m, tokens = cfg.gen, cfg.num_image_tokens
+    time = 2.0 * cfg.llm.width * (m.width + cfg.llm.width)
+    patches = 2.0 * tokens * m.patch_size**2 * cfg.vae.latent_channels * m.width
+    return time + patches + _convnext(cfg, m.width)
+
+
+def gen_decoder(cfg: ModelConfig) -> float:
+    """With the linear before it (`gen_head`)."""
+    m, tokens = cfg.gen, cfg.num_image_tokens
+    out = m.patch_size**2 * cfg.vae.latent_channels
+    linears = 2.0 * tokens * (cfg.llm.width * m.width + 2 * m.width * out)
+    return linears + _convnext(cfg, 2 * m.width)
+
+
+def vae_encoder(cfg: ModelConfig) -> float:
+    m = cfg.vae
+    side, before = cfg.image_size, m.channels[0]
+    total = 9 * 3 * before * side**2
+
+    def resnet(a: int, b: int) -> int:
+        return (9 * a * b + 9 * b * b + (a * b if a != b else 0)) * side**2
+
+    for i, channels in enumerate(m.channels):
+        for _ in range(m.layers_per_block):
+            total += resnet(before, channels)
+            before = channels
+        if i + 1 < len(m.channels):
+            side //= 2
+            total += 9 * channels * channels * side**2
+    total += 2 * resnet(before, before)
+    total += 4 * before * before * side**2 + 2 * before * side**4  # single-head attention
+    latent = 2 * m.latent_channels
+    total += (9 * before * latent + latent * latent) * side**2
+    return 2.0 * total
+
+
+def image_flops(cfg: ModelConfig, prompt: int, num_steps: int) -> dict[str, Any]:
+    """Painting one picture with guidance: {'prompt', 'steps', 'all'} without the VAE.
+
+    Args: prompt: its tokens; num_steps: Euler steps.
+    """
+    slot = cfg.slot_len
+    llm = 2.0 * llm_kernel(cfg)
+    first = llm * prompt + attention_per_pair(cfg) * prompt * (prompt + 1) / 2
+    own = slot * (slot + 1) / 2
+    seen = {True: own + slot * prompt, False: own + slot}  # BOS alone without the prompt
+    branch = llm * slot + gen_decoder(cfg)
+    step = sum(branch + attention_per_pair(cfg) * pairs for pairs in seen.values())
+    step += gen_encoder(cfg) + aligner(cfg, "generate")
+    return {"prompt": first, "steps": num_steps * step, "all": first + num_steps * step}

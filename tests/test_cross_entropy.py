@@ -1,0 +1,82 @@
+"""The loss of next tokens: where targets are, in any chunks, on any mesh, as the plain form."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from janusflow_jax import config as c
+from janusflow_jax import cross_entropy, sharding
+from janusflow_jax.models import llama
+
+CFG = c.model_config("test")
+ROWS, LENGTH = 8, 24
+
+
+def inputs(share: float):
+    rng = np.random.default_rng(int(share * 100))
+    head = {"kernel": rng.normal(size=(CFG.llm.width, CFG.llm.vocab_size)).astype(np.float32) / 8}
+    hidden = rng.normal(size=(ROWS, LENGTH, CFG.llm.width)).astype(np.float32)
+    tokens = rng.integers(0, CFG.llm.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    mask = rng.random((ROWS, LENGTH)) < share
+    mask[:, -1] = False
+    mask[2] = False  # a row without targets
+    return head, jnp.asarray(hidden), jnp.asarray(tokens), jnp.asarray(mask)
+
+
+def plain(head, hidden, tokens, mask):
+    logits = hidden @ head["kernel"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.roll(tokens, -1, axis=1))
+    return jnp.sum(jnp.where(mask, losses, 0))
+
+
+def ours(chunk: int):
+    return lambda *args: cross_entropy.summed(CFG.llm, *args, chunk)
+
+
+def both(fn, args):
+    """Value and gradients of 3 x fn: the factor must reach them."""
+    return jax.jit(jax.value_and_grad(lambda *a: 3 * fn(*a), (0, 1)))(*args)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("chunk", [0, 7, 64, 512])
+def test_chunks_on_targets_equal_the_plain_form(share, chunk):
+    args = inputs(share)
+    want, got = both(plain, args), both(ours(chunk), args)
+    assert (share == 0) == (float(want[0]) == 0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+    np.testing.assert_allclose(jax.jit(ours(chunk))(*args), plain(*args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
+def test_a_mesh_changes_nothing(sizes):
+    args = inputs(0.4)
+    want = both(ours(16), args)
+    mesh = sharding.make_mesh(c.MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+    where = sharding.tree_shardings({"llm": {"head": args[0]}}, mesh)["llm"]["head"]
+    head = jax.device_put(args[0], where)
+    rows = jax.device_put(args[1:], sharding.batch_shardings(args[1:], mesh))
+    with jax.set_mesh(mesh):
+        got = both(ours(16), (head, *rows))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+
+
+def test_the_head_runs_as_often_as_targets_ask(monkeypatch):
+    """Counted at run time: chunks of 16 over 8 x 24 positions are 12; 30 targets ask for 2."""
+    ran = []
+    logits = llama.logits
+
+    def counted(cfg, head, x):
+        jax.debug.callback(lambda: ran.append(x.shape[:-1]))
+        return logits(cfg, head, x)
+
+    monkeypatch.setattr(llama, "logits", counted)
+    head, hidden, tokens, mask = inputs(1.0)
+    mask = jnp.zeros_like(mask).at[:3, :10].set(True)
+    both(ours(16), (head, hidden, tokens, mask))
+    jax.effects_barrier()
+    assert ran == [(1, 16)] * 2
