@@ -77,6 +77,10 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     if letter in "BC":
         cfg.model.und_encoder = "shared" if letter == "B" else "own"
         cfg.model.repa_target = "siglip"
+        cfg.init = (("und_aligner", "fresh"),)  # of another width than SigLIP's
     if letter == "C":
-        cfg.init = (("und_encoder", "fresh"),)  # begins with the VAE's encoder; not SigLIP
+        cfg.init += (("und_encoder", "fresh"),)  # begins with the VAE's encoder; not SigLIP
+    if letter == "E":  # no text is learned: the head would only take the optimizer's memory
+        llm = ("llm/embedding", "llm/layers", "llm/norm")
+        cfg.train_parts = (*llm, *(p for p in cfg.train_parts if p != "llm"))
     return stages.test_twin(cfg) if "test" in names else cfg

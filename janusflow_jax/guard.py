@@ -28,13 +28,9 @@ class Guard:
 
     def __init__(self, workdir: epath.PathLike, most: int):
         """Args: most: bad steps in a row that stop the run; 0: never."""
-        self.in_a_row = 0
+        self.in_a_row, self.tripped = 0, False
         self._file, self._most = epath.Path(workdir) / FILE, most
         self._last: tuple[int, int, int] | None = None
-
-    @property
-    def tripped(self) -> bool:
-        return bool(self._most) and self.in_a_row >= self._most
 
     def count(self, step: int, ok: bool, report: loader.Report) -> None:
         """Takes note of a step."""
@@ -42,6 +38,7 @@ class Guard:
             self.in_a_row = 0
             return
         self.in_a_row += 1
+        self.tripped |= 0 < self._most <= self.in_a_row  # for good: one step more is under way
         self._last = (step, report.first_row, report.next_row)
         print(
             f"step {step}: non-finite loss or gradient, update skipped; rows {report.first_row} "
@@ -57,8 +54,8 @@ class Guard:
         """What a stopped run says."""
         step, first, end = self._last or (0, 0, 0)
         return (
-            f"{self.in_a_row} steps in a row, the last of them {step}, had a non-finite loss or "
-            "gradient; their updates were skipped and the run is saved. To see which rows do it, "
+            f"{self._most} steps in a row or more, the last of them {step}, had a non-finite loss "
+            "or gradient; their updates were skipped and the run is saved. To see which rows do it, "
             f"run the same command with --replay={first}:{end}; to go on, lower optim.lr in a "
             "new run that starts from this one (--config.start), or take the rows' records out of "
             f"the data. {self._file} lists all bad steps"

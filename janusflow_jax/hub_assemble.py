@@ -23,7 +23,6 @@ from janusflow_jax import (
     torch_names,
 )
 from janusflow_jax.config import (
-    STAGE_PARTS,
     GenConfig,
     LlamaConfig,
     ModelConfig,
@@ -287,7 +286,7 @@ def _parts(
     say: Say,
 ) -> Iterator[tuple[str, Any]]:  # fmt: skip
     text, tower, autoencoder = sources
-    fresh = [p for p in STAGE_PARTS if p not in ("llm", "und_encoder")]
+    fresh = [p for p in cfg.parts if p not in ("llm", "und_encoder")]
     say("llm ...")
     rules = torch_names.llm_rules(tied=tied)
     yield "llm", grow(convert.from_torch(text.tensors, rules, wanted, dtype)["llm"], cfg)

@@ -143,7 +143,7 @@ def open_run(cfg: TrainConfig) -> Run:
 def _print_data(cfg: TrainConfig, data: loader.Loader) -> None:
     for phase, (first_row, _) in enumerate(cfg.data.phases()):
         if first_row:
-            print(f"from step {-(-first_row // cfg.batch_rows)} on:")
+            print(f"after step {first_row // cfg.batch_rows}:")
         for source in data.describe(phase):
             print(
                 "{source} ({task}): {samples} samples of {records} records in {bins} bins, "

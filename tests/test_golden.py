@@ -175,6 +175,9 @@ def test_vae():
     assert golden.error(decoded, golden.nhwc(want["vae.decoded_mean"])) < 5e-6
 
 
+ROWS = pytest.mark.parametrize("in_one_row", [False, True], ids=["a row each", "packed"])
+
+
 def train_batch():
     """Two understanding rows, then two generation rows, each with one slot."""
     facts, arrays = golden.facts("train"), golden.arrays("train")
@@ -202,17 +205,42 @@ def train_batch():
     return jax.tree.map(jnp.asarray, (batch, latents, draws))
 
 
+def packed(batch, latents, draws):
+    """The four rows as one packed row of four slots, generation's first."""
+    order, at = [2, 3, 0, 1], 0
+    size = int(sum((batch["segment_ids"][i] > 0).sum() for i in order)) + 5
+    row = {n: np.zeros((1, size), batch[n].dtype) for n in batch if batch[n].shape[1:] != (1,)}
+    row.pop("images")
+    start = []
+    for number, i in enumerate(order, start=1):
+        n = int((batch["segment_ids"][i] > 0).sum())
+        for name, x in row.items():
+            x[0, at : at + n] = batch[name][i, :n]
+        row["segment_ids"][0, at : at + n] = number
+        start.append(int(batch["slot_start"][i, 0]) + at)
+        at += n
+    row["slot_start"] = np.array([start], np.int32)
+    row["slot_task"] = np.array([[1, 1, 2, 2]], np.int32)
+    row["images"] = np.asarray(batch["images"])[order, 0][None]
+    first = lambda x: jnp.asarray(x)[None, 2:, 0]  # noqa: E731
+    return jax.tree.map(jnp.asarray, row), first(latents), jax.tree.map(first, draws)
+
+
 @functools.cache
-def train_numbers():
+def train_numbers(in_one_row=False):
     model, params, _ = golden.model()
     batch, latents, draws = train_batch()
+    if in_one_row:
+        batch, latents, draws = packed(batch, latents, draws)
+    slots = 2 if in_one_row else 1
     loss = LossConfig()
 
     def total(p):
         sums, extras = losses.loss_sums(
-            p, None, batch, draws, model=model, loss=loss, num_gen=1, num_und=1, latents=latents
-        )
-        totals = losses.counts(batch, 1)
+            p, None, batch, draws, model=model, loss=loss, num_gen=slots, num_und=slots,
+            latents=latents,
+        )  # fmt: skip
+        totals = losses.counts(batch, slots)
         ones = dict.fromkeys(losses.TASKS, 1.0)
         scale = losses.weights(loss, totals, ones)
         terms = {n: sums[n] * scale[n] for n in losses.TASKS}
@@ -234,15 +262,17 @@ def test_train_inputs():
     assert golden.error(got, np.asarray(latents[2:])) < 5e-6
 
 
-def test_losses():
+@ROWS
+def test_losses(in_one_row):
     facts, want = golden.facts("train"), golden.arrays("train")
-    value, (terms, velocity, totals), _ = train_numbers()
+    value, (terms, velocity, totals), _ = train_numbers(in_one_row)
+    velocity = velocity[0] if in_one_row else velocity[2:, 0]
     assert totals["ar"] == sum(e["loss_tokens"] for e in facts["understanding"]["examples"])
     np.testing.assert_allclose(terms["ar"], facts["understanding"]["loss_ar"], rtol=1e-5)
     np.testing.assert_allclose(terms["rf"], facts["generation"]["loss_rf"], rtol=1e-5)
     np.testing.assert_allclose(terms["repa"], facts["generation"]["loss_repa"], rtol=1e-5)
     np.testing.assert_allclose(value, facts["loss_total"], rtol=1e-5)
-    assert golden.error(velocity[2:, 0], golden.nhwc(want["train.velocity"])) < golden.GRAD
+    assert golden.error(velocity, golden.nhwc(want["train.velocity"])) < golden.GRAD
 
 
 def test_ar_loss_of_each_example():
@@ -256,8 +286,9 @@ def test_ar_loss_of_each_example():
         np.testing.assert_allclose(sums["ar"], case["loss_sum"], rtol=1e-5)
 
 
-def test_gradient_norm_of_every_parameter():
-    _, _, grads = train_numbers()
+@ROWS
+def test_gradient_norm_of_every_parameter(in_one_row):
+    _, _, grads = train_numbers(in_one_row)
     wanted = golden.facts("train")["grad_norm"]
     unused = {n for n in wanted if ".attn_pool." in n}
     assert all(not wanted[n] for n in unused)
@@ -270,8 +301,9 @@ def test_gradient_norm_of_every_parameter():
     assert not bad
 
 
-def test_whole_gradients():
-    _, _, grads = train_numbers()
+@ROWS
+def test_whole_gradients(in_one_row):
+    _, _, grads = train_numbers(in_one_row)
     for name, want in golden.arrays("train").items():
         if name.startswith("grad."):
             assert golden.error(grads[name[5:]], want) < golden.GRAD, name

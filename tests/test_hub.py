@@ -244,9 +244,8 @@ def test_parts_are_read_one_after_another(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_save_tree", save)
     to_model(golden.TINY / "janusflow", golden.TINY / "vae", tmp_path / "model")
     saves = [x for x in log if x != "read"]
-    assert (
-        saves == [*convert.published_shapes(config.model_config("test")), "vae"] or len(saves) == 10
-    )
+    parts = convert.published_shapes(config.model_config("test"))
+    assert sorted(saves) == sorted([*parts, "vae"])
     counts = {}
     at = 0
     for x in log:
@@ -254,7 +253,7 @@ def test_parts_are_read_one_after_another(tmp_path, monkeypatch):
             at += 1
         else:
             counts[x], at = at, 0
-    assert list(counts) == [*(p for p in config.STAGE_PARTS if p != "repa_head"), "vae"]
+    assert list(counts) == [*(p for p in config.STAGE_PARTS if p in parts), "vae"]
     assert counts["llm"] == 13 + 3 + 3 * 9  # the pooling head, which is small, comes first
     assert counts["und_begin"] == 1 and counts["vae"] == 244
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import runpy
 from pathlib import Path
 
+import golden
 import jax
 import numpy as np
 import pytest
 import test_train
-from test_train import store  # noqa: F401 - a fixture
+from published import to_model
 
-from janusflow_jax import checkpoint, config_checks, config_stages, train, train_step
+from janusflow_jax import (
+    checkpoint,
+    config_checks,
+    config_stages,
+    hub_export,
+    pipeline,
+    train,
+    train_step,
+    trees,
+)
 from janusflow_jax import config as c
-from janusflow_jax.data import packing
+from janusflow_jax.data import packing, sources
+from janusflow_jax.models import janusflow
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("adaptation", "pretrain", "sft")
@@ -99,25 +111,158 @@ def test_what_is_missing_is_said_before_anything_is_loaded(tmp_path, monkeypatch
         train.train(config("adaptation"))
 
 
+@pytest.fixture
+def mixture(monkeypatch, tmp_path):
+    """Sources by task: captions, conversations with two pictures, text."""
+
+    def talk(i: int) -> dict:
+        given = [test_train.record(i + j)["image"] for j in range(2)]
+        turns = [
+            {"role": "user", "content": "<image_placeholder> Which colour?"},
+            {"role": "assistant", "content": test_train.record(i)["captions"][0]},
+            {"role": "user", "content": "<image_placeholder> And this?"},
+            {"role": "assistant", "content": test_train.record(i + 1)["captions"][0]},
+        ]
+        return {"id": str(i), "images": given, "conversation": turns}
+
+    both = [test_train.record(i) for i in range(20)] + [talk(i) for i in range(20)]
+    known = {
+        "understand": test_train.Store(both),
+        "generate": test_train.Store(test_train.record(i) for i in range(30)),
+        "text": test_train.Store({"id": str(i), "text": "a fox " * (i + 1)} for i in range(30)),
+    }
+    monkeypatch.setattr(sources, "open_source", lambda path, split: known[Path(path).name])
+    monkeypatch.chdir(tmp_path)
+
+
+def twin(name: str, arg: str, **changes: object) -> c.TrainConfig:
+    cfg = config(name, arg)
+    cfg.data = dataclasses.replace(
+        cfg.data, sources=tuple(dataclasses.replace(s, path=s.task) for s in cfg.data.sources)
+    )
+    cfg.tokenizer, cfg.prompts = str(test_train.HUB), ()
+    for field, value in changes.items():
+        setattr(cfg, field, value)
+    return cfg
+
+
 @pytest.mark.slow
-def test_the_stages_run_one_after_another(store, tmp_path):  # noqa: F811
-    """Each starts from the last one's run; what is frozen stays bit for bit."""
-    start, params = "", {}
+def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_path):
+    """From a converted checkpoint through three stages, each from the last one's run, and out
+    again; what is frozen stays bit for bit, and what comes out is what was trained."""
+    start = str(tmp_path / "start")
+    to_model(golden.TINY / "janusflow", golden.TINY / "vae", start)
+    params = checkpoint.load_model(start).params
+    assert params is not None and "repa_head" not in params
     for stage in STAGES:
-        cfg = config(stage, "test")
-        cfg.tokenizer, cfg.start = str(test_train.HUB), start
-        cfg.allow_fresh = not start
+        cfg = twin(stage, "test", start=start, allow_fresh=False)
         start = train.train(cfg)
         metrics = test_train.lines(start)
         assert [x["step"] for x in metrics] == [1, 2, 3, 4] and metrics[-1]["ok"] == 1
+        for name in ("loss_ar", "loss_rf", "loss_repa"):
+            assert any(x[name] for x in metrics), name  # a step of 8 rows may lack a task
         now = checkpoint.load_model(start, weights="params")
-        assert now.vae is not None
-        if params:
-            for part, tree in checkpoint.flat(params).items():
-                frozen = part.split("/")[0] not in cfg.train_parts
-                same = np.array_equal(tree, checkpoint.flat(now.params)[part])
-                assert same == frozen or not np.any(tree), part
+        assert now.vae is not None and now.params is not None
+        for name, before in checkpoint.flat(params).items():
+            frozen = name.split("/")[0] not in cfg.train_parts
+            same = np.array_equal(before, checkpoint.flat(now.params)[name])
+            assert same == frozen or not np.any(before), (stage, name)
         params = now.params
+    hub_export.export(start, tmp_path / "published", licence="mit", say=lambda _: None)
+    to_model(tmp_path / "published", tmp_path / "published" / "vae", tmp_path / "again")
+    trained, again = checkpoint.load_model(start), checkpoint.load_model(tmp_path / "again")
+    want = checkpoint.flat({n: x for n, x in (trained.params or {}).items() if n != "repa_head"})
+    got = checkpoint.flat(again.params)
+    assert want.keys() == got.keys()
+    for name, x in want.items():
+        np.testing.assert_array_equal(got[name], x, err_msg=name)
+    model = pipeline.load(str(tmp_path / "again"))
+    assert model.generate("a red fox", num_steps=2, output="numpy").shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("letter", "ABCDEF")
+def test_an_ablation_has_the_papers_values(letter):
+    cfg = config("ablation", letter)
+    assert not config_checks.train_problems(cfg) and cfg.name == f"ablation-{letter}"
+    assert cfg.model.image_size == 256 and cfg.loss.norm == "per_sample"
+    assert (cfg.optim.lr, cfg.optim.warmup_steps, cfg.batch_rows) == (1e-4, 2000, 512)
+    steps, change = {"D": (13_000, 5_000), "E": (37_000, 0)}.get(letter, (50_000, 10_000))
+    assert (cfg.num_steps, cfg.data.change_row) == (steps, change * 512)
+    tasks = {"D": ["understand", "text"], "E": ["generate"]}
+    assert [s.task for s in cfg.data.sources] == tasks.get(
+        letter, ["understand", "generate", "text"]
+    )
+    weights = {"D": [[30, 20], [14, 6]], "E": [[1]]}
+    assert [w for _, w in cfg.data.phases()] == weights.get(letter, [[30, 50, 20], [14, 80, 6]])
+    trained = {p.split("/")[0] for p in train_step.trained_paths(cfg)}
+    assert ("repa_head" in trained) == (letter not in "AD")
+    assert ("und_encoder" in trained) == (letter == "C") and "repa_target" not in trained
+    assert ("gen_decoder" in trained) == (letter != "D")
+    assert ("und_aligner" in trained) == (letter != "E")
+    assert ("llm" in train_step.trained_paths(cfg)) == (letter != "E")
+    shapes = janusflow.param_shapes(cfg.model)
+    assert ("und_encoder" in shapes) == (letter != "B")
+    assert ("repa_target" in shapes) == (letter in "BC")
+    if letter in "BC":
+        assert shapes["und_aligner"]["kernel"].shape == (768, 2048)
+    with pytest.raises(c.ConfigError, match="one letter"):
+        config("ablation", "A,B")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("letter", "ABCDEF")
+def test_an_ablation_trains(mixture, tmp_path, letter):
+    """From one start, all by the same code; what it uses moves and what it does not stays."""
+    start = str(tmp_path / "start")
+    to_model(golden.TINY / "janusflow", golden.TINY / "vae", start)
+    cfg = twin("ablation", f"{letter},test", start=start, allow_fresh=False, num_steps=3)
+    workdir = train.train(cfg)
+    metrics = test_train.lines(workdir)
+    assert [(x["step"], x["ok"]) for x in metrics] == [(1, 1), (2, 1), (3, 1)]
+    idle = {"A": {"repa"}, "D": {"rf", "repa"}, "E": {"ar"}}.get(letter, set())
+    for name in ("ar", "rf", "repa"):
+        assert any(x[f"loss_{name}"] for x in metrics) == (name not in idle), name
+    given = checkpoint.load_model(start)
+    now = checkpoint.load_model(workdir, weights="params")
+    before = {**(given.params or {}), "repa_target": (given.params or {})["und_encoder"]}
+    if letter == "C":
+        before["und_encoder"] = {"vae": given.vae}
+    after, trained = checkpoint.flat(now.params), train_step.trained_paths(cfg)
+    compared = 0
+    for name, x in checkpoint.flat(before).items():
+        if name not in after or x.shape != after[name].shape:
+            continue  # a part that this letter has not, or has fresh
+        same, compared = np.array_equal(x, after[name]), compared + 1
+        moves = any(trees.below(name, path) for path in trained)
+        assert same != moves or not np.any(x), name
+    assert compared > 80
+    model = pipeline.load(workdir)
+    if letter != "D":
+        assert model.generate("a fox", num_steps=1, output="latent").shape == (1, 8, 8, 4)
+    if letter != "E":
+        answer = model.chat("What?", [test_train.record(0)["image"]], max_new_tokens=3)
+        assert isinstance(answer, str)
+    if letter in "BC":
+        with pytest.raises(hub_export.ExportError, match="und_encoder"):
+            hub_export.export(workdir, tmp_path / "out")
+
+
+def test_latents_are_encoded_clean_at_t_1():
+    """B's understanding slot is what generation makes of the same latent at t = 1."""
+    cfg = dataclasses.replace(c.model_config("test"), und_encoder="shared", repa_target="siglip")
+    model = janusflow.JanusFlow(cfg)
+    params = jax.jit(janusflow.init_params, static_argnums=0)(cfg, jax.random.key(0))
+    film = params["gen_encoder"]["block_0"]["film"]
+    film["kernel"] = film["kernel"] + 0.1  # fresh, it ignores time
+    z = jax.random.normal(jax.random.key(1), (2, *cfg.latent_shape))
+    run = lambda method, *args: model.apply({"params": params}, *args, method=method)  # noqa: E731
+    slot = run("understanding_slot", z)
+    _, at_1, _ = run("generation_slot", z, np.full(2, 1000.0, np.float32))
+    _, at_0, _ = run("generation_slot", z, np.zeros(2, np.float32))
+    want = at_1.reshape(2, -1, cfg.gen.width) @ params["und_aligner"]["kernel"]
+    np.testing.assert_allclose(slot[:, 1:], want, atol=1e-5)
+    np.testing.assert_allclose(slot[0, 0], params["und_begin"]["embedding"])
+    assert np.abs(np.asarray(at_1 - at_0)).max() > 0.01
 
 
 def test_the_parts_of_adaptation_are_all_but_the_pretrained():

@@ -186,8 +186,10 @@ def test_refuses_what_cannot_work(store, tmp_path):
         train.train(config("a", allow_fresh=False))
     with pytest.raises(c.ConfigError, match="data.sources"):
         train.train(config("a", data=c.DataConfig()))
-    with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
+    with pytest.raises(c.ConfigError, match="nowhere: expected a model folder"):
         train.train(config("a", init=(("llm", "nowhere"),)))
+    with pytest.raises(c.ConfigError, match="train_parts: 'llm/layer' is no path"):
+        train.train(config("a", train_parts=("gen_head", "llm/layer")))
     train.train(config("a", num_steps=1))
     with pytest.raises(checkpoint.CheckpointError, match="seed: 1 then, 2 now"):
         train.train(config("a", num_steps=2, seed=2))

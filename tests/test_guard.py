@@ -1,0 +1,88 @@
+"""A loss that is no number: its update is skipped, its rows are kept, and the run stops in time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train
+from test_train import store  # noqa: F401 - a fixture
+
+from janusflow_jax import checkpoint, guard, losses, train
+from janusflow_jax import config as c
+from janusflow_jax.data import loader
+
+
+def spoil(monkeypatch, bad_rows) -> None:
+    """The flow loss of these rows is NaN."""
+    real = losses.loss_sums
+
+    def spoiled(params, vae_params, batch, *args, **kwargs):
+        sums, extras = real(params, vae_params, batch, *args, **kwargs)
+        hit = jnp.isin(batch["row"], jnp.asarray(bad_rows, jnp.uint32)).any()
+        return sums | {"rf": jnp.where(hit, jnp.nan, sums["rf"])}, extras
+
+    monkeypatch.setattr(losses, "loss_sums", spoiled)
+
+
+def test_bad_steps_are_noted_and_trip_for_good(tmp_path):
+    watch = guard.Guard(tmp_path, most=2)
+    oks = [False, True, False, False, True]
+    for step, ok in enumerate(oks, start=1):
+        rows = loader.Report(first_row=8 * step, next_row=8 * step + 8, bad=[])
+        watch.count(step, ok, rows)
+        assert watch.tripped == (step >= 4)
+    noted = [json.loads(x)["first_row"] for x in (tmp_path / guard.FILE).read_text().splitlines()]
+    assert noted == [8, 24, 32] and "--replay=32:40" in watch.message()
+    never = guard.Guard(tmp_path / "other", most=0)
+    (tmp_path / "other").mkdir()
+    for step in range(9):
+        never.count(step, False, loader.Report(0, 8, []))
+    assert not never.tripped
+
+
+@pytest.mark.slow
+def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):  # noqa: F811
+    spoil(monkeypatch, [9])
+    cfg = test_train.config("run", num_steps=2, keep_checkpoints=9, save_every_steps=1)
+    assert cfg.batch_rows == 8
+    train.train(cfg)
+    metrics = test_train.lines("run")
+    assert [x["ok"] for x in metrics] == [1, 0] and [x["bad_steps"] for x in metrics] == [0, 1]
+    assert metrics[1]["loss"] is None and "loss" in metrics[1]["non_finite"]
+    noted = [json.loads(x) for x in Path("run", guard.FILE).read_text().splitlines()]
+    assert noted == [{"step": 2, "first_row": 8, "end_row": 16}]
+    first, second = (
+        checkpoint.flat(checkpoint._load_tree(Path("run/checkpoints", str(n), "params").resolve()))
+        for n in (1, 2)
+    )
+    for name, x in first.items():
+        np.testing.assert_array_equal(x, second[name], err_msg=name)
+    capsys.readouterr()
+    assert not train.replay(cfg, "8:11")
+    said = capsys.readouterr().out.split("row ")
+    assert len(said) == 4 and ["NOT FINITE" in x for x in said[1:]] == [False, True, False]
+    assert "loss_rf" in said[2] and "records" in said[2]
+    assert train.replay(cfg, "8")
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_badly_stops_saved(store, monkeypatch):  # noqa: F811
+    spoil(monkeypatch, range(16, 999))
+    cfg = test_train.config("run", num_steps=50, max_bad_steps=3, save_every_steps=0)
+    with pytest.raises(guard.DivergedError, match=r"3 steps in a row.*--replay=40:48"):
+        train.train(cfg)
+    step = checkpoint.committed_steps("run")[-1]
+    assert 5 <= step <= 6  # metrics come a step late
+    params = checkpoint.load_model("run").params
+    assert all(np.isfinite(x).all() for x in checkpoint.flat(params).values())
+
+
+@pytest.mark.parametrize("text", ["", "x", "3:", ":3", "5:5", "-1", "3:2", "1:2:3"])
+def test_rows_that_are_none(text):
+    assert guard.parse_rows("7") == (7, 8) and guard.parse_rows("7:9") == (7, 9)
+    with pytest.raises(c.ConfigError, match="ROW or FIRST:END"):
+        guard.parse_rows(text)

@@ -1,0 +1,135 @@
+"""Training on a packed row is training on its samples one by one; what is dropped is the sampler's
+unconditional form. On rows as the loader makes them."""
+
+from __future__ import annotations
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_data_rows import MODEL, config, source, stores  # noqa: F401 - stores is a fixture
+
+from janusflow_jax import flow, losses, sampler
+from janusflow_jax.config import LossConfig
+from janusflow_jax.data import chat_format, rows
+
+KEY = jax.random.key(5)
+LOSS = LossConfig(ce_chunk=64)
+GEN, UND = 3, 2
+MIX = (
+    source("a", name="gen", weight=0.5),
+    source("b", name="und", task="understand", weight=0.3),
+    source("a", name="text", task="text", weight=0.2),
+)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return chat_format.ChatFormat.load(golden.TINY / "janusflow")
+
+
+@pytest.fixture
+def made(stores, chat):  # noqa: F811
+    cfg = config(sources=MIX, row_len=192, gen_slots=GEN, und_slots=UND, drop_prompt=0.5)
+    return rows.Rows(cfg, MODEL, chat)
+
+
+def starts(row: dict) -> list[tuple[int, int]]:
+    """(first, end) of every sample: where positions begin again, also under a dropped prompt."""
+    begins = np.flatnonzero((row["positions"] == 0) & (row["segment_ids"] > 0))
+    ends = [*begins[1:], int(np.flatnonzero(row["segment_ids"])[-1]) + 1]
+    return list(zip(begins.tolist(), ends, strict=True))
+
+
+def apart(row: dict) -> dict:
+    """One row a sample, moved to the row's start; slots keep their numbers, so draws stay."""
+    out = []
+    for begin, end in starts(row):
+        one = {n: np.zeros_like(x) for n, x in row.items()} | {"row": row["row"]}
+        for name in ("tokens", "segment_ids", "positions", "target_mask"):
+            one[name][: end - begin] = row[name][begin:end]
+        mine = (row["slot_start"] >= begin) & (row["slot_start"] < end) & (row["slot_task"] > 0)
+        one["images"] = row["images"]
+        one["slot_task"] = np.where(mine, row["slot_task"], 0)
+        one["slot_start"] = np.where(mine, row["slot_start"] - begin, 0)
+        out.append(one)
+    return stack(out)
+
+
+def stack(many: list[dict]) -> dict:
+    return {n: jnp.asarray(np.stack([x[n] for x in many])) for n in many[0]}
+
+
+def sums(params, vae_params, batch):
+    draws = losses.draw(KEY, batch, MODEL, LOSS, GEN)
+    return losses.loss_sums(
+        params, vae_params, batch, draws, model=golden.model()[0], loss=LOSS, num_gen=GEN,
+        num_und=UND,
+    )  # fmt: skip
+
+
+def find(made: rows.Rows, wanted) -> dict:
+    return next(row for r in range(200) if wanted(row := made.row(r)[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [1, 2])
+def test_a_packed_row_trains_as_its_samples_do(made, task):
+    """Loss and gradient of every parameter, with text behind the images and a dropped prompt."""
+
+    def wanted(row):
+        mine = int((row["slot_task"] == task).sum())
+        dropped = ((row["segment_ids"] == 0) & (row["tokens"] != made.chat.pad_id)).any()
+        return mine >= 2 and len(starts(row)) > mine and dropped == (task == 1)
+
+    row = find(made, wanted)
+    batches = [stack([row]), apart(row)]
+    assert len(batches[1]["tokens"]) >= 3
+    _, params, vae_params = golden.model()
+
+    def total(params, batch):
+        got, _ = sums(params, vae_params, batch)
+        return sum(got.values()), got
+
+    grad = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, together), one = grad(params, batches[0])
+    (_, alone), each = grad(params, batches[1])
+    for name in losses.TASKS:
+        assert (together[name] != 0) == (name == "ar" or task == 1)
+        np.testing.assert_allclose(together[name], alone[name], rtol=1e-5)
+    size = max(float(np.abs(x).max()) for x in jax.tree.leaves(each))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6 * size), one, each
+    )
+
+
+def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(made):
+    def wanted(row):
+        return (row["slot_task"] == 1).sum() >= 2 and any(
+            not row["segment_ids"][b + 1] for b, _ in starts(row)
+        )
+
+    row = find(made, wanted)
+    model, params, vae_params = golden.model()
+    batch = stack([row])
+    draws = losses.draw(KEY, batch, MODEL, LOSS, GEN)
+    _, extras = jax.jit(sums)(params, vae_params, batch)
+    latents = losses.encode_latents(
+        vae_params, batch["images"][:, :GEN], draws["posterior"], MODEL, jnp.float32
+    )
+    z = flow.interpolate(latents, draws["noise"], draws["t"])
+    seen = set()
+    for slot, (begin, _) in enumerate(starts(row)[: int((row["slot_task"] == 1).sum())]):
+        length = row["slot_start"][slot] - begin
+        tokens = jnp.asarray(row["tokens"][begin : begin + length])[None]
+        field = sampler.make_velocity(model, params, tokens, jnp.asarray([length]), True)
+        conditional, unconditional = field(z[:, slot], draws["t"][0, slot])
+        dropped = bool(row["segment_ids"][begin + 1] == 0)
+        seen.add(dropped)
+        want, other = conditional, unconditional
+        if dropped:
+            want, other = unconditional, conditional
+        got = extras["velocity"][:, slot]
+        assert golden.error(got, want) < 1e-5 < golden.error(got, other)
+    assert True in seen
