@@ -105,6 +105,14 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         f"attention: expected auto, xla, cudnn or splash; got {cfg.attention!r}",
     )
     check(
+        cfg.attention != "splash" or data.row_len % 128 == 0,
+        f"data.row_len: expected a multiple of 128 for splash attention; got {data.row_len}",
+    )
+    check(
+        cfg.attention != "cudnn" or cfg.dtype == "bfloat16",
+        f"dtype: expected bfloat16 for cudnn attention; got {cfg.dtype!r}",
+    )
+    check(
         0 <= data.drop_prompt < 1,
         f"data.drop_prompt: expected in [0, 1); got {data.drop_prompt}",
     )

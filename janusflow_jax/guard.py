@@ -55,8 +55,8 @@ class Guard:
         step, first, end = self._last or (0, 0, 0)
         return (
             f"{self._most} steps in a row or more, the last of them {step}, had a non-finite loss "
-            "or gradient; their updates were skipped and the run is saved. To see which rows do it, "
-            f"run the same command with --replay={first}:{end}; to go on, lower optim.lr in a "
+            "or gradient; their updates were skipped and the run is saved. To see which rows do "
+            f"it, run the same command with --replay={first}:{end}; to go on, lower optim.lr in a "
             "new run that starts from this one (--config.start), or take the rows' records out of "
             f"the data. {self._file} lists all bad steps"
         )

@@ -161,7 +161,7 @@ def loss_sums(
         "run_llm",
         x,
         batch["positions"],
-        layers.segment_mask(batch["segment_ids"]),
+        layers.make_mask(batch["segment_ids"], model.impl),
         capture=cfg.repa.layer if use_repa else 0,
     )
     sums: Sums = {name: jnp.float32(0) for name in TASKS}

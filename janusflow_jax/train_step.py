@@ -26,8 +26,9 @@ SAVED = ("params", "ema", "opt_state")
 
 def make_model(cfg: TrainConfig) -> janusflow.JanusFlow:
     """The model as this run computes it."""
-    # "auto" is XLA's attention: the fused kernels are asked for by name.
-    impl = "xla" if cfg.attention == "auto" else cfg.attention
+    impl = cfg.attention
+    if impl == "auto":  # cuDNN's is asked for by name; so is splash where TPUs are compiled for
+        impl = "splash" if jax.default_backend() == "tpu" else "xla"
     return janusflow.JanusFlow(cfg.model, jnp.dtype(cfg.dtype), cfg.remat, impl)
 
 

@@ -24,6 +24,7 @@ LAYERS = (
         "compile_cache",
         "sharding",
         "trees",
+        "models.splash",
         "models.layers",
     ),
     # 1 PARTS

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from janusflow_jax import sharding
+from janusflow_jax.models import splash
 
 Init = Callable[..., Any]
 
@@ -104,18 +105,27 @@ def segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
+def make_mask(
+    segment_ids: Int[Array, "B T"], impl: str
+) -> Bool[Array, "B T T"] | Int[Array, "B T"]:
+    """What `attention` takes to keep whole rows causal inside segments: built once a step."""
+    return segment_ids if impl.startswith("splash") else segment_mask(segment_ids)
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"] | None = None,
+    mask: Bool[Array, "B T S"] | Int[Array, "B T"] | None = None,
     impl: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads; softmax in float32.
 
     Args:
-      mask: True where a query may look; every query must see something. None: all.
-      impl: 'xla' anywhere; 'cudnn' on NVIDIA GPUs in bfloat16 (DESIGN section 3).
+      mask: True where a query may look; every query must see something. None: all. For splash:
+        segment ids (`make_mask`).
+      impl: 'xla' anywhere; 'cudnn' on NVIDIA GPUs in bfloat16; 'splash' on TPU for whole rows
+        (DESIGN section 3), 'splash_interpret' for its tests.
     """
     heads, size = q.shape[2], q.shape[3]
     if impl == "cudnn":
@@ -123,6 +133,8 @@ def attention(
     if k.shape[2] != heads:
         k = jnp.repeat(k, heads // k.shape[2], axis=2)
         v = jnp.repeat(v, heads // v.shape[2], axis=2)
+    if mask is not None and mask.ndim == 2:
+        return splash.attention(q, k, v, mask, interpret=impl == "splash_interpret")
     # Heads beside the batch first: on CPU forward and backward are 3.5 times as fast so.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * size**-0.5, k, v))
     scores = jnp.einsum("BNTH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32)

@@ -137,7 +137,7 @@ class Llama(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | Int[Array, "B T"],
         *,
         cache: Cache | None = None,
         index: Int[Array, ""] | int | None = None,
@@ -147,7 +147,8 @@ class Llama(nn.Module):
         """Runs the blocks and the final norm.
 
         Args:
-          mask: True where a query may look; S is T, plus the prefix when there is a cache.
+          mask: True where a query may look; S is T, plus the prefix when there is a cache. Of
+            `layers.make_mask` for whole rows.
           cache: keys and values computed before; with `index` None they stand before this
             call's positions, else this call's are written into them at `index`.
           keep: 'none', 'kv' (the keys and values seen, stacked over layers) or 'hidden'
