@@ -83,10 +83,10 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, dic
     tx = optim.make_optimizer(cfg.optim, cfg.num_steps)
     accum = cfg.optim.accum_steps
     num_gen, num_und = cfg.data.gen_slots, cfg.data.und_slots
-    key = jax.random.key(cfg.seed)
     lr = optim.schedule(cfg.optim, cfg.num_steps)
 
     def loss_fn(train: Any, state: State, batch: Any, weight: Any) -> tuple[Any, Any]:
+        key = jax.random.key(cfg.seed)  # here: a step compiled ahead has no device to make it on
         draws = losses.draw(key, batch, cfg.model, cfg.loss, num_gen)
         sums, extras = losses.loss_sums(
             trees.merge(state["frozen"], train),

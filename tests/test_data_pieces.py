@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -262,3 +263,15 @@ def test_several_images_and_turns_come_through_tfds(tmp_path, chat):
         have = got[want["conversation"][0]["content"].strip()]
         assert samples.turns_of(have) == samples.turns_of(want)
         assert have["images"] == want["images"]
+
+
+def test_the_papers_mixture_fills_98_percent(monkeypatch, tmp_path):
+    """14:80:6 at 4,096 positions and 384 px; `benchmarks/packing.py` prints the lengths."""
+    monkeypatch.setattr(sources, "open_source", sources.open_source)  # put back at the end
+    script = Path(__file__).parents[1] / "benchmarks" / "packing.py"
+    bench = runpy.run_path(str(script))
+    made = bench["open_rows"](1500, str(tmp_path))
+    assert made.cfg.row_len == 4096 and made.model.slot_len == 577
+    got = [d["share_of_positions"] for d in made.describe()]
+    np.testing.assert_allclose(got, [0.14, 0.80, 0.06], atol=0.01)
+    assert bench["used_share"](made, 60) >= 0.98

@@ -98,20 +98,38 @@ def test_a_row_is_the_same_every_time_and_differs_from_the_next(stores, chat):
     assert any((one.row(r)[0]["tokens"] != other.row(r)[0]["tokens"]).any() for r in range(5))
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("hosts", [1, 2, 3])
+@pytest.mark.parametrize("threads", [0, 1, 4])
+@pytest.mark.parametrize("hosts", [1, 2, 3, 16])
 def test_batches_do_not_depend_on_hosts_threads_or_restart(stores, chat, threads, hosts):
+    size = 6 if hosts < 16 else 16
     want = rows.Rows(config(), MODEL, chat)
-    made = loader.Loader(config(num_threads=threads), MODEL, chat, batch_rows=6)
+    made = loader.Loader(config(num_threads=threads), MODEL, chat, batch_rows=size)
     for host in range(hosts):
-        mine = range(host * 6 // hosts, (host + 1) * 6 // hosts)
-        for start in (0, 12):
+        mine = range(host * size // hosts, (host + 1) * size // hosts)
+        for start in (0, 2 * size) if host < 3 else (size,):
             for n, (batch, report) in enumerate(take(made.batches(start, mine), 3)):
-                first = start + 6 * n
-                assert (report.first_row, report.next_row) == (first, first + 6)
+                first = start + size * n
+                assert (report.first_row, report.next_row) == (first, first + size)
                 assert batch["row"].tolist() == [first + place for place in mine]
                 for i, place in enumerate(mine):
                     assert_same({k: v[i] for k, v in batch.items()}, want.row(first + place)[0])
+
+
+def test_a_restart_with_another_batch_size_goes_on_with_the_next_row(stores, chat):
+    whole = loader.Loader(config(), MODEL, chat, batch_rows=4)
+    rows_of = [x for batch, _ in take(whole.batches(0), 6) for x in range_rows(batch)]
+    first = loader.Loader(config(), MODEL, chat, batch_rows=6)
+    ((batch, report),) = take(first.batches(0), 1)
+    rest = loader.Loader(config(), MODEL, chat, batch_rows=3)
+    got = [*range_rows(batch)]
+    for batch, _ in take(rest.batches(report.next_row), 6):
+        got += range_rows(batch)
+    for a, b in zip(rows_of, got, strict=True):
+        assert_same(a, b)
+
+
+def range_rows(batch: dict) -> list[dict]:
+    return [{k: v[i] for k, v in batch.items()} for i in range(len(batch["row"]))]
 
 
 @pytest.mark.parametrize("mix", [MIX[:2], MIX[2:]])

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from janusflow_jax import checkpoint, pipeline, sharding, train, train_step
+from janusflow_jax import checkpoint, pipeline, sharding, train, train_step, trees
 from janusflow_jax import config as c
 from janusflow_jax.data import chat_format, loader, rows, sources
 from janusflow_jax.models import janusflow, vae
@@ -168,6 +168,41 @@ def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
     np.testing.assert_allclose(saved[f"params/{name}"], start[name], atol=1e-7)
     name = "gen_decoder/out_conv/kernel"
     assert np.abs(saved[f"params/{name}"] - start[name]).max() > 1e-6
+
+
+def compile_step(cfg: c.TrainConfig) -> tuple:
+    """The step of a config compiled for one device, and its parameter and batch shapes."""
+    params, vae_params = jax.eval_shape(lambda: fresh(cfg.model, jax.random.key(0)))
+    state = jax.eval_shape(lambda p, v: train_step.create_state(cfg, p, v), params, vae_params)
+    count, slots, side = cfg.batch_rows, cfg.data.num_slots, cfg.model.image_size
+    kinds = dict.fromkeys(("tokens", "segment_ids", "positions"), np.int32) | {"target_mask": bool}
+    batch = {n: jax.ShapeDtypeStruct((count, cfg.data.row_len), t) for n, t in kinds.items()} | {
+        "row": jax.ShapeDtypeStruct((count,), np.uint32),
+        "images": jax.ShapeDtypeStruct((count, slots, side, side, 3), np.uint8),
+        "slot_start": jax.ShapeDtypeStruct((count, slots), np.int32),
+        "slot_task": jax.ShapeDtypeStruct((count, slots), np.int32),
+    }
+    mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        lowered = train_step.jit_train_step(cfg, mesh, state, batch).lower(state, batch)
+        return lowered.compile(), params, (vae_params, batch)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_holds_nothing_for_what_is_frozen():
+    """Its arguments are what is trained four times (with both moments and the EMA) and the rest
+    once; without the LLM's weight gradients it computes a quarter less."""
+    size = lambda t: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t))  # noqa: E731
+    flops = []
+    for train_parts in (c.STAGE_PARTS, ("gen_decoder", "llm/norm")):
+        cfg = config("x", train_parts=train_parts, remat=False)
+        compiled, params, rest = compile_step(cfg)
+        trained, frozen = trees.split(params, train_step.trained_paths(cfg))
+        expected = 4 * size(trained) + size(frozen) + size(rest)
+        got = compiled.memory_analysis().argument_size_in_bytes
+        assert expected <= got < expected + 1024  # counters and alignment
+        flops.append(compiled.cost_analysis()["flops"])
+    assert flops[1] < 0.8 * flops[0]
 
 
 def test_one_bad_record_does_not_end_a_run_and_many_do(store):
