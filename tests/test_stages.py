@@ -8,6 +8,7 @@ from pathlib import Path
 
 import golden
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
