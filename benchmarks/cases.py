@@ -17,8 +17,8 @@ import numpy as np
 
 import janusflow_jax
 from benchmarks import models, timing
+from janusflow_jax import checkpoint, flops, losses, sharding, train, train_step
 from janusflow_jax import config as c
-from janusflow_jax import flops, losses, sharding, train, train_step
 
 PEERS = ("torch, as published", "torch, prompt cached", "torch compiled, as published")
 
@@ -211,9 +211,9 @@ def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
         train_parts=parts, batch_rows=1, dtype=s.dtype, remat=jax.default_backend() != "cpu",
     )  # fmt: skip
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
-    loaded = janusflow_jax.load(s.ours, dtype="float32")
+    loaded = checkpoint.load_model(s.ours)
     with jax.set_mesh(mesh):
-        params = {**loaded.params, "repa_head": {}}  # idle: REPA is off
+        params = {**(loaded.params or {}), "repa_head": {}}  # idle: REPA is off
         state = {"state": train.make_state(cfg, mesh, params, loaded.vae)}
         put = sharding.put_batch(batch, mesh, 1)
         step = train_step.jit_train_step(cfg, mesh, state["state"], put)
