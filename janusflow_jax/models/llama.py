@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from janusflow_jax import sharding
 from janusflow_jax.config import LlamaConfig
-from janusflow_jax.models import layers
+from janusflow_jax.models import layers, quantize
 
 Cache = Any
 """{'k', 'v'}: [L, B, S, K, H], rotary positions already applied to k. Of unstacked layers: a tuple
-of {'k', 'v'}: [B, S, K, H]."""
+of {'k', 'v'}: [B, S, K, H], or of what `quantize.keys_values` gives."""
 
 
 class Attention(nn.Module):
@@ -48,16 +48,18 @@ class Attention(nn.Module):
         )  # fmt: skip
         q = layers.rope(q, positions, cfg.rope_theta)
         k = layers.rope(k, positions, cfg.rope_theta)
-        if cache is None:
-            new = {"k": k, "v": v}
-        elif index is None:  # a fixed prefix before this call's own positions
-            new = {n: jnp.concatenate([cache[n], y], axis=1) for n, y in (("k", k), ("v", v))}
-        else:  # a buffer that this call's positions are written into
+        new = {"k": k, "v": v}
+        if cache is not None and "k_scale" in cache:
+            new = quantize.keys_values(k, v)
+        if cache is not None and index is None:  # a fixed prefix before this call's own positions
+            new = {n: jnp.concatenate([cache[n], y], axis=1) for n, y in new.items()}
+        elif cache is not None:  # a buffer that this call's positions are written into
             new = {
                 n: lax.dynamic_update_slice_in_dim(cache[n], y.astype(cache[n].dtype), index, 1)
-                for n, y in (("k", k), ("v", v))
+                for n, y in new.items()
             }
-        out = layers.attention(q, new["k"], new["v"], mask, self.impl)
+        scales = (new["k_scale"], new["v_scale"]) if "k_scale" in new else None
+        out = layers.attention(q, new["k"], new["v"], mask, self.impl, scales)
         out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
         return layers.Linear(x.shape[-1], use_bias=False, name="o")(out), new
 
@@ -210,9 +212,16 @@ def unstack(llm: dict[str, Any], take: Any = lambda x, i: x[i]) -> dict[str, Any
 
 
 def empty_cache(cfg: LlamaConfig, llm: dict[str, Any], batch: int, size: int, dtype: Any) -> Cache:
-    """A buffer of zeros for `size` positions, in the layout of the parameters `llm`."""
+    """A buffer of zeros for `size` positions, in the layout of the parameters `llm`; int8 with
+    scales where its weights are int8."""
     shape = (batch, size, cfg.num_kv_heads, cfg.head_dim)
-    make = lambda *lead: {n: jnp.zeros((*lead, *shape), dtype) for n in ("k", "v")}  # noqa: E731
+    kinds = {"k": (shape, dtype), "v": (shape, dtype)}
+    if quantize.is_int8(llm["head"]["kernel"]):
+        kinds = dict.fromkeys(kinds, (shape, jnp.int8))
+        kinds |= {f"{n}_scale": ((*shape[:-1], 1), jnp.float32) for n in ("k", "v")}
+    make = lambda *lead: {  # noqa: E731
+        n: jnp.zeros((*lead, *shape), dtype) for n, (shape, dtype) in kinds.items()
+    }
     if isinstance(llm["layers"], tuple):
         return tuple(make() for _ in range(cfg.num_layers))
     return make(cfg.num_layers)
