@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import uuid
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import Bool
 
 from janusflow_jax.data import chat_format, samples
 
@@ -62,18 +64,48 @@ class Lengths(NamedTuple):
 
 def measure(source: Any, task: str, form: str, chat: chat_format.ChatFormat) -> Lengths:
     """Tokens of each record's units in their form, without the positions of images."""
-    found: list[samples.Unit] = []
-    offsets, text = [0], np.zeros(len(source), bool)
+    found: list[list[samples.Unit]] = []
+    text = np.zeros(len(source), bool)
     for i in range(len(source)):
         record = source[i]
         try:
-            found += samples.units(record, task, form, chat)
+            found.append(samples.units(record, task, form, chat))
             text[i] = samples.kind(record, task) == "text"
         except samples.BadRecord:
-            found.append(samples.Unit(0, 0, int(task != "text")))
-        offsets.append(len(found))
-    columns = np.array(found, np.int32).reshape(-1, 3).T
-    return Lengths(np.array(offsets, np.int64), text, *columns)
+            found.append([samples.Unit(0, 0, int(task != "text"))])
+    return of_units(found, text)
+
+
+def of_units(units: Sequence[Sequence[samples.Unit]], text: Bool[np.ndarray, "n"]) -> Lengths:
+    """Lengths of records whose units are known.
+
+    Args:
+      units: of each record.
+      text: whether a record is text that may be cut anywhere.
+    """
+    offsets = np.cumsum([0, *map(len, units)], dtype=np.int64)
+    columns = np.array([u for record in units for u in record], np.int32).reshape(-1, 3).T
+    return Lengths(offsets, text, *columns)
+
+
+def join(parts: Sequence[tuple[Lengths, Bool[np.ndarray, "n"]]]) -> Lengths:
+    """The lengths of the records of several data sets in a row.
+
+    Args:
+      parts: (lengths, which records are kept) each.
+    """
+    counts, text, columns = [], [], []
+    for one, keep in parts:
+        count = np.diff(one.offsets)
+        units = np.repeat(keep, count)
+        counts.append(count[keep])
+        text.append(one.text[keep])
+        columns.append(np.stack([one.first, one.more, one.images])[:, units])
+    offsets = np.concatenate([[0], *counts]).cumsum().astype(np.int64)
+    empty = np.zeros((3, 0), np.int32)
+    return Lengths(
+        offsets, np.concatenate([np.zeros(0, bool), *text]), *np.hstack([empty, *columns])
+    )
 
 
 def load_lengths(
