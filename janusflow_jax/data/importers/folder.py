@@ -14,7 +14,6 @@ from typing import Any
 
 from etils import epath
 
-from janusflow_jax.data import sources
 from janusflow_jax.data.importers import fields, inputs, lines, pictures
 from janusflow_jax.data.importers.raw import Options, Raw, Skip, Skipped
 
@@ -25,7 +24,9 @@ def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
     """Shards: slices of the list of pictures, or of the rows."""
     if len(options.inputs) != 1 or not epath.Path(options.inputs[0]).is_dir():
         raise inputs.InputError(f"folder: expected one folder; got {', '.join(options.inputs)}")
-    if options.rows and not epath.Path(options.rows).exists():
+    if options.rows and (
+        not epath.Path(options.rows).exists() or epath.Path(options.rows).is_dir()
+    ):
         raise inputs.InputError(f"{options.rows}: expected a .jsonl or .csv file; there is none")
     entries = _rows(options) if options.rows else _pairs(epath.Path(options.inputs[0]))
     return inputs.write_slices(entries, slices, options.shard_records)
@@ -34,6 +35,7 @@ def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
 def read(shard: dict, options: Options, slices: epath.Path) -> Iterator[Raw | Skip]:
     """The records of one slice."""
     root = options.images or options.inputs[0]
+    limit = 4 * options.max_chars  # bytes of a character in UTF-8
     for where, place_id, row in inputs.read_slice(slices / shard["slice"]):
         try:
             if isinstance(row, Skipped):
@@ -42,7 +44,9 @@ def read(shard: dict, options: Options, slices: epath.Path) -> Iterator[Raw | Sk
                 yield fields.raw(row, where, place_id, options, lambda v: pictures.inside(root, v))
             else:
                 path, text = (epath.Path(root) / row[key] for key in ("image", "txt"))
-                yield Raw(where, place_id, [path], captions=_text(text))
+                yield Raw(
+                    where, place_id, [path], captions=inputs.read_bytes(text, "caption", limit)
+                )
         except Skipped as e:
             yield Skip(where, e.reason, e.detail)
 
@@ -71,13 +75,6 @@ def _pairs(root: epath.Path) -> Iterator[inputs.Entry]:
                     yield image, stem, Skipped("caption: missing", f"no {stem}.txt")
 
 
-def _text(path: epath.Path) -> bytes:
-    try:
-        return sources.retry(path.read_bytes, str(path))
-    except sources.SourceError as e:
-        raise Skipped("caption: cannot be read", str(e.__cause__)) from e
-
-
 def _rows(options: Options) -> Iterator[inputs.Entry]:
     path = epath.Path(options.rows)
     if path.name.lower().endswith((".csv", ".tsv")):
@@ -99,7 +96,7 @@ def _rows(options: Options) -> Iterator[inputs.Entry]:
 
 def _csv_rows(path: epath.Path) -> Iterator[inputs.Entry]:
     csv.field_size_limit(_FIELD_LIMIT)
-    data = sources.retry(path.read_bytes, str(path)).removeprefix(b"\xef\xbb\xbf")
+    data = inputs.read_bytes(path, "file").removeprefix(b"\xef\xbb\xbf")
     # bytes that are no UTF-8 stay in their field, where the check of texts names them
     text = io.StringIO(data.decode("utf-8", errors="surrogateescape"), newline="")
     separator = "\t" if path.name.lower().endswith(".tsv") else ","

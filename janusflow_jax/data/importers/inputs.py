@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -80,6 +81,43 @@ def walk(folder: epath.Path) -> Iterator[tuple[epath.Path, str]]:
 
 def _listed(folder: epath.Path) -> list[epath.Path]:
     return sorted(folder.iterdir(), key=lambda path: path.name)
+
+
+def read_bytes(path: epath.Path, what: str, limit: int = -2) -> bytes:
+    """The first `limit` + 1 bytes of a file; all without a limit. Raises as `open_file`."""
+
+    def once() -> bytes:
+        with _opened(path, what) as stream:
+            return stream.read(limit + 1)
+
+    return sources.retry(once, str(path))
+
+
+def open_file(path: epath.Path, what: str = "file") -> Any:
+    """The file as a stream of bytes.
+
+    Args:
+      what: names it in reasons: picture, caption, file.
+    Raises:
+      Skipped: it is not there, or no file: to try again would not help.
+      sources.SourceError: the store fails again and again.
+    """
+    return sources.retry(lambda: _opened(path, what), str(path))
+
+
+def _opened(path: epath.Path, what: str) -> Any:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as e:
+        raise Skipped(f"{what}: missing", f"no file {path}") from e
+    except (IsADirectoryError, NotADirectoryError) as e:
+        raise Skipped(f"{what}: not a file", str(path)) from e
+    except PermissionError as e:
+        raise Skipped(f"{what}: cannot be read", str(e)) from e
+    except OSError as e:
+        if e.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise Skipped(f"{what}: missing", str(e)) from e
 
 
 def write_slices(entries: Iterable[Entry], folder: epath.Path, size: int) -> Iterator[dict]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from janusflow_jax.data import sources
+from janusflow_jax.data.importers import inputs
 from janusflow_jax.data.importers.raw import Skipped
 
 BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -43,8 +43,9 @@ def lines(
       limit: bytes of a line that are kept; of a longer one the first `limit` + 1 come, no more.
     Raises:
       BROKEN: a .gz that is truncated or broken; the lines before it have come.
+      Skipped, sources.SourceError: as `inputs.open_file`.
     """
-    with sources.retry(lambda: path.open("rb"), str(path)) as stream:
+    with inputs.open_file(path) as stream:
         unpacked: Any = gzip.GzipFile(fileobj=stream) if path.suffix == ".gz" else stream
         at = begin
         if begin:  # the line that begins before `begin` is another's

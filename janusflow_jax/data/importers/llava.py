@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from janusflow_jax.data import sources
 from janusflow_jax.data.importers import fields, inputs, lines, pictures
 from janusflow_jax.data.importers.raw import Options, Raw, Skip, Skipped
 
@@ -51,8 +50,14 @@ def _entries(path: epath.Path, name: str) -> Iterator[inputs.Entry]:
                     yield f"{name}:{number}", f"{name}-{number}", _parsed(line)
         except lines.BROKEN as e:
             yield f"{name}:{number + 1}", "", Skipped("file: truncated or broken", str(e))
+        except Skipped as e:
+            yield name, "", e
         return
-    data = sources.retry(path.read_bytes, str(path)).removeprefix(b"\xef\xbb\xbf")
+    try:
+        data = inputs.read_bytes(path, "file").removeprefix(b"\xef\xbb\xbf")
+    except Skipped as e:
+        yield name, "", e
+        return
     if not data.strip():
         yield name, name, Skipped("file: empty")
         return

@@ -11,7 +11,6 @@ from typing import Any
 
 from etils import epath
 
-from janusflow_jax.data import sources
 from janusflow_jax.data.importers import fields, inputs
 from janusflow_jax.data.importers.raw import Options, Raw, Skip, Skipped
 
@@ -91,12 +90,7 @@ class _open:
 
     def __init__(self, path: epath.Path):
         pyarrow = _pyarrow()
-        try:
-            self.stream = sources.retry(lambda: path.open("rb"), str(path))
-        except sources.SourceError as e:
-            if not isinstance(e.__cause__, (IsADirectoryError, PermissionError)):
-                raise
-            raise Skipped("file: cannot be read", str(e.__cause__)) from e
+        self.stream = inputs.open_file(path)
         try:
             self.file = pyarrow.parquet.ParquetFile(self.stream)
         except (pyarrow.ArrowException, OSError) as e:

@@ -9,7 +9,8 @@ from typing import Any
 from etils import epath
 from PIL import Image
 
-from janusflow_jax.data import images, sources
+from janusflow_jax.data import images
+from janusflow_jax.data.importers import inputs
 from janusflow_jax.data.importers.raw import Options, Skipped
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp")
@@ -52,7 +53,9 @@ def load(picture: Any, options: Options) -> bytes:
       Skipped: missing, no picture we accept, too large, too small, too long.
       sources.SourceError: the store fails again and again.
     """
-    data = picture if isinstance(picture, bytes) else _read(picture, options.max_bytes)
+    data = picture
+    if not isinstance(data, bytes):
+        data = inputs.read_bytes(picture, "picture", options.max_bytes)
     try:
         pixels = images.decode(data, options.max_pixels, options.max_bytes)
     except images.BadImage as e:
@@ -66,31 +69,6 @@ def load(picture: Any, options: Options) -> bytes:
     if options.max_side and long > options.max_side:
         return _shrunk(data, Image.fromarray(pixels), options.max_side)
     return data
-
-
-def _read(path: Any, max_bytes: int) -> bytes:
-    if path is None:
-        raise Skipped("picture: missing")
-    try:
-        return sources.retry(lambda: _bytes(epath.Path(path), max_bytes), str(path))
-    except UnicodeError as e:
-        raise Skipped("picture: missing", str(e)) from e
-
-
-def _bytes(path: epath.Path, max_bytes: int) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(max_bytes + 1)
-    except FileNotFoundError as e:
-        raise Skipped("picture: missing", f"no file {path}") from e
-    except (IsADirectoryError, NotADirectoryError) as e:
-        raise Skipped("picture: not a file", str(path)) from e
-    except PermissionError as e:
-        raise Skipped("picture: cannot be read", str(e)) from e
-    except OSError as e:
-        if e.errno in (36, 40):  # name too long; links in a circle: no use to try again
-            raise Skipped("picture: missing", str(e)) from e
-        raise
 
 
 def _shrunk(data: bytes, picture: Image.Image, max_side: int) -> bytes:

@@ -7,7 +7,6 @@ from typing import Any
 
 from etils import epath
 
-from janusflow_jax.data import sources
 from janusflow_jax.data.importers import fields, inputs, lines
 from janusflow_jax.data.importers.raw import Options, Raw, Skip, Skipped
 
@@ -49,8 +48,9 @@ def read(shard: dict, options: Options, slices: epath.Path) -> Iterator[Raw | Sk
                 continue
             empty = False
             yield _line(line, is_json, f"{name}@{at}", options)
-    except lines.BROKEN as e:
-        yield Skip(f"{name} behind byte {at} unpacked", "file: truncated or broken", str(e))
+    except (*lines.BROKEN, Skipped) as e:
+        broken = e if isinstance(e, Skipped) else Skipped("file: truncated or broken", str(e))
+        yield Skip(f"{name}@{at}", broken.reason, broken.detail)
         return
     if empty and shard["begin"] == 0:
         yield Skip(name, "file: empty")
@@ -81,6 +81,6 @@ def _whole(path: epath.Path, where: str, place_id: str, options: Options) -> Raw
                 break
     except lines.BROKEN as e:
         return Skip(where, "file: truncated or broken", str(e))
-    except sources.SourceError as e:
-        return Skip(where, "file: cannot be read", str(e.__cause__))
+    except Skipped as e:
+        return Skip(where, e.reason, e.detail)
     return Raw(where, place_id, text=b"\n".join(parts))

@@ -28,6 +28,8 @@ def clean(value: Any, what: str, max_chars: int) -> str:
     if value is None:
         raise Skipped(f"{what}: missing")
     if isinstance(value, bytes):
+        if len(value) > 4 * max_chars:  # perhaps cut within a character
+            raise Skipped(f"{what}: too long", f"more than {4 * max_chars:,} bytes")
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError as e:

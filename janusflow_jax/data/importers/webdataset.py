@@ -13,7 +13,6 @@ from typing import Any
 
 from etils import epath
 
-from janusflow_jax.data import sources
 from janusflow_jax.data.importers import fields, inputs, lines, pictures
 from janusflow_jax.data.importers.raw import Options, Raw, Skip, Skipped
 
@@ -34,7 +33,7 @@ def read(shard: dict, options: Options, slices: epath.Path) -> Iterator[Raw | Sk
     path, name = epath.Path(shard["path"]), shard["name"]
     key, sample = "", {}
     try:
-        with sources.retry(lambda: path.open("rb"), str(path)) as file:
+        with inputs.open_file(path) as file:
             for found, ext, value in _members(file, name, options.max_bytes):
                 if found != key:
                     yield from _sample(name, key, sample, options)
@@ -45,10 +44,8 @@ def read(shard: dict, options: Options, slices: epath.Path) -> Iterator[Raw | Sk
         # the sample that was being read may lack members
         yield Skip(f"{name}:{key}", "file: truncated or broken", str(e))
         return
-    except sources.SourceError as e:
-        if not isinstance(e.__cause__, (FileNotFoundError, IsADirectoryError, PermissionError)):
-            raise
-        yield Skip(name, "file: cannot be read", str(e.__cause__))
+    except Skipped as e:
+        yield Skip(name, e.reason, e.detail)
         return
     if not key and not sample:
         yield Skip(name, "file: empty", "a tar without members")
