@@ -10,6 +10,9 @@ import collections
 from pathlib import Path
 
 import bad_folder
+import bad_tables
+import bad_tars
+import bad_texts
 import drawn
 import pytest
 
@@ -128,3 +131,108 @@ def test_folder_with_csv(monkeypatch, tmp_path, separator):
         at += 1 + line.count(b"\n")
         ends[at] = name
     compare(cases, gathered(records, skips, lambda where: ends[int(where.rpartition(":")[2])]))
+
+
+def test_webdataset(monkeypatch, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    bad_tars.write(folder)
+    before = sorted(tmp_path.rglob("*"))
+    records, skips, _ = run(
+        monkeypatch, tmp_path, "webdataset", [folder], ids="place", classes=("dog", "cat")
+    )
+    first = lambda place: place.split(".tar")[0]  # noqa: E731
+    got = gathered(records, skips, first, first)
+    compare(bad_tars.CASES, got)
+    made = [p for p in tmp_path.rglob("*") if p not in before]
+    assert all((tmp_path / "out") in (p, *p.parents) for p in made)  # nothing is extracted
+    assert not Path("/tmp/wds_absolute_1.jpg").exists()
+    assert records["wds_class.tar/wds_class"]["captions"] == ["cat"]
+    assert records["wds_class_word.tar/wds_class_word"]["captions"] == ["tabby cat"]
+    for record in records.values():
+        assert drawn.looks_right(images.decode(record["image"])), record["id"]
+
+
+def test_parquet(monkeypatch, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    bad_tables.write(folder)
+    records, skips, _ = run(monkeypatch, tmp_path, "parquet", [folder])
+    got = gathered(
+        records, skips,
+        id_of=lambda i: {"123456789": "pq_number_id"}.get(i, i.rpartition("-")[0] or i),
+    )  # fmt: skip
+    compare(bad_tables.CASES, got)
+    assert records["pq_captions_nulls-0"]["captions"] == ["red"]
+    for record in records.values():
+        assert drawn.looks_right(images.decode(record["image"])), record["id"]
+
+
+def test_llava(monkeypatch, tmp_path):
+    folder = rows_folder(tmp_path)
+    made = [(name, make(name)) for name, make, _ in bad_texts.TALKS]
+    talks, at, text = tmp_path / "talks.json", {}, "["
+    for name, element in made:
+        text += "\n"
+        at[len(text)] = name
+        text += element + ","
+    talks.write_text(text[:-1] + "\n]")
+    records, skips, _ = run(
+        monkeypatch, tmp_path, "llava", [talks], kind="conversation", images=str(folder),
+        lengths=("understand:chat",), max_chars=bad_texts.COUNT,
+    )  # fmt: skip
+    starts = sorted(at)
+    got = gathered(
+        records, skips,
+        lambda where: at[max(s for s in starts if s <= int(where.rpartition("@")[2]))],
+        lambda i: i.removesuffix("_b"),
+    )  # fmt: skip
+    compare(bad_texts.TALKS, got)
+    tag, turns = "<image_placeholder>", {i: r["conversation"] for i, r in records.items()}
+    question = f"{tag}\nWhat is it?"
+    for name in ("talk_llava", "talk_openai", "talk_pairs", "talk_as_text", "talk_last_question"):
+        assert turns[name] == {"role": ["user", "assistant"], "content": [question, "A wall."]}
+    assert turns["talk_mark_in_answer"]["content"][1] == f"I see <image> and {tag}."
+    assert turns["talk_two_images"]["content"][0] == f"{tag}{tag}\nSame?"
+    assert turns["talk_system"]["role"] == ["system", "user", "assistant"]
+    assert [len(records[i]["images"]) for i in ("talk_text_only", "talk_two_images")] == [0, 2]
+    assert drawn.looks_right(images.decode(records["talk_llava"]["images"][0]))
+
+
+def test_files_of_conversations(monkeypatch, tmp_path):
+    folder, cases = rows_folder(tmp_path), bad_texts.JSON_FILES
+    talks = tmp_path / "talks"
+    talks.mkdir()
+    bad_texts.write(talks, cases)
+    records, skips, _ = run(
+        monkeypatch, tmp_path, "llava", [talks], kind="conversation", images=str(folder),
+        lengths=("understand:chat",),
+    )  # fmt: skip
+    compare([(stem(name), data, want) for name, data, want in cases], gathered(records, skips))
+
+
+@pytest.mark.parametrize("shard_bytes", [2**20, 200])
+def test_texts(monkeypatch, tmp_path, shard_bytes):
+    folder, cases = tmp_path / "in", bad_texts.TEXTS
+    folder.mkdir()
+    bad_texts.write(folder, cases)
+    records, skips, _ = run(
+        monkeypatch, tmp_path, "text", [folder], kind="text", lengths=("text:plain",),
+        max_document=bad_texts.COUNT, shard_bytes=shard_bytes,
+    )  # fmt: skip
+    compare([(stem(name), data, want) for name, data, want in cases], gathered(records, skips))
+    assert records["text_lines.txt@14"]["text"] == "another"
+    assert records["text_tags.txt@0"]["text"].startswith("<image_placeholder> <image>")
+
+
+def test_the_tables_hold_a_hundred_kinds():
+    names = [
+        stem(name)
+        for cases in (
+            bad_folder.PAIRS, bad_folder.ROWS, bad_folder.CSV, bad_tars.CASES, bad_tables.CASES,
+            bad_texts.TALKS, bad_texts.JSON_FILES, bad_texts.TEXTS,
+        )
+        for name, _, expected in cases
+        if set(outcome(expected)) - {"good"}
+    ]  # fmt: skip
+    assert len(set(names)) >= 100, len(set(names))

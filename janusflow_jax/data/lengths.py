@@ -88,11 +88,11 @@ def of_units(units: Sequence[Sequence[samples.Unit]], text: Bool[np.ndarray, "n"
     return Lengths(offsets, text, *columns)
 
 
-def join(parts: Sequence[tuple[Lengths, Bool[np.ndarray, "n"]]]) -> Lengths:
+def join(parts: Sequence[tuple[Lengths, np.ndarray]]) -> Lengths:
     """The lengths of the records of several data sets in a row.
 
     Args:
-      parts: (lengths, which records are kept) each.
+      parts: (lengths, which records are kept, bool[n]) each.
     """
     counts, text, columns = [], [], []
     for one, keep in parts:

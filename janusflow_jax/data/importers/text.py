@@ -23,7 +23,7 @@ def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
         if _is_document(name, options):
             continue
         shard = {"path": str(path), "name": name}
-        if name.endswith(".gz"):
+        if name.endswith(".gz") or path.is_dir():
             yield shard | {"begin": 0, "end": -1}
             continue
         size = path.stat().length

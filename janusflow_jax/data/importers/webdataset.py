@@ -75,15 +75,14 @@ def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members. tarfile's own iteration takes a header that is cut or broken for the end."""
     members: Any = tar
     found = members.firstmember
+    if found is None:
+        return  # a tar of nothing but its end
     while True:
-        if found is not None:
-            yield found
+        yield found
         if members.offset != members.fileobj.tell():
             members.fileobj.seek(members.offset - 1)
             if not members.fileobj.read(1):
                 raise tarfile.ReadError("unexpected end of data")
-        elif found is None:
-            return  # a tar of nothing but its end
         try:
             found = tar.tarinfo.fromtarfile(tar)
         except tarfile.HeaderError as e:
