@@ -39,6 +39,14 @@ LENGTHS = {
     "text": ("text:plain",),
 }
 """What lengths are stored for, where --lengths does not say."""
+KINDS_OF = {
+    "folder": ("captions", "conversation", "document"),
+    "webdataset": ("captions", "conversation", "document"),
+    "parquet": ("captions", "conversation", "document", "text"),
+    "llava": ("conversation",),
+    "text": ("text",),
+}
+"""What a form can hold; the first is meant where --kind does not say (parquet: by its columns)."""
 ERRORS = (
     prepare.PrepareError,
     inputs.InputError,
@@ -97,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
         default="given",
         help="place: ids from file and place, where given ones repeat",
     )
-    where.add_argument("--classes", help="webdataset: file of class names, a line each, for .cls")
+    where.add_argument(
+        "--classes", default="", help="webdataset: file of class names, a line each, for .cls"
+    )
     where.add_argument(
         "--documents", choices=("line", "file"), default="line", help="text: of .txt"
     )
@@ -137,18 +147,21 @@ def options_of(args: argparse.Namespace) -> Options:
         problems.append("--dry-run: expected --tokenizer, to show what the model sees; got none")
     if args.rows and args.form != "folder":
         problems.append(f"--rows: expected with the form folder only; got it with {args.form}")
+    allowed = KINDS_OF[args.form] if args.form != "folder" or args.rows else ("captions",)
+    if args.kind and args.kind not in allowed:
+        problems.append(f"--kind: expected one of {', '.join(allowed)} here; got {args.kind}")
     if args.classes and not epath.Path(args.classes).exists():
         problems.append(f"--classes: expected a file of names; no such file: {args.classes}")
     if problems:
         raise prepare.PrepareError("arguments:\n" + "\n".join(f"  - {p}" for p in problems))
     names = {field.name for field in dataclasses.fields(Options)}
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
+    given["classes"] = ()
     if args.classes:
         text = epath.Path(args.classes).read_text(encoding="utf-8")
         given["classes"] = tuple(line.strip() for line in text.splitlines())
-    kinds = {"llava": "conversation", "text": "text"}
     given["inputs"] = tuple(args.inputs)
-    given["kind"] = args.kind or kinds.get(args.form, "captions")
+    given["kind"] = args.kind or KINDS_OF[args.form][0]
     if args.form == "parquet" and not args.kind:
         given["kind"] = parquet.guess_kind(Options(**{**given, "lengths": ()}))
     if args.tokenizer:

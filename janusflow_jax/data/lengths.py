@@ -19,6 +19,7 @@ from jaxtyping import Bool
 
 from janusflow_jax.data import chat_format, samples
 
+Fields = tuple[tuple[str, str], ...]
 SMALL = 100_000
 """Up to this many records, lengths are measured when a run starts; more need the command."""
 
@@ -28,10 +29,17 @@ class LengthsError(ValueError):
 
 
 def lengths_path(
-    path: epath.PathLike, split: str, task: str, form: str, chat: chat_format.ChatFormat
+    path: epath.PathLike,
+    split: str,
+    task: str,
+    form: str,
+    chat: chat_format.ChatFormat,
+    fields: Fields = (),
 ) -> epath.Path:
-    """Where the lengths of a split, task, form and tokenizer are stored."""
-    return epath.Path(path) / "lengths" / f"{split}-{task}-{form}-{_key(chat)[:16]}.npz"
+    """Where the lengths of a split, task, form, tokenizer and choice of fields are stored."""
+    chosen = hashlib.sha256(repr(fields).encode()).hexdigest()[:8]
+    name = f"{split}-{task}-{form}-{_key(chat)[:16]}{f'-{chosen}' if fields else ''}.npz"
+    return epath.Path(path) / "lengths" / name
 
 
 def _key(chat: chat_format.ChatFormat) -> str:
@@ -122,7 +130,9 @@ def load_lengths(
       LengthsError: nothing stored for this tokenizer and more than SMALL records, or a stored file
         that does not belong to this data.
     """
-    file = lengths_path(path, split, task, form, chat)
+    fields = getattr(source, "fields", ())
+    command = _command(path, split, task, form, chat, fields)
+    file = lengths_path(path, split, task, form, chat, fields)
     if file.exists():
         with np.load(io.BytesIO(file.read_bytes())) as stored:
             found = str(stored["hash"])
@@ -133,14 +143,14 @@ def load_lengths(
         raise LengthsError(
             f"{file}: expected {len(source)} lengths for tokenizer {_key(chat)[:16]}; got "
             f"{'none' if lengths is None else len(lengths)} for {found[:16]}: the data set was "
-            "made again; run\n  " + _command(path, split, task, form, chat)
+            f"made again; run\n  {command}"
         )
     if len(source) > SMALL:
         others = [p.name for p in file.parent.glob("*.npz")] if file.parent.exists() else []
         raise LengthsError(
             f"{path}: expected stored lengths {file.name} for this tokenizer and form; got "
-            f"{others or 'none'}; {len(source):,} records are too many to measure at start; run\n  "
-            + _command(path, split, task, form, chat)
+            f"{others or 'none'}; {len(source):,} records are too many to measure at start; "
+            f"run\n  {command}"
         )
     lengths = measure(source, task, form, chat)
     try:
@@ -160,8 +170,10 @@ def store(file: epath.Path, lengths: Lengths, chat: chat_format.ChatFormat) -> N
     part.replace(file)
 
 
-def _command(path: str, split: str, task: str, form: str, chat: chat_format.ChatFormat) -> str:
+def _command(
+    path: str, split: str, task: str, form: str, chat: chat_format.ChatFormat, fields: Fields
+) -> str:
     return (
         f"python tools/measure_lengths.py --data {path} --split {split} --task {task} "
         f"--format {form} --tokenizer {chat.folder}"
-    )
+    ) + "".join(f" --field {ours}={theirs}" for ours, theirs in fields)
