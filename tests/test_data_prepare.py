@@ -327,9 +327,9 @@ def test_the_dry_run_writes_a_sheet_and_nothing_else(folder, tmp_path):
     command = [*TOOL, "folder", str(folder), "--out", str(tmp_path / "out"), "--tokenizer",
                str(HUB), "--dry-run", str(tmp_path / "sheet.png")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.count("--- ") == 10
+    assert done.stdout.count("--- ") == 2 * 10 and "«" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
-    assert images.decode((tmp_path / "sheet.png").read_bytes()).shape[0] == 10 * 212
+    assert images.decode((tmp_path / "sheet.png").read_bytes()).shape[0] == 20 * 212
 
 
 @pytest.mark.slow

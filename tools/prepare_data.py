@@ -32,13 +32,14 @@ from janusflow_jax.data import chat_format, engines, prepare, prepare_report, pr
 from janusflow_jax.data.importers import inputs, parquet
 from janusflow_jax.data.importers.raw import KINDS, Options
 
+_BOTH = ("understand:chat", "understand:plain")
 LENGTHS = {
-    "captions": ("generate:chat", "understand:chat"),
-    "conversation": ("understand:chat",),
-    "document": ("understand:chat",),
-    "text": ("text:plain",),
+    "captions": (*_BOTH, "generate:chat", "generate:plain"),
+    "conversation": _BOTH,
+    "document": _BOTH,
+    "text": ("text:plain", "text:chat"),
 }
-"""What lengths are stored for, where --lengths does not say."""
+"""What lengths are stored for, where --lengths does not say: all that a config can ask for."""
 KINDS_OF = {
     "folder": ("captions", "conversation", "document"),
     "webdataset": ("captions", "conversation", "document"),
@@ -202,16 +203,19 @@ def _engine(args: argparse.Namespace) -> engines.Engine:
 def dry_run(options: Options, png: str) -> int:
     """Prints samples and writes their pictures; 1 where there is none."""
     chat = chat_format.ChatFormat.load(options.tokenizer)
-    task, form = options.lengths[0].split(":")
-    shown, report = preview.show(options, chat, task, form)
-    print(f"as a source of task {task}, form {form}; {preview.OPEN}learned{preview.CLOSE}\n")
-    for i, sample in enumerate(shown):
-        print(f"--- {i + 1}: {sample.where}\n{sample.text}\n")
-    print(prepare_report.table(report))
-    if any(sample.pictures for sample in shown):
-        Image.fromarray(preview.sheet(shown)).save(png)
+    specs = {spec.split(":")[0]: spec.split(":")[1] for spec in reversed(options.lengths)}
+    everything = []
+    for task, form in reversed(specs.items()):  # the first form of every task
+        shown, report = preview.show(options, chat, task, form)
+        print(f"As a source of task {task}, form {form} ({preview.OPEN}learned{preview.CLOSE}):\n")
+        for i, sample in enumerate(shown):
+            print(f"--- {i + 1}: {sample.where}\n{sample.text}\n")
+        print(prepare_report.table(report), end="\n\n")
+        everything += shown
+    if any(sample.pictures for sample in everything):
+        Image.fromarray(preview.sheet(everything)).save(png)
         print(f"{png}: their pictures as the model gets them")
-    return 0 if shown else 1
+    return 0 if everything else 1
 
 
 def progress(start: float) -> Callable[[int, int, int, int], None]:
