@@ -184,6 +184,9 @@ def main() -> int:
     except ERRORS as e:
         print(e, file=sys.stderr)
         return 1
+    except OSError as e:  # a full disk, a store that is gone
+        print(f"{e}; the same command goes on with what is not done", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on with what is not done", file=sys.stderr)
         return 130

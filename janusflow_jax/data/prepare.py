@@ -147,7 +147,7 @@ def run_shard(job: Job) -> tuple[int, int]:
     return report.num_records, report.num_skipped
 
 
-def merge(job: tuple[list[tuple[str, list[bool] | None]], str]) -> None:
+def merge(job: tuple[list[tuple[str, list[bool]]], str]) -> None:
     """Writes one file of the data set from files of shards; run by the engine."""
     prepare_files.merge(*job)
 
@@ -267,8 +267,7 @@ def _assemble(
         for i, group in enumerate(groups):
             target = out / prepare_files.shard_name(split, i, len(groups))
             files = [
-                (str(job.file(f"-{split}.array_record")), None if keep.all() else keep.tolist())
-                for job, keep, _ in group
+                (str(job.file(f"-{split}.array_record")), keep.tolist()) for job, keep, _ in group
             ]
             merges.append((files, str(target)))
         shards[split] = [int(sum(keep.sum() for _, keep, _ in group)) for group in groups]

@@ -85,7 +85,7 @@ def writer(path: epath.Path) -> Iterator[Any]:
 
 
 def read(path: epath.Path) -> Iterator[bytes]:
-    """The records of a file in order."""
+    """The records of a file in order. Raises OSError: it is broken or not there."""
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
     with _local(path) as local:
@@ -94,8 +94,9 @@ def read(path: epath.Path) -> Iterator[bytes]:
             count = reader.num_records()
             for begin in range(0, count, _BATCH):
                 yield from reader.read(list(range(begin, min(begin + _BATCH, count))))
-        finally:
             reader.close()
+        except RuntimeError as e:
+            raise OSError(f"{path}: {e}") from e
 
 
 @contextlib.contextmanager
@@ -110,24 +111,29 @@ def _local(path: epath.Path) -> Iterator[str]:
         yield copy
 
 
-def merge(parts: Sequence[tuple[str, list[bool] | None]], target: str) -> None:
+def merge(parts: Sequence[tuple[str, list[bool]]], target: str) -> None:
     """Writes the kept records of `parts` to one file; does nothing where it stands already.
 
     Args:
-      parts: (file, which records are kept; None: all).
+      parts: (file, which of its records are kept).
       target: path of the file.
+    Raises:
+      OSError: a file does not hold as many records as it should.
     """
     path = epath.Path(target)
     if path.exists():
         return
-    if len(parts) == 1 and parts[0][1] is None and "://" not in target:
+    if len(parts) == 1 and all(parts[0][1]) and "://" not in target:
         os.replace(parts[0][0], target)
         return
     with writer(path) as out:
         for part, keep in parts:
-            for i, record in enumerate(read(epath.Path(part))):
-                if keep is None or keep[i]:
+            found = 0
+            for found, record in enumerate(read(epath.Path(part)), 1):
+                if found <= len(keep) and keep[found - 1]:
                     out.write(record)
+            if found != len(keep):  # array_record counts 0 in a file that is not there
+                raise OSError(f"{part}: expected {len(keep)} records; got {found}")
 
 
 def shard_name(split: str, number: int, count: int) -> str:

@@ -42,6 +42,12 @@ class TfdsSource:
 
         self.path, self.split = str(path), split
         folder = epath.Path(path)
+        scheme = str(folder).partition("://")[0]
+        if scheme != str(folder) and scheme != "gs":  # of others array_record reads nothing
+            raise SourceError(
+                f"{folder}: expected a local path or gs:// (all that array_record reads); got "
+                f"{scheme}://: mount the store as a folder, or copy the data set"
+            )
         if not (folder / "dataset_info.json").exists():
             raise SourceError(
                 f"{folder}: expected a prepared data set (a folder with dataset_info.json); "
