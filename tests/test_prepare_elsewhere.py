@@ -12,6 +12,8 @@ from pathlib import Path
 
 import drawn
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from etils.epath import backend
@@ -59,7 +61,7 @@ def tar(keys: range) -> bytes:
 
 
 def fill(folder) -> None:
-    """Inputs of every form but Parquet."""
+    """Inputs of every form."""
     (folder / "tars").mkdir(parents=True)
     for shard in range(2):
         (folder / "tars" / f"{shard:05}.tar").write_bytes(tar(range(shard * 8, shard * 8 + 8)))
@@ -71,6 +73,11 @@ def fill(folder) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A wall."}]
     talks = [{"id": str(i), "image": f"{i}.jpg", "conversations": turns} for i in range(12)]
     (folder / "talks.json").write_text(json.dumps(talks))
+    rows = [{"image": {"bytes": drawn.encoded(quality=40 + i)}, "caption": f"wall {i}"}
+            for i in range(10)]  # fmt: skip
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), table, row_group_size=4)
+    (folder / "a.parquet").write_bytes(table.getvalue())
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(30)))
 
 
@@ -80,6 +87,7 @@ def options(form: str, folder) -> Options:
         "webdataset": {"inputs": (str(folder / "tars" / "*.tar"),)},
         "llava": {"inputs": (str(folder / "talks.json"),), "images": str(folder / "pairs" / "sub"),
                   "kind": "conversation", "lengths": ("understand:chat",)},
+        "parquet": {"inputs": (str(folder / "a.parquet"),)},
         "text": {"inputs": (str(folder / "a.jsonl"),), "kind": "text", "lengths": ("text:plain",),
                  "shard_bytes": 100},
     }  # fmt: skip
@@ -98,7 +106,7 @@ def contents(out) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("form", ["folder", "webdataset", "llava", "text"])
+@pytest.mark.parametrize("form", ["folder", "webdataset", "parquet", "llava", "text"])
 def test_a_bucket_gives_the_same_bytes_as_this_machine(form, bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "_MERGE_BYTES", 4000)
     fill(tmp_path / "in")
@@ -117,7 +125,7 @@ def test_a_bucket_gives_the_same_bytes_as_this_machine(form, bucket, tmp_path, m
     out = bucket / "out"
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(options(form, bucket / "in"), out, stopping)
-    assert stopped and (out / ".parts" / "plan.json").exists()
+    assert stopped and (out / ".prepare_data" / "plan.json").exists()
     report = prepare.prepare(options(form, bucket / "in"), out, engines.local(1))
     assert report.records == local.records and report.num_records > 6
     got, want = contents(out), contents(tmp_path / "out")

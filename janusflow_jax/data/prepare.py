@@ -1,8 +1,8 @@
 """Data as people have it -> a data set: planned once, made shard by shard, put together at the end.
 
-    OUT/.parts/plan.json      options and shards; a run with other options is refused
-    OUT/.parts/000012.json    shard 12 is done: its counts
-    OUT/.parts/000012-*       its records by split, ids, lengths
+    OUT/.prepare_data/plan.json      options and shards; a run with other options is refused
+    OUT/.prepare_data/000012.json    shard 12 is done: its counts
+    OUT/.prepare_data/000012-*       its records by split, ids, lengths
     OUT/                      the data set; dataset_info.json comes last
 
 A killed run goes on where it was: shards are made whole or not at all, from their inputs alone, so
@@ -34,6 +34,8 @@ FORMS: dict[str, Any] = {
     "llava": llava,
     "text": text,
 }
+PARTS = ".prepare_data"
+"""Folder of what is not yet a data set, in OUT."""
 _MERGE_BYTES = 2**26
 """Smaller shards are put together up to about this size."""
 
@@ -53,7 +55,7 @@ class Job:
 
     @property
     def parts(self) -> epath.Path:
-        return epath.Path(self.out) / ".parts"
+        return epath.Path(self.out) / PARTS
 
     def file(self, name: str) -> epath.Path:
         return self.parts / f"{self.number:06}{name}"
@@ -203,10 +205,15 @@ def _chat(tokenizer: str) -> chat_format.ChatFormat | None:
 
 
 def _check_out(out: epath.Path, overwrite: bool) -> None:
-    ours = (out / "report.json").exists() or (out / ".parts").exists()
+    info = out / "dataset_info.json"
+    whole = info.exists()
+    begun = (out / PARTS).exists()
+    ours = prepare_files.__name__ in info.read_text() if whole else begun
     if overwrite and ours:
         out.rmtree()
-    elif (out / "dataset_info.json").exists():
+    elif whole:
+        if begun and ours:  # stopped when all was there
+            (out / PARTS).rmtree()
         raise PrepareError(
             f"{out}: expected no data set there; it holds one: pass --overwrite to make it anew "
             "(if this tool made it), or another --out"
@@ -219,7 +226,7 @@ def _check_out(out: epath.Path, overwrite: bool) -> None:
 
 def _jobs(options: Options, out: epath.Path) -> list[Job]:
     """The plan's shards; the plan is made where there is none."""
-    plan, given = out / ".parts" / "plan.json", json.loads(json.dumps(dataclasses.asdict(options)))
+    plan, given = out / PARTS / "plan.json", json.loads(json.dumps(dataclasses.asdict(options)))
     if plan.exists():
         stored = json.loads(plan.read_text())
         changed = [n for n, value in given.items() if stored["options"].get(n) != value]
@@ -231,8 +238,8 @@ def _jobs(options: Options, out: epath.Path) -> list[Job]:
             )
         shards = stored["shards"]
     else:
-        (out / ".parts").mkdir(parents=True, exist_ok=True)
-        shards = list(FORMS[options.form].plan(options, out / ".parts" / "slices"))
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        shards = list(FORMS[options.form].plan(options, out / PARTS / "slices"))
         sizes = {shard["path"]: _size(shard["path"]) for shard in shards if "path" in shard}
         text = json.dumps({"options": given, "sizes": sizes, "shards": shards})
         prepare_files.write_whole(plan, text.encode())
@@ -252,7 +259,7 @@ def _assemble(
     keeps = _first_of_each_id(jobs, report)
     if not report.num_records:
         table = prepare_report.table(report)
-        (out / ".parts").rmtree()
+        (out / PARTS).rmtree()
         raise PrepareError(f"{out}: not one record can be used:\n{table}")
     shards, num_bytes, merges = {}, {}, []
     for index, split in enumerate(transform.SPLITS):
@@ -279,7 +286,7 @@ def _assemble(
     prepare_files.write_whole(out / "report.json", (text + "\n").encode("utf-8", "replace"))
     made_by = f"Prepared by tools/prepare_data.py from data in the form {options.form}."
     prepare_files.describe(out, options.kind, shards, num_bytes, made_by)
-    (out / ".parts").rmtree()
+    (out / PARTS).rmtree()
     return report
 
 

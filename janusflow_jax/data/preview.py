@@ -99,6 +99,6 @@ def sheet(shown: Sequence[Shown]) -> UInt8[np.ndarray, "H W 3"]:
 
 def _read(options: Options, scratch: epath.Path) -> Iterator[Any]:
     """As `prepare.read`, over the first shards that come."""
-    slices = scratch / ".parts" / "slices"
+    slices = scratch / prepare.PARTS / "slices"
     for i, shard in enumerate(prepare.FORMS[options.form].plan(options, slices)):
         yield from prepare.read(prepare.Job(str(scratch), i, shard, options))
