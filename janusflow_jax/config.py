@@ -158,6 +158,7 @@ class SourceConfig:
     format: str = "chat"  # chat | plain
     weight: float = 1.0  # share of positions
     weight_after: float = -1.0  # from data.change_row on; -1: the same
+    fields: tuple[tuple[str, str], ...] = ()  # (ours, the data set's) where names differ
 
 
 @dataclass

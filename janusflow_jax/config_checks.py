@@ -130,6 +130,12 @@ def train_problems(cfg: TrainConfig) -> list[str]:
             s.format in ("chat", "plain"),
             f"source {s.name!r} format: expected chat or plain; got {s.format!r}",
         )
+        ours = [pair[0] for pair in s.fields if len(pair) == 2]
+        check(
+            len(ours) == len(s.fields) == len(set(ours)),
+            f"source {s.name!r} fields: expected pairs (our name, the data set's), each of ours "
+            f"once; got {s.fields}",
+        )
         later = s.weight_after if data.change_row > 0 else -1.0
         check(
             s.weight > 0 or (s.weight == 0 and later > 0),

@@ -30,7 +30,8 @@ def caption_source(
     model: pipeline.JanusFlowPipeline, source: SourceConfig, count: int
 ) -> list[dict[str, Any]]:
     """Captions `count` pictures spread evenly over a source; with the truth beside them."""
-    data = sources.open_source(source.path, source.split)
+    opened = sources.open_source(source.path, source.split)
+    data = sources.mapped(opened, source.fields, source.task)
     count = min(count, len(data))
     records = [data[i * len(data) // count] for i in range(count)]
     out = []

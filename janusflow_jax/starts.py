@@ -129,12 +129,14 @@ def check_needs(cfg: TrainConfig) -> None:
     for path in filter(None, starts):
         if not checkpoint.is_model(path):
             lacks(path, f"{path}: expected a model folder or a training run; found none")
-    splits = dict.fromkeys((s.path, s.split) for s in (*cfg.data.sources, *cfg.heldout))
-    for path, split in splits:
+    told = set()
+    for s in (*cfg.data.sources, *cfg.heldout):
         try:
-            sources.open_source(path, split)
+            sources.mapped(sources.open_source(s.path, s.split), s.fields, s.task)
         except sources.SourceError as error:
-            lacks(path, str(error))
+            if str(error) not in told:
+                lacks(s.path, str(error))
+            told.add(str(error))
     if cfg.tokenizer and not epath.Path(cfg.tokenizer).exists():
         lacks(cfg.tokenizer, f"{cfg.tokenizer}: expected a tokenizer folder; found none")
     if problems:

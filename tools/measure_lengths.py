@@ -24,15 +24,21 @@ def main() -> int:
     parser.add_argument("--task", required=True, choices=("generate", "understand", "text"))
     parser.add_argument("--format", required=True, choices=("chat", "plain"))
     parser.add_argument("--tokenizer", required=True, help="folder with tokenizer files")
+    parser.add_argument(
+        "--field", action="append", default=[], metavar="OURS=THEIRS",
+        help="a field of the source's `fields` in the config",
+    )  # fmt: skip
     args = parser.parse_args()
+    fields = tuple(tuple(pair.split("=", 1)) for pair in args.field)
     try:
         chat = chat_format.ChatFormat.load(args.tokenizer)
-        source = sources.open_source(args.data, args.split)
+        opened = sources.open_source(args.data, args.split)
+        source = sources.mapped(opened, fields, args.task)
     except (chat_format.FormatError, sources.SourceError) as e:
         print(e, file=sys.stderr)
         return 1
     counted = lengths.measure(source, args.task, args.format, chat)
-    file = lengths.lengths_path(args.data, args.split, args.task, args.format, chat)
+    file = lengths.lengths_path(args.data, args.split, args.task, args.format, chat, fields)
     lengths.store(file, counted, chat)
     print(
         f"{file}: {len(counted):,} records in {len(counted.first):,} units of "

@@ -23,7 +23,11 @@ GREY = 127
 
 
 class BadImage(ValueError):
-    """Bytes that are no picture we accept; the message says why."""
+    """Bytes that are no picture we accept; the message says why, `reason` in two or three words."""
+
+    def __init__(self, message: str, reason: str = "truncated or broken"):
+        super().__init__(message)
+        self.reason = reason
 
 
 def decode(
@@ -44,11 +48,12 @@ def decode(
       BadImage: another format, too large, truncated or broken.
     """
     if not data:
-        raise BadImage("expected a picture; got 0 bytes")
+        raise BadImage("expected a picture; got 0 bytes", "0 bytes")
     if len(data) > max_bytes:
         raise BadImage(
             f"expected at most {max_bytes / 2**20:.0f} MiB; got {len(data) / 2**20:.1f} MiB: "
-            "store a smaller picture"
+            "store a smaller picture",
+            "too many bytes",
         )
     kind = "a picture"
     try:
@@ -57,7 +62,8 @@ def decode(
             if width * height > max_pixels:
                 raise BadImage(
                     f"expected at most {max_pixels / 1e6:.0f} megapixels; got {width} x {height} = "
-                    f"{width * height / 1e6:.0f}: shrink the picture first"
+                    f"{width * height / 1e6:.0f}: shrink the picture first",
+                    "too many pixels",
                 )
             kind = str(image.format)
             image.load()
@@ -66,11 +72,13 @@ def decode(
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise BadImage(
-            f"expected at most {max_pixels / 1e6:.0f} megapixels ({e}): shrink the picture first"
+            f"expected at most {max_pixels / 1e6:.0f} megapixels ({e}): shrink the picture first",
+            "too many pixels",
         ) from e
     except Image.UnidentifiedImageError as e:
         raise BadImage(
-            f"expected {', '.join(FORMATS)}; got {len(data)} bytes that begin {data[:8]!r}"
+            f"expected {', '.join(FORMATS)}; got {len(data)} bytes that begin {data[:8]!r}",
+            "not JPEG, PNG or WebP",
         ) from e
     except MemoryError:
         raise

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import uuid
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import Bool
 
 from janusflow_jax.data import chat_format, samples
 
+Fields = tuple[tuple[str, str], ...]
 SMALL = 100_000
 """Up to this many records, lengths are measured when a run starts; more need the command."""
 
@@ -26,10 +29,17 @@ class LengthsError(ValueError):
 
 
 def lengths_path(
-    path: epath.PathLike, split: str, task: str, form: str, chat: chat_format.ChatFormat
+    path: epath.PathLike,
+    split: str,
+    task: str,
+    form: str,
+    chat: chat_format.ChatFormat,
+    fields: Fields = (),
 ) -> epath.Path:
-    """Where the lengths of a split, task, form and tokenizer are stored."""
-    return epath.Path(path) / "lengths" / f"{split}-{task}-{form}-{_key(chat)[:16]}.npz"
+    """Where the lengths of a split, task, form, tokenizer and choice of fields are stored."""
+    chosen = hashlib.sha256(repr(fields).encode()).hexdigest()[:8]
+    name = f"{split}-{task}-{form}-{_key(chat)[:16]}{f'-{chosen}' if fields else ''}.npz"
+    return epath.Path(path) / "lengths" / name
 
 
 def _key(chat: chat_format.ChatFormat) -> str:
@@ -62,18 +72,48 @@ class Lengths(NamedTuple):
 
 def measure(source: Any, task: str, form: str, chat: chat_format.ChatFormat) -> Lengths:
     """Tokens of each record's units in their form, without the positions of images."""
-    found: list[samples.Unit] = []
-    offsets, text = [0], np.zeros(len(source), bool)
+    found: list[list[samples.Unit]] = []
+    text = np.zeros(len(source), bool)
     for i in range(len(source)):
         record = source[i]
         try:
-            found += samples.units(record, task, form, chat)
+            found.append(samples.units(record, task, form, chat))
             text[i] = samples.kind(record, task) == "text"
         except samples.BadRecord:
-            found.append(samples.Unit(0, 0, int(task != "text")))
-        offsets.append(len(found))
-    columns = np.array(found, np.int32).reshape(-1, 3).T
-    return Lengths(np.array(offsets, np.int64), text, *columns)
+            found.append([samples.Unit(0, 0, int(task != "text"))])
+    return of_units(found, text)
+
+
+def of_units(units: Sequence[Sequence[samples.Unit]], text: Bool[np.ndarray, "n"]) -> Lengths:
+    """Lengths of records whose units are known.
+
+    Args:
+      units: of each record.
+      text: whether a record is text that may be cut anywhere.
+    """
+    offsets = np.cumsum([0, *map(len, units)], dtype=np.int64)
+    columns = np.array([u for record in units for u in record], np.int32).reshape(-1, 3).T
+    return Lengths(offsets, text, *columns)
+
+
+def join(parts: Sequence[tuple[Lengths, np.ndarray]]) -> Lengths:
+    """The lengths of the records of several data sets in a row.
+
+    Args:
+      parts: (lengths, which records are kept, bool[n]) each.
+    """
+    counts, text, columns = [], [], []
+    for one, keep in parts:
+        count = np.diff(one.offsets)
+        units = np.repeat(keep, count)
+        counts.append(count[keep])
+        text.append(one.text[keep])
+        columns.append(np.stack([one.first, one.more, one.images])[:, units])
+    offsets = np.concatenate([[0], *counts]).cumsum().astype(np.int64)
+    empty = np.zeros((3, 0), np.int32)
+    return Lengths(
+        offsets, np.concatenate([np.zeros(0, bool), *text]), *np.hstack([empty, *columns])
+    )
 
 
 def load_lengths(
@@ -90,7 +130,9 @@ def load_lengths(
       LengthsError: nothing stored for this tokenizer and more than SMALL records, or a stored file
         that does not belong to this data.
     """
-    file = lengths_path(path, split, task, form, chat)
+    fields = getattr(source, "fields", ())
+    command = _command(path, split, task, form, chat, fields)
+    file = lengths_path(path, split, task, form, chat, fields)
     if file.exists():
         with np.load(io.BytesIO(file.read_bytes())) as stored:
             found = str(stored["hash"])
@@ -101,14 +143,14 @@ def load_lengths(
         raise LengthsError(
             f"{file}: expected {len(source)} lengths for tokenizer {_key(chat)[:16]}; got "
             f"{'none' if lengths is None else len(lengths)} for {found[:16]}: the data set was "
-            "made again; run\n  " + _command(path, split, task, form, chat)
+            f"made again; run\n  {command}"
         )
     if len(source) > SMALL:
         others = [p.name for p in file.parent.glob("*.npz")] if file.parent.exists() else []
         raise LengthsError(
             f"{path}: expected stored lengths {file.name} for this tokenizer and form; got "
-            f"{others or 'none'}; {len(source):,} records are too many to measure at start; run\n  "
-            + _command(path, split, task, form, chat)
+            f"{others or 'none'}; {len(source):,} records are too many to measure at start; "
+            f"run\n  {command}"
         )
     lengths = measure(source, task, form, chat)
     try:
@@ -128,8 +170,10 @@ def store(file: epath.Path, lengths: Lengths, chat: chat_format.ChatFormat) -> N
     part.replace(file)
 
 
-def _command(path: str, split: str, task: str, form: str, chat: chat_format.ChatFormat) -> str:
+def _command(
+    path: str, split: str, task: str, form: str, chat: chat_format.ChatFormat, fields: Fields
+) -> str:
     return (
         f"python tools/measure_lengths.py --data {path} --split {split} --task {task} "
         f"--format {form} --tokenizer {chat.folder}"
-    )
+    ) + "".join(f" --field {ours}={theirs}" for ours, theirs in fields)

@@ -210,7 +210,7 @@ class Rows:
         return out
 
     def _open(self, cfg: config_lib.SourceConfig) -> Source:
-        records = sources.open_source(cfg.path, cfg.split)
+        records = sources.mapped(sources.open_source(cfg.path, cfg.split), cfg.fields, cfg.task)
         counted = lengths.load_lengths(
             records, cfg.path, cfg.split, cfg.task, cfg.format, self.chat
         )

@@ -1,0 +1,353 @@
+"""The engine below the importers: same bytes from any workers, resumable, honest about its work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import drawn
+import numpy as np
+import pytest
+
+from janusflow_jax.data import (
+    chat_format,
+    engines,
+    images,
+    lengths,
+    prepare,
+    prepare_report,
+    preview,
+    sources,
+)
+from janusflow_jax.data.importers import inputs, parquet, pictures, transform
+from janusflow_jax.data.importers.raw import Options, Skipped
+
+ROOT = Path(__file__).resolve().parents[1]
+HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
+TOOL = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
+
+
+def make_folder(folder: Path, count: int, jpg: bytes | None = None) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:03}.jpg").write_bytes(jpg or drawn.encoded(quality=60 + i % 40))
+        words = " ".join("a red wall beside a blue one".split()[: 1 + i % 7])
+        (folder / f"{i:03}.txt").write_text(f"{i} {words}")
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "zero.txt").write_text("nothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("pictures") / "in", 40)
+
+
+def options(folder: Path, **changes: object) -> Options:
+    given = {"tokenizer": str(HUB), "lengths": ("generate:chat", "understand:plain")}
+    return Options("folder", (str(folder),), **(given | {"shard_records": 7} | changes))
+
+
+def run(opts: Options, out: Path, engine: engines.Engine | None = None, **more):
+    return prepare.prepare(opts, out, engine or engines.local(1), **more)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def records(out: Path, split: str = "train") -> list[dict]:
+    source = sources.open_source(out, split)
+    return [source[i] for i in range(len(source))]
+
+
+class Noted:
+    """An engine that notes what it ran, and stops where it is told to."""
+
+    def __init__(self, stop_after: int = -1, function: str = ""):
+        self.ran, self.stop_after, self.function = [], stop_after, function
+
+    def __call__(self, function, jobs):
+        for job in jobs:
+            if function.__name__ == self.function and len(self.ran) == self.stop_after:
+                raise KeyboardInterrupt
+            yield function(job)
+            if function.__name__ == self.function:
+                self.ran.append(job)
+
+
+def test_report_lengths_and_splits(folder, tmp_path):
+    out = tmp_path / "out"
+    report = run(options(folder, heldout=0.3), out)
+    train, held = records(out), records(out, "heldout")
+    assert report.records == {"train": len(train), "heldout": len(held)}
+    assert len(train) + len(held) == 40 and 5 <= len(held) <= 20
+    assert [r["id"] for r in train] == sorted(r["id"] for r in train)
+    assert all(transform.split_of(r["id"], 0.3) == "heldout" for r in held)
+    stored = json.loads((out / "report.json").read_text())
+    assert stored["skipped"] == {
+        "picture: 0 bytes": {
+            "count": 1, "examples": [["zero.jpg", "expected a picture; got 0 bytes"]],
+        }
+    }  # fmt: skip
+    assert "zero.jpg" in prepare_report.table(report)
+    chat = chat_format.ChatFormat.load(HUB)
+    for split in ("train", "heldout"):
+        source = sources.open_source(out, split)
+        for task, form in (("generate", "chat"), ("understand", "plain")):
+            assert lengths.lengths_path(out, split, task, form, chat).exists()
+            got = lengths.load_lengths(source, str(out), split, task, form, chat)
+            want = lengths.measure(source, task, form, chat)
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
+                assert a.dtype == b.dtype
+
+
+def test_a_larger_heldout_share_keeps_what_was_held_out():
+    ids = [f"id {i}" for i in range(2000)]
+    small, large = (
+        {i for i in ids if transform.split_of(i, share) == "heldout"} for share in (0.01, 0.1)
+    )
+    assert small < large and 5 < len(small) < 40 and 150 < len(large) < 250
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_gives_the_same_bytes(folder, tmp_path):
+    opts = options(folder, heldout=0.2)
+    run(opts, tmp_path / "one")
+    want = contents(tmp_path / "one")
+    env = os.environ | {"PYTHONHASHSEED": "7"}
+    command = [*TOOL, "folder", str(folder), "--out", str(tmp_path / "three"), "--workers", "3",
+               "--heldout", "0.2", "--shard-records", "7", "--tokenizer", str(HUB),
+               "--lengths", "generate:chat", "understand:plain"]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert contents(tmp_path / "three") == want
+    assert "train: 3" in done.stdout and "zero.jpg" in done.stdout
+    assert "shard 6 of 6" in done.stderr
+
+
+def test_a_stopped_run_goes_on_with_what_is_not_done(folder, tmp_path):
+    opts, out = options(folder, heldout=0.2), tmp_path / "out"
+    run(opts, tmp_path / "whole")
+    first = Noted(stop_after=2, function="run_shard")
+    with pytest.raises(KeyboardInterrupt):
+        run(opts, out, first)
+    with pytest.raises(sources.SourceError, match="expected a prepared data set"):
+        sources.open_source(out, "train")
+    made = {p.name: p.stat().st_mtime_ns for p in (out / ".prepare_data").iterdir() if p.is_file()}
+    second = Noted(stop_after=1, function="merge")
+    with pytest.raises(KeyboardInterrupt):
+        run(opts, out, second)
+    later = {p.name: p.stat().st_mtime_ns for p in (out / ".prepare_data").iterdir()}
+    kept = [n for n in made if n.startswith(("000000", "000001"))]
+    assert len(kept) >= 6 and all(later.get(n, made[n]) == made[n] for n in kept)
+    third = Noted(function="run_shard")
+    report = run(opts, out, third)
+    assert not third.ran and report.num_records == 40
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(tmp_path):
+    """SIGKILL of the whole process group while its workers write."""
+    folder = make_folder(tmp_path / "in", 60, drawn.encoded("JPEG", drawn.scene((1800, 1200))))
+    opts, out = options(folder, shard_records=4), tmp_path / "out"
+    command = [*TOOL, "folder", str(folder), "--out", str(out), "--workers", "2",
+               "--shard-records", "4", "--tokenizer", str(HUB),
+               "--lengths", "generate:chat", "understand:plain"]  # fmt: skip
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 120
+        while len(list(out.glob(".prepare_data/0*.json"))) < 2:
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (out / "dataset_info.json").exists()
+    finished = {p.name for p in out.glob(".prepare_data/0*.json")}
+    assert 2 <= len(finished) < 16
+    again = Noted(function="run_shard")
+    report = run(opts, out, again)
+    assert {f"{job.number:06}.json" for job in again.ran}.isdisjoint(finished)
+    assert len(again.ran) + len(finished) == 16
+    assert report.num_records == 60
+    run(opts, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_stands_there_is_not_overwritten(folder, tmp_path):
+    out = tmp_path / "out"
+    run(options(folder), out)
+    before = contents(out)
+    with pytest.raises(prepare.PrepareError, match="holds one: pass --overwrite"):
+        run(options(folder), out)
+    assert contents(out) == before
+    run(options(folder, max_side=32), out, overwrite=True)
+    assert len(records(out)) == 40 and contents(out) != before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    (other / "report.json").write_text("{}")
+    (other / "dataset_info.json").write_text('{"moduleName": "another"}')
+    with pytest.raises(prepare.PrepareError, match="holds one"):
+        run(options(folder), other, overwrite=True)
+    (other / "dataset_info.json").unlink()
+    for overwrite in (False, True):
+        with pytest.raises(prepare.PrepareError, match="other files"):
+            run(options(folder), other, overwrite=overwrite)
+    assert (other / "thesis.tex").exists()
+
+
+def test_a_run_with_other_options_or_inputs_is_refused(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("one\ntwo\n")
+    opts = Options("text", (str(text),), kind="text")
+    with pytest.raises(KeyboardInterrupt):
+        run(opts, tmp_path / "out", Noted(stop_after=0, function="run_shard"))
+    with pytest.raises(prepare.PrepareError, match="other: heldout, max_chars: use the same"):
+        run(Options("text", (str(text),), kind="text", heldout=0.1, max_chars=9), tmp_path / "out")
+    text.write_text("one\ntwo\nthree\n")
+    with pytest.raises(prepare.PrepareError, match=r"other: .*a\.txt"):
+        run(opts, tmp_path / "out")
+    assert run(opts, tmp_path / "out", overwrite=True).num_records == 3
+
+
+def test_nothing_good_is_an_error_that_says_why(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"\xff\xfe\n\0")
+    with pytest.raises(prepare.PrepareError, match="(?s)not one record.*text: not UTF-8"):
+        run(Options("text", (str(text),), kind="text"), tmp_path / "out")
+    assert not (tmp_path / "out" / "dataset_info.json").exists()
+
+
+def test_pictures_are_shrunk_upright_and_else_kept(tmp_path):
+    opts = Options("folder", (), max_side=48)
+    turned = images.decode(pictures.load(drawn.turned(6), opts))
+    assert turned.shape == (32, 48, 3) and drawn.looks_right(turned)
+    cmyk = pictures.load(drawn.encoded("JPEG", drawn.scene().convert("CMYK")), opts)
+    assert drawn.looks_right(images.decode(cmyk))
+    png = pictures.load(drawn.encoded("PNG"), opts)
+    assert png.startswith(b"\x89PNG") and images.decode(png).shape == (32, 48, 3)
+    small = drawn.encoded("JPEG", drawn.scene((48, 32)))
+    assert pictures.load(small, opts) == small
+    with pytest.raises(Skipped, match="too many pixels"):
+        pictures.load(drawn.encoded(), Options("folder", (), max_pixels=96 * 64 - 1))
+
+
+def test_small_shards_are_put_together_and_large_ones_are_not(folder, tmp_path, monkeypatch):
+    run(options(folder), tmp_path / "one")
+    assert len(list((tmp_path / "one").glob("*.array_record*"))) == 1
+    monkeypatch.setattr(prepare, "_MERGE_BYTES", 12_000)
+    run(options(folder), tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*.array_record*"))) > 2
+    for a, b in zip(records(tmp_path / "one"), records(tmp_path / "many"), strict=True):
+        assert a == b
+
+
+def test_duplicates_across_shards_leave_the_first(tmp_path):
+    rows = [{"id": str(i % 30), "text": f"text {i}"} for i in range(50)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    opts = Options("text", (str(file),), kind="text", shard_bytes=200, tokenizer=str(HUB),
+                   lengths=("text:plain",))  # fmt: skip
+    report = run(opts, tmp_path / "out")
+    assert [r["text"] for r in records(tmp_path / "out")] == [f"text {i}" for i in range(30)]
+    assert report.skipped["id: duplicate"]["count"] == 20
+    chat = chat_format.ChatFormat.load(HUB)
+    source = sources.open_source(tmp_path / "out", "train")
+    stored = lengths.load_lengths(source, str(tmp_path / "out"), "train", "text", "plain", chat)
+    for a, b in zip(stored, lengths.measure(source, "text", "plain", chat), strict=True):
+        np.testing.assert_array_equal(a, b)
+    again = Options("text", (str(file),), kind="text", shard_bytes=200, ids="place")
+    assert run(again, tmp_path / "places").num_records == 50
+
+
+def test_text_of_whole_files(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "b").mkdir(parents=True)
+    (folder / "a.txt").write_text("one\n\ntwo\n")
+    (folder / "b" / "c.txt").write_text("three")
+    opts = Options("text", (str(folder),), kind="text", documents="file")
+    run(opts, tmp_path / "out")
+    got = {r["id"]: r["text"] for r in records(tmp_path / "out")}
+    assert got == {"a.txt": "one\n\ntwo", "b/c.txt": "three"}
+
+
+def test_documents_with_pictures(folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    documents = [
+        {"id": "a", "images": ["000.jpg", "001.jpg"], "text": "First <image> then <image> end."},
+        {"id": "b", "images": ["000.jpg"], "text": "No mark."},
+    ]
+    rows.write_text("\n".join(map(json.dumps, documents)))
+    opts = options(folder, rows=str(rows), kind="document", lengths=("understand:chat",))
+    report = run(opts, tmp_path / "out")
+    (got,) = records(tmp_path / "out")
+    tag = "<image_placeholder>"
+    assert got["text"] == f"First {tag} then {tag} end." and len(got["images"]) == 2
+    assert list(report.skipped) == ["pictures: more than their marks"]
+
+
+def test_inputs_that_are_not_there_are_told_at_once(tmp_path):
+    opts = Options("webdataset", (str(tmp_path / "*.tar"), str(tmp_path / "no.tar")))
+    with pytest.raises(inputs.InputError) as e:
+        run(opts, tmp_path / "out")
+    assert str(e.value).count("it stands for none") == 2
+    with pytest.raises(inputs.InputError, match="expected one folder"):
+        run(Options("folder", (str(tmp_path / "gone"),)), tmp_path / "out")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(inputs.InputError, match=r"pip install 'janusflow_jax\[data\]'"):
+        parquet.guess_kind(Options("parquet", (str(tmp_path),)))
+
+
+def test_the_preview_shows_what_training_sees(folder):
+    chat = chat_format.ChatFormat.load(HUB)
+    shown, report = preview.show(options(folder), chat, "understand", "plain", count=3)
+    assert [s.where for s in shown] == ["000.jpg", "001.jpg", "002.jpg"]
+    request = chat_format.CAPTION_REQUEST
+    assert shown[1].text == (
+        f"<｜begin▁of▁sentence｜><image_beg>[picture, {chat.num_image_tokens} positions]<image_end>"
+        f"{request}« 1 a red<｜end▁of▁sentence｜>»"
+    )
+    side = 16 * round(chat.num_image_tokens**0.5)
+    assert shown[0].pictures[0].shape == (side, side, 3)
+    assert preview.sheet(shown).shape[0] == 3 * 212
+    paints, _ = preview.show(options(folder), chat, "generate", "chat", count=1)
+    assert "«" not in paints[0].text and "positions]" in paints[0].text
+    everything, report = preview.show(options(folder), chat, "understand", "plain", count=99)
+    assert len(everything) == 40 and list(report.skipped) == ["picture: 0 bytes"]
+
+
+@pytest.mark.slow
+def test_the_dry_run_writes_a_sheet_and_nothing_else(folder, tmp_path):
+    command = [*TOOL, "folder", str(folder), "--out", str(tmp_path / "out"), "--tokenizer",
+               str(HUB), "--dry-run", str(tmp_path / "sheet.png")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("--- ") == 2 * 10 and "«" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
+    assert images.decode((tmp_path / "sheet.png").read_bytes()).shape[0] == 20 * 212
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["text", "no.txt", "--out", "o"], "it stands for none"),
+        (["text", "x", "--out", "o", "--lengths", "paint:chat"], "--lengths: expected generate"),
+        (["text", "x", "--out", "o", "--dry-run", "--heldout", "2"], "--heldout: expected"),
+        (["text", "x", "--out", "o", "--tokenizer", "nowhere"], "expected a tokenizer folder"),
+    ],
+)
+def test_mistakes_are_one_message(tmp_path, arguments, says):
+    done = subprocess.run([*TOOL, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
