@@ -83,7 +83,8 @@ def text_of(sample: samples.Sample, chat: chat_format.ChatFormat) -> str:
 def sheet(shown: Sequence[Shown]) -> UInt8[np.ndarray, "H W 3"]:
     """A row for each sample: its pictures as the model gets them, with the record's place."""
     rows = [s for s in shown if s.pictures]
-    width = _ACROSS * (_CELL + 8)
+    across = min(max((len(s.pictures) for s in rows), default=1), _ACROSS)
+    width = max(across, 2) * (_CELL + 8)  # two: room for the place's name
     page = Image.new("RGB", (width, max(len(rows), 1) * (_CELL + 20)), "white")
     pen = ImageDraw.Draw(page)
     for i, sample in enumerate(rows):
