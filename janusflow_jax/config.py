@@ -158,6 +158,7 @@ class SourceConfig:
     format: str = "chat"  # chat | plain
     weight: float = 1.0  # share of positions
     weight_after: float = -1.0  # from data.change_row on; -1: the same
+    cache: str = ""  # folder of tools/cache_latents.py; '': encoders run in every step
 
 
 @dataclass
@@ -171,6 +172,7 @@ class DataConfig:
     seed: int = 0
     num_threads: int = 2
     max_bad_share: float = 0.01  # of samples; above it (and above 20 bad ones) the run stops
+    cached_features: bool = True  # REPA reads them where caches have them; off: SigLIP runs
 
     @property
     def num_slots(self) -> int:

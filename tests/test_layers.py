@@ -35,7 +35,8 @@ LAYERS = (
         "models.janusflow",
         "data.openmoji_sheet", "data.openmoji_classes", "data.images", "data.chat_format",
         "data.train_tokenizer", "data.sources", "data.samples", "data.lengths", "data.pieces",
-        "data.packing", "data.rows", "data.openmoji", "data.openmoji_build", "data.requests",
+        "data.packing", "data.latent_cache", "data.slots", "data.rows", "data.openmoji",
+        "data.openmoji_build", "data.requests",
     ),
     # 3 PROBLEM
     ("cross_entropy", "losses", "flops", "optim", "decode", "sampler", "data.loader"),
@@ -45,7 +46,7 @@ LAYERS = (
         "convert", "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
         "metrics",
         "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples", "starts",
-        "guard",
+        "guard", "latents",
     ),
     # 5 ENTRY
     ("command_line", "train", "generate", "chat", "evaluate"),
@@ -57,6 +58,7 @@ ONLY = {
     "transformers": ("data.chat_format",),
     "tokenizers": ("data.chat_format", "data.train_tokenizer"),
     "grain": ("data.",),
+    "array_record": ("data.",),
     "tensorflow_datasets": ("data.",),
     "safetensors": (),
     "torch": (),

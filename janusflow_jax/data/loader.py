@@ -60,10 +60,11 @@ class Loader:
         model: config_lib.ModelConfig,
         chat: chat_format.ChatFormat,
         batch_rows: int,
+        repa: bool = True,
     ):
-        """Opens the mixture; see `rows.Rows` for what it raises."""
+        """Opens the mixture; see `rows.Rows` for `repa` and for what it raises."""
         self.cfg, self.batch_rows = cfg, batch_rows
-        self.rows = rows_lib.Rows(cfg, model, chat)
+        self.rows = rows_lib.Rows(cfg, model, chat, repa)
 
     def describe(self, phase: int = 0) -> list[dict[str, Any]]:
         """Per source: samples, bins, shares (see `rows.Rows.describe`)."""
