@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from janusflow_jax import losses, train_step, trees
 from janusflow_jax.config import ModelConfig, TrainConfig
-from janusflow_jax.data import images, latent_cache, rows, samples
+from janusflow_jax.data import images, latent_cache, rows, samples, slots
 from janusflow_jax.data.latent_cache import CacheError, Manifest
 from janusflow_jax.models import siglip, vae
 
@@ -148,7 +148,7 @@ def build(
     if report.skipped_shards:
         say(f"{report.skipped_shards} of {len(mine)} shards are there already")
     began = said = time.perf_counter()
-    done = 0
+    done = before = 0
     with futures.ThreadPoolExecutor(workers) as pool:
         for k in todo:
             found = _in_order(
@@ -161,11 +161,15 @@ def build(
                             writer.write(entry[kind])
                     done += 1
                     now = time.perf_counter()
+                    if done == 1:  # what was compiled until then is no speed
+                        began, before = now, report.pictures
                     if now - said > 10:
-                        said, left = now, (now - began) / done * (total - done)
+                        said, seconds = now, max(now - began, 1e-9)
+                        speed = (report.pictures - before) / seconds
+                        left = seconds / max(done - 1, 1) * (total - done)
                         say(
-                            f"{done:,} of {total:,} records, {report.pictures / (now - began):.1f} "
-                            f"pictures/s, {len(report.bad)} bad, {left / 60:.0f} min left"
+                            f"{done:,} of {total:,} records, {speed:.1f} pictures/s, "
+                            f"{len(report.bad)} bad, {left / 60:.0f} min left"
                         )
             report.shards += 1
     return report
@@ -189,15 +193,14 @@ def _entries(records: Any, manifest: Manifest, i: int) -> list[_Entry]:
         if not encoded:
             raise samples.BadRecord("expected a picture; the record has none")
         if manifest.task == "understand":
-            size = manifest.image_size
-            seen = [images.for_understanding(images.decode(x), size) for x in encoded]
+            seen = [slots.whole(x, manifest.image_size) for x in encoded]
             return [_Entry([zlib.crc32(x) for x in encoded], seen)]
-        crc, picture = zlib.crc32(encoded[0]), images.decode(encoded[0])
+        crc, picture = zlib.crc32(encoded[0]), slots.to_crop(encoded[0], manifest.image_size)
     except (images.BadImage, samples.BadRecord) as e:
         return [_Entry([], [], latent_cache.bad_entry(str(e)))] * manifest.crops
     out = []
     for crop in range(manifest.crops):
-        if crop and picture.shape[0] == picture.shape[1]:
+        if crop and picture.width == picture.height:
             out.append(_Entry([], [], latent_cache.same_entry()))
             continue
         key = latent_cache.crop_key(manifest.seed, i, crop)

@@ -261,7 +261,7 @@ class Cache:
         """SigLIP's features [S, E] of each picture; raises as `latents` does."""
         return self._values("features", record, crop, encoded)
 
-    def pixels(self, record: int, crop: int, picture: np.ndarray) -> np.ndarray:
+    def pixels(self, record: int, crop: int, picture: Any) -> np.ndarray:
         """The crop itself, uint8[H, H, 3], for what is not cached."""
         m = self.manifest
         return images.for_generation(picture, m.image_size, crop_key(m.seed, record, crop))

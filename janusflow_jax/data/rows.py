@@ -324,7 +324,7 @@ class Rows:
         self, source: Source, data: dict[str, Any], key: tuple[int, ...], begin: int = 0,
         end: int = -1,
     ) -> samples.Sample:  # fmt: skip
-        choose = lambda n: int(_rng(key, _CAPTION).integers(n))  # noqa: E731
+        choose = lambda n: int(_rng(key, _CAPTION).integers(n)) if n > 1 else 0  # noqa: E731
         cfg = source.cfg
         return samples.make(data, cfg.task, cfg.format, self.chat, choose, begin, end)
 

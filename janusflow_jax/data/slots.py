@@ -91,8 +91,7 @@ class Slots:
         if task == samples.UNDERSTAND:
             if cache is not None:
                 return [{"und_features": x} for x in cache.features(record, 0, encoded)]
-            size = self.model.image_size
-            return [{"images": images.for_understanding(images.decode(x), size)} for x in encoded]
+            return [{"images": whole(x, self.model.image_size)} for x in encoded]
         keys = [(*key[:2], key[2] + i, CROP) for i in range(len(encoded))]
         return [self._generate(cache, record, x, k) for x, k in zip(encoded, keys, strict=True)]
 
@@ -113,15 +112,25 @@ class Slots:
     ) -> Values:
         size = self.model.image_size
         if cache is None:
-            return {"images": images.for_generation(images.decode(encoded), size, key)}
+            return {"images": images.for_generation(to_crop(encoded, size), size, key)}
         crop = int(np.random.default_rng(key).integers(cache.manifest.crops))
         mean, logvar = cache.latents(record, crop, encoded)
         out = {"latent_mean": mean, "latent_logvar": logvar}
         if self.repa_cached:
             (out["repa_target"],) = cache.features(record, crop, [encoded])
         elif self.repa:
-            out["images"] = cache.pixels(record, crop, images.decode(encoded))
+            out["images"] = cache.pixels(record, crop, to_crop(encoded, size))
         return out
+
+
+def whole(encoded: bytes, size: int) -> np.ndarray:
+    """A picture to read, uint8[size, size, 3]."""
+    return images.for_understanding(images.open_image(encoded, long=images.GAP * size), size)
+
+
+def to_crop(encoded: bytes, size: int) -> Any:
+    """A picture to cut a square of `size` from."""
+    return images.open_image(encoded, short=images.GAP * size)
 
 
 def problems(
