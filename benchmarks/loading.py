@@ -7,8 +7,9 @@ pictures has a short side of 512 px, a third of 1,024, a third of 2,048.
 
 Rounds alternate between the settings. For each: the fastest round in rows a second, and the fewest
 CPU seconds that a row took (all threads or processes together), whose inverse is rows a second per
-core; both without what starting takes. `--profile` prints instead where one thread spends its time. A cache is measured with
-`--cached`: rows of latents and features as tools/cache_latents.py stores them (made up, bfloat16).
+core; both without what starting takes. `--cached` adds rows of latents and features as
+tools/cache_latents.py stores them (made up, bfloat16). `--profile` prints instead where one thread
+spends its time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pstats
 import resource
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from janusflow_jax import config as c
-from janusflow_jax.data import chat_format, images, latent_cache, rows, sources
+from janusflow_jax.data import chat_format, latent_cache, rows, sources
 
 ROOT = pathlib.Path(__file__).parents[1]
 HUB = ROOT / "starts" / "emoji_llm" / "hub"
@@ -115,8 +117,6 @@ def made_up_cache(data: str, out: str, model: c.ModelConfig) -> None:
     )  # fmt: skip
     latent_cache.start(out, manifest)
     rng = np.random.default_rng(0)
-    import zlib
-
     for k in range(manifest.num_shards):
         with latent_cache.shard_writers(out, manifest, k) as writers:
             for i in manifest.shard_range(k):
@@ -170,22 +170,21 @@ def read(made: rows.Rows, first: int, count: int, threads: int, workers: int) ->
 def measure(made: dict[str, rows.Rows], counts: dict[str, int], rounds: int) -> None:
     """Every setting reads few rows, then many: the difference has no start of processes in it."""
     settings = [(1, 0), (2, 0), (1, 1), (1, 2)]  # threads, processes
-    best: dict[Any, tuple[float, float]] = {}
+    best: dict[Any, np.ndarray] = {}  # (few, many) x (wall, CPU) seconds
     for n in range(rounds):
         for name, (threads, workers) in itertools.product(made, settings):
             spent = []
-            for count in (counts[name] // 6, counts[name] + counts[name] // 6):
+            for count in (counts[name] // 4, counts[name] + counts[name] // 4):
                 began, cpu = time.perf_counter(), cpu_seconds()
                 read(made[name], 1000 * n, count, threads, workers)
                 spent.append((time.perf_counter() - began, cpu_seconds() - cpu))
-            wall, used = (many - few for few, many in zip(*spent, strict=True))
-            old = best.get((name, threads, workers), (1e9, 1e9))
-            best[name, threads, workers] = min(old[0], wall), min(old[1], used)
+            key = name, threads, workers
+            best[key] = np.minimum(best.get(key, np.full((2, 2), 1e9)), spent)
     print(
         f"{'rows':22}{'threads':>8}{'processes':>10}{'rows/s':>9}{'ms CPU/row':>12}{'/s core':>9}"
     )
-    for (name, threads, workers), (wall, used) in best.items():
-        n = counts[name]
+    for (name, threads, workers), (few, many) in best.items():
+        n, (wall, used) = counts[name], many - few
         print(
             f"{name:22}{threads:8}{workers:10}{n / wall:9.1f}{1000 * used / n:12.2f}{n / used:9.1f}"
         )
