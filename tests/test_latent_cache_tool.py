@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -14,9 +15,11 @@ import golden
 import numpy as np
 import pytest
 import test_train
+from etils import epath
 from published import to_model
 
-from janusflow_jax import checkpoint, train
+from janusflow_jax import checkpoint, train, workdir
+from janusflow_jax import config as c
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "cache_latents.py"
@@ -120,3 +123,19 @@ def test_training_with_caches_goes_on_where_it_stopped(monkeypatch, tmp_path):
     folders["generate"] = ""
     with pytest.raises(checkpoint.CheckpointError, match="data.sources"):
         run("parts", 4)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Its config.json has sources without the fields that came later."""
+    cfg = test_train.config(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / checkpoint.MODEL_FILE).write_text("{}")  # so that no model is saved
+    given = c.to_dict(cfg)
+    del given["data"]["cached_features"]
+    for source in given["data"]["sources"]:
+        del source["cache"]
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    workdir.start(epath.Path(tmp_path), cfg, vae=None, hub=None)
+    cfg.data.sources[0].cache = "elsewhere"
+    with pytest.raises(checkpoint.CheckpointError, match="data.sources"):
+        workdir.start(epath.Path(tmp_path), cfg, vae=None, hub=None)
