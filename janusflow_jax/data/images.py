@@ -106,7 +106,8 @@ def _shrink(image: Image.Image, short: int, long: int) -> None:
     sides = min(image.size), max(image.size)
     if short or long:
         scale = max(short / sides[0], long / sides[1])
-        image.draft(None, tuple(max(1, math.ceil(x * scale)) for x in image.size))
+        width, height = (max(1, math.ceil(x * scale)) for x in image.size)
+        image.draft(None, (width, height))
 
 
 def _upright(image: Image.Image) -> Image.Image:
