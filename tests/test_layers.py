@@ -44,7 +44,8 @@ LAYERS = (
         "convert", "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
         "metrics",
         "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples", "starts",
-        "guard",
+        "guard", "plan_topology", "plan_compile", "plan_flops", "plan_collectives", "plan_report",
+        "plan_text",
     ),
     # 5 ENTRY
     ("command_line", "train", "generate", "chat", "evaluate"),
