@@ -68,7 +68,8 @@ def summed(
       tokens: of the row; position i is asked for tokens[i + 1].
       chunk: positions of a device that the head takes at a time; 0: all at once.
     """
-    how = plan(cfg.vocab_size, *tokens.shape, chunk)
+    rows, length = tokens.shape
+    how = plan(cfg.vocab_size, rows, length, chunk)
     labels = jnp.roll(tokens, -1, axis=1)
 
     def call(needed: tuple[bool, bool], *args: Any) -> tuple[Array, Array | None, Array | None]:

@@ -38,7 +38,6 @@ class Compiled:
     program: Any  # jax.stages.Compiled; None where it does not fit
     lacks: str  # the compiler's words on what does not fit
     seconds: float
-    jaxpr: Any  # of the same step with XLA's attention; see plan_flops
 
 
 def prepare(cfg: TrainConfig, machine: Machine) -> TrainConfig:
@@ -121,10 +120,7 @@ def train(cfg: TrainConfig, machine: Machine, exact: bool = False) -> Compiled:
     with jax.set_mesh(mesh):
         traced = train_step.jit_train_step(cfg, mesh, state, batch).trace(state, batch)
         program, lacks, seconds = build(traced, machine, exact)
-    return Compiled(
-        cfg, machine, mesh, {**state, "batch": batch}, program, lacks, seconds,
-        trace_counted(cfg, mesh),
-    )  # fmt: skip
+    return Compiled(cfg, machine, mesh, {**state, "batch": batch}, program, lacks, seconds)
 
 
 def trace_counted(cfg: TrainConfig, mesh: Mesh) -> Any:

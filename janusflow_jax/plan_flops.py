@@ -152,8 +152,8 @@ def budget(cfg: TrainConfig, jaxpr: Any, head_positions: int, trips: float) -> B
     def cost(w: flops.Work) -> float:
         return w.flops(cfg.model, trained, bool(cfg.loss.repa_weight and cfg.data.gen_slots))
 
-    def more(**changes: float) -> tuple[flops.Work, float]:
-        after = work._replace(**changes)  # type: ignore[arg-type]
+    def more(**changes: Any) -> tuple[flops.Work, float]:
+        after = work._replace(**changes)
         return after, cost(after) - cost(work)
 
     useful = cost(work)

@@ -129,7 +129,7 @@ def step_time(run: Compiled, flops: float, sent: Sequence[float], given: Assumpt
 def operations(cfg: TrainConfig, mesh: Any) -> plan_flops.Budget:
     """The operations of a config's train step; its head runs as often as typical rows ask."""
     ran, passes = head_work(cfg, mesh)
-    return plan_flops.budget(cfg, plan_compile.trace_counted(cfg, mesh), ran, passes)
+    return plan_flops.budget(cfg, plan_compile.trace_counted(cfg, mesh), ran, float(passes))
 
 
 def head_work(cfg: TrainConfig, mesh: Any) -> tuple[int, int]:
@@ -181,9 +181,9 @@ def report(
     given = given or Assumptions()
     work = operations(run.cfg, run.mesh)
     found = memory(run)
-    sent = traffic(run, head_work(run.cfg, run.mesh)[1])
-    on_links = sum(c.sent for c in sent if not c.between_slices)
-    between = sum(c.sent for c in sent if c.between_slices)
+    sent = traffic(run, float(head_work(run.cfg, run.mesh)[1]))
+    on_links = sum((c.sent for c in sent if not c.between_slices), 0.0)
+    between = sum((c.sent for c in sent if c.between_slices), 0.0)
     total = plan_flops.executed(run.cfg, work)
     times = step_time(run, total, (on_links, between), given)
     return {

@@ -36,14 +36,16 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip("tpu", 2, int(15.75 * GIB), 197, 819e9, 90e9, 3.1e9, 1, ("4x4", "8x8", "16x16")),
-    "v6e": Chip("tpu", 2, int(31.25 * GIB), 918, 1640e9, 180e9, 6.2e9, 1, ("4x4", "8x8", "16x16")),
-    "v5p": Chip("tpu", 3, int(95.74 * GIB), 459, 2765e9, 180e9, 6.2e9, 1, ("2x2x2", "4x4x4")),
-    "v4": Chip("tpu", 3, int(15.25 * GIB), 275, 1228e9, 90e9, 3.1e9, 2, ("2x2x1", "4x4x4")),
-    "v3": Chip("tpu", 2, int(15.48 * GIB), 123, 900e9, 140e9, 3.1e9, 2, ("2x2", "4x4")),
-    "tpu7x": Chip("tpu", 3, int(94.75 * GIB), 2307, 7380e9, 200e9, 12.5e9, 2, ("2x2x1", "4x4x4")),
+    "v5e": Chip("tpu", 2, int(15.75 * GIB), 197.0, 819e9, 90e9, 3.1e9, 1, ("4x4", "8x8", "16x16")),
+    "v6e": Chip(
+        "tpu", 2, int(31.25 * GIB), 918.0, 1600e9, 180e9, 12.5e9, 1, ("4x4", "8x8", "16x16")
+    ),
+    "v5p": Chip("tpu", 3, int(95.74 * GIB), 459.0, 2765e9, 180e9, 6.25e9, 1, ("2x2x2", "4x4x4")),
+    "v4": Chip("tpu", 3, int(15.25 * GIB), 275.0, 1228e9, 90e9, 3.1e9, 2, ("2x2x1", "4x4x4")),
+    "v3": Chip("tpu", 2, int(15.48 * GIB), 123.0, 900e9, 140e9, 3.1e9, 2, ("2x2", "4x4")),
+    "tpu7x": Chip("tpu", 3, int(94.75 * GIB), 2307.0, 7380e9, 200e9, 12.5e9, 2, ("2x2x1", "4x4x4")),
     # Of 79.1 GiB; JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-    "h100": Chip("gpu", 2, int(0.92 * 79.1 * GIB), 989, 3352e9, 450e9, 50e9, 1, ("8", "8x8")),
+    "h100": Chip("gpu", 2, int(0.92 * 79.1 * GIB), 989.0, 3352e9, 450e9, 50e9, 1, ("8", "8x8")),
 }
 """What is known, by the first part of a topology's name."""
 

@@ -31,6 +31,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, h100:8x
 _SLICES = flags.DEFINE_integer("slices", 1, "that many of the topology, joined by a slow network")
 _SAMPLER = flags.DEFINE_bool("sampler", False, "plan painting and answering instead of training")
 _JSON = flags.DEFINE_bool("json", False, "print the report as JSON")
+_HLO = flags.DEFINE_string("hlo", "", "file to write the compiled program's text to")
 _EXACT = flags.DEFINE_bool("exact", False, "compile as a run does; much slower, the same report")
 _EFFICIENCY = flags.DEFINE_float("efficiency", 0.5, "assumed share of peak that matmuls reach")
 _OVERLAP = flags.DEFINE_float("overlap", 0.7, "assumed share of sending that computing hides")
@@ -45,7 +46,10 @@ def main(argv: list[str]) -> None:
     cfg = _CONFIG.value
     others = [runpy.run_path(str(ROOT / f"configs/{n}.py"))["get_config"]() for n in STAGES]
     run = plan_compile.train(cfg, machine, exact=_EXACT.value)
-    report = plan_report.report(run, others, given)
+    if _HLO.value and run.program is not None:
+        Path(_HLO.value).write_text(run.program.as_text())
+    stages = [other for other in others if other.model == cfg.model]
+    report = plan_report.report(run, stages, given)
     print(json.dumps(report, indent=1) if _JSON.value else plan_text.text(report))
     sys.exit(0 if report["memory"]["fits"] else 2)
 
