@@ -36,7 +36,7 @@ class Collective:
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of one chip's result: (type, dimensions)
     group: int  # chips that take part together
     times: float  # a step
-    between_slices: bool
+    between: bool
     op_name: str  # the JAX operation that it came from
 
     @property
@@ -67,7 +67,7 @@ def collectives(text: str, slices: int = 1, while_trips: float = 1.0) -> list[Co
 
     Args:
       text: of `compiled.as_text()`.
-      slices: into how many equal runs of devices the program's devices fall.
+      slices: into how many equal runs of devices, joined by a slow network, the devices fall.
       while_trips: passes of loops whose number depends on data.
     """
     bodies = computations(text)
@@ -198,7 +198,7 @@ def _collective(
     shapes = [
         (t, tuple(int(d) for d in dims.split(",") if d)) for t, dims in _SHAPE.findall(result)
     ]
-    if opcode.endswith("-start") and kind in ("all-gather", "collective-permute", "all-to-all"):
+    if opcode.endswith("-start") and kind != "all-reduce":
         shapes = [s for s in shapes if s[1] or s[0] != "u32"]
         shapes = shapes[len(shapes) // 2 :]  # (operands, results)
     if kind == "collective-permute":
@@ -274,7 +274,7 @@ class Total(NamedTuple):
     """All collectives of a kind, on one of the two networks."""
 
     kind: str
-    between_slices: bool
+    between: bool
     places: int
     times: float
     bytes: float  # of results, a step
@@ -285,7 +285,7 @@ def totals(found: Iterable[Collective]) -> list[Total]:
     """By kind and network, the most sent first."""
     groups: dict[tuple[str, bool], list[Collective]] = {}
     for c in found:
-        groups.setdefault((c.kind, c.between_slices), []).append(c)
+        groups.setdefault((c.kind, c.between), []).append(c)
     out = [
         Total(
             kind,

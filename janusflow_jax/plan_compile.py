@@ -23,8 +23,11 @@ from janusflow_jax.config import ConfigError, TrainConfig
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.plan_topology import Machine
 
-QUICK = {"xla_jf_convolution_performance_target": "0.5"}
-"""Takes the first tiling of a convolution that is half as good as its bound."""
+QUICK = {
+    "tpu": {"xla_jf_convolution_performance_target": "0.5"},  # a tiling half as good as its bound
+    "gpu": {"xla_gpu_enable_triton_gemm": False},  # without a card no tile sizes can be tried
+}
+"""Compiler options that leave a program's memory and collectives as they are."""
 
 
 @dataclasses.dataclass
@@ -134,11 +137,12 @@ def trace_counted(cfg: TrainConfig, mesh: Mesh) -> Any:
 def build(traced: Any, machine: Machine, exact: bool) -> tuple[Any, str, float]:
     """Compiles: (program, '', seconds), or (None, the compiler's words, seconds).
 
-    Args: exact: for TPU, let the compiler seek long for the best tiling of each convolution, as a
+    Args:
+      exact: for TPU, let the compiler seek long for the best tiling of each convolution, as a
       run does. Memory and collectives do not depend on it.
     """
     started = time.perf_counter()
-    options = {} if exact or machine.chip.platform != "tpu" else QUICK
+    options = {} if exact else QUICK[machine.chip.platform]
     try:
         program, lacks = traced.lower().compile(compiler_options=options), ""
     except jax.errors.JaxRuntimeError as error:

@@ -7,6 +7,7 @@ from them by the assumptions in `Assumptions`, which every report prints.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ def traffic(run: Compiled, while_trips: float) -> list[plan_collectives.Collecti
     if run.program is None:
         return []
     return plan_collectives.collectives(
-        run.program.as_text(), run.machine.slices, while_trips=while_trips
+        run.program.as_text(), run.machine.islands, while_trips=while_trips
     )
 
 
@@ -182,8 +183,8 @@ def report(
     work = operations(run.cfg, run.mesh)
     found = memory(run)
     sent = traffic(run, float(head_work(run.cfg, run.mesh)[1]))
-    on_links = sum((c.sent for c in sent if not c.between_slices), 0.0)
-    between = sum((c.sent for c in sent if c.between_slices), 0.0)
+    on_links = sum((c.sent for c in sent if not c.between), 0.0)
+    between = sum((c.sent for c in sent if c.between), 0.0)
     total = plan_flops.executed(run.cfg, work)
     times = step_time(run, total, (on_links, between), given)
     return {
@@ -195,6 +196,7 @@ def report(
         "accum_steps": run.cfg.optim.accum_steps,
         "attention": run.cfg.attention,
         "compile_seconds": run.seconds,
+        "cpu_seconds": time.process_time(),
         "peak_rss": plan_compile.peak_rss(),
         "memory": found,
         "advice": [] if found["fits"] else advice(run, found),

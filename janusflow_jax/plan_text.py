@@ -37,13 +37,14 @@ def text(report: dict[str, Any]) -> str:
 
 def _head(r: dict[str, Any]) -> str:
     mesh = " x ".join(f"{n} {s}" for n, s in r["mesh"].items() if n in ("data", "fsdp", "tensor"))
-    rows = f"{r['rows']} rows" + (
-        f" in {r['accum_steps']} parts" if r.get("accum_steps", 1) > 1 else ""
-    )
+    rows = f"{r['rows']} rows, " if "rows" in r else ""
+    if r.get("accum_steps", 1) > 1:
+        rows = f"{r['rows']} rows in {r['accum_steps']} parts, "
     return (
-        f"{r['config']} on {r['topology']}: {r['chips']} chips, mesh {mesh}, {rows}, "
-        f"{r['attention']} attention\ncompiled in {r['compile_seconds']:.0f} s here, "
-        f"{r['peak_rss'] / GIB:.1f} GiB of memory; nothing was run"
+        f"{r['config']} on {r['topology']}: {r['chips']} chips, mesh {mesh}, {rows}"
+        f"{r['attention']} attention\ncompiled in {r['compile_seconds']:.0f} s here "
+        f"({r['cpu_seconds']:.0f} s of CPU in all), {r['peak_rss'] / GIB:.1f} GiB of memory; "
+        "nothing was run"
     )
 
 
@@ -68,10 +69,10 @@ def _memory(r: dict[str, Any]) -> str:
 def _flops(r: dict[str, Any]) -> str:
     f = r["flops"]
     lines = ["operations of a step, all chips, PFLOP"]
-    lines += [f"  {what:52} {f[n] / 1e15:9.2f}" for n, what in FLOPS.items() if n in f]
+    lines += [f"  {what:52} {f[n] / 1e15:9.4g}" for n, what in FLOPS.items() if n in f]
     if "difference" in f:
         lines.append(f"  {'the two differ by':52} {f['difference']:9.2%}")
-    lines.append(f"  {'done, with the attention that runs':52} {f['executed'] / 1e15:9.2f}")
+    lines.append(f"  {'done, with the attention that runs':52} {f['executed'] / 1e15:9.4g}")
     return "\n".join(lines)
 
 
@@ -81,7 +82,7 @@ def _collectives(r: dict[str, Any]) -> str:
         f"  {'':38} {'times':>8} {'results':>10} {'sent':>10}",
     ]
     for t in r["collectives"]:
-        where = ", between slices" if t["between_slices"] else ""
+        where = ", between slices or hosts" if t["between"] else ""
         lines.append(
             f"  {t['kind'] + where:38} {t['times']:8.0f} {t['bytes'] / 1e6:7.0f} MB "
             f"{t['sent'] / 1e6:7.0f} MB"

@@ -95,6 +95,11 @@ class Machine:
         return int(np.prod(self.shape)) * self.slices
 
     @property
+    def islands(self) -> int:
+        """Parts of equal size between which only the slow network goes: slices, or GPU hosts."""
+        return self.slices * (self.shape[0] if self.chip.platform == "gpu" else 1)
+
+    @property
     def name(self) -> str:
         shape = "x".join(str(n) for n in self.shape)
         times = f"{self.slices} x " if self.slices > 1 else ""

@@ -217,9 +217,9 @@ def test_a_tpu_programs_loops_and_asynchronous_gathers():
     assert len(plan_collectives.collectives(TPU_LOOP)) == 3  # start and end of one gather: once
     gather, permute, reduce = (found[k] for k in ("all-gather", "collective-permute", "all-reduce"))
     assert (gather.times, gather.group, gather.bytes) == (10, 4, 8 * 128 * 2)  # 4, 6, .. 22
-    assert gather.sent == 10 * 8 * 128 * 2 * 3 / 4 and not gather.between_slices
-    assert (permute.times, permute.bytes) == (10, 2 * 128 * 2) and permute.between_slices
-    assert reduce.times == 1 and reduce.sent == 2 * 16 * 7 / 8 and reduce.between_slices
+    assert gather.sent == 10 * 8 * 128 * 2 * 3 / 4 and not gather.between
+    assert (permute.times, permute.bytes) == (10, 2 * 128 * 2) and permute.between
+    assert reduce.times == 1 and reduce.sent == 2 * 16 * 7 / 8 and reduce.between
     lines = plan_collectives.totals(found.values())
     assert [t.kind for t in lines] == ["all-gather", "collective-permute", "all-reduce"]
 

@@ -24,12 +24,20 @@ from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from janusflow_jax import config as config_lib  # noqa: E402
-from janusflow_jax import plan_compile, plan_report, plan_text, plan_topology  # noqa: E402
+from janusflow_jax import (  # noqa: E402
+    plan_compile,
+    plan_report,
+    plan_sampler,
+    plan_text,
+    plan_topology,
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as for training")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, h100:8x8, ...")
 _SLICES = flags.DEFINE_integer("slices", 1, "that many of the topology, joined by a slow network")
 _SAMPLER = flags.DEFINE_bool("sampler", False, "plan painting and answering instead of training")
+_ROWS = flags.DEFINE_integer("rows", 16, "with --sampler: pictures or answers at a time")
+_STEPS = flags.DEFINE_integer("steps", 30, "with --sampler: Euler steps")
 _JSON = flags.DEFINE_bool("json", False, "print the report as JSON")
 _HLO = flags.DEFINE_string("hlo", "", "file to write the compiled program's text to")
 _EXACT = flags.DEFINE_bool("exact", False, "compile as a run does; much slower, the same report")
@@ -44,6 +52,8 @@ def main(argv: list[str]) -> None:
     machine = plan_topology.parse(_TOPOLOGY.value or "", _SLICES.value)
     given = plan_report.Assumptions(efficiency=_EFFICIENCY.value, overlap=_OVERLAP.value)
     cfg = _CONFIG.value
+    if _SAMPLER.value:
+        plan_sampling(cfg, machine, given)
     others = [runpy.run_path(str(ROOT / f"configs/{n}.py"))["get_config"]() for n in STAGES]
     run = plan_compile.train(cfg, machine, exact=_EXACT.value)
     if _HLO.value and run.program is not None:
@@ -52,6 +62,21 @@ def main(argv: list[str]) -> None:
     report = plan_report.report(run, stages, given)
     print(json.dumps(report, indent=1) if _JSON.value else plan_text.text(report))
     sys.exit(0 if report["memory"]["fits"] else 2)
+
+
+def plan_sampling(
+    cfg: config_lib.TrainConfig, machine: plan_topology.Machine, given: plan_report.Assumptions
+) -> None:
+    """Reports on every program of the pipeline."""
+    runs = plan_sampler.compile_all(cfg, machine, _ROWS.value, _STEPS.value)
+    reports = [
+        plan_sampler.report(r, what, jaxpr, useful, given) for what, r, jaxpr, useful in runs
+    ]
+    if _JSON.value:
+        print(json.dumps(reports, indent=1))
+    else:
+        print("\n\n\n".join(plan_text.text(r) for r in reports))
+    sys.exit(0 if all(r["memory"]["fits"] for r in reports) else 2)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
