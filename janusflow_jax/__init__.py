@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def load(path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema") -> Any:
+def load(
+    path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema", int8: bool = False
+) -> Any:
     """Loads a model to paint, chat and encode with: `janusflow_jax.pipeline.load`.
 
     Args:
@@ -13,7 +15,8 @@ def load(path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "
       dtype: 'float32' or 'bfloat16'; None: float32 on CPU, bfloat16 on TPU and GPU.
       mesh: a `jax.sharding.Mesh` to spread the parameters over; None: one device.
       weights: 'ema', or 'params' (raw) of a training run.
+      int8: the language model in a byte a weight (extra `int8`).
     """
     from janusflow_jax import pipeline  # here, so that config files do not import JAX
 
-    return pipeline.load(path, dtype=dtype, mesh=mesh, weights=weights)
+    return pipeline.load(path, dtype=dtype, mesh=mesh, weights=weights, int8=int8)

@@ -32,12 +32,16 @@ def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParse
     p.add_argument(
         "--weights", choices=("ema", "params"), default="ema", help="of a training run; default ema"
     )
+    p.add_argument(
+        "--int8", action="store_true",
+        help="the language model in a byte a weight: less memory (needs the extra int8)",
+    )  # fmt: skip
     return p
 
 
 def load(args: argparse.Namespace) -> pipeline.JanusFlowPipeline:
     """Loads the model of the options, and says on stderr what it is and where it runs."""
-    model = pipeline.load(args.model, dtype=args.dtype, weights=args.weights)
+    model = pipeline.load(args.model, dtype=args.dtype, weights=args.weights, int8=args.int8)
     size = model.cfg.image_size
     note(f"{args.model}: {model.cfg.name}, {size} x {size} px, on {accelerator()} in {model.dtype}")
     return model
@@ -61,7 +65,7 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (checkpoint.CheckpointError, ValueError, OSError) as error:
+    except (checkpoint.CheckpointError, ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -24,7 +24,7 @@ from janusflow_jax import checkpoint, compile_cache, decode, losses, sampler, sh
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.data import chat_format, requests
 from janusflow_jax.data import images as pictures_lib
-from janusflow_jax.models import janusflow, vae
+from janusflow_jax.models import janusflow, llama, quantize, vae
 
 CHUNK_TOKENS = 16
 MAX_BATCH = 16
@@ -42,7 +42,7 @@ ImageLike = Any
 
 
 def load(
-    path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema"
+    path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema", int8: bool = False
 ) -> JanusFlowPipeline:
     """Loads a model folder, a workdir or one of its checkpoints.
 
@@ -52,6 +52,8 @@ def load(
       dtype: 'float32' or 'bfloat16'; None: float32 on CPU, bfloat16 on TPU and GPU.
       mesh: a `jax.sharding.Mesh` to spread the parameters over; None: one device.
       weights: 'ema' or 'params' (raw); folders without an EMA have only 'params'.
+      int8: the language model's weights, and its keys and values in `chat`, take a byte each
+        (`models/quantize.py`; benchmarks/RESULTS.md has what it costs in accuracy).
     Raises:
       checkpoint.CheckpointError: nothing there that loads.
       ValueError: another dtype, or a tokenizer that is not this model's.
@@ -68,14 +70,18 @@ def load(
     if loaded.params and "llm" in loaded.params:
         chat = chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens)
         chat.check_vocab(loaded.cfg.llm.vocab_size)
+    params, loaded.params = loaded.params or {}, None  # the one reference goes along
     return JanusFlowPipeline(
-        loaded.cfg, loaded.params or {}, loaded.vae, chat, dtype=dtype, mesh=mesh,
-        source=loaded.source,
+        loaded.cfg, params, loaded.vae, chat, dtype=dtype, mesh=mesh, source=loaded.source,
+        int8=int8,
     )  # fmt: skip
 
 
 class JanusFlowPipeline:
-    """A loaded model. Not to be built by hand: see `load`."""
+    """A loaded model. Not to be built by hand: see `load`.
+
+    Takes the parameters over: what it is given is emptied, so that no array is held twice.
+    """
 
     def __init__(
         self,
@@ -87,12 +93,20 @@ class JanusFlowPipeline:
         dtype: str = "float32",
         mesh: Any = None,
         source: str = "",
+        int8: bool = False,
     ) -> None:
         self.cfg, self.dtype, self.mesh, self.text, self.source = cfg, dtype, mesh, chat, source
         self.model = janusflow.JanusFlow(cfg, jnp.dtype(dtype))
-        kept = {k: v for k, v in params.items() if not k.startswith("repa")}
         cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), t)  # noqa: E731
-        self.params, self.vae = cast(kept), cast(vae_params or {})
+        self.params, self.vae = {}, cast(vae_params or {})
+        for part in sorted(params):
+            tree = params.pop(part)
+            if part == "llm":
+                tree = llama.unstack(tree, jax.jit(lambda x, i: x[i].astype(dtype)))
+            if not part.startswith("repa"):
+                self.params[part] = cast(tree)
+        if int8:
+            quantize.llm_weights(self.params["llm"])
         if mesh is not None:
             self.params = jax.device_put(self.params, sharding.tree_shardings(self.params, mesh))
             self.vae = jax.device_put(self.vae, NamedSharding(mesh, PartitionSpec()))

@@ -187,6 +187,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 def param_spec(name: str, shape: Sequence[int], mesh: Any) -> P:
     """The PartitionSpec of one parameter by its path (or of a moment that mirrors it)."""
+    name = re.sub(r"kernel/(qvalue|scale)$", "kernel", name)  # one that is quantized
     for pattern, spec in RULES:
         if re.search(pattern, name):
             return fit(spec, shape, mesh)

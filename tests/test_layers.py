@@ -25,6 +25,7 @@ LAYERS = (
         "sharding",
         "trees",
         "models.splash",
+        "models.quantize",
         "models.layers",
     ),
     # 1 PARTS

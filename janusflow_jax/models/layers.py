@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from janusflow_jax import sharding
-from janusflow_jax.models import splash
+from janusflow_jax.models import quantize, splash
 
 Init = Callable[..., Any]
 
@@ -38,7 +38,7 @@ class Linear(nn.Module):
         # Matmuls on flattened tokens are twice as fast on CPU; a split batch keeps its axes.
         lead = x.shape[:-1]
         y = x.reshape(-1, x.shape[-1]) if sharding.num_devices() == 1 else x
-        y = y @ kernel.astype(x.dtype)
+        y = quantize.matmul(y, kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y.reshape(*lead, self.features)
@@ -114,10 +114,11 @@ def make_mask(
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B S K H"] | Int8[Array, "B S K H"],
+    v: Float[Array, "B S K H"] | Int8[Array, "B S K H"],
     mask: Bool[Array, "B T S"] | Int[Array, "B T"] | None = None,
     impl: str = "xla",
+    scales: tuple[Float[Array, "B S K 1"], Float[Array, "B S K 1"]] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped heads; softmax in float32.
 
@@ -126,21 +127,34 @@ def attention(
         segment ids (`make_mask`).
       impl: 'xla' anywhere; 'cudnn' on NVIDIA GPUs in bfloat16; 'splash' on TPU for whole rows
         (DESIGN section 3), 'splash_interpret' for its tests.
+      scales: of keys and values that are int8 (`quantize.keys_values`); 'xla' only.
     """
     heads, size = q.shape[2], q.shape[3]
+    if scales is not None and impl != "xla":
+        k, v = ((x * scale).astype(q.dtype) for x, scale in zip((k, v), scales, strict=True))
+        scales = None
     if impl == "cudnn":
         return _cudnn_attention(q, k, v, mask)
     if k.shape[2] != heads:
         k = jnp.repeat(k, heads // k.shape[2], axis=2)
         v = jnp.repeat(v, heads // v.shape[2], axis=2)
+        if scales is not None:
+            k_scale, v_scale = (jnp.repeat(s, heads // s.shape[2], axis=2) for s in scales)
+            scales = k_scale, v_scale
     if mask is not None and mask.ndim == 2:
         return splash.attention(q, k, v, mask, interpret=impl == "splash_interpret")
     # Heads beside the batch first: on CPU forward and backward are 3.5 times as fast so.
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * size**-0.5, k, v))
+    q, k, v = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (q * size**-0.5, k, v))
     scores = jnp.einsum("BNTH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32)
+    k_scale, v_scale = (s.transpose(0, 2, 3, 1) for s in scales) if scales else (None, None)
+    if k_scale is not None:
+        scores = scores * k_scale
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, -1e30)
-    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    if v_scale is not None:
+        weights = weights * v_scale
+    weights = weights.astype(v.dtype)
     return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights, v), 1, 2)
 
 
