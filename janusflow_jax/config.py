@@ -215,9 +215,10 @@ class LossConfig:
 
 @dataclass
 class MeshConfig:
-    data: int = -1  # -1: what is left
-    fsdp: int = 1
+    data: int = -1  # rows, over all slices; -1: what is left
+    fsdp: int = 1  # rows and parameters
     tensor: int = 1
+    slices: int = 0  # TPU slices joined by a slow network, a part of `data`; 0: as there are
 
 
 @dataclass

@@ -53,6 +53,8 @@ LAYERS = (
         "metrics",
         "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples", "starts",
         "guard", "latents",
+        "guard", "plan_topology", "plan_compile", "plan_flops", "plan_collectives", "plan_report",
+        "plan_text", "plan_sampler",
     ),
     # 5 ENTRY
     ("command_line", "train", "generate", "chat", "evaluate"),
