@@ -6,7 +6,7 @@ grain sees ranges of row numbers and nothing else; its iterator's state is never
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ class BadDataError(RuntimeError):
 
 @dataclasses.dataclass
 class Report:
-    """What a batch holds: its own bad samples, and the counts since the iterator began."""
+    """What a batch holds: its own bad samples, and the run's counts so far (both of one process's
+    rows)."""
 
     first_row: int
     next_row: int
@@ -69,8 +70,26 @@ class Loader:
         """Per source: samples, bins, shares (see `rows.Rows.describe`)."""
         return self.rows.describe(phase)
 
+    def summary(self) -> str:
+        """A line a source and phase, for people."""
+        lines = []
+        for phase, (first_row, _) in enumerate(self.cfg.phases()):
+            if first_row:
+                lines.append(f"after step {first_row // self.batch_rows}:")
+            for source in self.describe(phase):
+                lines.append(
+                    "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
+                    "{fill:.1%} of positions used, {share_of_positions:.1%} of the "
+                    "mixture".format(**source)
+                    + (f"; {source['left_out']} too long, left out" if source["left_out"] else "")
+                )
+        return "\n".join(lines)
+
     def batches(
-        self, first_row: int, rows_of_process: Sequence[int] | None = None
+        self,
+        first_row: int,
+        rows_of_process: Sequence[int] | None = None,
+        counted: tuple[int, int] = (0, 0),
     ) -> Generator[tuple[dict[str, np.ndarray], Report], None, None]:
         """Batches of rows first_row, first_row + 1, ...; each batch is `batch_rows` further.
 
@@ -78,6 +97,7 @@ class Loader:
           first_row: the run's saved position; 0 for a new run.
           rows_of_process: places in the batch (0 to batch_rows - 1) that this process makes;
             None for all.
+          counted: samples and bad samples before; a resumed run goes on counting.
         Yields:
           (batch, report): arrays of `rows.Rows.row`, stacked; report.next_row is the position to
           save once the batch is done.
@@ -104,7 +124,7 @@ class Loader:
                 )
             )
         )
-        num_samples = num_bad = 0
+        num_samples, num_bad = counted
         try:
             while True:
                 made = [next(iterator) for _ in mine]
@@ -132,6 +152,27 @@ class Loader:
             f"{num_samples}. The latest:\n{some}\nRepair the data set, or raise "
             "data.max_bad_share if you mean to train without them"
         )
+
+
+class Ahead:
+    """Batches, one of them made ahead, so that all processes can hear in time that one has none."""
+
+    def __init__(self, batches: Iterator[tuple[dict[str, np.ndarray], Report]]):
+        self.error: Exception | None = None
+        self._batches = batches
+        self._fetch()
+
+    def take(self) -> tuple[dict[str, np.ndarray], Report]:
+        """The next batch; the one after it is there, or the reason in `error`, on return."""
+        batch = self._next
+        self._fetch()
+        return batch
+
+    def _fetch(self) -> None:
+        try:
+            self._next = next(self._batches)
+        except Exception as error:  # noqa: BLE001 - raised when all processes know
+            self.error = error
 
 
 def _count(segment_ids: np.ndarray) -> int:
