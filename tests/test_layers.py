@@ -42,7 +42,8 @@ LAYERS = (
     # 4 MACHINERY
     (
         "train_step", "checksums", "checkpoint", "run_checkpoints", "workdir", "preempt",
-        "safetensor_files", "torch_names", "convert", "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
+        "safetensor_files", "torch_names", "convert",
+        "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
         "metrics", "goodput",
         "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples", "starts",
         "guard",
@@ -188,7 +189,11 @@ def test_no_file_is_too_long():
         ("flow", "from janusflow_jax.models import janusflow", "lower layer"),
         ("models.llama", "from janusflow_jax.models import siglip", "to the left"),
         ("flow", "from janusflow_jax import secret", "not in the table"),
-        ("train_step", "def f():\n    from orbax.checkpoint import v1", "only \\['checkpoint', 'run_checkpoints'\\]"),
+        (
+            "train_step",
+            "def f():\n    from orbax.checkpoint import v1",
+            "only \\['checkpoint', 'run",
+        ),
         ("checkpoint", "import torch.nn", "only tests may"),
         ("losses", "import grain", "only \\['data.'\\]"),
         ("data.rows", "import jax.numpy as jnp", "numpy only"),
