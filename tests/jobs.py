@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT_S = 300
+
+
+def _tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+crash_test = _tool("crash_test")
+"""Its tiny run and its data are the tests' too."""
 
 
 def free_port() -> int:
@@ -32,30 +46,49 @@ def environment(processes: int, process: int, devices: int, port: int) -> dict[s
     return env
 
 
-def start(data: Any, workdir: Any, *flags: str, processes: int = 1, devices: int = 1) -> list:
-    """Starts the crash test's run as a job. `flags`: such as 'mesh.fsdp=2'."""
-    port, out = free_port(), []
-    command = [sys.executable, "-m", "janusflow_jax.train", f"--config=tools/crash_test.py:{data}"]
-    command += [f"--config.workdir={workdir}", *(f"--config.{f}" for f in flags)]
-    for process in range(processes):
-        env = environment(processes, process, devices, port)
-        out.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
+def command(data: Any, workdir: Any, *flags: str, patch: str = "") -> list[str]:
+    """The crash test's run as a command.
+
+    Args: flags: such as 'mesh.fsdp=2'. patch: Python that runs before.
+    """
+    code = f"from janusflow_jax import train\n{patch}\ntrain.run()"
+    out = [sys.executable, "-c", code, f"--config=tools/crash_test.py:{data}"]
+    return [*out, f"--config.workdir={workdir}", *(f"--config.{f}" for f in flags)]
+
+
+class Process(subprocess.Popen):
+    """A process whose output goes to a file: a full pipe would stop it."""
+
+    def __init__(self, args: list[str], env: dict[str, str]):
+        self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        super().__init__(args, cwd=ROOT, env=env, stdout=self._file, stderr=subprocess.STDOUT)
+
+    def said(self) -> str:
+        self._file.seek(0)
+        return self._file.read()
+
+
+def start(
+    data: Any, workdir: Any, *flags: str, processes: int = 1, devices: int = 1, patch: str = ""
+) -> list:
+    """Starts the crash test's run as a job; see `command`."""
+    port = free_port()
+    return [
+        Process(
+            command(data, workdir, *flags, patch=patch),
+            environment(processes, process, devices, port),
         )
-    return out
+        for process in range(processes)
+    ]
 
 
 def finish(job: list) -> list[tuple[int, str]]:
     """Exit status and output of every process."""
     try:
-        texts = [p.communicate(timeout=TIMEOUT_S)[0] for p in job]
+        return [(p.wait(timeout=TIMEOUT_S), p.said()) for p in job]
     finally:
         for p in job:
             p.kill()
-    return [(p.returncode, text) for p, text in zip(job, texts, strict=True)]
 
 
 def run(*args: Any, **kwargs: Any) -> str:
