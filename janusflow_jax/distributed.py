@@ -136,6 +136,18 @@ def from_main(text: str) -> str:
     return gather(text)[0]
 
 
+def whole(tree: Any) -> Any:
+    """numpy copies of arrays that are spread over processes, on all of them.
+
+    Array after array: a device never holds more than one whole, a host holds all.
+    """
+    if count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(
+        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree
+    )
+
+
 class PeerError(RuntimeError):
     """Another process of the job ended it, and said why."""
 

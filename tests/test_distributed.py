@@ -64,6 +64,14 @@ def test_same_losses(data, alone, tmp_path, processes, devices, mesh):
     same_losses(alone, tmp_path / "run", range(1, 7))
 
 
+@pytest.mark.slow
+def test_the_first_process_shows_what_all_have_learned(data, tmp_path):
+    flags = ("num_steps=1", "mesh.data=1", "mesh.fsdp=2", "sheet_num_steps=1")
+    said = jobs.run(data, tmp_path / "run", *flags, "prompts=('a red fox',)", processes=2)
+    assert (tmp_path / "run" / "samples" / "sheet_000001.png").stat().st_size > 1000
+    assert said.count("pictures for 1 prompts") == 1
+
+
 def started(data, workdir, **kwargs):
     """A job of two processes that has saved step 3 and goes on for long."""
     flags = ("num_steps=1000", "mesh.data=1", "mesh.fsdp=2", "log_every_steps=1")
