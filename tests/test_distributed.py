@@ -54,11 +54,13 @@ def test_same_losses(data, alone, tmp_path, processes, devices, mesh):
     )
     same_losses(alone, tmp_path / "run", range(1, 4))
     assert len(re.findall("^step ", said, re.MULTILINE)) == 3
-    # the checkpoint goes on elsewhere: all of it on one device, then shared again
     step = tmp_path / "run" / "checkpoints" / "3"
     written = {checksums.writer_of(str(p.relative_to(step))) for p in step.rglob("*")}
     assert written == set(range(processes))
     assert checkpoint.load_model(tmp_path / "run").meta["step"] == 3
+    if processes != 2:
+        return
+    # the checkpoint goes on elsewhere: all of it on one device, then shared again
     jobs.run(data, tmp_path / "run", "num_steps=4", "mesh.data=1")
     jobs.run(data, tmp_path / "run", "num_steps=6", "mesh.fsdp=2", processes=2)
     same_losses(alone, tmp_path / "run", range(1, 7))
@@ -109,6 +111,8 @@ def test_one_is_killed_and_the_other_ends_soon_and_the_run_goes_on(data, tmp_pat
     assert status not in (0, None)
     assert re.search("one of them has died|another task died|distributed service", said), said
     begun = checkpoint.committed_steps(workdir)[-1]
+    if victim == 0:
+        return
     said = jobs.run(data, workdir, f"num_steps={begun + 1}", "mesh.fsdp=2", processes=2)
     assert f"resumed from step {begun}" in said
     assert checkpoint.committed_steps(workdir)[-1] == begun + 1

@@ -188,11 +188,11 @@ def child(data: str, workdir: str, events: int, hold: str) -> None:
         tell("save+", step)
         save(self, step, **trees)
 
-    def told_commit(self: Any, folder: Any, *args: Any) -> None:
+    def told_commit(self: Any, folder: Any, run: Any, names: list[str]) -> None:
         step = int(folder.name)
         tell("save-", step)
         tell("marker+", step)
-        commit(self, folder, *args)
+        commit(self, folder, run, names)
         tell("marker-", step)
 
     saver.save, saver._commit = told_save, told_commit
