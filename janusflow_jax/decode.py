@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from janusflow_jax.models import janusflow
+from janusflow_jax.models import janusflow, llama
 
-State = dict[str, Array]
+State = dict[str, Any]
 
 
 def read_pictures(
@@ -61,9 +61,7 @@ def start(
     Args: x: prompt embeddings, right-padded; keys: one random key a row; max_new: buffer room.
     """
     batch, size, _ = x.shape
-    llm = model.cfg.llm
-    shape = (llm.num_layers, batch, size + max_new, llm.num_kv_heads, llm.head_dim)
-    buffer = {n: jnp.zeros(shape, x.dtype) for n in ("k", "v")}
+    buffer = llama.empty_cache(model.cfg.llm, params["llm"], batch, size + max_new, x.dtype)
     q, k = jnp.arange(size)[:, None], jnp.arange(size + max_new)[None]
     mask = ((k <= q)[None] & (k < lengths[:, None])[:, None]) | (k == q)[None]
     positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
@@ -74,7 +72,7 @@ def start(
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     logits = model.apply(run, last[:, 0], method="logits")
     return {
-        **cache,
+        "cache": cache,
         "logits": logits,
         "lengths": lengths,
         "prompt_len": jnp.int32(size),
@@ -119,7 +117,7 @@ def advance(
     run = {"params": params}
     batch = len(state["lengths"])
     tokens = jnp.full((batch, num_tokens), eos_id, jnp.int32)
-    total = state["k"].shape[2]
+    total = jax.tree.leaves(state["cache"])[0].shape[-3]
 
     def cond(carry: tuple[Array, State, Array]) -> Array:
         i, s, _ = carry
@@ -139,14 +137,15 @@ def advance(
             x,
             (s["lengths"] + s["step"])[:, None],
             mask[:, None],
-            cache={"k": s["k"], "v": s["v"]},
+            cache=s["cache"],
             index=at,
             keep="kv",
             method="run_llm",
         )
         logits = model.apply(run, hidden[:, 0], method="logits")
         done = s["done"] | (token == eos_id)
-        return i + 1, {**s, **cache, "logits": logits, "step": s["step"] + 1, "done": done}, out
+        s = {**s, "cache": cache, "logits": logits, "step": s["step"] + 1, "done": done}
+        return i + 1, s, out
 
     _, state, tokens = lax.while_loop(cond, body, (jnp.int32(0), state, tokens))
     return state, tokens

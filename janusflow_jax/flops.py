@@ -187,6 +187,23 @@ def vae_encoder(cfg: ModelConfig) -> float:
     return 2.0 * total
 
 
+def vae_decoder(cfg: ModelConfig) -> float:
+    m = cfg.vae
+    side, before = cfg.latent_size, m.channels[-1]
+    latent = m.latent_channels
+    total = (latent * latent + 9 * latent * before + 2 * 18 * before * before) * side**2
+    total += 4 * before * before * side**2 + 2 * before * side**4  # single-head attention
+    for i, channels in enumerate(reversed(m.channels)):
+        for _ in range(m.layers_per_block + 1):
+            skip = before * channels if before != channels else 0
+            total += (9 * before * channels + 9 * channels * channels + skip) * side**2
+            before = channels
+        if i + 1 < len(m.channels):
+            side *= 2
+            total += 9 * channels * channels * side**2
+    return 2.0 * (total + 9 * before * 3 * side**2)
+
+
 def image_flops(cfg: ModelConfig, prompt: int, num_steps: int) -> dict[str, Any]:
     """Painting one picture with guidance: {'prompt', 'steps', 'all'} without the VAE.
 

@@ -268,6 +268,15 @@ def _vae(s: _Section) -> VaeConfig:
     )
 
 
+def _siglip_name(und: SiglipConfig) -> str:
+    """The published code builds towers by name and knows only SIGLIP_SIZES; 'siglip' for others,
+    whose sizes stand beside the name and which load here only."""
+    size = (und.width, und.num_layers, und.num_heads, und.mlp_width, und.patch_size)
+    names = [n for n, known in SIGLIP_SIZES.items() if known == size]
+    same = [n for n in names if n.endswith(f"_{und.image_size}")]
+    return [*same, *names, "siglip"][0]
+
+
 def unsayable(cfg: ModelConfig) -> list[str]:
     """What of a model the published format has no word for; empty when it can be exported."""
     facts = (
@@ -300,7 +309,7 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
         "elementwise_affine": True, "use_bias": True, "use_mid_block": True,
     }  # fmt: skip
     tower = {
-        "image_size": und.image_size, "model_name": "siglip", "select_feature": "same",
+        "image_size": und.image_size, "model_name": _siglip_name(und), "select_feature": "same",
         "select_layer": -1, "width": und.width, "layers": und.num_layers, "heads": und.num_heads,
         "mlp_ratio": ratio, "patch_size": und.patch_size,
     }  # fmt: skip

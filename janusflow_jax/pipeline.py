@@ -24,7 +24,7 @@ from janusflow_jax import checkpoint, compile_cache, decode, losses, sampler, sh
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.data import chat_format, requests
 from janusflow_jax.data import images as pictures_lib
-from janusflow_jax.models import janusflow, vae
+from janusflow_jax.models import janusflow, llama, vae
 
 CHUNK_TOKENS = 16
 MAX_BATCH = 16
@@ -68,14 +68,17 @@ def load(
     if loaded.params and "llm" in loaded.params:
         chat = chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens)
         chat.check_vocab(loaded.cfg.llm.vocab_size)
+    params, loaded.params = loaded.params or {}, None  # the one reference goes along
     return JanusFlowPipeline(
-        loaded.cfg, loaded.params or {}, loaded.vae, chat, dtype=dtype, mesh=mesh,
-        source=loaded.source,
-    )  # fmt: skip
+        loaded.cfg, params, loaded.vae, chat, dtype=dtype, mesh=mesh, source=loaded.source
+    )
 
 
 class JanusFlowPipeline:
-    """A loaded model. Not to be built by hand: see `load`."""
+    """A loaded model. Not to be built by hand: see `load`.
+
+    Takes the parameters over: what it is given is emptied, so that no array is held twice.
+    """
 
     def __init__(
         self,
@@ -90,9 +93,14 @@ class JanusFlowPipeline:
     ) -> None:
         self.cfg, self.dtype, self.mesh, self.text, self.source = cfg, dtype, mesh, chat, source
         self.model = janusflow.JanusFlow(cfg, jnp.dtype(dtype))
-        kept = {k: v for k, v in params.items() if not k.startswith("repa")}
         cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), t)  # noqa: E731
-        self.params, self.vae = cast(kept), cast(vae_params or {})
+        self.params, self.vae = {}, cast(vae_params or {})
+        for part in sorted(params):
+            tree = params.pop(part)
+            if part == "llm":
+                tree = llama.unstack(tree, functools.partial(_layer, dtype=dtype))
+            if not part.startswith("repa"):
+                self.params[part] = cast(tree)
         if mesh is not None:
             self.params = jax.device_put(self.params, sharding.tree_shardings(self.params, mesh))
             self.vae = jax.device_put(self.vae, NamedSharding(mesh, PartitionSpec()))
@@ -346,6 +354,11 @@ _advance = jax.jit(
     static_argnames=("num_tokens", "eos_id"),
     donate_argnames="state",
 )
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _layer(x: Any, i: Any, dtype: str) -> Any:
+    return jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)

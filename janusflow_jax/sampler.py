@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -22,8 +23,8 @@ def prefill(
     params: Any,
     tokens: Int[Array, "B P"],
     lengths: Int[Array, " B"],
-) -> dict[str, Array]:
-    """Keys and values [L, B, P, K, H] of right-padded prompts."""
+) -> Any:
+    """Keys and values of right-padded prompts, a `llama.Cache`."""
     size = tokens.shape[1]
     index = jnp.arange(size)
     mask = (index[:, None] >= index)[None] & (index < lengths[:, None])[:, None]
@@ -70,7 +71,7 @@ def make_velocity(
     branches = 2 if guided else 1
     mask = jnp.concatenate([cond, uncond]) if guided else cond
     repeat = lambda x, axis=0: jnp.concatenate([x] * branches, axis=axis)  # noqa: E731
-    cache = {n: repeat(x, 1) for n, x in cache.items()}
+    cache = jax.tree.map(lambda x: repeat(x, x.ndim - 4), cache)
     positions = repeat(positions)
 
     def velocity(z: Array, t: Array) -> tuple[Array, Array | None]:

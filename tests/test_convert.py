@@ -126,6 +126,16 @@ def test_config_of_the_released_size():
     assert got == config.model_config("1p3b")
 
 
+@pytest.mark.parametrize(("size", "image_size"), [("1p3b", 384), ("1p3b", 256), ("small", 0)])
+def test_towers_take_the_name_that_the_published_code_knows(size, image_size):
+    cfg = config.model_config(size, image_size)
+    files = hub_config.model_config_to_hf(cfg, {})
+    params = files["config.json"]["vision_und_enc_config"]["params"]
+    known = f"siglip_large_patch16_{image_size}"
+    assert params["model_name"] == (known if size == "1p3b" else "siglip")
+    assert hub_config.model_config_from_hf(*files.values()) == cfg
+
+
 def test_unknown_keys_warn_and_unsupported_values_are_errors():
     files = hub_files()
     files[0]["language_config"]["novelty"] = 1

@@ -25,6 +25,7 @@ def test_the_papers_size_costs_what_the_spec_says():
     tera = 1e12
     assert flops.siglip(FULL) / tera == pytest.approx(0.38, rel=0.01)
     assert flops.vae_encoder(FULL) / tera == pytest.approx(0.62, rel=0.01)
+    assert flops.vae_decoder(FULL) / tera == pytest.approx(1.41, rel=0.01)
     understand = sample(777, 100, 0, 1).flops(FULL, TRAINED, True)
     generate = sample(657, 0, 1, 0).flops(FULL, TRAINED, True)
     assert understand / tera == pytest.approx(6.5, rel=0.02)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import golden
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
@@ -258,7 +259,7 @@ def test_latents_are_encoded_clean_at_t_1():
     run = lambda method, *args: model.apply({"params": params}, *args, method=method)  # noqa: E731
     slot = run("understanding_slot", z)
     _, at_1, _ = run("generation_slot", z, jnp.full(2, 1000.0, jnp.float32))
-    _, at_0, _ = run("generation_slot", z, np.zeros(2, np.float32))
+    _, at_0, _ = run("generation_slot", z, jnp.zeros(2, jnp.float32))
     want = at_1.reshape(2, -1, cfg.gen.width) @ params["und_aligner"]["kernel"]
     np.testing.assert_allclose(slot[:, 1:], want, atol=1e-5)
     np.testing.assert_allclose(slot[0, 0], params["und_begin"]["embedding"])

@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     workdir = run(cfg)
     loaded = checkpoint.load_model(workdir, weights="ema")
     chat = chat_format.ChatFormat.load(str(hub))
+    small = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)  # noqa: E731
+    parts = {n: small(tree) for n, tree in (loaded.params or {}).items() if n in PARTS}
     model = pipeline.JanusFlowPipeline(cfg.model, loaded.params, {}, chat)
     scores = {}
     for split in ("heldout_pairs", "heldout_views"):
@@ -124,9 +126,6 @@ def main(argv: list[str] | None = None) -> None:
         lines = samples.caption_source(model, source, 200)
         scores[split] = sum(x["answer"] in x["captions"] for x in lines) / len(lines)
         print(f"{split}: {scores[split]:.3f} of captions exact (200 pictures)")
-    parts = {
-        n: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), model.params[n]) for n in PARTS
-    }
     extra = {"made_by": "tools/pretrain_tiny.py", "exact_captions": scores, "steps": args.steps}
     checkpoint.save_model(
         args.out,

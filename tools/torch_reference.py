@@ -54,7 +54,7 @@ def nchw(x: np.ndarray) -> torch.Tensor:
 class Reference:
     """A published JanusFlow folder and an AutoencoderKL folder, as PyTorch."""
 
-    def __init__(self, janusflow: str, vae: str) -> None:
+    def __init__(self, janusflow: str, vae: str, attention: str = "eager") -> None:
         folder = pathlib.Path(janusflow)
         read = lambda name: json.loads((folder / name).read_text(encoding="utf-8"))  # noqa: E731
         config = read("config.json")
@@ -66,7 +66,7 @@ class Reference:
         prefix = "language_model."
         weights = {n[len(prefix) :]: x for n, x in self.t.items() if n.startswith(prefix)}
         self.t = {n: x for n, x in self.t.items() if not n.startswith(prefix)}
-        options = {**config["language_config"], "attn_implementation": "eager"}
+        options = {**config["language_config"], "attn_implementation": attention}
         llama = transformers.LlamaConfig(**options)
         self.llm: Any = transformers.LlamaForCausalLM(llama).eval()
         self.llm.load_state_dict(weights, strict=True, assign=True)
@@ -162,13 +162,16 @@ class Reference:
             x = self._block(f"{model}.mid_block.res_blocks.{i}", x, t_emb)
         return x
 
-    def gen_encoder(self, z: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents NCHW and a time in [0, 1] -> features NCHW, time embedding [1, D]."""
+    def gen_encoder(
+        self, z: torch.Tensor, t: float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents NCHW and times in [0, 1], one or [B] -> features NCHW, time embedding [B, D]."""
         name = "vision_gen_enc_model"
         half = self.t[f"{name}.time_embed.linear_1.weight"].shape[1] // 2
-        freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
-        angle = torch.tensor([[1000 * t]]) * freq
-        t_emb = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        freq = torch.arange(half, dtype=torch.float32, device=z.device) / half
+        times = torch.as_tensor(t, dtype=torch.float32, device=z.device).reshape(-1, 1)
+        angle = 1000 * times * torch.exp(-math.log(10000) * freq)
+        t_emb = torch.cat([angle.cos(), angle.sin()], dim=-1).to(z.dtype)
         t_emb = F.silu(self.linear(f"{name}.time_embed.linear_1", t_emb))
         t_emb = self.linear(f"{name}.time_embed.linear_2", t_emb)
         kernel, bias = self.t[f"{name}.in_conv.weight"], self.t[f"{name}.in_conv.bias"]

@@ -1,7 +1,10 @@
 """The language model: Llama with RMSNorm, rotary positions, SwiGLU, grouped heads, untied head.
 
-Source: SPEC section 1 (transformers' Llama is the reference). One `nn.scan` over the layers; keys
-and values go in and come out as values, never as mutable state.
+Source: SPEC section 1 (transformers' Llama is the reference). One `nn.scan` over the layers, whose
+parameters are stacked; for inference `unstack` gives each layer its own arrays, and the same
+blocks run one after another: a scan copies every layer's weights out of the stack before it uses
+them, which is half the time of a decoded token. Keys and values go in and come out as values, never
+as mutable state.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from janusflow_jax import sharding
 from janusflow_jax.config import LlamaConfig
 from janusflow_jax.models import layers
 
-Cache = dict[str, Array]
-"""{'k', 'v'}: [L, B, S, K, H], rotary positions already applied to k."""
+Cache = Any
+"""{'k', 'v'}: [L, B, S, K, H], rotary positions already applied to k. Of unstacked layers: a tuple
+of {'k', 'v'}: [B, S, K, H]."""
 
 
 class Attention(nn.Module):
@@ -30,7 +34,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, positions: Array, mask: Array, cache: Any, index: Any
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, dict[str, Array]]:
         cfg = self.cfg
         batch, length, _ = x.shape
         project = lambda name, heads: layers.Linear(  # noqa: E731
@@ -76,7 +80,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, positions: Array, mask: Array, cache: Any, index: Any
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, dict[str, Array]]:
         eps = self.cfg.norm_eps
         h, kv = Attention(self.cfg, self.impl, name="attn")(
             layers.RMSNorm(eps, name="attn_norm")(x), positions, mask, cache, index
@@ -97,7 +101,7 @@ class Body(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Any, layer: Array, cache: Any, positions: Array, mask: Array, index: Any
+        self, carry: Any, layer: Any, cache: Any, positions: Array, mask: Array, index: Any
     ) -> tuple[Any, Any]:
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         x, seen = carry
@@ -151,13 +155,23 @@ class Llama(nn.Module):
             `layers.make_mask` for whole rows.
           cache: keys and values computed before; with `index` None they stand before this
             call's positions, else this call's are written into them at `index`.
-          keep: 'none', 'kv' (the keys and values seen, stacked over layers) or 'hidden'
-            (the states after each block, before the final norm).
+          keep: 'none', 'kv' (a Cache of the keys and values seen) or 'hidden' (the states after
+            each block, before the final norm).
           capture: returns the states after this many blocks (0: nothing).
         Returns:
           hidden states after the final norm, the captured states or None, what `keep` names.
         """
         seen = jnp.zeros_like(x) if capture else None
+        blocks = {} if self.is_initializing() else self.variables["params"]["layers"]
+        if isinstance(blocks, tuple):
+            body = Body(self.cfg, self.impl, self.remat, capture, keep, parent=None)
+            outs = []
+            for i, block in enumerate(blocks):
+                run = {"params": {"block": block}}
+                own = None if cache is None else cache[i]
+                (x, seen), out = body.apply(run, (x, seen), i, own, positions, mask, index)
+                outs.append(out)
+            return self.norm(x), seen, (None if keep == "none" else tuple(outs))
         stack = nn.scan(
             Body,
             variable_axes={"params": 0},
@@ -173,6 +187,35 @@ class Llama(nn.Module):
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Float32 next-token logits of normed hidden states."""
         return self.head(x).astype(jnp.float32)
+
+
+def unstack(llm: dict[str, Any], take: Any = lambda x, i: x[i]) -> dict[str, Any]:
+    """The LLM's parameters with a tree for every layer (`layers` a tuple), for inference.
+
+    The stacked arrays are dropped one by one as they are split, so that memory holds one of them
+    twice, if the caller keeps none.
+
+    Args: llm: its tree; emptied. take: (stacked array, layer) -> that layer's.
+    """
+    flat, shape = jax.tree.flatten(llm.pop("layers")["block"])
+    split = []
+    while flat:
+        x = flat.pop()
+        split.append([take(x, i) for i in range(x.shape[0])])
+        del x
+    layers = zip(*reversed(split), strict=True)
+    out = {**llm, "layers": tuple(jax.tree.unflatten(shape, own) for own in layers)}
+    llm.clear()
+    return out
+
+
+def empty_cache(cfg: LlamaConfig, llm: dict[str, Any], batch: int, size: int, dtype: Any) -> Cache:
+    """A buffer of zeros for `size` positions, in the layout of the parameters `llm`."""
+    shape = (batch, size, cfg.num_kv_heads, cfg.head_dim)
+    make = lambda *lead: {n: jnp.zeros((*lead, *shape), dtype) for n in ("k", "v")}  # noqa: E731
+    if isinstance(llm["layers"], tuple):
+        return tuple(make() for _ in range(cfg.num_layers))
+    return make(cfg.num_layers)
 
 
 def make_head(cfg: LlamaConfig) -> layers.Linear:

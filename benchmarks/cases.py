@@ -1,0 +1,274 @@
+"""What is measured: every case times our code and its peers on the same weights and requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import janusflow_jax
+from benchmarks import models, timing
+from janusflow_jax import checkpoint, flops, losses, sharding, train, train_step
+from janusflow_jax import config as c
+
+PEERS = ("torch, as published", "torch, prompt cached", "torch compiled, as published")
+
+
+@dataclasses.dataclass
+class Setup:
+    """Where and how; `torch` is None where the peers are left out."""
+
+    size: str
+    ours: pathlib.Path
+    published: pathlib.Path
+    dtype: str
+    rounds: int
+    steps: int  # Euler steps
+    new_tokens: int
+    max_batch: int
+    compiled: bool
+    peers: bool
+
+    def model(self) -> Any:
+        return janusflow_jax.load(self.ours, dtype=self.dtype)
+
+    def peer(self, compiled: bool = False) -> Any:
+        from benchmarks import torch_peer
+
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        return torch_peer.TorchPeer(
+            str(self.published), str(self.published / "vae"), device, self.dtype, compiled
+        )
+
+
+@dataclasses.dataclass
+class Result:
+    """One line: seconds of every way for `units` of what is made, and its lower bound."""
+
+    case: str
+    unit: str  # 'images', 'tokens', 'steps', 'rows'
+    units: float
+    ways: dict[str, timing.Timing]
+    tflop: float = 0.0  # operations that the result asks for, in all
+    gbytes: float = 0.0  # that must be read at least
+    note: str = ""
+
+
+def matmul(s: Setup) -> Iterator[Result]:
+    """The machine's own speed in this run, by both libraries: [n, n] x [n, n]."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    x = np.random.default_rng(0).standard_normal((n, n), np.float32)
+    a = jnp.asarray(x, s.dtype)
+    run = jax.jit(lambda a: a @ a)
+    ways: dict[str, Callable[[], Any]] = {"ours": lambda: run(a)}
+    if s.peers:
+        import torch
+
+        b = torch.from_numpy(x).to(getattr(torch, s.dtype))
+        if jax.default_backend() == "gpu":
+            b = b.cuda()
+
+        def theirs() -> None:
+            _ = b @ b
+            if b.is_cuda:
+                torch.cuda.synchronize()
+
+        ways["torch"] = theirs
+    yield Result(
+        f"matmul {n}", "matmuls", 1, timing.alternate(ways, 2 * s.rounds + 4), 2e-12 * n**3
+    )
+
+
+def paint(s: Setup) -> Iterator[Result]:
+    """Latents by guidance 2: latency of one picture by length of the prompt."""
+    model, peer = s.model(), s.peer() if s.peers else None
+    fast = s.peer(compiled=True) if s.peers and s.compiled else None
+    for length in (16, 100, 300):
+        yield _paint(s, model, peer, fast, length, 1)
+
+
+def paint_many(s: Setup) -> Iterator[Result]:
+    """Pictures a second of batches of 1, 2, 4 ... to the largest asked for; 40 tokens."""
+    model, peer = s.model(), s.peer() if s.peers else None
+    batch = 1
+    while batch <= s.max_batch:
+        yield _paint(s, model, peer, None, 40, batch)
+        batch *= 2
+
+
+def _paint(s: Setup, model: Any, peer: Any, fast: Any, length: int, batch: int) -> Result:
+    cfg = model.cfg
+    ids = models.prompt(cfg, length)
+    model.text = models.FixedText(ids)
+    noise = np.random.default_rng(1).standard_normal((batch, *cfg.latent_shape), np.float32)
+    options = {"num_steps": s.steps, "noise": noise, "output": "latent"}
+    ways: dict[str, Callable[[], Any]] = {"ours": lambda: model.generate(["x"] * batch, **options)}
+    rows = np.stack([ids] * batch)
+    if peer:
+        ways[PEERS[0]] = lambda: peer.paint(rows, noise, s.steps, 2.0, cached=False)
+        ways[PEERS[1]] = lambda: peer.paint(rows, noise, s.steps, 2.0, cached=True)
+    if fast:
+        ways[PEERS[2]] = lambda: fast.paint(rows, noise, s.steps, 2.0, cached=False)
+    note = ""
+    if peer:
+        want, got = ways[PEERS[0]](), ways["ours"]()
+        note = f"largest difference {np.abs(got - want).max() / np.abs(want).max():.0e}"
+    work = batch * flops.image_flops(cfg, length, s.steps)["all"]
+    case = f"paint, {s.steps} steps, prompt {length}, batch {batch}"
+    return Result(case, "images", batch, timing.alternate(ways, s.rounds), work / 1e12, note=note)
+
+
+def decode_latents(s: Setup) -> Iterator[Result]:
+    """The VAE's decoder on one picture."""
+    model, peer = s.model(), s.peer() if s.peers else None
+    z = np.random.default_rng(1).standard_normal((1, *model.cfg.latent_shape), np.float32)
+    ways: dict[str, Callable[[], Any]] = {"ours": lambda: model.decode_latents(z, "numpy")}
+    if peer:
+        ways["torch"] = lambda: peer.decode_latents(z)
+    work = flops.vae_decoder(model.cfg) / 1e12
+    yield Result("VAE decode", "images", 1, timing.alternate(ways, s.rounds), work)
+
+
+def answer(s: Setup) -> Iterator[Result]:
+    """Text: tokens a second behind a prompt of 64, and the first token about a picture."""
+    model, peer = s.model(), s.peer() if s.peers else None
+    fast = s.peer(compiled=True) if s.peers and s.compiled else None
+    cfg = model.cfg
+    for batch in sorted({1, min(16, max(s.max_batch, 4))}):
+        ids = models.prompt(cfg, 64)
+        model.text = models.FixedText(ids)
+        talk = lambda b=batch: model.chat(  # noqa: E731
+            ["x"] * b, [[]] * b, max_new_tokens=s.new_tokens
+        )
+        ways: dict[str, Callable[[], Any]] = {"ours": talk}
+        rows = np.stack([ids] * batch)
+        note = ""
+        if peer:
+            ways["torch, prompt cached"] = lambda r=rows: peer.answer(r, None, s.new_tokens)
+            want = " ".join(map(str, peer.answer(rows, None, s.new_tokens)[0]))
+            note = "same tokens" if talk()[0] == want else "OTHER TOKENS"
+        if fast:
+            ways["torch compiled"] = lambda r=rows: fast.answer(r, None, s.new_tokens)
+        weights = flops.llm_kernel(cfg) + cfg.llm.width * cfg.llm.vocab_size
+        size = 2 if s.dtype == "bfloat16" else 4
+        yield Result(
+            f"{s.new_tokens} tokens behind 64, batch {batch}", "tokens", batch * s.new_tokens,
+            timing.alternate(ways, s.rounds), 2e-12 * weights * batch * (s.new_tokens + 64),
+            gbytes=weights * size * s.new_tokens / 1e9, note=note,
+        )  # fmt: skip
+    yield _first_token(s, model, peer)
+
+
+def _first_token(s: Setup, model: Any, peer: Any) -> Result:
+    cfg, at = model.cfg, 32
+    ids = models.prompt(cfg, at + cfg.slot_len + 31)
+    model.text = models.FixedText(ids, at)
+    side = cfg.image_size
+    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    ways: dict[str, Callable[[], Any]] = {
+        "ours": lambda: model.chat("x", [picture], max_new_tokens=1)
+    }
+    if peer:
+        pixels = picture[None].astype(np.float32) / 127.5 - 1
+        ways["torch"] = lambda: peer.answer(ids[None], (pixels, at), 1)
+    work = flops.siglip(cfg) + 2.0 * flops.llm_kernel(cfg) * len(ids)
+    work += flops.attention_per_pair(cfg) * len(ids) ** 2 / 2
+    case = f"first token about a picture, {len(ids)} positions"
+    return Result(case, "answers", 1, timing.alternate(ways, s.rounds), work / 1e12)
+
+
+def train_steps(s: Setup) -> Iterator[Result]:
+    """One optimizer step (AR + RF, SigLIP and VAE frozen, no remat, no EMA) on one packed row."""
+    on_cpu = jax.default_backend() == "cpu"
+    mixed = "ggu" if on_cpu else "gggggu"
+    for name, tasks, text in (
+        ("understanding sample", "u", 200), ("generation sample", "g", 80), ("packed", mixed, 80)
+    ):  # fmt: skip
+        yield _train(s, name, tasks, text)
+
+
+def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
+    model = c.model_config(s.size)
+    batch, gen, und = models.rows(model, tasks, text)
+    parts = tuple(p for p in c.STAGE_PARTS if p != "und_encoder")
+    cfg = c.TrainConfig(
+        model=model,
+        data=c.DataConfig(
+            sources=(c.SourceConfig(name="rows"),), row_len=batch["tokens"].shape[1],
+            gen_slots=gen, und_slots=und,
+        ),
+        loss=c.LossConfig(repa_weight=0.0),
+        optim=c.OptimConfig(warmup_steps=1, ema=0.0),
+        train_parts=parts, batch_rows=1, dtype=s.dtype, remat=jax.default_backend() != "cpu",
+    )  # fmt: skip
+    mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
+    loaded = checkpoint.load_model(s.ours)
+    with jax.set_mesh(mesh):
+        params = {**(loaded.params or {}), "repa_head": {}}  # idle: REPA is off
+        state = {"state": train.make_state(cfg, mesh, params, loaded.vae)}
+        put = sharding.put_batch(batch, mesh, 1)
+        step = train_step.jit_train_step(cfg, mesh, state["state"], put)
+
+    def ours() -> Any:
+        with jax.set_mesh(mesh):
+            state["state"], out = step(state["state"], put)
+        return out
+
+    ways: dict[str, Callable[[], Any]] = {"ours": ours}
+    note = ""
+    if s.peers:
+        from benchmarks import torch_peer
+
+        trainer = torch_peer.TorchTrainer(s.peer())
+        draws = jax.device_get(losses.draw(jax.random.key(cfg.seed), put, model, cfg.loss, gen))
+        ways["torch"] = lambda: trainer.step(batch, gen, und, draws)
+        mine, theirs = float(ours()["loss"]), ways["torch"]()
+        note = f"first losses {mine:.4f}, {theirs:.4f}"
+    work = flops.count(batch, gen, und).flops(model, set(train_step.trained_paths(cfg)), False)
+    positions = int((batch["segment_ids"] > 0).sum())
+    case = f"train: {name}, {positions} positions"
+    return Result(case, "rows", 1, timing.alternate(ways, s.rounds), work / 1e12, note=note)
+
+
+def first_picture(s: Setup) -> Iterator[Result]:
+    """New processes: import, and from start to the first picture, compilation cache cold, warm."""
+    run = _process("import janusflow_jax.pipeline")  # what `load` imports
+    yield Result("import the face", "starts", 1, timing.alternate({"ours": run}, s.rounds))
+    code = f"""
+import janusflow_jax
+model = janusflow_jax.load({str(s.ours)!r}, dtype={s.dtype!r})
+model.generate("a red apple", num_steps={s.steps})
+"""
+    with tempfile.TemporaryDirectory() as cache:
+        run = _process(code, JANUSFLOW_COMPILATION_CACHE=cache)
+        times = timing.alternate({"ours": run}, s.rounds)["ours"]
+    note = "first is with a cold cache"
+    case = f"start to first picture, {s.steps} steps, warm cache"
+    yield Result(case, "starts", 1, {"ours": times}, note=note)
+
+
+def _process(code: str, **env: str) -> Callable[[], None]:
+    def run() -> None:
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, check=True)
+
+    return run
+
+
+CASES: dict[str, Callable[[Setup], Iterator[Result]]] = {
+    "matmul": matmul,
+    "paint": paint,
+    "paint_many": paint_many,
+    "vae": decode_latents,
+    "answer": answer,
+    "train": train_steps,
+    "start": first_picture,
+}
