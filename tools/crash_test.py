@@ -198,7 +198,8 @@ class Child:
 
     def __init__(self, data: str, workdir: str, log: pathlib.Path, hold: str = ""):
         out, into = os.pipe()
-    XX
+        command = [sys.executable, __file__, "--child", workdir, "--data", data]
+        command += ["--events", str(into), "--hold", hold]
         with log.open("ab") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=[into])
         os.close(into)
