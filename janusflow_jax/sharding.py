@@ -219,17 +219,44 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, P(BATCH)), batch)
 
 
-def put_batch(batch: Any, mesh: Mesh, global_rows: int) -> Any:
-    """Makes global arrays of rows from this process's numpy rows.
+def rows_of_process(mesh: Mesh, global_rows: int) -> list[int]:
+    """Places in the batch (ascending) whose rows this process's devices need.
 
-    With one process the batch is all rows. With several, every process passes the same global
-    numpy batch's addressable part through `rows_of_process`.
+    By the sharding and not by the process's number: where the tensor axis crosses processes,
+    several of them need the same rows.
     """
+    where = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((global_rows,))
+    found = (range(global_rows)[index[0]] for index in where.values() if index is not None)
+    return sorted({row for rows in found for row in rows})
+
+
+def put_batch(batch: Any, mesh: Mesh, global_rows: int) -> Any:
+    """Makes global arrays from this process's numpy rows: those of `rows_of_process`, in order,
+    or all `global_rows` of them."""
     sharding = NamedSharding(mesh, P(BATCH))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    rows = rows_of_process(mesh, global_rows)
 
     def put(x: np.ndarray) -> jax.Array:
-        if x.shape[0] == global_rows:
-            return jax.device_put(x, sharding)
-        return jax.make_array_from_process_local_data(sharding, x, (global_rows, *x.shape[1:]))
+        mine = range(global_rows) if len(x) == global_rows else rows
+
+        def part(index: Any) -> np.ndarray:  # a device's rows follow one another
+            start, stop, _ = index[0].indices(global_rows)
+            first = mine.index(start)
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((global_rows, *x.shape[1:]), sharding, part)
 
     return jax.tree.map(put, batch)
+
+
+def put_tree(tree: Any, where: Any) -> Any:
+    """Global arrays from whole trees that every process has (numpy or on its own device): each
+    device gets its part only."""
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, where)
