@@ -274,7 +274,7 @@ def _save_tree(path: epath.Path, tree: Any) -> None:
 def _load_tree(path: Any) -> Any:
     """Every array of an Orbax folder, onto the default device."""
     path = epath.Path(path).resolve()  # Orbax takes absolute paths only
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device),
         ocp.metadata(path).metadata,

@@ -159,6 +159,7 @@ class SourceConfig:
     weight: float = 1.0  # share of positions
     weight_after: float = -1.0  # from data.change_row on; -1: the same
     fields: tuple[tuple[str, str], ...] = ()  # (ours, the data set's) where names differ
+    cache: str = ""  # folder of tools/cache_latents.py; '': encoders run in every step
 
 
 @dataclass
@@ -172,6 +173,7 @@ class DataConfig:
     seed: int = 0
     num_threads: int = 2
     max_bad_share: float = 0.01  # of samples; above it (and above 20 bad ones) the run stops
+    cached_features: bool = True  # REPA reads them where caches have them; off: SigLIP runs
 
     @property
     def num_slots(self) -> int:

@@ -150,4 +150,34 @@ def train_problems(cfg: TrainConfig) -> list[str]:
             s.task != "understand" or data.und_slots > 0,
             f"source {s.name!r} understands: expected data.und_slots > 0; got 0",
         )
+    return bad + cache_problems(cfg)
+
+
+def cache_problems(cfg: TrainConfig) -> list[str]:
+    """Every reason why the caches that sources name cannot be used; `latents.check` has the rest,
+    once the caches are open."""
+    bad = []
+    for task in ("generate", "understand"):
+        names = {bool(s.cache): s.name for s in cfg.data.sources if s.task == task}
+        if len(names) > 1:
+            bad.append(
+                f"cache: expected all sources that {task} to have one, or none (the encoders run "
+                f"for a whole batch, or not at all); {names[True]!r} has one, {names[False]!r} not"
+            )
+    bad += [
+        f"source {s.name!r} cache: expected '' for a text source; got {s.cache!r}"
+        for s in cfg.data.sources
+        if s.task == "text" and s.cache
+    ]
+    reads = [s.name for s in cfg.data.sources if s.task == "understand" and s.cache]
+    if reads and cfg.model.und_encoder != "siglip":
+        bad.append(
+            f"source {reads[0]!r} cache: expected '' where model.und_encoder is "
+            f"{cfg.model.und_encoder!r}: a cache holds features of a frozen SigLIP"
+        )
+    elif reads and any(p.split("/")[0] == "und_encoder" for p in cfg.train_parts):
+        bad.append(
+            f"source {reads[0]!r} cache: expected '' where SigLIP trains (und_encoder in "
+            "train_parts): its features change with every step"
+        )
     return bad

@@ -29,6 +29,9 @@ PEAK_TFLOPS = {
 """Dense bfloat16, by the start of jax's device_kind (the longest that fits); makers' figures."""
 
 
+CACHED = frozenset({"latent_mean", "repa_target", "und_features"})
+
+
 class Work(NamedTuple):
     """What rows hold."""
 
@@ -39,6 +42,7 @@ class Work(NamedTuple):
     und_images: int
     padding: float  # share of all positions that is not in `positions`
     idle_slots: float  # share of the slots that the encoders run on
+    cached: frozenset[str] = frozenset()  # arrays that stand in the batch for an encoder's work
 
     def flops(self, cfg: ModelConfig, trained: set[str], repa: bool) -> float:
         """Operations forward and backward; see `train_flops`."""
@@ -49,7 +53,8 @@ def count(batch: dict[str, np.ndarray], gen_slots: int, und_slots: int) -> Work:
     """Counts rows.
 
     Args:
-      batch: segment_ids int[B, T], target_mask bool[B, T], slot_task int[B, K].
+      batch: segment_ids int[B, T], target_mask bool[B, T], slot_task int[B, K]; and what caches
+        gave (`data/slots.py`), of which only the names count.
       gen_slots, und_slots: Kg and Ku, the slots that each task's encoders run on.
     """
     ids, task = batch["segment_ids"], batch["slot_task"]
@@ -68,6 +73,7 @@ def count(batch: dict[str, np.ndarray], gen_slots: int, und_slots: int) -> Work:
         und_images=und,
         padding=1 - used / (rows * length),
         idle_slots=1 - (gen + und) / slots if slots else 0.0,
+        cached=frozenset(CACHED & set(batch)),
     )
 
 
@@ -92,18 +98,21 @@ def train_flops(cfg: ModelConfig, work: Work, trained: set[str], repa: bool) -> 
     total += llm * 2.0 * cfg.llm.width * cfg.llm.vocab_size * work.targets
     gen = times("gen_encoder", True)
     total += gen * (gen_encoder(cfg) + gen_decoder(cfg)) * work.gen_images
-    total += vae_encoder(cfg) * work.gen_images
+    total += vae_encoder(cfg) * work.gen_images * ("latent_mean" not in work.cached)
     total += 3 * aligner(cfg, "generate") * work.gen_images
     if work.und_images:
         total += 3 * aligner(cfg, "understand") * work.und_images
-        if cfg.und_encoder == "siglip":
+        if "und_features" in work.cached:
+            pass  # read from a disk
+        elif cfg.und_encoder == "siglip":
             total += times("und_encoder", False) * siglip(cfg) * work.und_images
         else:
             own = cfg.und_encoder == "own"
             vae = vae_encoder(cfg) * (times("und_encoder", False) if own else 1)
             total += (vae + 3 * gen_encoder(cfg)) * work.und_images
     if repa and images:
-        total += (siglip(cfg) + 3 * repa_head(cfg)) * work.gen_images
+        target = siglip(cfg) * ("repa_target" not in work.cached)
+        total += (target + 3 * repa_head(cfg)) * work.gen_images
     return total
 
 

@@ -102,7 +102,12 @@ def main(argv: list[str] | None = None) -> None:
         ]
         report = {
             "model": {"path": model.source, "name": model.cfg.name, "weights": args.weights},
-            "settings": {"cfg_weight": args.cfg, "num_steps": args.steps, "dtype": model.dtype},
+            "settings": {
+                "cfg_weight": args.cfg,
+                "num_steps": args.steps,
+                "dtype": model.dtype,
+                "int8": args.int8,
+            },  # fmt: skip
             "software": {"jax": jax.__version__, "device": command_line.accelerator()},
             "seconds": round(seconds, 2),
             "pictures": made,

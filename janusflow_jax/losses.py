@@ -77,9 +77,20 @@ def encode_latents(
         return module.apply({"params": vae_params}, to_float(pixels, dtype), method="encode")
 
     mean, logvar = over_slots(encode, images)
+    return scaled_latents(mean, logvar, posterior, cfg)
+
+
+def scaled_latents(
+    mean: Float[Array, "*b h w C"],
+    logvar: Float[Array, "*b h w C"],
+    posterior: Array | None,
+    cfg: ModelConfig,
+) -> Float[Array, "*b h w C"]:
+    """Scaled latents, float32, of a posterior (of the VAE, or cached); no gradient."""
+    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     if posterior is not None:
         mean = mean + jnp.exp(0.5 * logvar) * posterior
-    return lax.stop_gradient(mean.astype(jnp.float32) * cfg.vae.scaling_factor)
+    return lax.stop_gradient(mean * cfg.vae.scaling_factor)
 
 
 def understanding_input(
@@ -114,11 +125,12 @@ def loss_sums(
     """One forward pass over rows: the three tasks' summed losses.
 
     Args:
-      batch: rows and slots (DESIGN section 1), images uint8[B, K, H, W, 3].
+      batch: rows and slots (DESIGN section 1), images uint8[B, K, H, W, 3]; or, in place of
+        pictures, latent_mean and latent_logvar, repa_target, und_features (`data/slots.py`).
       draws: of `draw`.
       num_gen, num_und: Kg and Ku; generation sees slots[:Kg], understanding slots[-Ku:].
-      latents: float32[B, Kg, h, w, C], scaled, instead of the VAE's (a cache, or a test).
-      repa_target: [B, Kg, S, E] instead of SigLIP's features.
+      latents: float32[B, Kg, h, w, C], scaled, instead of the VAE's (a test).
+      repa_target: [B, Kg, S, E] instead of SigLIP's features (a test).
     Returns:
       sums {'ar', 'rf', 'repa'} and extras: rf by t-bucket, the predicted velocity.
     """
@@ -128,7 +140,7 @@ def loss_sums(
         return model.apply({"params": params}, *args, method=method, **kwargs)
 
     task, start = batch["slot_task"], batch["slot_start"]
-    rows, num_slots = task.shape
+    rows = len(task)
     text = run("embed_tokens", batch["tokens"])
     gen_slots = und_slots = None
     features: Any = None
@@ -136,8 +148,10 @@ def loss_sums(
     velocity_target: Any = None
     gen_images = batch["images"][:, :num_gen]
     if num_gen:
+        noise = None if loss.vae_mode else draws["posterior"]
+        if latents is None and "latent_mean" in batch:
+            latents = scaled_latents(batch["latent_mean"], batch["latent_logvar"], noise, cfg)
         if latents is None:
-            noise = None if loss.vae_mode else draws["posterior"]
             latents = encode_latents(vae_params, gen_images, noise, cfg, dtype)
         z = flow.interpolate(latents, draws["noise"], draws["t"])
         velocity_target = latents - draws["noise"]
@@ -146,8 +160,11 @@ def loss_sums(
             "generation_slot", flat(z), flow.TIMESTEP_SCALE * flat(draws["t"])
         )
         gen_slots = gen_slots.reshape(rows, num_gen, *gen_slots.shape[1:])
-    if num_und:
-        und_images = batch["images"][:, num_slots - num_und :]
+    if num_und and "und_features" in batch:
+        read = lambda seen: run("features_slot", seen.astype(dtype))  # noqa: E731
+        und_slots = over_slots(read, batch["und_features"])
+    elif num_und:
+        und_images = batch["images"][:, -num_und:]
         und_slots = over_slots(
             lambda pixels: run(
                 "understanding_slot", understanding_input(vae_params, pixels, cfg, dtype)
@@ -178,7 +195,7 @@ def loss_sums(
         sums["rf"] = jnp.sum(error * active)
         extras = _by_time(error, active, draws["t"]) | {"velocity": v}
     if use_repa:
-        target = repa_target
+        target = batch.get("repa_target") if repa_target is None else repa_target
         if target is None:
             target = over_slots(lambda pixels: run("siglip", to_float(pixels, dtype)), gen_images)
         seen = janusflow.take_slots(seen, start[:, :num_gen], cfg.num_image_tokens)

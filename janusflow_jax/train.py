@@ -24,6 +24,7 @@ from janusflow_jax import (
     config_checks,
     flops,
     guard,
+    latents,
     metrics,
     samples,
     sharding,
@@ -34,7 +35,7 @@ from janusflow_jax import (
 from janusflow_jax import config as config_lib
 from janusflow_jax import workdir as workdir_lib
 from janusflow_jax.config import ConfigError, TrainConfig
-from janusflow_jax.data import chat_format, lengths, loader, rows, sources
+from janusflow_jax.data import chat_format, latent_cache, lengths, loader, rows, sources
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an argument after a colon: configs/ablation.py:A,test"
@@ -50,6 +51,7 @@ _USER_ERRORS = (
     guard.DivergedError,
     checkpoint.CheckpointError,
     chat_format.FormatError,
+    latent_cache.CacheError,
     lengths.LengthsError,
     loader.BadDataError,
     rows.DataError,
@@ -122,7 +124,8 @@ def open_run(cfg: TrainConfig) -> Run:
     starts.print_origins(cfg, params, vae_params, origins)
     chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
     chat.check_vocab(cfg.model.llm.vocab_size)
-    data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows)
+    data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
+    latents.check(cfg, data.rows, params, vae_params)
     _print_data(cfg, data)
     mesh = sharding.make_mesh(cfg.mesh)
     split = mesh.shape["data"] * mesh.shape["fsdp"]

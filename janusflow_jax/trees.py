@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from janusflow_jax.sharding import path_name
 
@@ -49,3 +51,12 @@ def split(tree: Tree, paths: Iterable[str]) -> tuple[Tree, Tree]:
     leaves = flat(tree)
     chosen = {n: x for n, x in leaves.items() if any(below(n, p) for p in paths)}
     return nested(chosen), nested({n: x for n, x in leaves.items() if n not in chosen})
+
+
+def digest(tree: Tree) -> str:
+    """SHA-256 of the leaves' names, shapes and values as float32."""
+    out = hashlib.sha256()
+    for name, leaf in sorted(flat(tree).items()):
+        out.update(f"{name} {tuple(leaf.shape)};".encode())
+        out.update(np.ascontiguousarray(leaf, np.float32).data)
+    return out.hexdigest()

@@ -62,6 +62,9 @@ def _may_change(name: str) -> bool:
 
 
 def _flat_config(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, list):  # of sources, the only lists of dicts: each with its defaults
+        source = config_lib.to_dict(config_lib.SourceConfig())
+        values = [source | v if isinstance(v, dict) else v for v in values]
     if not isinstance(values, dict):
         return {prefix[:-1]: values}
     out: dict[str, Any] = {}

@@ -18,7 +18,7 @@ PICTURE = str(golden.TINY / "images" / "0.png")
 
 @pytest.fixture
 def loaded(golden_model, monkeypatch):
-    monkeypatch.setattr(pipeline, "load", lambda path, dtype, weights: golden_model)
+    monkeypatch.setattr(pipeline, "load", lambda path, dtype, weights, int8: golden_model)
     return golden_model
 
 
@@ -32,7 +32,8 @@ def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
     assert [(x["prompt"], x["seed"]) for x in said["pictures"]] == [
         ("a tree", 1), ("a red fox", 5), ("Two yellow taxis", 9),
     ]  # fmt: skip
-    assert said["settings"] == {"cfg_weight": 2.0, "num_steps": 2, "dtype": "float32"}
+    want = {"cfg_weight": 2.0, "num_steps": 2, "dtype": "float32", "int8": False}
+    assert said["settings"] == want
     again = loaded.generate("Two yellow taxis", seed=9, num_steps=2, output="numpy")[0]
     saved = np.asarray(Image.open(said["pictures"][2]["file"])).astype(int)
     assert np.abs(saved - again).max() <= 1

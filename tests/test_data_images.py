@@ -126,3 +126,34 @@ def test_extreme_shapes():
     for shape in ((1, 5000), (5000, 1)):
         assert images.for_understanding(picture(*shape), 64).shape == (64, 64, 3)
         assert images.for_generation(picture(*shape), 64, (0,)).shape == (64, 64, 3)
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
+    """At half, a quarter or an eighth, never below what was asked for; upright and whole."""
+    y, x = np.mgrid[:640, :960]
+    waves = np.stack([np.sin(x / 90) + np.cos(y / 70), np.sin(y / 50), np.cos((x + y) / 110)], -1)
+    smooth = Image.fromarray(np.uint8(waves / waves.max() * 100 + 128))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(smooth, "JPEG", quality=95)
+    turned = encode(smooth, "JPEG", quality=95, exif=exif)
+    for short, long, size in (
+        (0, 0, 960),
+        (160, 0, 240),
+        (161, 0, 480),
+        (0, 240, 240),
+        (0, 9, 120),
+    ):
+        assert images.open_image(data, short, long).size == (size, size * 2 // 3)
+        assert images.open_image(turned, short, long).size == (size * 2 // 3, size)
+    assert images.open_image(encode(smooth), 64, 64).size == (960, 640)  # PNG has no such thing
+    whole = images.decode(data)
+    for near, exact in (
+        (images.for_generation(images.open_image(data, short=128), 64), 0),
+        (images.for_understanding(images.open_image(data, long=128), 64), 1),
+    ):
+        prepare = images.for_understanding if exact else images.for_generation
+        error = near.astype(int) - prepare(whole, 64)
+        assert near.shape == (64, 64, 3) and np.abs(error).mean() < 2
+    with pytest.raises(images.BadImage, match="truncated or broken"):
+        images.open_image(data[: len(data) // 2], short=64)

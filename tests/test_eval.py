@@ -261,7 +261,7 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         evaluate, "references", lambda path: (emoji.make_gallery(pictures, labels), trained)
     )
-    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, dtype, weights: _Model())
+    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, dtype, weights, int8: _Model())
 
     def captions(model, source, count):
         return [

@@ -6,18 +6,21 @@ Pictures stay uint8 until they are on the device; `to_float` is the one normalis
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 64 * 2**20
 MIN_SIDE = 14
 """The shortest side that a picture may shrink to for understanding, in pixels."""
+GAP = 2
+"""Training's pictures are decoded at least so many times as large as they are needed."""
 GREY = 127
 """Fills the square around a picture for understanding."""
 
@@ -38,14 +41,33 @@ def decode(
     Transparent pixels lie on white: that is what a page shows, and what the caption's author saw.
     Grey, palette, 16-bit and CMYK pictures become RGB.
 
-    Args:
-      data: the file's bytes.
-      max_pixels: more is refused before anything is decoded.
-      max_bytes: more is refused.
+    Args: as of `open_image`.
     Returns:
       uint8[H, W, 3].
     Raises:
       BadImage: another format, too large, truncated or broken.
+    """
+    return np.asarray(open_image(data, max_pixels=max_pixels, max_bytes=max_bytes))
+
+
+def open_image(
+    data: bytes,
+    short: int = 0,
+    long: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> Image.Image:
+    """`decode` without the copy into an array.
+
+    Args:
+      data: the file's bytes.
+      short, long: a JPEG whose short (long) side is twice so long or more is decoded at 1/2, 1/4 or
+        1/8 of its size, at least so long: several times as fast, and when it is shrunk further the
+        difference is small (benchmarks/RESULTS.md). 0: every pixel is decoded.
+      max_pixels: more is refused before anything is decoded.
+      max_bytes: more is refused.
+    Raises:
+      BadImage: see `decode`.
     """
     if not data:
         raise BadImage("expected a picture; got 0 bytes", "0 bytes")
@@ -66,8 +88,9 @@ def decode(
                     "too many pixels",
                 )
             kind = str(image.format)
+            _shrink(image, short, long)
             image.load()
-            return np.asarray(_rgb(_upright(image)))
+            return _rgb(_upright(image))
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
@@ -86,10 +109,20 @@ def decode(
         raise BadImage(f"{kind} of {len(data)} bytes is truncated or broken: {e}") from e
 
 
+def _shrink(image: Image.Image, short: int, long: int) -> None:
+    """Lets a JPEG decode at a fraction of its size; other formats have no such thing."""
+    sides = min(image.size), max(image.size)
+    if short or long:
+        scale = max(short / sides[0], long / sides[1])
+        width, height = (max(1, math.ceil(x * scale)) for x in image.size)
+        image.draft(None, (width, height))
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Turns the picture as its EXIF orientation asks; broken EXIF is ignored."""
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image  # it copies, turned or not
     except Exception:  # noqa: BLE001  EXIF is free-form bytes; the pixels are good
         return image
 
@@ -102,7 +135,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # that copies, too
 
 
 def read(picture: Any) -> np.ndarray:
@@ -131,22 +164,23 @@ def read(picture: Any) -> np.ndarray:
         raise BadImage(f"image {path}: {error}") from error
 
 
-def for_understanding(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "H H 3"]:
+def for_understanding(
+    image: UInt8[np.ndarray, "h w 3"] | Image.Image, size: int
+) -> UInt8[np.ndarray, "H H 3"]:
     """The whole picture, long side `size`, centred on grey.
 
     Source: SPEC section 4 (floor, at least 14 pixels, bicubic); equals the published processor.
 
     Args:
-      image: uint8[H, W, 3].
+      image: uint8[H, W, 3], or RGB of `open_image`.
       size: side of the result in pixels.
     Returns:
       uint8[size, size, 3].
     """
-    height, width = image.shape[:2]
-    long = max(height, width)
-    new_h = max(int(height / long * size), MIN_SIDE)
-    new_w = max(int(width / long * size), MIN_SIDE)
-    small = Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BICUBIC)
+    picture = _picture(image)
+    long = max(picture.size)
+    new_w, new_h = (max(int(x / long * size), MIN_SIDE) for x in picture.size)
+    small = picture.resize((new_w, new_h), Image.Resampling.BICUBIC)
     square = np.full((size, size, 3), GREY, np.uint8)
     top, left = (size - new_h) // 2, (size - new_w) // 2
     square[top : top + new_h, left : left + new_w] = np.asarray(small)
@@ -154,32 +188,37 @@ def for_understanding(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.
 
 
 def for_generation(
-    image: UInt8[np.ndarray, "h w 3"], size: int, key: tuple[int, ...] | None = None
+    image: UInt8[np.ndarray, "h w 3"] | Image.Image, size: int, key: tuple[int, ...] | None = None
 ) -> UInt8[np.ndarray, "H H 3"]:
     """A square of the picture, short side to `size`.
 
     The square is cut before it is resized, so a very long picture is never enlarged whole.
 
     Args:
-      image: uint8[H, W, 3].
+      image: uint8[H, W, 3], or RGB of `open_image`.
       size: side of the result in pixels.
       key: of the random place of the square; None takes the centre.
     Returns:
       uint8[size, size, 3].
     """
-    height, width = image.shape[:2]
+    picture = _picture(image)
+    width, height = picture.size
     side = min(height, width)
     spare_y, spare_x = height - side, width - side
-    if key is None:
+    if key is None or not (spare_y or spare_x):
         top, left = spare_y // 2, spare_x // 2
     else:
         rng = np.random.default_rng(key)
         top, left = int(rng.integers(spare_y + 1)), int(rng.integers(spare_x + 1))
-    square = image[top : top + side, left : left + side]
-    if side == size:
-        return np.ascontiguousarray(square)
-    resized = Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+    if spare_y or spare_x:
+        picture = picture.crop((left, top, left + side, top + side))
+    if side != size:
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def _picture(image: np.ndarray | Image.Image) -> Image.Image:
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else image
 
 
 def to_float(images: UInt8[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -60,10 +61,11 @@ class Loader:
         model: config_lib.ModelConfig,
         chat: chat_format.ChatFormat,
         batch_rows: int,
+        repa: bool = True,
     ):
-        """Opens the mixture; see `rows.Rows` for what it raises."""
+        """Opens the mixture; see `rows.Rows` for `repa` and for what it raises."""
         self.cfg, self.batch_rows = cfg, batch_rows
-        self.rows = rows_lib.Rows(cfg, model, chat)
+        self.rows = rows_lib.Rows(cfg, model, chat, repa)
 
     def describe(self, phase: int = 0) -> list[dict[str, Any]]:
         """Per source: samples, bins, shares (see `rows.Rows.describe`)."""
@@ -104,14 +106,21 @@ class Loader:
                 )
             )
         )
+
+        def make() -> tuple[dict[str, np.ndarray], list[rows_lib.BadSample]]:
+            made = [next(iterator) for _ in mine]
+            batch = {name: np.stack([row[name] for row, _ in made]) for name in made[0][0]}
+            return batch, [b for _, found in made for b in found]
+
         num_samples = num_bad = 0
+        pool = futures.ThreadPoolExecutor(1, "batch")  # stacks the next while this one is used
+        coming = pool.submit(make)
         try:
             while True:
-                made = [next(iterator) for _ in mine]
-                batch = {name: np.stack([row[name] for row, _ in made]) for name in made[0][0]}
-                bad = [b for _, found in made for b in found]
+                batch, bad = coming.result()
+                coming = pool.submit(make)
                 num_bad += len(bad)
-                num_samples += len(bad) + sum(_count(row["segment_ids"]) for row, _ in made)
+                num_samples += len(bad) + sum(_count(ids) for ids in batch["segment_ids"])
                 for sample in bad:
                     logging.warning("bad sample: %s", sample)
                 self._check(num_bad, num_samples, bad)
@@ -119,6 +128,7 @@ class Loader:
                 first_row += self.batch_rows
                 yield batch, Report(first, first_row, bad, num_samples, num_bad)
         finally:
+            pool.shutdown(cancel_futures=True)  # waits for the rows that are under way
             close = getattr(iterator, "close", None)
             if close is not None:
                 close()

@@ -17,14 +17,16 @@ from janusflow_jax import config as config_lib
 from janusflow_jax.data import (
     chat_format,
     images,
+    latent_cache,
     lengths,
     packing,
     samples,
     sources,
 )
 from janusflow_jax.data import pieces as pieces_lib
+from janusflow_jax.data import slots as slots_lib
 
-_CAPTION, _DROP, _CROP, _FILLER = range(4)
+_CAPTION, _DROP, _, _FILLER = range(4)  # slots.CROP is the third
 _MIN_FILLER = 16  # positions; a shorter tail stays padding
 _TASKS = {"generate": samples.GENERATE, "understand": samples.UNDERSTAND, "text": samples.NONE}
 
@@ -56,6 +58,7 @@ class Source:
     pieces: pieces_lib.Pieces  # what the bins hold
     bins: packing.Bins
     key: int
+    cache: latent_cache.Cache | None = None
 
     def sample_range(self, b: int) -> range:
         return range(int(self.bins.starts[b]), int(self.bins.starts[b + 1]))
@@ -80,6 +83,7 @@ class Rows:
         cfg: config_lib.DataConfig,
         model: config_lib.ModelConfig,
         chat: chat_format.ChatFormat,
+        repa: bool = True,
     ):
         """Opens, measures (or reads the stored lengths) and packs every source.
 
@@ -87,9 +91,11 @@ class Rows:
           cfg: the mixture, the row's length and its slots.
           model: for the picture's size and the positions of an image.
           chat: the tokenizer.
+          repa: whether the loss reads SigLIP's features of generation slots.
         Raises:
           DataError: the tokenizer, the model and the mixture do not go together (lists all).
-          sources.SourceError, lengths.LengthsError: a data set cannot be used.
+          sources.SourceError, lengths.LengthsError, latent_cache.CacheError: a data set, or what is
+            stored of it, cannot be used.
         """
         self.cfg, self.model, self.chat = cfg, model, chat
         problems = _problems(cfg, model, chat)
@@ -104,6 +110,7 @@ class Rows:
         ]
         if empty:
             raise DataError("data:\n" + "\n".join(f"  - {p}" for p in empty))
+        self.slots = self._slots(repa)
         self.fill = [s.bins.used / (len(s.bins) * cfg.row_len) for s in self.sources]
         self.phases = self._phases()
 
@@ -137,21 +144,19 @@ class Rows:
           row: its number, from 0.
         Returns:
           (arrays, bad): row uint32[], tokens int32[T], segment_ids int32[T], positions int32[T],
-          target_mask bool[T], images uint8[K, H, W, 3], slot_start int32[K], slot_task int32[K].
+          target_mask bool[T], slot_start int32[K], slot_task int32[K], and what the slots hold:
+          images uint8[K, H, W, 3], or what caches have in their place (`slots`).
         Raises:
           sources.SourceError: the store cannot be read.
         """
-        length, slots = self.cfg.row_len, self.cfg.num_slots
-        side = self.model.image_size
+        length = self.cfg.row_len
         out = {
             "row": np.array(row, np.uint32),
             "tokens": np.full(length, self.chat.pad_id, np.int32),
             "segment_ids": np.zeros(length, np.int32),
             "positions": np.zeros(length, np.int32),
             "target_mask": np.zeros(length, bool),
-            "images": np.zeros((slots, side, side, 3), np.uint8),
-            "slot_start": np.zeros(slots, np.int32),
-            "slot_task": np.zeros(slots, np.int32),
+            **self.slots.empty(),
         }
         bad = []
         which, _, b = self.locate(row)
@@ -225,6 +230,26 @@ class Rows:
             pieces=pieces,
             bins=packing.pack(pieces.length, pieces.images, row_len, slots),
             key=zlib.crc32(f"{name}:{cfg.task}".encode()),
+            cache=latent_cache.Cache(cfg.cache) if cfg.cache else None,
+        )
+
+    def _slots(self, repa: bool) -> slots_lib.Slots:
+        """How slots are filled, once every cache is known to fit its source and the others."""
+        problems, manifests = [], {}
+        for task in ("generate", "understand"):
+            caches = []
+            for s in self.sources:
+                if s.cache is not None and s.cfg.task == task:
+                    caches.append(s.cache)
+                    problems += slots_lib.problems(
+                        s.name, s.cache, s.records, s.cfg.split, task, self.model
+                    )
+            problems += slots_lib.agree(caches, task == "understand" or self.cfg.cached_features)
+            manifests[task] = caches[0].manifest if caches else None
+        if problems:
+            raise DataError("data:\n" + "\n".join(f"  - {p}" for p in problems))
+        return slots_lib.Slots(
+            self.cfg, self.model, manifests["generate"], manifests["understand"], repa
         )
 
     def _place(
@@ -242,10 +267,12 @@ class Rows:
         Args: place, slot: samples and images that stand before it; offset: its first position.
         """
         task, pieces = _TASKS[source.cfg.task], source.pieces
+        of_row = slot  # its number among all of the row's slots
         if task == samples.UNDERSTAND:
-            slot += self.cfg.num_slots - self.cfg.und_slots
-        key = (self.cfg.seed, row, place if task == samples.NONE else slot)
-        data = source.records[int(pieces.record[piece])]
+            of_row += self.cfg.num_slots - self.cfg.und_slots
+        key = (self.cfg.seed, row, place if task == samples.NONE else of_row)
+        record = int(pieces.record[piece])
+        data = source.records[record]
         sample = self._sample(source, data, key, int(pieces.begin[piece]), int(pieces.end[piece]))
         n, room = len(sample.tokens), int(pieces.length[piece])
         if n > room or len(sample.images) != pieces.images[piece]:
@@ -253,11 +280,9 @@ class Rows:
                 f"expected at most {room} positions and {pieces.images[piece]} image(s), as "
                 f"measured; got {n} and {len(sample.images)}: measure lengths again"
             )
-        decoded = [self._image(x, task, (*key[:2], slot + i)) for i, x in enumerate(sample.images)]
-        for i, (start, picture) in enumerate(zip(sample.slot_starts, decoded, strict=True)):
-            out["images"][slot + i] = picture
-            out["slot_start"][slot + i] = offset + start
-            out["slot_task"][slot + i] = task
+        filled = self.slots.load(task, source.cache, record, sample.images, key)
+        for i, (start, values) in enumerate(zip(sample.slot_starts, filled, strict=True)):
+            self.slots.put(out, task, slot + i, offset + start, values)
         here = slice(offset, offset + n)
         out["tokens"][here] = sample.tokens
         out["positions"][here] = np.arange(n)
@@ -299,15 +324,9 @@ class Rows:
         self, source: Source, data: dict[str, Any], key: tuple[int, ...], begin: int = 0,
         end: int = -1,
     ) -> samples.Sample:  # fmt: skip
-        choose = lambda n: int(_rng(key, _CAPTION).integers(n))  # noqa: E731
+        choose = lambda n: int(_rng(key, _CAPTION).integers(n)) if n > 1 else 0  # noqa: E731
         cfg = source.cfg
         return samples.make(data, cfg.task, cfg.format, self.chat, choose, begin, end)
-
-    def _image(self, encoded: Any, task: int, key: tuple[int, ...]) -> np.ndarray:
-        picture = images.decode(encoded)
-        if task == samples.UNDERSTAND:
-            return images.for_understanding(picture, self.model.image_size)
-        return images.for_generation(picture, self.model.image_size, (*key, _CROP))
 
 
 def _rng(key: tuple[int, ...], purpose: int) -> np.random.Generator:

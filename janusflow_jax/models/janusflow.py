@@ -112,7 +112,12 @@ class JanusFlow(nn.Module):
           scaled latents [B, h, w, C].
         """
         shared = self.cfg.und_encoder == "shared"
-        seen = encode_clean(self.gen_encoder, x) if shared else self.und_encoder(x)
+        return self.features_slot(
+            encode_clean(self.gen_encoder, x) if shared else self.und_encoder(x)
+        )
+
+    def features_slot(self, seen: Float[Array, "B N E"]) -> Float[Array, "B S D"]:
+        """`understanding_slot` of what its encoder saw."""
         features = self.und_aligner(seen)
         begin = jnp.broadcast_to(
             self.und_begin().astype(features.dtype), (len(features), 1, features.shape[-1])

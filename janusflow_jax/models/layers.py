@@ -139,7 +139,8 @@ def attention(
         k = jnp.repeat(k, heads // k.shape[2], axis=2)
         v = jnp.repeat(v, heads // v.shape[2], axis=2)
         if scales is not None:
-            scales = tuple(jnp.repeat(s, heads // s.shape[2], axis=2) for s in scales)
+            k_scale, v_scale = (jnp.repeat(s, heads // s.shape[2], axis=2) for s in scales)
+            scales = k_scale, v_scale
     if mask is not None and mask.ndim == 2:
         return splash.attention(q, k, v, mask, interpret=impl == "splash_interpret")
     # Heads beside the batch first: on CPU forward and backward are 3.5 times as fast so.
