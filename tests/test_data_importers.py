@@ -79,6 +79,16 @@ def test_columns_of_hugging_face(row, kind, holds, tmp_path):
         assert sum(c.count(TAG) for c in contents) == len(got["images"]) == len(row["images"])
 
 
+def test_documents_in_parts_as_obelics_has_them(tmp_path):
+    row = {"images": [None, IMAGE, None, IMAGE], "texts": ["One", None, "two", None]}
+    schema = pa.schema([("images", pa.list_(pa.struct([("bytes", pa.binary())]))),
+                        ("texts", pa.list_(pa.string()))])  # fmt: skip
+    rows = [row, {"images": [IMAGE], "texts": ["No", "place"]}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
+    (got,) = prepared("parquet", tmp_path, tmp_path / "out", kind="document")
+    assert got["text"] == f"One\n{TAG}\ntwo\n{TAG}" and len(got["images"]) == 2
+
+
 def test_named_columns_go_before_the_usual_names(tmp_path):
     row = {"image": b"x", "shot": drawn.encoded(), "text": "a page", "alt": "a wall", "nr": 7}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
