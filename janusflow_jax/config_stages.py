@@ -75,7 +75,11 @@ def stage(
 def made_by() -> tuple[tuple[str, str], ...]:
     """For the paths above: what makes them."""
     data = [
-        (path, f"a tfds data set in array_record form with the features {_FEATURES[task]}")
+        (
+            path,
+            f"python tools/prepare_data.py FORM INPUT --out {path} --tokenizer {START}/hub, "
+            f"to the features {_FEATURES[task]} (docs/data.md)",
+        )
         for task, path in DATA.items()
     ]
     return (*data, (START, assemble(START)))

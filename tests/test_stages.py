@@ -107,7 +107,7 @@ def test_what_is_missing_is_said_before_anything_is_loaded(tmp_path, monkeypatch
     said = str(error.value)
     for path in ("data/understand", "data/generate", "data/text", "runs/adaptation"):
         assert path in said
-    assert "array_record" in said
+    assert "tools/prepare_data.py" in said
     with pytest.raises(c.ConfigError, match="convert_checkpoint.py --llm"):
         train.train(config("adaptation"))
 

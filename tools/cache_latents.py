@@ -35,6 +35,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--data", required=True, help="folder of the prepared data set")
     p.add_argument("--split", default="train")
+    p.add_argument(
+        "--field", action="append", default=[], metavar="OURS=THEIRS",
+        help="a field of the source's `fields` in the config",
+    )  # fmt: skip
     p.add_argument("--task", default="generate", choices=("generate", "understand"))
     p.add_argument(
         "--model", required=True, nargs="+",
@@ -108,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         args.process, args.num_processes = jax.process_index(), jax.process_count()
     devices = jax.local_devices()
     compute = args.compute_dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16")
-    records = sources.open_source(args.data, args.split)
+    fields = tuple(tuple(pair.split("=", 1)) for pair in args.field)
+    records = sources.mapped(sources.open_source(args.data, args.split), fields, "")
     encoders = load_encoders(args)
     manifest = latents.plan(
         records, encoders, task=args.task, split=args.split, crops=args.crops, seed=args.seed,

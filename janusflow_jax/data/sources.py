@@ -52,7 +52,8 @@ class TfdsSource:
             raise SourceError(
                 f"{folder}: expected a prepared data set (a folder with dataset_info.json); "
                 + ("it has none" if folder.exists() else "the folder does not exist")
-                + ": for OpenMoji run `python tools/prepare_openmoji.py --out data/openmoji`"
+                + ": for OpenMoji run `python tools/prepare_openmoji.py --out data/openmoji`, for "
+                "your own data tools/prepare_data.py"
             )
         builder: Any = tfds.builder_from_directory(str(folder))
         form = str(getattr(builder.info.file_format, "value", builder.info.file_format))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from janusflow_jax.data.importers.raw import Options, Raw, Skipped
@@ -15,6 +15,7 @@ IMAGE = (
 )  # fmt: skip
 CAPTION = ("captions", "caption", "text", "txt", "sentence", "sentences", "description", "prompt")
 TEXT = ("text", "content", "document", "body")
+DOCUMENT = (*TEXT, "texts")
 TURNS = ("conversations", "conversation", "messages", "texts")
 
 
@@ -50,9 +51,12 @@ def raw(
     record_id = row[found] if found and options.ids == "given" else place_id
     if isinstance(record_id, float) and record_id.is_integer():
         record_id = int(record_id)  # a column of numbers with gaps is read as floats
-    usual = {"captions": CAPTION, "conversation": TURNS}.get(kind, TEXT)
+    usual = {"captions": CAPTION, "conversation": TURNS, "document": DOCUMENT}.get(kind, TEXT)
     text = find(names, options.text_field, usual)
     content = row[text] if text else None
+    if kind == "document" and isinstance(content, (list, tuple)):
+        given = [one for one in given if not _is_null(one)]
+        content = _joined(content, options.image_marker)
     return Raw(
         where,
         record_id,
@@ -79,6 +83,14 @@ def embedded(value: Any) -> bytes:
     if not isinstance(value, bytes):
         raise Skipped("picture: no bytes", f"{type(value).__name__} {str(value)[:40]}")
     return value
+
+
+def _joined(parts: Sequence[Any], marker: str) -> str:
+    """OBELICS' texts: where a text is null a picture stands."""
+    for part in parts:
+        if not (_is_null(part) or isinstance(part, str)):
+            raise Skipped("text: not text", f"part {type(part).__name__} {str(part)[:40]}")
+    return "\n".join(marker if _is_null(part) else part for part in parts)
 
 
 def _is_null(value: Any) -> bool:

@@ -1,0 +1,104 @@
+"""Kinds of records that forms hold besides their usual one."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import bad_tars
+import drawn
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from janusflow_jax.data import engines, prepare, sources
+from janusflow_jax.data.importers import parquet
+from janusflow_jax.data.importers.raw import Options
+
+TAG = "<image_placeholder>"
+TURNS = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "Yes."}]
+
+
+def prepared(form: str, path, out, **options) -> list[dict]:
+    prepare.prepare(Options(form, (str(path),), **options), out, engines.local(1))
+    source = sources.open_source(out, "train")
+    return [source[i] for i in range(len(source))]
+
+
+def test_a_tar_of_conversations_and_one_of_documents(tmp_path):
+    first, second = drawn.encoded(quality=80), drawn.encoded(quality=81)
+    pictures = [("a.1.jpg", second), ("a.0.jpg", first)]
+    talk = [*pictures, ("a.json", json.dumps({"conversations": TURNS, "image": "x"}).encode())]
+    (tmp_path / "talk.tar").write_bytes(bad_tars.tar(*talk))
+    (got,) = prepared("webdataset", tmp_path / "talk.tar", tmp_path / "1", kind="conversation")
+    assert got["images"] == [first, second]
+    assert got["conversation"]["content"] == [f"{TAG}{TAG}\nSame?", "Yes."]
+    text = [*pictures, ("a.json", b'{"text": "One <image> two <image> three"}')]
+    (tmp_path / "text.tar").write_bytes(bad_tars.tar(*text))
+    (got,) = prepared("webdataset", tmp_path / "text.tar", tmp_path / "2", kind="document")
+    assert got["images"] == [first, second] and got["text"] == f"One {TAG} two {TAG} three"
+
+
+IMAGE = {"bytes": drawn.encoded(), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "holds"),
+    [
+        ({"image": IMAGE, "caption": "a wall"}, "captions", {"captions": ["a wall"]}),
+        ({"jpg": drawn.encoded(), "txt": "a wall"}, "captions", {"captions": ["a wall"]}),
+        ({"image": IMAGE, "text": ["a wall", "red"]}, "captions", {"captions": ["a wall", "red"]}),
+        ({"text": "a long text", "url": "https://example.org"}, "text", {"text": "a long text"}),
+        ({"images": [IMAGE, IMAGE], "conversations": TURNS}, "conversation", {}),
+        ({"images": [IMAGE, IMAGE], "messages": [
+            {"role": "user", "content": "<image><image>\nSame?"},
+            {"role": "assistant", "content": "Yes."}]}, "conversation", {}),
+        ({"images": [IMAGE, IMAGE], "messages": [
+            {"role": "user", "content": [{"type": "image", "text": None},
+                                         {"type": "image", "text": None},
+                                         {"type": "text", "text": "Same?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]},
+         "conversation", {}),
+        ({"images": [IMAGE], "texts": [{"user": "What?", "assistant": "A wall.", "source": "x"},
+                                       {"user": "Sure?", "assistant": "Yes.", "source": "x"}]},
+         "conversation", {}),
+    ],
+)  # fmt: skip
+def test_columns_of_hugging_face(row, kind, holds, tmp_path):
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert parquet.guess_kind(Options("parquet", (str(tmp_path),))) == kind
+    (got,) = prepared("parquet", tmp_path, tmp_path / "out", kind=kind)
+    assert got["id"] == "a.parquet-0"
+    assert holds.items() <= got.items()
+    if kind == "captions":
+        assert got["image"] == drawn.encoded()
+    if kind == "conversation":
+        roles, contents = got["conversation"]["role"], got["conversation"]["content"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert contents[-1] == "Yes." and contents[0].endswith("?")
+        assert sum(c.count(TAG) for c in contents) == len(got["images"]) == len(row["images"])
+
+
+def test_documents_in_parts_as_obelics_has_them(tmp_path):
+    row = {"images": [None, IMAGE, None, IMAGE], "texts": ["One", None, "two", None]}
+    schema = pa.schema([("images", pa.list_(pa.struct([("bytes", pa.binary())]))),
+                        ("texts", pa.list_(pa.string()))])  # fmt: skip
+    rows = [row, {"images": [IMAGE], "texts": ["No", "place"]}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
+    (got,) = prepared("parquet", tmp_path, tmp_path / "out", kind="document")
+    assert got["text"] == f"One\n{TAG}\ntwo\n{TAG}" and len(got["images"]) == 2
+
+
+def test_named_columns_go_before_the_usual_names(tmp_path):
+    row = {"image": b"x", "shot": drawn.encoded(), "text": "a page", "alt": "a wall", "nr": 7}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    fields = {"image_field": "shot", "text_field": "alt", "id_field": "nr"}
+    (got,) = prepared("parquet", tmp_path, tmp_path / "out", **fields)
+    assert (got["id"], got["captions"]) == ("7", ["a wall"])
+    assert drawn.encoded() == got["image"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_told():
+    with pytest.raises(engines.EngineError, match="fewer --workers goes on"):
+        list(engines.local(2)(os._exit, [1, 1]))
