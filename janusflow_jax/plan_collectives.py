@@ -26,6 +26,7 @@ _CALLS = re.compile(
     r"\b(?:body|calls|to_apply|branch_computations|called_computations)=(\{.*?\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_LAYOUT = re.compile(r"\{[^}]*\}")
 _AXIS = r"'(\w+)'(?::\((\d+)\)(\d+))?"
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -73,7 +74,7 @@ def collectives(text: str, slices: int = 1, while_trips: float = 1.0) -> list[Co
     bodies = computations(text)
     devices = _number(r"num_partitions=(\d+)", text) or _number(r"replica_count=(\d+)", text) or 1
     found: list[Collective] = []
-    seen: set[tuple[str, str]] = set()  # an asynchronous one stands in its start, middle and end
+    seen: set[tuple[str, ...]] = set()
 
     def walk(name: str, times: float, loop: str) -> None:
         for line in bodies.get(name, ()):
@@ -82,10 +83,13 @@ def collectives(text: str, slices: int = 1, while_trips: float = 1.0) -> list[Co
                 continue
             _, result, opcode, rest = match.groups()
             kind = opcode.removesuffix("-start")
-            channel = re.search(r"channel_id=(\d+)", rest)
-            once = (loop, channel[1] if channel else line)
-            if kind in KINDS and once not in seen:
+            again = False
+            if kind in KINDS and name != loop:  # in a fusion: of its start, middle or end
+                channel, op = (_first(p, rest) for p in (r"channel_id=(\d+)", _OP_NAME))
+                once = (loop, kind, channel, _LAYOUT.sub("", result), op)
+                again = once in seen
                 seen.add(once)
+            if kind in KINDS and not again:
                 fused = "all-reduce-scatter" in name  # an all-reduce of which each keeps its part
                 found.append(_collective(kind, result, rest, opcode, times, fused, devices, slices))
             if opcode.endswith(("-done", "-update")):
@@ -98,7 +102,7 @@ def collectives(text: str, slices: int = 1, while_trips: float = 1.0) -> list[Co
                 for called in _called(rest):
                     walk(called, inner, called if opcode == "while" else loop)
 
-    walk(entry(text), 1.0, "")
+    walk(entry(text), 1.0, entry(text))
     return found
 
 
@@ -184,6 +188,11 @@ def entry(text: str) -> str:
 def _called(rest: str) -> Iterator[str]:
     for match in _CALLS.finditer(rest):
         yield from re.findall(r"[\w.\-]+", match[1].strip("{}").replace("%", ""))
+
+
+def _first(pattern: str | re.Pattern[str], text: str) -> str:
+    found = re.search(pattern, text)
+    return found[1] if found else ""
 
 
 def _number(pattern: str, text: str) -> int:

@@ -22,7 +22,7 @@ from janusflow_jax import (
     sharding,
 )
 from janusflow_jax.config import TrainConfig
-from janusflow_jax.models import janusflow, vae
+from janusflow_jax.models import janusflow, llama, vae
 from janusflow_jax.plan_compile import Compiled
 from janusflow_jax.plan_topology import Machine
 
@@ -59,6 +59,7 @@ def compile_all(
 def _programs(cfg: TrainConfig, model: Any, mesh: Any, rows: int, num_steps: int) -> Any:
     """(what, jitted function, arguments, keywords, arguments by part, useful operations)."""
     shapes = janusflow.param_shapes(cfg.model)
+    shapes["llm"] = jax.eval_shape(llama.unstack, shapes["llm"])  # as the pipeline holds it
     params = _bfloat16({n: t for n, t in shapes.items() if not n.startswith("repa")})
     params = plan_compile.placed(params, sharding.tree_shardings(params, mesh))
     vae_params = _bfloat16(vae.param_shapes(cfg.model.vae))
@@ -110,9 +111,9 @@ def _bfloat16(tree: Any) -> Any:
 
 
 def _state(path: Any, x: Any, mesh: Any) -> jax.ShapeDtypeStruct:
-    """Decoding's state with rows over the devices: keys and values have layers first."""
-    layered = sharding.path_name(path) in ("k", "v")
-    spec = P(None, sharding.BATCH, None, "tensor") if layered else P(sharding.BATCH)
+    """Decoding's state: rows over the devices, keys' and values' heads over `tensor`."""
+    cached = sharding.path_name(path).split("/")[-1] in ("k", "v")
+    spec = P(sharding.BATCH, None, "tensor", None) if cached else P(sharding.BATCH)
     spec = P(*list(spec)[: x.ndim], *[None] * (x.ndim - len(spec)))
     where = NamedSharding(mesh, sharding.fit(spec, x.shape, mesh))
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -191,6 +191,8 @@ TPU_LOOP = """HloModule jit_step, num_partitions=8
   %f1 = (bf16[2,128], bf16[8,128]) fusion(%x), kind=kCustom, calls=%start
   %f2 = bf16[8,128]{1,0} fusion(%f1), kind=kCustom, calls=%done
   %permute = (bf16[2,128], bf16[2,128], u32[], u32[]) collective-permute-start(%x), channel_id=9, source_target_pairs={{0,4},{4,0}}
+  %sum.1 = bf16[2,128]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%sum
+  %sum.2 = bf16[2,128]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%sum
   ROOT %out = (s32[]{:T(128)}, bf16[2,128]{1,0}) tuple(%next, %x)
 }
 
@@ -214,7 +216,8 @@ ENTRY %main (x: bf16[2,128]) -> f32[4] {
 
 def test_a_tpu_programs_loops_and_asynchronous_gathers():
     found = {x.kind: x for x in plan_collectives.collectives(TPU_LOOP, slices=2)}
-    assert len(plan_collectives.collectives(TPU_LOOP)) == 3  # start and end of one gather: once
+    # A gather's start and end are one; two sums of one channel (shard_map's) are two.
+    assert len(plan_collectives.collectives(TPU_LOOP)) == 5
     gather, permute, reduce = (found[k] for k in ("all-gather", "collective-permute", "all-reduce"))
     assert (gather.times, gather.group, gather.bytes) == (10, 4, 8 * 128 * 2)  # 4, 6, .. 22
     assert gather.sent == 10 * 8 * 128 * 2 * 3 / 4 and not gather.between
@@ -222,6 +225,8 @@ def test_a_tpu_programs_loops_and_asynchronous_gathers():
     assert reduce.times == 1 and reduce.sent == 2 * 16 * 7 / 8 and reduce.between
     lines = plan_collectives.totals(found.values())
     assert [t.kind for t in lines] == ["all-gather", "collective-permute", "all-reduce"]
+    small = [x for x in plan_collectives.collectives(TPU_LOOP) if x.group == 2]
+    assert [x.times for x in small if x.kind == "all-reduce"] == [10, 10]
 
 
 def test_groups_in_all_spellings():
