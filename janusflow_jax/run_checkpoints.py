@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import threading
@@ -31,6 +32,14 @@ DAMAGED = "DAMAGED"
 """Stands in the marker's place where a checkpoint was found damaged and passed over."""
 BARRIER_S = 1200
 """So long the processes wait for one another at the end of a save."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax prints the stacks of errors in its threads that it then also raises, for us to tell."""
+    return "_SignalingThread.run() raised" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class RunCheckpoints:

@@ -307,13 +307,13 @@ class CrashTest:
         return self.work / "whole"
 
     def kill_once(self, workdir: pathlib.Path) -> bool:
-        """Starts the run and kills it; False when it came to its end."""
+        """Starts the run and kills it; False when it came to its end, the aim being beyond it."""
         begun = newest(workdir)
         kind = min(KINDS, key=lambda k: (self.hits[k], KINDS.index(k)))
-        step = min(begun + self.random.randint(1, 2 * SAVE_EVERY), NUM_STEPS)
+        step = begun + self.random.randint(1, 2 * SAVE_EVERY)
         number, delay = step, self.random.uniform(0, 0.8) * self.typical.get(kind, 0.0)
         if kind in ("save", "marker"):
-            number = min(-(-step // SAVE_EVERY) * SAVE_EVERY, NUM_STEPS)
+            number = -(-step // SAVE_EVERY) * SAVE_EVERY
         if kind == "data":
             number = (step - 1) * BATCH_ROWS + self.random.randrange(BATCH_ROWS)
         held = kind in ("marker", "data")
