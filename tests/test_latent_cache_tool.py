@@ -128,14 +128,12 @@ def test_training_with_caches_goes_on_where_it_stopped(monkeypatch, tmp_path):
 def test_a_run_of_an_older_version_goes_on(tmp_path):
     """Its config.json has sources without the fields that came later."""
     cfg = test_train.config(tmp_path)
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / checkpoint.MODEL_FILE).write_text("{}")  # so that no model is saved
     given = c.to_dict(cfg)
     del given["data"]["cached_features"]
     for source in given["data"]["sources"]:
         del source["cache"]
     (tmp_path / "config.json").write_text(json.dumps(given))
-    workdir.start(epath.Path(tmp_path), cfg, vae=None, hub=None)
+    workdir.check(epath.Path(tmp_path), cfg)
     cfg.data.sources[0].cache = "elsewhere"
     with pytest.raises(checkpoint.CheckpointError, match="data.sources"):
-        workdir.start(epath.Path(tmp_path), cfg, vae=None, hub=None)
+        workdir.check(epath.Path(tmp_path), cfg)
