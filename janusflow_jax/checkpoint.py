@@ -1,4 +1,5 @@
-"""Model folders and training checkpoints: the only file that knows Orbax.
+"""Model folders, and the model that a training run holds. Orbax is known here and in
+`run_checkpoints`, which writes and resumes runs.
 
 A model folder is `model.json`, `params/`, `vae/`, `hub/`; it may hold some parts only. A workdir is
 `config.json`, `base/` (a model folder without `params/`) and `checkpoints/<step>/`. A checkpoint
@@ -11,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,17 +21,17 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from janusflow_jax import config as config_lib
-from janusflow_jax import trees
+from janusflow_jax import distributed, trees
 from janusflow_jax.checksums import (
     MARKER,
     CheckpointError,
+    DamagedError,
     read_json,
     verify_sums,
     write_sums,
 )
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.models import janusflow, vae
-from janusflow_jax.sharding import path_name
 from janusflow_jax.trees import flat
 
 FORMAT = 2
@@ -113,6 +112,8 @@ def save_parts(
 ) -> None:
     """Writes a model folder part by part; an interrupted save leaves nothing that loads.
 
+    All processes of a job call it with the same trees; the first one writes.
+
     Args:
       parts: (part, tree) one after another, dtypes kept, 'vae' among them; one that makes its
         trees when they are asked for needs memory for the largest only.
@@ -124,18 +125,25 @@ def save_parts(
     out = epath.Path(path).resolve()
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists; choose another path or pass --overwrite")
-    part = out.parent / f".{out.name}.partial-{os.getpid()}"
-    if part.exists():
-        part.rmtree()
-    part.mkdir(parents=True)
+    main = distributed.is_main()
+    unique = os.getpid() if distributed.count() == 1 else "job"  # one name for all processes
+    part = out.parent / f".{out.name}.partial-{unique}"
+    if main:
+        if part.exists():
+            part.rmtree()
+        part.mkdir(parents=True)
+    distributed.barrier(f"save {out}")
     try:
         _fill_folder(part, model_cfg, parts, hub_files, extra)
     except BaseException:  # also Ctrl-C: nothing half-made stays
-        part.rmtree()
+        if main:
+            part.rmtree()
         raise
-    if out.exists():
-        out.rmtree()
-    part.rename(out)
+    if main:
+        if out.exists():
+            out.rmtree()
+        part.rename(out)
+    distributed.barrier(f"saved {out}")
 
 
 def _fill_folder(
@@ -144,10 +152,13 @@ def _fill_folder(
     names = []
     for name, tree in parts:
         where = folder / name if name == "vae" else folder / "params" / name
-        where.parent.mkdir(exist_ok=True)
+        if distributed.is_main():
+            where.parent.mkdir(exist_ok=True)
         _save_tree(where, jax.tree.map(np.asarray, jax.device_get(tree)))
         names.append(name)
         del tree  # before the next one is made
+    if not distributed.is_main():
+        return
     _copy_hub(hub_files, folder / "hub")
     meta = {
         "format": FORMAT,
@@ -229,11 +240,17 @@ def _load_folder(folder: epath.Path) -> LoadedModel:
 
 
 def _load_step(folder: epath.Path, workdir: epath.Path, weights: str) -> LoadedModel:
-    verify_sums(folder)
+    """A run's model; the optimizer's files, the most of a checkpoint, are not even read."""
+    ema = weights == "ema" and (folder / "ema").exists()
+    try:
+        verify_sums(folder, ("params", "run.json", *(["ema"] if ema else [])))
+    except DamagedError as error:
+        others = [s for s in committed_steps(workdir) if str(s) != folder.name]
+        raise DamagedError(f"{error} (finished ones here: {others or 'none'})") from error
     run = read_json(folder / "run.json")
     cfg = config_lib.from_dict(ModelConfig, run["config"]["model"])
     params = _load_tree(folder / "params")
-    if weights == "ema" and (folder / "ema").exists():
+    if ema:
         params = trees.merge(params, _load_tree(folder / "ema"))
     base = _load_folder(workdir / "base")
     _check_parts(folder, cfg, params, None, list(params))
@@ -256,23 +273,32 @@ def _check_parts(
         raise CheckpointError(f"{folder}: its arrays do not fit its config:\n{listed}")
 
 
-def _save_tree(path: epath.Path, tree: Any) -> None:
-    """Saves by Orbax, without a second copy of the arrays; its commit note keeps no path of this
-    machine (model folders are shared)."""
+def saving(tree: Any) -> ocp.Context:
+    """How a tree is saved: without a second copy of host arrays, large ones not compressed."""
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = PLAIN_BYTES
     small = sum(x.nbytes for x in jax.tree.leaves(tree)) <= PLAIN_BYTES
     context.array.saving.use_compression = small
-    with context:
-        ocp.save(path, tree)
+    return context
+
+
+def tidy(path: epath.Path) -> None:
+    """Takes the paths of this machine out of Orbax's commit note: model folders are shared."""
     note = path / "commit_success.txt"
     if note.exists():
         note.write_text("Checkpoint commit was successful\n")
 
 
+def _save_tree(path: epath.Path, tree: Any) -> None:
+    with saving(tree):
+        ocp.save(path, tree)
+    if distributed.is_main():
+        tidy(path)
+
+
 def _load_tree(path: Any) -> Any:
-    """Every array of an Orbax folder, onto the default device."""
+    """Every array of an Orbax folder, onto this process's first device."""
     path = epath.Path(path).resolve()  # Orbax takes absolute paths only
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
@@ -289,105 +315,3 @@ def committed_steps(workdir: Any) -> list[int]:
         return []
     found = (p for p in folder.iterdir() if p.name.isdigit() and (p / MARKER).exists())
     return sorted(int(p.name) for p in found)
-
-
-class RunCheckpoints:
-    """A run's checkpoints: saved in the background, committed by a marker written last."""
-
-    def __init__(self, workdir: Any, keep: int = 2) -> None:
-        self.workdir, self.keep = epath.Path(workdir).resolve(), max(keep, 1)
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def latest(self) -> int | None:
-        """The newest committed step."""
-        steps = committed_steps(self.workdir)
-        return steps[-1] if steps else None
-
-    def save(self, step: int, *, params: Any, ema: Any, opt_state: Any, run: Any) -> None:
-        """Starts saving; returns when the arrays may be donated. Waits for the one before."""
-        self.wait()
-        folder = self.workdir / "checkpoints" / str(step)
-        if folder.exists():
-            folder.rmtree()
-        folder.mkdir(parents=True)
-        given = {"params": params, "ema": ema, "opt_state": flat(opt_state)}
-        # Host copies: the next step is free to donate the device's buffers.
-        host = {n: jax.tree.map(np.array, jax.device_get(t)) for n, t in given.items() if t}
-
-        def finish() -> None:
-            try:
-                for name, tree in host.items():
-                    _save_tree(folder / name, tree)
-                (folder / "run.json").write_text(json.dumps(run, indent=1))
-                write_sums(folder)
-                (folder / MARKER).write_text(f"{step}\n")
-                self._prune()
-            except BaseException as error:  # noqa: BLE001 - raised by the next wait()
-                self._error = error
-
-        self._thread = threading.Thread(target=finish, name=f"save-{step}")
-        self._thread.start()
-
-    def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Reads a step into ShapeDtypeStructs with shardings.
-
-        Args: abstract: {'params', 'ema', 'opt_state'}; params may be a part of what was saved.
-        Returns: trees of the same structure, and what was saved as `run`.
-        Raises:
-          CheckpointError: damaged files, or arrays that do not fit (all listed).
-        """
-        folder = self.workdir / "checkpoints" / str(step)
-        verify_sums(folder)
-        out, problems = {}, []
-        for name, want in abstract.items():
-            if not jax.tree.leaves(want):
-                out[name] = want
-                continue
-            saved, target = flat(ocp.metadata(folder / name).metadata), flat(want)
-            have = {k: saved[k] for k in target if k in saved} if name == "params" else saved
-            problems += compare_trees(target, have, name)
-            if problems:
-                continue
-            rest = {k: v for k, v in saved.items() if k not in target}  # frozen: read, not kept
-            whole = target | jax.tree.map(_replicated_like(target), rest)
-            as_saved = whole if name == "opt_state" else trees.nested(whole)
-            got = flat(ocp.load(folder / name, as_saved))
-            leaves = [got[path_name(p)] for p, _ in _leaves(want)]
-            out[name] = jax.tree.unflatten(jax.tree.structure(want), leaves)
-        if problems:
-            listed = "\n".join(f"  - {p}" for p in problems)
-            raise CheckpointError(f"{folder}: is not of this config:\n{listed}")
-        return out, read_json(folder / "run.json")
-
-    def wait(self) -> None:
-        """Returns when the last save is committed; raises what it raised."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise CheckpointError(f"{self.workdir}: the checkpoint was not saved: {error}") from (
-                error
-            )
-
-    def close(self) -> None:
-        self.wait()
-
-    def _prune(self) -> None:
-        for step in committed_steps(self.workdir)[: -self.keep]:
-            folder = self.workdir / "checkpoints" / str(step)
-            (folder / MARKER).unlink()  # first, so that a half-removed one does not count
-            shutil.rmtree(folder) if os.path.isdir(folder) else folder.rmtree()
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
-def _replicated_like(tree: Any) -> Any:
-    """Makes abstract arrays with the sharding's devices of `tree`, whole on each of them."""
-    some = jax.tree.leaves(tree)[0].sharding
-    if isinstance(some, jax.sharding.NamedSharding):
-        some = jax.sharding.NamedSharding(some.mesh, jax.sharding.PartitionSpec())
-    return lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=some)

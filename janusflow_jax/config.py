@@ -215,9 +215,10 @@ class LossConfig:
 
 @dataclass
 class MeshConfig:
-    data: int = -1  # -1: what is left
-    fsdp: int = 1
+    data: int = -1  # rows, over all slices; -1: what is left
+    fsdp: int = 1  # rows and parameters
     tensor: int = 1
+    slices: int = 0  # TPU slices joined by a slow network, a part of `data`; 0: as there are
 
 
 @dataclass
@@ -247,7 +248,10 @@ class TrainConfig:
     peak_tflops: float = 0.0  # of one device, for utilisation; 0: by its kind, where it is known
     log_every_steps: int = 20
     save_every_steps: int = 1000
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest
+    keep_every_steps: int = 0  # checkpoints of multiples of it stay for good; 0: none
+    watchdog_s: float = 0.0  # stacks are printed when no step ends for so long; 0: off
+    watchdog_exit: bool = False  # and the run ends then, for whoever restarts it
     sheet_every_steps: int = 0
     tensorboard: bool = False
     prompts: tuple[str, ...] = ()  # painted on every sheet

@@ -77,6 +77,9 @@ def train_problems(cfg: TrainConfig) -> list[str]:
     check(bool(cfg.name), "name: expected a name for the run; got ''")
     check(cfg.num_steps > 0, f"num_steps: expected > 0; got {cfg.num_steps}")
     check(cfg.batch_rows > 0, f"batch_rows: expected > 0; got {cfg.batch_rows}")
+    for name in ("save_every_steps", "keep_every_steps", "watchdog_s"):
+        value = getattr(cfg, name)
+        check(value >= 0, f"{name}: expected 0 (off) or more; got {value}")
     check(
         optim.accum_steps > 0 and cfg.batch_rows % optim.accum_steps == 0,
         f"optim.accum_steps: expected a divisor of batch_rows ({cfg.batch_rows}); "

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
+from janusflow_jax import distributed, metrics
 from janusflow_jax.config import ConfigError
 from janusflow_jax.data import loader
 
@@ -26,11 +26,14 @@ class DivergedError(RuntimeError):
 class Guard:
     """Counts bad steps; a line of `bad_steps.jsonl` for each."""
 
-    def __init__(self, workdir: epath.PathLike, most: int):
-        """Args: most: bad steps in a row that stop the run; 0: never."""
+    def __init__(self, workdir: epath.PathLike, most: int, resume_step: int = 0):
+        """Args: most: bad steps in a row that stop the run; 0: never. resume_step: lines past it
+        are dropped, those steps come again."""
         self.in_a_row, self.tripped = 0, False
         self._file, self._most = epath.Path(workdir) / FILE, most
         self._last: tuple[int, int, int] | None = None
+        if distributed.is_main() and self._file.exists():
+            self._file.write_text(metrics.kept_lines(self._file.read_text(), resume_step))
 
     def count(self, step: int, ok: bool, report: loader.Report) -> None:
         """Takes note of a step."""
@@ -40,12 +43,11 @@ class Guard:
         self.in_a_row += 1
         self.tripped |= 0 < self._most <= self.in_a_row  # for good: one step more is under way
         self._last = (step, report.first_row, report.next_row)
-        print(
+        distributed.say(
             f"step {step}: non-finite loss or gradient, update skipped; rows {report.first_row} "
-            f"to {report.next_row - 1} noted in {FILE}",
-            flush=True,
+            f"to {report.next_row - 1} noted in {FILE}"
         )
-        if jax.process_index() == 0:
+        if distributed.is_main():
             lines = self._file.read_text() if self._file.exists() else ""
             line = {"step": step, "first_row": report.first_row, "end_row": report.next_row}
             self._file.write_text(lines + json.dumps(line) + "\n")  # a bucket cannot append

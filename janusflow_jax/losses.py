@@ -21,6 +21,7 @@ Batch = dict[str, Array]
 Sums = dict[str, Array]
 TASKS = ("ar", "rf", "repa")
 T_BUCKETS = 4
+IMAGES_AT_ONCE = 16
 
 
 def draw(key: Array, batch: Batch, cfg: ModelConfig, loss: LossConfig, num_gen: int) -> Batch:
@@ -61,10 +62,30 @@ def to_float(images: Array, dtype: Any) -> Array:
     return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)
 
 
-def over_slots(fn: Any, x: Shaped[Array, "B K ..."]) -> Any:
-    """Applies an image encoder slot by slot (`lax.map`): K times less memory, rows stay put."""
-    moved = lax.map(fn, jnp.moveaxis(x, 1, 0))
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), moved)
+def over_slots(fn: Any, x: Shaped[Array, "B K ..."], at_once: int = 1) -> Any:
+    """Applies an image encoder to `at_once` slots of every row at a time (`lax.map`): less memory,
+    and rows stay where they are."""
+    rows, slots = x.shape[:2]
+    x = jnp.moveaxis(x.reshape(rows, slots // at_once, at_once, *x.shape[2:]), 1, 0)
+    x = x.reshape(-1, rows * at_once, *x.shape[3:])
+    out = lax.map(fn, x) if len(x) > 1 else jax.tree.map(lambda y: y[None], fn(x[0]))
+
+    def back(y: Array) -> Array:
+        y = y.reshape(slots // at_once, rows, at_once, *y.shape[2:])
+        return jnp.moveaxis(y, 0, 1).reshape(rows, slots, *y.shape[3:])
+
+    return jax.tree.map(back, out)
+
+
+def slots_at_once(rows: int, slots: int) -> int:
+    """Slots that SigLIP takes together: as many as keep a device at IMAGES_AT_ONCE or below.
+
+    On a mesh its parameters are gathered for every pass, which for one slot at a time is most of
+    what pre-training would send.
+    """
+    here = max(rows // sharding.batch_size(), 1)
+    fits = (n for n in range(2, slots + 1) if slots % n == 0 and n * here <= IMAGES_AT_ONCE)
+    return max(fits, default=1)
 
 
 def encode_latents(
@@ -170,6 +191,7 @@ def loss_sums(
                 "understanding_slot", understanding_input(vae_params, pixels, cfg, dtype)
             ),
             und_images,
+            slots_at_once(rows, num_und) if cfg.und_encoder == "siglip" else 1,
         )
     x = janusflow.place_slots(text, gen_slots, und_slots, start, task)
     x = sharding.constrain(x, "batch", None, None)
@@ -197,7 +219,11 @@ def loss_sums(
     if use_repa:
         target = batch.get("repa_target") if repa_target is None else repa_target
         if target is None:
-            target = over_slots(lambda pixels: run("siglip", to_float(pixels, dtype)), gen_images)
+            target = over_slots(
+                lambda pixels: run("siglip", to_float(pixels, dtype)),
+                gen_images,
+                slots_at_once(rows, num_gen),
+            )
         seen = janusflow.take_slots(seen, start[:, :num_gen], cfg.num_image_tokens)
         similar = cosine(run("project_repa", seen), lax.stop_gradient(target))
         sums["repa"] = -jnp.sum(jnp.mean(similar, axis=-1) * active)

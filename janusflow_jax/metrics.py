@@ -112,7 +112,7 @@ class Progress:
 
         Args:
           wait: seconds waited for its data.
-          sums: of its batch: positions, images, tflops (useful), padding and idle_slots (shares).
+          sums: of its batch: positions, images, tflops (useful).
         """
         self._step += 1
         if not self._began:
@@ -134,7 +134,6 @@ class Progress:
         for name in ("images", "positions", "tflops"):
             if name in sums:
                 out[f"{name}_per_s"] = sums[name] / seconds
-        out |= {name: sums[name] / steps for name in ("padding", "idle_slots") if name in sums}
         if self._peak and "tflops" in sums:
             out["mfu"] = sums["tflops"] / seconds / self._peak
         return out

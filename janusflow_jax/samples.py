@@ -9,8 +9,8 @@ import jax
 from etils import epath
 from PIL import Image
 
-from janusflow_jax import pipeline, trees
-from janusflow_jax.config import SourceConfig, TrainConfig
+from janusflow_jax import distributed, pipeline, sharding, trees
+from janusflow_jax.config import MeshConfig, SourceConfig, TrainConfig
 from janusflow_jax.data import sources
 from janusflow_jax.eval import sheet
 
@@ -19,11 +19,13 @@ MAX_CAPTION_TOKENS = 32
 
 
 def from_state(cfg: TrainConfig, state: Any, chat: Any) -> pipeline.JanusFlowPipeline:
-    """The model that a train state holds (its EMA where there is one), ready to run."""
+    """The model that a train state holds (its EMA where there is one), ready to run.
+
+    All processes of a job call it: each gets a whole copy, array after array.
+    """
     params = trees.merge(trees.merge(state["frozen"], state["params"]), state["ema"])
-    return pipeline.JanusFlowPipeline(
-        cfg.model, jax.device_get(params), jax.device_get(state["vae"]), chat, dtype=cfg.dtype
-    )
+    params, vae = distributed.whole((params, state["vae"]))
+    return pipeline.JanusFlowPipeline(cfg.model, params, vae, chat, dtype=cfg.dtype)
 
 
 def caption_source(
@@ -51,12 +53,30 @@ def caption_source(
 def write(
     cfg: TrainConfig, workdir: epath.Path, step: int, state: Any, chat: Any, writer: Any
 ) -> None:
-    """Writes `samples/sheet_<step>.png` and `samples/captions_<step>.jsonl` into the workdir."""
-    if jax.process_count() > 1:
-        return  # a pod's parameters do not fit one process; generate from the checkpoint instead
+    """Writes `samples/sheet_<step>.png` and `samples/captions_<step>.jsonl` into the workdir.
+
+    With several processes the first one does it, on its first device, while the others wait.
+    """
+    if not (cfg.prompts or cfg.heldout):
+        return
+    model = from_state(cfg, state, chat)
+    if distributed.count() == 1:
+        _write(cfg, workdir, step, model, writer)
+    elif distributed.is_main():
+        one = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+        with jax.set_mesh(one):
+            _write(cfg, workdir, step, model, writer)
+
+
+def _write(
+    cfg: TrainConfig,
+    workdir: epath.Path,
+    step: int,
+    model: pipeline.JanusFlowPipeline,
+    writer: Any,
+) -> None:
     folder = epath.Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    model = from_state(cfg, state, chat)
     if cfg.prompts and cfg.data.gen_slots:
         pictures = model.generate(
             list(cfg.prompts), cfg_weight=cfg.sheet_cfg_weight, num_steps=cfg.sheet_num_steps

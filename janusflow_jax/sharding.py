@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +25,8 @@ BATCH = ("data", "fsdp")
 # First match wins; the spec is for the last dimensions, a leading layer axis is never sharded.
 RULES: tuple[tuple[str, P], ...] = (
     (r"llm/embedding$", P("tensor", "fsdp")),
-    (r"llm/head/kernel$", P("fsdp", "tensor")),
+    # Cut by vocabulary alone: the loss leaves it where it is (cross_entropy.py).
+    (r"llm/head/kernel$", P(None, ("fsdp", "tensor"))),
     (r"attn/[qkv]/kernel$", P("fsdp", "tensor")),
     (r"attn/o/kernel$", P("tensor", "fsdp")),
     (r"mlp/(gate|up|fc1)/kernel$", P("fsdp", "tensor")),
@@ -45,28 +47,89 @@ RULES: tuple[tuple[str, P], ...] = (
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh.
 
+    `data` is outermost and holds the slices, one after another: only its collectives (gradients
+    once a step) cross the slow network between slices. `tensor` is innermost: neighbours.
+
     Args:
       cfg: sizes; one of them may be -1, which takes what is left.
       devices: default: all of `jax.devices()`.
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or do not divide over
+        the slices.
     """
     found = list(jax.devices() if devices is None else devices)
+    slices = _num_slices(cfg, found)
+    sizes = _mesh_sizes(cfg, len(found), slices)
+    return Mesh(_arrange(found, sizes, slices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def _num_slices(cfg: MeshConfig, devices: Sequence[Any]) -> int:
+    there = len({_slice_of(d) for d in devices})
+    if cfg.slices < 0:
+        raise ConfigError(
+            f"mesh.slices: expected 0 (as many as there are) or more; got {cfg.slices}"
+        )
+    if there > 1 and cfg.slices not in (0, there):
+        raise ConfigError(
+            f"mesh.slices: the {len(devices)} devices are of {there} slices; got {cfg.slices}: "
+            f"set --config.mesh.slices={there}, or 0 to take what is there"
+        )
+    return cfg.slices or there
+
+
+def _mesh_sizes(cfg: MeshConfig, count: int, slices: int) -> list[int]:
+    """(data, fsdp, tensor) with the -1 filled in; every problem at once."""
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-    known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ConfigError(f"mesh: expected sizes >= 1 and at most one -1; got {sizes}")
-    if sizes.count(-1) and len(found) % known == 0:
-        sizes[sizes.index(-1)] = len(found) // known
-    if int(np.prod(sizes)) != len(found):
-        raise ConfigError(
-            f"mesh: data x fsdp x tensor = {sizes} does not use the {len(found)} devices there "
-            "are; set --config.mesh.data, .fsdp and .tensor so that their product does"
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    bad = []
+    if int(np.prod([abs(s) for s in sizes])) != count or -1 in sizes:
+        bad.append(
+            f"data x fsdp x tensor = {sizes} does not use the {count} devices there are; set "
+            "--config.mesh.data, .fsdp and .tensor so that their product does"
         )
-    kind = (AxisType.Auto,) * 3
-    if devices is None:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=kind)
-    return Mesh(np.asarray(found).reshape(sizes), AXES, axis_types=kind)
+    if count % slices:
+        bad.append(f"slices: {count} devices do not fall into {slices} slices of one size")
+    elif sizes[0] != -1 and sizes[0] % slices:
+        bad.append(
+            f"data: expected a multiple of the {slices} slices (only data goes from slice to "
+            f"slice); got {sizes[0]}: fsdp x tensor may be at most the {count // slices} devices "
+            "of a slice"
+        )
+    if bad:
+        raise ConfigError("; ".join(f"mesh: {b}" for b in bad))
+    return sizes
+
+
+def _arrange(devices: Sequence[Any], sizes: Sequence[int], slices: int) -> np.ndarray:
+    """Devices as data x fsdp x tensor, neighbours on the network beside one another."""
+    cores = {getattr(d, "core_on_chip", 0) for d in devices}
+    if devices[0].platform == "tpu" and len(cores) == 1:
+        if len({_slice_of(d) for d in devices}) > 1:
+            return mesh_utils.create_hybrid_device_mesh(
+                (sizes[0] // slices, *sizes[1:]),
+                (slices, 1, 1),
+                devices=devices,
+                allow_split_physical_axes=True,
+            )
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Cards are equally near inside a host; of chips with two cores (v3, v4) mesh_utils makes
+    # nothing. In this order the cores of a chip, the cards of a host, a slice's chips are together.
+    order = sorted(
+        devices,
+        key=lambda d: (
+            _slice_of(d), d.process_index, *getattr(d, "coords", ()),
+            getattr(d, "core_on_chip", 0), d.id,
+        ),
+    )  # fmt: skip
+    return np.asarray(order).reshape(sizes)
 
 
 def current_mesh() -> Any | None:
@@ -156,17 +219,44 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, P(BATCH)), batch)
 
 
-def put_batch(batch: Any, mesh: Mesh, global_rows: int) -> Any:
-    """Makes global arrays of rows from this process's numpy rows.
+def rows_of_process(mesh: Mesh, global_rows: int) -> list[int]:
+    """Places in the batch (ascending) whose rows this process's devices need.
 
-    With one process the batch is all rows. With several, every process passes the same global
-    numpy batch's addressable part through `rows_of_process`.
+    By the sharding and not by the process's number: where the tensor axis crosses processes,
+    several of them need the same rows.
     """
+    where = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((global_rows,))
+    found = (range(global_rows)[index[0]] for index in where.values() if index is not None)
+    return sorted({row for rows in found for row in rows})
+
+
+def put_batch(batch: Any, mesh: Mesh, global_rows: int) -> Any:
+    """Makes global arrays from this process's numpy rows: those of `rows_of_process`, in order,
+    or all `global_rows` of them."""
     sharding = NamedSharding(mesh, P(BATCH))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    rows = rows_of_process(mesh, global_rows)
 
     def put(x: np.ndarray) -> jax.Array:
-        if x.shape[0] == global_rows:
-            return jax.device_put(x, sharding)
-        return jax.make_array_from_process_local_data(sharding, x, (global_rows, *x.shape[1:]))
+        mine = range(global_rows) if len(x) == global_rows else rows
+
+        def part(index: Any) -> np.ndarray:  # a device's rows follow one another
+            start, stop, _ = index[0].indices(global_rows)
+            first = mine.index(start)
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((global_rows, *x.shape[1:]), sharding, part)
 
     return jax.tree.map(put, batch)
+
+
+def put_tree(tree: Any, where: Any) -> Any:
+    """Global arrays from whole trees that every process has (numpy or on its own device): each
+    device gets its part only."""
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, where)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from janusflow_jax import checkpoint, optim, train_step, trees
+from janusflow_jax import checkpoint, distributed, optim, train_step, trees
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import ConfigError, TrainConfig
 from janusflow_jax.data import sources
@@ -146,6 +146,8 @@ def check_needs(cfg: TrainConfig) -> None:
 
 def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[str, str]) -> None:
     """A line a part: parameters, how many of them this run trains, where they come from."""
+    if not distributed.is_main():
+        return
     trained, _ = trees.split(params, train_step.trained_paths(cfg))
     print(f"{'part':12} {'parameters':>14} {'trained':>14}  origin")
     for part, tree in [*params.items(), ("vae", vae_params)]:

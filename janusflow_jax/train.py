@@ -6,14 +6,14 @@ checkpoint. Any field of the config can be set: `--config.optim.lr=3e-4`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from etils import epath
@@ -22,10 +22,14 @@ from ml_collections import config_flags
 from janusflow_jax import (
     checkpoint,
     config_checks,
+    distributed,
     flops,
+    goodput,
     guard,
     latents,
     metrics,
+    preempt,
+    run_checkpoints,
     samples,
     sharding,
     starts,
@@ -46,8 +50,17 @@ _REPLAY = flags.DEFINE_string(
     "ROW or FIRST:END: print the losses and gradient norms of these rows alone, with the newest "
     "checkpoint, and train nothing (bad_steps.jsonl in the workdir names rows worth a look)",
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    distributed.MODES,
+    "whether this process is one of several: auto joins the others where it was started by Slurm, "
+    "on a TPU pod, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set",
+)
 _USER_ERRORS = (
     ConfigError,
+    distributed.PeerError,
+    workdir_lib.WorkdirError,
     guard.DivergedError,
     checkpoint.CheckpointError,
     chat_format.FormatError,
@@ -60,41 +73,30 @@ _USER_ERRORS = (
 
 
 def make_state(cfg: TrainConfig, mesh: Any, params: Any, vae_params: Any) -> Any:
-    """The sharded start state."""
+    """The sharded start state, from whole trees that every process has."""
     create = lambda p, v: train_step.create_state(cfg, p, v)  # noqa: E731
-    shapes = jax.eval_shape(create, params, vae_params)
-    where = train_step.state_shardings(shapes, mesh)
-    return jax.jit(create, out_shardings=where)(params, vae_params)
+    where = train_step.state_shardings(jax.eval_shape(create, params, vae_params), mesh)
+    given = (params, vae_params)
+    given = sharding.put_tree(given, sharding.tree_shardings(given, mesh))
+    return jax.jit(create, out_shardings=where)(*given)
 
 
-def restore(cfg: TrainConfig, ckpts: checkpoint.RunCheckpoints, state: Any) -> tuple[Any, int]:
-    """The newest committed checkpoint put into `state`; (state, 0) when there is none."""
-    step = ckpts.latest()
-    if step is None:
-        return state, 0
+def restore(ckpts: run_checkpoints.RunCheckpoints, state: Any) -> tuple[Any, dict[str, Any]]:
+    """The newest whole checkpoint put into `state`, and its `run.json`; without one ({} then)
+    the state as it is."""
+    whole = {**state, "params": trees.merge(state["frozen"], state["params"])}
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        {n: state[n] for n in train_step.SAVED},
+        {n: whole[n] for n in train_step.SAVED},
     )
-    got, run = ckpts.restore(step, abstract)
-    counters = {n: jnp.int32(run[n]) for n in ("step", "bad_steps")}
+    found = ckpts.restore_newest(abstract)
+    if found is None:
+        return state, {}
+    got, run = found
+    got["params"], got["frozen"] = trees.split(got["params"], trees.flat(state["params"]))
+    counters = {n: np.int32(run[n]) for n in ("step", "bad_steps")}
     where = {n: state[n].sharding for n in counters}
-    return {**state, **got, **jax.device_put(counters, where)}, int(run["next_row"])
-
-
-class Stop:
-    """Remembers SIGTERM and Ctrl-C; a second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, _: Any) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        print("stopping: saving a checkpoint after this step", flush=True)
+    return {**state, **got, **sharding.put_tree(counters, where)}, run
 
 
 @dataclasses.dataclass
@@ -106,27 +108,42 @@ class Run:
     mesh: Any
     data: loader.Loader
     chat: Any
-    ckpts: checkpoint.RunCheckpoints
+    ckpts: run_checkpoints.RunCheckpoints
     state: Any
-    next_row: int
+    saved: dict[str, Any]  # the checkpoint's `run.json`; {}: a new run
+    trouble: Exception | None = None  # the workdir could not be written
 
     @property
     def step(self) -> int:
-        return int(self.state["step"])
+        """Where it begins."""
+        return int(self.saved.get("step", 0))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around what one process writes alone: an error waits until all processes know of it."""
+        try:
+            yield
+        except OSError as error:
+            self.trouble = workdir_lib.WorkdirError(workdir_lib.explain(error, self.workdir))
 
 
-def open_run(cfg: TrainConfig) -> Run:
-    """Everything that a run needs, from disk onto the devices, with what is wrong said first."""
-    config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
-    starts.check_needs(cfg)
-    workdir = epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
+def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: bool = True) -> Run:
+    """Everything that a run needs, from disk onto the devices, with what is wrong said first.
+
+    Args: lock: what holds the workdir, on the first process. writes: False: only looks.
+    """
+    workdir = workdir_of(cfg)
+    with distributed.together("opening the run"):
+        starts.check_needs(cfg)
+        workdir_lib.check(workdir, cfg)
     params, vae_params, hub, origins = starts.initial_params(cfg)
     starts.print_origins(cfg, params, vae_params, origins)
-    chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
-    chat.check_vocab(cfg.model.llm.vocab_size)
-    data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
-    latents.check(cfg, data.rows, params, vae_params)
-    _print_data(cfg, data)
+    with distributed.together("opening the data"):
+        chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
+        chat.check_vocab(cfg.model.llm.vocab_size)
+        data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
+        latents.check(cfg, data.rows, params, vae_params)
+    distributed.say(data.summary())
     mesh = sharding.make_mesh(cfg.mesh)
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if cfg.batch_rows % (split * cfg.optim.accum_steps):
@@ -134,126 +151,177 @@ def open_run(cfg: TrainConfig) -> Run:
             f"batch_rows: expected a multiple of data x fsdp x accum_steps = {split} x "
             f"{cfg.optim.accum_steps}; got {cfg.batch_rows}"
         )
-    print(f"{jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}")
-    workdir_lib.start(workdir, cfg, vae=vae_params, hub=hub)
+    of = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
+    distributed.say(
+        f"{jax.device_count()} {jax.default_backend()} device(s){of}, mesh {dict(mesh.shape)}"
+    )
+    if writes:
+        workdir_lib.make(workdir, cfg, vae=vae_params, hub=hub)
     with jax.set_mesh(mesh):
         state = make_state(cfg, mesh, params, vae_params)
-        ckpts = checkpoint.RunCheckpoints(workdir, keep=cfg.keep_checkpoints)
-        state, next_row = restore(cfg, ckpts, state)
-    return Run(cfg, workdir, mesh, data, chat, ckpts, state, next_row)
+        ckpts = run_checkpoints.RunCheckpoints(
+            workdir,
+            cfg.keep_checkpoints,
+            cfg.keep_every_steps,
+            before_commit=lock.check if lock else lambda: None,
+            writes=writes,
+        )
+        state, saved = restore(ckpts, state)
+    return Run(cfg, workdir, mesh, data, chat, ckpts, state, saved)
 
 
-def _print_data(cfg: TrainConfig, data: loader.Loader) -> None:
-    for phase, (first_row, _) in enumerate(cfg.data.phases()):
-        if first_row:
-            print(f"after step {first_row // cfg.batch_rows}:")
-        for source in data.describe(phase):
-            print(
-                "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
-                "{fill:.1%} of positions used, {share_of_positions:.1%} of the mixture".format(
-                    **source
-                )
-                + (f"; {source['left_out']} too long, left out" if source["left_out"] else "")
-            )
+def workdir_of(cfg: TrainConfig) -> epath.Path:
+    """The run's folder, once the config is known to make sense."""
+    config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
+    return epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
 
 
 def train(cfg: TrainConfig) -> str:
     """Runs the config to its last step, or until told to stop. Returns the workdir."""
-    started = time.time()
-    run = open_run(cfg)
-    stop = Stop()
-    with jax.set_mesh(run.mesh):
+    clock, lock = goodput.Clock(), None
+    workdir = workdir_of(cfg)
+    with contextlib.ExitStack() as ends:
+        with distributed.together("opening the workdir"):
+            if distributed.is_main():
+                lock = ends.enter_context(workdir_lib.Lock(workdir))
+        run = open_run(cfg, lock)
+        stop = ends.enter_context(preempt.Stop())
+        ends.enter_context(jax.set_mesh(run.mesh))
         if run.step:
-            print(f"resumed from step {run.step}")
-        writer = metrics.Writer(run.workdir, resume_step=run.step, tensorboard=cfg.tensorboard)
-        step = _loop(run, writer, stop)
-        run.ckpts.wait()
-        if not stop.signal:
-            samples.write(cfg, run.workdir, step, run.state, run.chat, writer)
-        writer.close()
-        run.ckpts.close()
-    minutes = (time.time() - started) / 60
-    print(f"{'stopped' if stop.signal else 'done'} at step {step} after {minutes:.1f} min")
-    print(f"workdir {run.workdir}")
-    return str(run.workdir)
+            distributed.say(f"resumed from step {run.step}")
+        with distributed.together("opening the workdir"), workdir_lib.explained(workdir):
+            writer = metrics.Writer(workdir, resume_step=run.step, tensorboard=cfg.tensorboard)
+            ends.callback(writer.close)
+            record = goodput.Record(workdir, clock, run.step, run.saved.get("time"))
+        step = _loop(run, writer, clock, record, stop)
+        done = step == cfg.num_steps and not any(distributed.gather("!" if stop.signal else ""))
+        with workdir_lib.explained(workdir):
+            if done:
+                with clock("samples"):
+                    samples.write(cfg, workdir, step, run.state, run.chat, writer)
+            record.write(step, ended=True)
+    distributed.say(f"{'done' if done else 'stopped'} at step {step}")
+    distributed.say(f"{record.summary()}\nworkdir {workdir}")
+    return str(workdir)
 
 
-def _loop(run: Run, writer: Any, stop: Stop) -> int:
-    """Steps until the last one or a signal, logging one step late; always ends saved."""
-    cfg, step = run.cfg, run.step
-    compiled = None
-    late: tuple[int, Any, loader.Report] | None = None
+def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) -> int:
+    """Steps until the last one, a signal or an error, logging one step late; always ends saved."""
+    cfg, step, saved = run.cfg, run.step, run.step
+    mine = sharding.rows_of_process(run.mesh, cfg.batch_rows)
+    counted = run.saved.get("samples", 0), run.saved.get("bad_samples", 0)
+    batches = run.data.batches(step * cfg.batch_rows, mine, counted)
     peak = cfg.peak_tflops or flops.peak_tflops(jax.devices()[0].device_kind)
     progress = metrics.Progress(cfg.num_steps, step, peak * jax.device_count())
     trained = {p.split("/")[0] for p in train_step.trained_paths(cfg)}
-    watch = guard.Guard(run.workdir, cfg.max_bad_steps)
-    saved = step
-    batches = run.data.batches(run.next_row)
-    while step < cfg.num_steps and not stop.signal and not watch.tripped:
-        waited = time.perf_counter()
-        batch, report = next(batches)
-        waited = time.perf_counter() - waited
+    watch = guard.Guard(run.workdir, cfg.max_bad_steps, step)
+    dog = goodput.Watchdog(cfg.watchdog_s, lambda: clock.phase, end=cfg.watchdog_exit)
+    compiled, late = None, []
+    with clock("data"):
+        feed = loader.Ahead(batches)
+    agreement = distributed.Agreement(run.mesh)
+
+    def state_of_process() -> int:
+        broken = feed.error or run.trouble or run.ckpts.failed
+        return distributed.FAILED if broken else (distributed.STOP if stop.signal else 0)
+
+    def log_late() -> None:
+        while late:
+            _log(run, writer, progress, record, watch, *late.pop())
+            dog.beat(step)
+
+    clock.switch("step")
+    verdict = agreement.ask(state_of_process)
+    while step < cfg.num_steps and not watch.tripped and verdict().go_on:
+        with clock("data"):
+            before = time.perf_counter()
+            batch, report = feed.take()
+            waited = time.perf_counter() - before
+        verdict = agreement.ask(state_of_process)  # about the step after this one
         work = flops.count(batch, cfg.data.gen_slots, cfg.data.und_slots)
         batch = sharding.put_batch(batch, run.mesh, cfg.batch_rows)
-        if compiled is None:
-            compiled = train_step.jit_train_step(cfg, run.mesh, run.state, batch)
-        run.state, out = compiled(run.state, batch)
+        with clock("step" if compiled else "compile"):
+            compiled = compiled or train_step.jit_train_step(cfg, run.mesh, run.state, batch)
+            run.state, out = compiled(run.state, batch)
         step += 1
+        share = cfg.batch_rows / len(mine)  # this process's rows stand for all
         progress.count(
             waited,
-            images=work.gen_images + work.und_images,
-            positions=work.positions,
-            tflops=work.flops(cfg.model, trained, bool(cfg.loss.repa_weight)) / 1e12,
-            padding=work.padding,
-            idle_slots=work.idle_slots,
+            images=(work.gen_images + work.und_images) * share,
+            positions=work.positions * share,
+            tflops=work.flops(cfg.model, trained, bool(cfg.loss.repa_weight)) * share / 1e12,
         )
-        if late is not None:
-            _log(cfg, writer, progress, watch, *late)
-        late = (step, out, report)
+        log_late()
+        late.append((step, out, report, work))
         if cfg.save_every_steps and step % cfg.save_every_steps == 0:
-            _save(cfg, run.ckpts, run.state, step)
+            log_late()  # first: a line that is missing before a checkpoint would be for ever
+            _save(run, writer, clock, step, report)
             saved = step
         if cfg.sheet_every_steps and step % cfg.sheet_every_steps == 0 and step < cfg.num_steps:
-            samples.write(cfg, run.workdir, step, run.state, run.chat, writer)
-    if late is not None:
-        _log(cfg, writer, progress, watch, *late)
-    if step != saved:
-        _save(cfg, run.ckpts, run.state, step)
+            with clock("samples"), run.writing():
+                samples.write(cfg, run.workdir, step, run.state, run.chat, writer)
+    log_late()
+    dog.close()
     batches.close()
+    with clock("checkpoint"):
+        error = _last_save(run, lambda: step != saved and _save(run, writer, clock, step, report))
+    distributed.raise_together(error or feed.error, "the run was ended")
     if watch.tripped:
-        run.ckpts.wait()
         raise guard.DivergedError(watch.message())
     return step
 
 
-def _save(cfg: TrainConfig, ckpts: Any, state: Any, step: int) -> None:
-    run = {
-        "step": step,
-        "bad_steps": int(state["bad_steps"]),
-        "next_row": step * cfg.batch_rows,
-        "config": config_lib.to_dict(cfg),
-    }
-    ckpts.save(
-        step,
-        params=trees.merge(state["frozen"], state["params"]),
-        ema=state["ema"],
-        opt_state=state["opt_state"],
-        run=run,
-    )
+def _save(run: Run, writer: Any, clock: Any, step: int, report: loader.Report) -> None:
+    """Starts saving a step."""
+    with clock("checkpoint"):
+        run.ckpts.save(
+            step,
+            params=trees.merge(run.state["frozen"], run.state["params"]),
+            ema=run.state["ema"],
+            opt_state=run.state["opt_state"],
+            run={
+                "step": step,
+                "bad_steps": int(run.state["bad_steps"]),
+                "next_row": step * run.cfg.batch_rows,
+                "samples": report.num_samples,
+                "bad_samples": report.num_bad,
+                "config": config_lib.to_dict(run.cfg),
+            },
+        )
+        writer.sync()
+
+
+def _last_save(run: Run, save: Callable[[], Any]) -> Exception | None:
+    """Saves what is not saved yet, unless a process cannot write; returns its own reason."""
+    unable = run.trouble is not None or run.ckpts.failed
+    try:
+        if not any(distributed.gather("!" if unable else "")):
+            save()
+            run.ckpts.wait()
+        elif run.ckpts.failed:
+            run.ckpts.wait()
+    except checkpoint.CheckpointError as error:
+        return run.trouble or error
+    return run.trouble
 
 
 def _log(
-    cfg: TrainConfig, writer: Any, progress: Any, watch: guard.Guard, step: int, out: Any,
-    report: loader.Report,
+    run: Run, writer: Any, progress: Any, record: Any, watch: guard.Guard, step: int, out: Any,
+    report: loader.Report, work: Any,
 ) -> None:  # fmt: skip
     """Fetches a past step's metrics; counts steps whose losses are no numbers."""
-    watch.count(step, bool(out["ok"]), report)
-    if step % cfg.log_every_steps and step not in (1, cfg.num_steps):
-        return
-    values = {k: float(v) for k, v in jax.device_get(out).items()} | progress.rates()
-    values |= {"bad_samples": report.num_bad, "samples": report.num_samples}
-    writer.write(step, values)
-    print(progress.line(step, values), flush=True)
+    cfg, ok = run.cfg, bool(out["ok"])
+    with run.writing():
+        watch.count(step, ok, report)
+        if step % cfg.log_every_steps and step not in (1, cfg.num_steps):
+            return
+        values = {k: float(v) for k, v in jax.device_get(out).items()}
+        values |= {"padding": work.padding, "idle_slots": work.idle_slots}
+        values |= {"bad_samples": report.num_bad, "samples": report.num_samples}
+        values |= progress.rates() | record.values()
+        writer.write(step, values)
+        record.write(step)
+        distributed.say(progress.line(step, values))
 
 
 def replay(cfg: TrainConfig, rows_asked: str) -> bool:
@@ -263,8 +331,8 @@ def replay(cfg: TrainConfig, rows_asked: str) -> bool:
     Returns: whether all of them are finite.
     """
     first, end = guard.parse_rows(rows_asked)
-    run = open_run(cfg)
-    print(f"rows {first} to {end - 1} with the parameters of step {run.step}")
+    run = open_run(cfg, writes=False)
+    distributed.say(f"rows {first} to {end - 1} with the parameters of step {run.step}")
     alone = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, accum_steps=1))
     copies = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     step = jax.jit(train_step.make_train_step(alone))
@@ -276,7 +344,7 @@ def replay(cfg: TrainConfig, rows_asked: str) -> bool:
             _, out = step(run.state, sharding.put_batch(batch, run.mesh, copies))
             values = {k: float(v) for k, v in jax.device_get(out).items()}
             fine &= bool(values["ok"])
-            print(guard.describe(number, run.data.rows.records(number), values, bad), flush=True)
+            distributed.say(guard.describe(number, run.data.rows.records(number), values, bad))
     return fine
 
 
@@ -288,6 +356,7 @@ def main(argv: list[str]) -> None:
         cfg = _CONFIG.value
     except OSError as error:
         raise ConfigError(f"--config: {error}") from error
+    distributed.initialize(_DISTRIBUTED.value)
     if _REPLAY.value:
         sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
     train(cfg)
@@ -311,6 +380,10 @@ def run() -> None:
         app.run(main, flags_parser=parse_flags)
     except _USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if distributed.count() == 1:
+            raise
+        distributed.leave_at_once(distributed.lost_peer(error))
 
 
 if __name__ == "__main__":

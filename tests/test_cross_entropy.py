@@ -10,7 +10,6 @@ import pytest
 
 from janusflow_jax import config as c
 from janusflow_jax import cross_entropy, sharding
-from janusflow_jax.models import llama
 
 CFG = c.model_config("test")
 ROWS, LENGTH = 8, 24
@@ -18,13 +17,13 @@ ROWS, LENGTH = 8, 24
 
 def inputs(share: float):
     rng = np.random.default_rng(int(share * 100))
-    head = {"kernel": rng.normal(size=(CFG.llm.width, CFG.llm.vocab_size)).astype(np.float32) / 8}
+    kernel = rng.normal(size=(CFG.llm.width, CFG.llm.vocab_size)).astype(np.float32) / 8
     hidden = rng.normal(size=(ROWS, LENGTH, CFG.llm.width)).astype(np.float32)
     tokens = rng.integers(0, CFG.llm.vocab_size, (ROWS, LENGTH)).astype(np.int32)
     mask = rng.random((ROWS, LENGTH)) < share
     mask[:, -1] = False
     mask[2] = False  # a row without targets
-    return head, jnp.asarray(hidden), jnp.asarray(tokens), jnp.asarray(mask)
+    return {"kernel": jnp.asarray(kernel)}, *map(jnp.asarray, (hidden, tokens, mask))
 
 
 def plain(head, hidden, tokens, mask):
@@ -65,18 +64,66 @@ def test_a_mesh_changes_nothing(sizes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
 
 
+def test_a_mesh_that_divides_nothing_changes_nothing():
+    """6 rows on 4 devices, and a vocabulary that 3 x 2 devices cannot share."""
+    args = inputs(0.4)
+    args = (args[0], *(x[:6] for x in args[1:]))
+    want = both(ours(16), args)
+    for sizes in ((4, 1, 1), (1, 3, 2)):
+        mesh = sharding.make_mesh(
+            c.MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]),
+            jax.devices()[: int(np.prod(sizes))],
+        )
+        with jax.set_mesh(mesh):
+            got = both(ours(16), args)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+
+
+def counted(monkeypatch, ran):
+    logits = cross_entropy._logits
+
+    def count(kernel, x):
+        jax.debug.callback(lambda: ran.append((x.shape[0], kernel.shape[1])))
+        return logits(kernel, x)
+
+    monkeypatch.setattr(cross_entropy, "_logits", count)
+
+
 def test_the_head_runs_as_often_as_targets_ask(monkeypatch):
     """Counted at run time: chunks of 16 over 8 x 24 positions are 12; 30 targets ask for 2."""
     ran = []
-    logits = llama.logits
-
-    def counted(cfg, head, x):
-        jax.debug.callback(lambda: ran.append(x.shape[:-1]))
-        return logits(cfg, head, x)
-
-    monkeypatch.setattr(llama, "logits", counted)
+    counted(monkeypatch, ran)
     head, hidden, tokens, mask = inputs(1.0)
     mask = jnp.zeros_like(mask).at[:3, :10].set(True)
     both(ours(16), (head, hidden, tokens, mask))
     jax.effects_barrier()
-    assert ran == [(1, 16)] * 2
+    assert ran == [(16, 640)] * 2
+
+
+def test_a_group_shares_the_targets_of_one(monkeypatch):
+    """All 24 targets are in one device's row; four devices take 4 x 4 of them at a time, each
+    with its quarter of the vocabulary."""
+    ran = []
+    counted(monkeypatch, ran)
+    head, hidden, tokens, mask = inputs(1.0)
+    mask = jnp.zeros_like(mask).at[0].set(True)
+    mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        both(ours(4), (head, hidden, tokens, mask))
+    jax.effects_barrier()
+    assert ran == [(16, 160)] * 2 * 8
+
+
+def test_a_frozen_head_gets_no_gradient():
+    """Its matmul is not there: two dot_generals in the loop instead of three."""
+    args = inputs(0.4)
+    loss = ours(16)
+
+    def dots(which):
+        fn = jax.grad(lambda k, x: loss({"kernel": k}, x, *args[2:]), which)
+        return str(jax.make_jaxpr(fn)(args[0]["kernel"], args[1])).count("dot_general[")
+
+    assert dots(1) == 2 and dots((0, 1)) == 3
+    got = jax.jit(jax.grad(lambda x: loss(args[0], x, *args[2:])))(args[1])
+    want = jax.grad(lambda x: plain(args[0], x, *args[2:]))(args[1])
+    np.testing.assert_allclose(got, want, atol=2e-5)

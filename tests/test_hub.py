@@ -24,6 +24,7 @@ from janusflow_jax import (
     hub_config,
     hub_export,
     pipeline,
+    run_checkpoints,
     safetensor_files,
 )
 from janusflow_jax.convert import ConvertError
@@ -336,9 +337,9 @@ def test_a_training_run_is_exported(weights, model, tmp_path):
     )  # fmt: skip
     ema = {"und_begin": jax.tree.map(lambda x: x + 1, start.params["und_begin"])}
     run = {"step": 7, "config": config.to_dict(cfg)}
-    saver = checkpoint.RunCheckpoints(tmp_path / "run")
+    saver = run_checkpoints.RunCheckpoints(tmp_path / "run")
     saver.save(7, params=start.params, ema=ema, opt_state={}, run=run)
-    saver.close()
+    saver.wait()
     hub_export.export(tmp_path / "run", tmp_path / "out", weights=weights, **SILENT)
     want = dict(golden.arrays("janusflow/model"))
     if weights == "ema":

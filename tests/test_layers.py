@@ -22,6 +22,7 @@ LAYERS = (
         "config_checks",
         "config_stages",
         "compile_cache",
+        "distributed",
         "sharding",
         "trees",
         "models.splash",
@@ -48,11 +49,14 @@ LAYERS = (
     ("cross_entropy", "losses", "flops", "optim", "decode", "sampler", "data.loader"),
     # 4 MACHINERY
     (
-        "train_step", "checksums", "checkpoint", "workdir", "safetensor_files", "torch_names",
-        "convert", "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
-        "metrics",
+        "train_step", "checksums", "checkpoint", "run_checkpoints", "workdir", "preempt",
+        "safetensor_files", "torch_names", "convert",
+        "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
+        "metrics", "goodput",
         "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples", "starts",
         "guard", "latents",
+        "guard", "plan_topology", "plan_compile", "plan_flops", "plan_collectives", "plan_report",
+        "plan_text", "plan_sampler",
     ),
     # 5 ENTRY
     ("command_line", "train", "generate", "chat", "evaluate"),
@@ -60,7 +64,7 @@ LAYERS = (
 """Modules of the package by layer, from the left."""
 
 ONLY = {
-    "orbax": ("checkpoint",),
+    "orbax": ("checkpoint", "run_checkpoints"),
     "transformers": ("data.chat_format",),
     "tokenizers": ("data.chat_format", "data.train_tokenizer"),
     "grain": ("data.",),
@@ -199,7 +203,11 @@ def test_no_file_is_too_long():
         ("flow", "from janusflow_jax.models import janusflow", "lower layer"),
         ("models.llama", "from janusflow_jax.models import siglip", "to the left"),
         ("flow", "from janusflow_jax import secret", "not in the table"),
-        ("train_step", "def f():\n    from orbax.checkpoint import v1", "only \\['checkpoint'\\]"),
+        (
+            "train_step",
+            "def f():\n    from orbax.checkpoint import v1",
+            "only \\['checkpoint', 'run",
+        ),
         ("checkpoint", "import torch.nn", "only tests may"),
         ("losses", "import grain", "only \\['data.'\\]"),
         ("data.rows", "import jax.numpy as jnp", "numpy only"),

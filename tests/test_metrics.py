@@ -84,7 +84,7 @@ def test_progress(monkeypatch):
     progress = metrics.Progress(num_steps=50, first_step=10, peak_tflops=20.0)
     assert progress.rates() == {} and progress.seconds_left() is None
     now[0] += 60  # compilation
-    sums = {"images": 8, "positions": 1000, "tflops": 12.0, "padding": 0.25, "idle_slots": 0.5}
+    sums = {"images": 8, "positions": 1000, "tflops": 12.0}
     progress.count(wait=0.0, **sums)
     for _ in range(10):
         now[0] += 2
@@ -96,8 +96,6 @@ def test_progress(monkeypatch):
         "images_per_s": 4.0,
         "positions_per_s": 500.0,
         "tflops_per_s": 6.0,
-        "padding": 0.25,
-        "idle_slots": 0.5,
         "mfu": 0.3,
     }
     assert progress.seconds_left() == pytest.approx((50 - 21) * 2)

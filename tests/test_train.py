@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from janusflow_jax import checkpoint, pipeline, sharding, train, train_step, trees
+from janusflow_jax import checkpoint, pipeline, plan_compile, sharding, train, train_step, trees
 from janusflow_jax import config as c
 from janusflow_jax.data import chat_format, loader, rows, sources
 from janusflow_jax.models import janusflow, vae
@@ -102,13 +102,19 @@ def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
     assert isinstance(model.chat("What is this?", [record(0)["image"]], max_new_tokens=4), str)
 
 
+MESHES = {  # data, fsdp, tensor, slices
+    1: ((2, 2, 2, 1), (8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 4, 1), (4, 2, 1, 2), (2, 2, 2, 2)),
+    2: ((2, 2, 2, 1),),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accum", [1, 2])
 def test_sharded_step_equals_single_device(store, accum):
     cfg = config("x", loss=c.LossConfig(norm="per_sample"))
     cfg.optim.accum_steps = accum
     chat = chat_format.ChatFormat.load(str(HUB))
-    batches = loader.Loader(cfg.data, cfg.model, chat, 8).batches(0)
+    batches = loader.Loader(cfg.data, cfg.model, chat, 8 * accum).batches(0)
     data = [next(batches)[0] for _ in range(2)]
     batches.close()
     key = jax.random.key(0)
@@ -116,26 +122,28 @@ def test_sharded_step_equals_single_device(store, accum):
     # The last kernels start at zero; these do not, so that every part matters.
     params = jax.tree.map(lambda x: x + np.float32(0.01), params)
     losses = {}
-    for shape in ((1, 1, 1), (2, 2, 2)):
-        devices = jax.devices()[: int(np.prod(shape))]
-        mesh = sharding.make_mesh(
-            c.MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]), devices
-        )
+    for shape in ((1, 1, 1, 1), *MESHES[accum]):
+        sizes = dict(zip(("data", "fsdp", "tensor", "slices"), shape, strict=True))
+        devices = jax.devices()[: int(np.prod(shape[:3]))]
+        mesh = sharding.make_mesh(c.MeshConfig(**sizes), devices)
         with jax.set_mesh(mesh):
             state = train.make_state(cfg, mesh, params, vae_params)
             step = None
             losses[shape] = []
             for batch in data:
-                batch = sharding.put_batch(batch, mesh, 8)
+                batch = sharding.put_batch(batch, mesh, 8 * accum)
                 step = step or train_step.jit_train_step(cfg, mesh, state, batch)
                 state, out = step(state, batch)
                 losses[shape].append([float(out[n]) for n in ("loss", "loss_rf", "grad_norm")])
-        if shape == (2, 2, 2):
+        if shape == (2, 2, 2, 1):
             kernel = state["params"]["llm"]["layers"]["block"]["mlp"]["up"]["kernel"]
             moment = state["opt_state"][1][0].mu["llm"]["layers"]["block"]["mlp"]["up"]["kernel"]
             assert kernel.sharding.shard_shape(kernel.shape) == (3, 32, 88)
             assert moment.sharding == kernel.sharding
-    np.testing.assert_allclose(losses[(2, 2, 2)], losses[(1, 1, 1)], rtol=2e-5)
+    for shape in MESHES[accum]:
+        np.testing.assert_allclose(
+            losses[shape], losses[(1, 1, 1, 1)], rtol=2e-5, err_msg=f"mesh {shape}"
+        )
 
 
 @pytest.mark.slow
@@ -173,15 +181,7 @@ def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
 def compile_step(cfg: c.TrainConfig) -> tuple:
     """The step of a config compiled for one device, and its parameter and batch shapes."""
     params, vae_params = jax.eval_shape(lambda: fresh(cfg.model, jax.random.key(0)))
-    state = jax.eval_shape(lambda p, v: train_step.create_state(cfg, p, v), params, vae_params)
-    count, slots, side = cfg.batch_rows, cfg.data.num_slots, cfg.model.image_size
-    kinds = dict.fromkeys(("tokens", "segment_ids", "positions"), np.int32) | {"target_mask": bool}
-    batch = {n: jax.ShapeDtypeStruct((count, cfg.data.row_len), t) for n, t in kinds.items()} | {
-        "row": jax.ShapeDtypeStruct((count,), np.uint32),
-        "images": jax.ShapeDtypeStruct((count, slots, side, side, 3), np.uint8),
-        "slot_start": jax.ShapeDtypeStruct((count, slots), np.int32),
-        "slot_task": jax.ShapeDtypeStruct((count, slots), np.int32),
-    }
+    state, batch = plan_compile.state_shapes(cfg), plan_compile.batch_shapes(cfg)
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         lowered = train_step.jit_train_step(cfg, mesh, state, batch).lower(state, batch)

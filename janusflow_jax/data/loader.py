@@ -6,7 +6,7 @@ grain sees ranges of row numbers and nothing else; its iterator's state is never
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -27,7 +27,8 @@ class BadDataError(RuntimeError):
 
 @dataclasses.dataclass
 class Report:
-    """What a batch holds: its own bad samples, and the counts since the iterator began."""
+    """What a batch holds: its own bad samples, and the run's counts so far (both of one process's
+    rows)."""
 
     first_row: int
     next_row: int
@@ -71,8 +72,26 @@ class Loader:
         """Per source: samples, bins, shares (see `rows.Rows.describe`)."""
         return self.rows.describe(phase)
 
+    def summary(self) -> str:
+        """A line a source and phase, for people."""
+        lines = []
+        for phase, (first_row, _) in enumerate(self.cfg.phases()):
+            if first_row:
+                lines.append(f"after step {first_row // self.batch_rows}:")
+            for source in self.describe(phase):
+                lines.append(
+                    "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
+                    "{fill:.1%} of positions used, {share_of_positions:.1%} of the "
+                    "mixture".format(**source)
+                    + (f"; {source['left_out']} too long, left out" if source["left_out"] else "")
+                )
+        return "\n".join(lines)
+
     def batches(
-        self, first_row: int, rows_of_process: Sequence[int] | None = None
+        self,
+        first_row: int,
+        rows_of_process: Sequence[int] | None = None,
+        counted: tuple[int, int] = (0, 0),
     ) -> Generator[tuple[dict[str, np.ndarray], Report], None, None]:
         """Batches of rows first_row, first_row + 1, ...; each batch is `batch_rows` further.
 
@@ -80,6 +99,7 @@ class Loader:
           first_row: the run's saved position; 0 for a new run.
           rows_of_process: places in the batch (0 to batch_rows - 1) that this process makes;
             None for all.
+          counted: samples and bad samples before; a resumed run goes on counting.
         Yields:
           (batch, report): arrays of `rows.Rows.row`, stacked; report.next_row is the position to
           save once the batch is done.
@@ -112,7 +132,7 @@ class Loader:
             batch = {name: np.stack([row[name] for row, _ in made]) for name in made[0][0]}
             return batch, [b for _, found in made for b in found]
 
-        num_samples = num_bad = 0
+        num_samples, num_bad = counted
         pool = futures.ThreadPoolExecutor(1, "batch")  # stacks the next while this one is used
         coming = pool.submit(make)
         try:
@@ -142,6 +162,27 @@ class Loader:
             f"{num_samples}. The latest:\n{some}\nRepair the data set, or raise "
             "data.max_bad_share if you mean to train without them"
         )
+
+
+class Ahead:
+    """Batches, one of them made ahead, so that all processes can hear in time that one has none."""
+
+    def __init__(self, batches: Iterator[tuple[dict[str, np.ndarray], Report]]):
+        self.error: Exception | None = None
+        self._batches = batches
+        self._fetch()
+
+    def take(self) -> tuple[dict[str, np.ndarray], Report]:
+        """The next batch; the one after it is there, or the reason in `error`, on return."""
+        batch = self._next
+        self._fetch()
+        return batch
+
+    def _fetch(self) -> None:
+        try:
+            self._next = next(self._batches)
+        except Exception as error:  # noqa: BLE001 - raised when all processes know
+            self.error = error
 
 
 def _count(segment_ids: np.ndarray) -> int:

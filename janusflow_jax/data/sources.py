@@ -209,15 +209,19 @@ def _class_names(features: Any, path: str) -> list[str] | None:
 
 
 def retry(read: Callable[[], T], what: str) -> T:
-    """Runs `read`; an OSError is tried again after RETRY_SECONDS, then is a SourceError."""
+    """Runs `read`; an error of the store is tried again after RETRY_SECONDS, then is a SourceError.
+
+    array_record raises RuntimeError for what it cannot open, and for what does not have its hash.
+    """
     for wait in (*RETRY_SECONDS, None):
         try:
             return read()
-        except OSError as e:
+        except (OSError, RuntimeError) as e:
             if wait is None:
                 raise SourceError(
                     f"{what}: cannot be read after {len(RETRY_SECONDS) + 1} attempts ({e}): check "
-                    "the disk or the network, then run the same command again to resume"
+                    "the disk or the network, or prepare the data set again where a file is "
+                    "missing or corrupted; then run the same command again to resume"
                 ) from e
             logging.warning("%s: %s; trying again in %s s", what, e, wait)
             time.sleep(wait)

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Trains on TPUs of a GKE cluster, by xpk (pip install xpk).
+#
+#   launch/gke_xpk.sh --name=jf --cluster=CLUSTER --zone=us-central2-b --type=v5litepod-256 \
+#       --image=REGION-docker.pkg.dev/PROJECT/REPO/janusflow:1 --config=configs/pretrain.py \
+#       --workdir=gs://BUCKET/runs/pretrain [--slices=2] [--build=1] [--create=1] [--dry-run]
+#
+# --project  the cloud project; default: gcloud's
+# --build    1: builds the image from this checkout (launch/Dockerfile) and pushes it first
+# --create   1: creates the cluster first
+# --spot     1: of spot machines, with --create
+# --restarts how often a workload that was taken down is started again; default 100
+# --stop     1: deletes the workload instead (checkpoints stay; without it the name is taken)
+
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/common.sh
+read_options "name cluster project zone type slices image config workdir build create spot restarts stop" "$@"
+need name cluster zone
+place=(--cluster="$CLUSTER" --zone="$ZONE")
+[ -z "${PROJECT:-}" ] || place+=(--project="$PROJECT")
+if [ -n "${STOP:-}" ]; then
+  run xpk workload delete --workload="$NAME" "${place[@]}"
+  exit 0
+fi
+need type image config workdir
+SLICES="${SLICES:-1}"
+
+if [ -n "${CREATE:-}" ]; then
+  kind=(--on-demand)
+  [ -z "${SPOT:-}" ] || kind=(--spot)
+  run xpk cluster create "${place[@]}" --tpu-type="$TYPE" --num-slices="$SLICES" "${kind[@]}"
+fi
+if [ -n "${BUILD:-}" ]; then
+  run docker build --file=launch/Dockerfile --tag="$IMAGE" .
+  run docker push "$IMAGE"
+fi
+run xpk workload create "${place[@]}" --workload="$NAME" --tpu-type="$TYPE" \
+  --num-slices="$SLICES" --docker-image="$IMAGE" --max-restarts="${RESTARTS:-100}" \
+  --command="$(train_command)"

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Trains on Cloud TPU VMs taken as a queued resource.
+#
+#   launch/tpu_vm.sh --name=jf --zone=us-west4-a --type=v5litepod-256 --config=configs/pretrain.py \
+#       --workdir=gs://BUCKET/runs/pretrain [--slices=2] [--spot=1] [--dry-run] [-- --config.mesh.fsdp=8]
+#
+# --project  the cloud project; default: gcloud's
+# --type     accelerator type: v5litepod-16, v5litepod-256, v6e-256, v5p-128, ...
+# --runtime  the VM's image; default: by type
+# --slices   that many of the type, joined by the data centre's network
+# --spot     1: cheaper, may be taken away at any time; the same command goes on
+# --source   GIT_URL@COMMIT to run; default: this checkout's origin and commit
+# --stop     1: deletes the machines instead
+# The same command again waits for the machines that are there, and resumes the run.
+
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/common.sh
+read_options "name zone project type runtime slices spot source config workdir stop" "$@"
+need name zone
+place=(--zone="$ZONE")
+[ -z "${PROJECT:-}" ] || place+=(--project="$PROJECT")
+if [ -n "${STOP:-}" ]; then
+  run gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
+  exit 0
+fi
+need type config workdir
+SLICES="${SLICES:-1}"
+case "$TYPE" in
+  v5litepod-*) image=v2-alpha-tpuv5-lite ;;
+  v5p-*) image=v2-alpha-tpuv5 ;;
+  v6e-*) image=v2-alpha-tpuv6e ;;
+  v4-*) image=tpu-ubuntu2204-base ;;
+  *) image="" ;;
+esac
+RUNTIME="${RUNTIME:-$image}"
+[ -n "$RUNTIME" ] || die "type $TYPE: expected v5litepod-N, v6e-N, v5p-N or v4-N, or --runtime=IMAGE"
+SOURCE="${SOURCE:-$(source_here)}"
+
+create=(gcloud compute tpus queued-resources create "$NAME" "${place[@]}"
+  --accelerator-type="$TYPE" --runtime-version="$RUNTIME")
+if [ "$SLICES" -gt 1 ]; then
+  create+=(--node-prefix="$NAME" --node-count="$SLICES")
+  nodes=()
+  for ((i = 0; i < SLICES; i++)); do nodes+=("$NAME-$i"); done
+else
+  create+=(--node-id="$NAME")
+  nodes=("$NAME")
+fi
+[ -z "${SPOT:-}" ] || create+=(--spot)
+if [ -n "$DRY_RUN" ] || ! gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" >/dev/null 2>&1; then
+  run "${create[@]}"
+fi
+state() {
+  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)'
+}
+if [ -z "$DRY_RUN" ]; then
+  until [ "$(state)" = ACTIVE ]; do
+    case "$(state)" in FAILED | SUSPENDED) die "$NAME is $(state): delete it with --stop=1, then again" ;; esac
+    echo "waiting for $NAME: $(state)"
+    sleep 30
+  done
+fi
+
+# Every worker of every slice does the same; jax.distributed finds the others. uv brings a Python
+# that is new enough: the images' own may not be.
+setup="rm -rf ~/src && git clone -q ${SOURCE%@*} ~/src && git -C ~/src checkout -q ${SOURCE##*@}"
+setup+=" && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --allow-existing"
+setup+=" --python 3.12 ~/jf && ~/.local/bin/uv pip install -q -p ~/jf -e ~/src[tpu]"
+start="cd ~/src && source ~/jf/bin/activate && $(train_command)"
+pids=()
+for node in "${nodes[@]}"; do
+  run gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker=all --command="$setup"
+done
+for node in "${nodes[@]}"; do
+  if [ -n "$DRY_RUN" ]; then
+    run gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker=all --command="$start"
+  else
+    run gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker=all --command="$start" &
+    pids+=($!)
+  fi
+done
+for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid"; done

@@ -1,0 +1,205 @@
+"""One run by several processes: the same losses, one decision, and nothing lost with a process."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+
+import jobs
+import numpy as np
+import pytest
+
+from janusflow_jax import checkpoint, checksums, distributed
+from janusflow_jax import config as c
+from janusflow_jax.data import loader
+
+BOUND_S = 120
+"""A survivor ends within it (in seconds when alone on the machine)."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("squares") / "data"
+    jobs.crash_test.make_data(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The same run by one process on one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    jobs.run(data, workdir, "num_steps=6")
+    return workdir
+
+
+def same_losses(one, two, steps) -> None:
+    a, b = jobs.metrics(one)[: len(steps)], jobs.metrics(two)
+    assert [x["step"] for x in b] == list(steps)
+    for name in ("loss", "loss_ar", "loss_rf", "loss_repa", "grad_norm"):
+        x, y = ([line[name] for line in lines] for lines in (a, b))
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [(1, 8, (2, 2, 2)), (2, 2, (1, 2, 2)), (4, 1, (2, 1, 2))],
+    ids=["8 devices", "2 processes", "4 processes, tensor across them"],
+)
+def test_same_losses(data, alone, tmp_path, processes, devices, mesh):
+    flags = [f"mesh.{n}={s}" for n, s in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    said = jobs.run(
+        data, tmp_path / "run", "num_steps=3", *flags, processes=processes, devices=devices
+    )
+    same_losses(alone, tmp_path / "run", range(1, 4))
+    assert len(re.findall("^step ", said, re.MULTILINE)) == 3
+    step = tmp_path / "run" / "checkpoints" / "3"
+    written = {checksums.writer_of(str(p.relative_to(step))) for p in step.rglob("*")}
+    assert written == set(range(processes))
+    assert checkpoint.load_model(tmp_path / "run").meta["step"] == 3
+    if processes != 2:
+        return
+    # the checkpoint goes on elsewhere: all of it on one device, then shared again
+    jobs.run(data, tmp_path / "run", "num_steps=4", "mesh.data=1")
+    jobs.run(data, tmp_path / "run", "num_steps=6", "mesh.fsdp=2", processes=2)
+    same_losses(alone, tmp_path / "run", range(1, 7))
+
+
+@pytest.mark.slow
+def test_the_first_process_shows_what_all_have_learned(data, tmp_path):
+    flags = ("num_steps=1", "mesh.data=1", "mesh.fsdp=2", "sheet_num_steps=1")
+    said = jobs.run(data, tmp_path / "run", *flags, "prompts=('a red fox',)", processes=2)
+    assert (tmp_path / "run" / "samples" / "sheet_000001.png").stat().st_size > 1000
+    assert said.count("pictures for 1 prompts") == 1
+
+
+def started(data, workdir, **kwargs):
+    """A job of two processes that has saved step 3 and goes on for long."""
+    flags = ("num_steps=1000", "mesh.data=1", "mesh.fsdp=2", "log_every_steps=1")
+    job = jobs.start(data, workdir, *flags, processes=2, **kwargs)
+    end = time.monotonic() + jobs.TIMEOUT_S
+    while not (workdir / "checkpoints" / "3" / "COMMITTED").exists():
+        assert all(p.poll() is None for p in job) and time.monotonic() < end, jobs.finish(job)
+        time.sleep(0.1)
+    return job
+
+
+@pytest.mark.slow
+def test_one_is_told_to_stop_and_all_save_the_same_step(data, alone, tmp_path):
+    workdir = tmp_path / "run"
+    job = started(data, workdir)
+    job[1].send_signal(signal.SIGTERM)
+    (status, said), (other, _) = jobs.finish(job)
+    assert (status, other) == (0, 0), said
+    step = checkpoint.committed_steps(workdir)[-1]
+    assert step == jobs.metrics(workdir)[-1]["step"] and f"stopped at step {step}" in said
+    if step < 6:
+        same_losses(alone, workdir, range(1, step + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_is_killed_and_the_other_ends_soon_and_the_run_goes_on(data, tmp_path, victim):
+    workdir = tmp_path / "run"
+    job = started(data, workdir)
+    job[victim].kill()
+    began = time.monotonic()
+    ended = jobs.finish(job)
+    assert time.monotonic() - began < BOUND_S
+    status, said = ended[1 - victim]
+    assert status not in (0, None)
+    assert re.search("one of them has died|another task died|distributed service", said), said
+    begun = checkpoint.committed_steps(workdir)[-1]
+    if victim == 0:
+        return
+    said = jobs.run(data, workdir, f"num_steps={begun + 1}", "mesh.fsdp=2", processes=2)
+    assert f"resumed from step {begun}" in said
+    assert checkpoint.committed_steps(workdir)[-1] == begun + 1
+
+
+NO_DATA = """
+from janusflow_jax.data import loader
+import jax
+real = loader.Loader.batches
+def batches(self, *args):
+    for number, batch in enumerate(real(self, *args)):
+        if number == 5 and jax.process_index() == 1:
+            raise loader.BadDataError("the records of process 1 are bad")
+        yield batch
+loader.Loader.batches = batches
+"""
+NO_DISK = """
+from janusflow_jax import checksums
+import errno, jax
+real = checksums.write_share
+def write_share(folder, process):
+    if process == 1 and folder.name == "6":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    real(folder, process)
+checksums.write_share = write_share
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("patch", "why", "last"), [(NO_DATA, "are bad", 5), (NO_DISK, "No space left", 3)]
+)
+def test_what_fails_on_one_ends_all_at_the_same_step(data, tmp_path, patch, why, last):
+    flags = ("num_steps=1000", "mesh.data=1", "mesh.fsdp=2")
+    job = jobs.start(data, tmp_path / "run", *flags, processes=2, patch=patch)
+    (status, said), (other, own) = jobs.finish(job)
+    assert (status, other) == (1, 1)
+    assert "error: the run was ended: process 1 of 2: " in said and why in said, said
+    assert re.search(rf"^error: .*{why}", own, re.MULTILINE | re.DOTALL), own
+    assert checkpoint.committed_steps(tmp_path / "run")[-1] == last
+    assert checkpoint.load_model(tmp_path / "run").meta["step"] == last
+
+
+BY_HAND = dict(zip(distributed.BY_HAND, ("a:1", "2", "0"), strict=True))
+SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [
+        ({}, ""),
+        (BY_HAND, "environment"),
+        ({**BY_HAND, **SLURM}, "environment"),
+        (SLURM, "Slurm"),
+        ({**SLURM, "SLURM_NTASKS": "1"}, ""),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "GKE or several slices"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, ""),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "GKE or several slices"),
+    ],
+)
+def test_clusters_are_recognised(env, found):
+    assert distributed.cluster(env) == found
+
+
+def test_what_cannot_be_joined_is_said():
+    distributed.initialize("off", {**BY_HAND})
+    distributed.initialize("auto", {})
+    with pytest.raises(c.ConfigError, match="--distributed=on: expected a cluster"):
+        distributed.initialize("on", {})
+    with pytest.raises(c.ConfigError, match="expected all of JAX_COORDINATOR_ADDRESS, JAX_NUM"):
+        distributed.initialize("auto", {"JAX_PROCESS_ID": "1"})
+    with pytest.raises(c.ConfigError, match="expected whole numbers"):
+        distributed.initialize("auto", {**BY_HAND, "JAX_NUM_PROCESSES": "two"})
+    with pytest.raises(c.ConfigError, match="expected one of auto, on, off; got 'yes'"):
+        distributed.initialize("yes", {})
+
+
+def test_an_error_waits_until_all_know():
+    def batches():
+        for row in (0, 8):
+            yield {"row": np.arange(row, row + 8)}, loader.Report(row, row + 8, [])
+        raise loader.BadDataError("no third")
+
+    feed = loader.Ahead(batches())
+    assert feed.take()[1].first_row == 0 and feed.error is None
+    assert feed.take()[1].first_row == 8 and str(feed.error) == "no third"
+    with pytest.raises(ValueError, match="mine"), distributed.together("opening"):
+        raise ValueError("mine")
+    assert distributed.gather("a") == ["a"] and distributed.from_main("b") == "b"

@@ -1,0 +1,270 @@
+"""Whatever ends a run, it says why and goes on later: kills, signals, disks, a second run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jobs
+import pytest
+from etils import epath
+
+from janusflow_jax import checkpoint, goodput, workdir
+
+SHORT = ("num_steps=1000", "save_every_steps=3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("squares") / "data"
+    jobs.crash_test.make_data(out)
+    return out
+
+
+def wait_for(there, job) -> None:
+    end = time.monotonic() + jobs.TIMEOUT_S
+    while not there():
+        assert job[0].poll() is None and time.monotonic() < end, jobs.finish(job)
+        time.sleep(0.1)
+
+
+def saved(folder, step):
+    return lambda: (Path(folder) / "checkpoints" / str(step) / "COMMITTED").exists()
+
+
+@pytest.mark.slow
+def test_five_kills_leave_no_trace(tmp_path):
+    command = [sys.executable, "tools/crash_test.py", "--kills", "5", "--work", str(tmp_path / "w")]
+    env = jobs.environment(1, 0, 1, 0)
+    done = subprocess.run(
+        command, cwd=jobs.ROOT, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1].startswith("PASSED")
+    # and it can fail: one number of one array, one line of the metrics
+    whole, other = tmp_path / "w" / "whole", tmp_path / "w" / "run1"
+    lines = (other / "metrics.jsonl").read_text().splitlines()
+    (other / "metrics.jsonl").write_text("\n".join(lines[:3] + lines[4:]))
+    assert "metrics: steps" in jobs.crash_test.differences(whole, other)[0]
+    (other / "metrics.jsonl").write_text("\n".join(lines).replace('"lr": ', '"lr": 1'))
+    assert "metrics of step 1" in jobs.crash_test.differences(whole, other)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on(data, tmp_path):
+    job = jobs.start(data, tmp_path / "run", *SHORT)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), job)
+    wait_for(lambda: len(jobs.metrics(tmp_path / "run")) >= 4, job)
+    job[0].send_signal(signal.SIGTERM)
+    ((status, said),) = jobs.finish(job)
+    step = checkpoint.committed_steps(tmp_path / "run")[-1]
+    assert status == 0 and f"stopped at step {step}" in said and "time: " in said
+    assert [x["step"] for x in jobs.metrics(tmp_path / "run")] == list(range(1, step + 1))
+    again = jobs.run(data, tmp_path / "run", f"num_steps={step + 1}")
+    assert f"resumed from step {step}" in again and "in 2 attempts" in again
+
+
+@pytest.mark.slow
+def test_a_second_run_refuses_and_a_killed_one_frees_the_folder(data, tmp_path):
+    job = jobs.start(data, tmp_path / "run", *SHORT)
+    wait_for(saved(tmp_path / "run", 3), job)
+    ((status, said),) = jobs.finish(jobs.start(data, tmp_path / "run", *SHORT))
+    assert status == 1 and "Traceback" not in said
+    assert f"another run is writing here: process {job[0].pid} on " in said
+    job[0].kill()
+    job[0].wait()
+    step = checkpoint.committed_steps(tmp_path / "run")[-1]
+    said = jobs.run(data, tmp_path / "run", f"num_steps={step + 1}")
+    lost = json.loads((tmp_path / "run" / "attempts.json").read_text())[0]
+    assert lost["lost"] > 0 and not lost["ended"] and "in 2 attempts" in said
+    assert jobs.metrics(tmp_path / "run")[-1]["time/lost"] == pytest.approx(lost["lost"])
+
+
+def in_a_mount_namespace(script: str) -> str:
+    """Runs shell commands that may mount; everything is undone with the shell."""
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs root and `unshare -m`")
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script], cwd=jobs.ROOT, env=jobs.environment(1, 0, 1, 0),
+        capture_output=True, text=True, timeout=jobs.TIMEOUT_S,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def train_command(data, folder, *flags) -> str:
+    import shlex
+
+    return shlex.join(jobs.command(data, folder, *flags))
+
+
+LOAD = (
+    "import sys; from janusflow_jax import checkpoint; "
+    "print('LOADED', checkpoint.load_model(sys.argv[1]).meta['step'])"
+)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_the_last_good_checkpoint_loads(data, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    said = in_a_mount_namespace(
+        f"mount -t tmpfs -o size=2200k tmpfs {disk}\n"
+        f"{train_command(data, disk / 'run', *SHORT)}; echo STATUS $?; ls {disk}/run/checkpoints\n"
+        f"{sys.executable} -c {LOAD!r} {disk}/run"
+    )
+    assert "STATUS 1" in said and "Traceback" not in said, said
+    error = re.search(r"^error: .*No space left on device.*\n?.*$", said, re.MULTILINE)
+    assert error and "safe: " in error[0], said
+    assert re.search(r"^LOADED [1-9]", said, re.MULTILINE), said
+
+
+@pytest.mark.slow
+def test_a_read_only_workdir_is_named_at_once_and_still_loads(data, tmp_path):
+    jobs.run(data, tmp_path / "run", "num_steps=1")
+    mount = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}"
+    said = in_a_mount_namespace(
+        f"{mount}\n{train_command(data, tmp_path / 'run', *SHORT)}; echo STATUS $?\n"
+        f"{sys.executable} -c {LOAD!r} {tmp_path}/run"
+    )
+    assert "STATUS 1" in said and "Traceback" not in said, said
+    assert "cannot be written: Read-only file system: it is mounted read-only" in said, said
+    assert "step " not in said and re.search("^LOADED 1", said, re.MULTILINE), said
+
+
+@pytest.mark.slow
+def test_damaged_data_are_named(data, tmp_path):
+    """A flipped byte inside a record, and a file that is gone."""
+    for harm in ("flip", "missing"):
+        spoiled = Path(shutil.copytree(data, tmp_path / harm))
+        (file,) = spoiled.glob("*.array_record*")
+        if harm == "flip":
+            content = bytearray(file.read_bytes())
+            used = [i for i, byte in enumerate(content) if byte]  # blocks are padded with zeros
+            content[used[len(used) // 2]] ^= 1
+            file.write_bytes(bytes(content))
+        else:
+            file.unlink()
+        ((status, said),) = jobs.finish(
+            jobs.start(spoiled, tmp_path / f"run-{harm}", "num_steps=20")
+        )
+        assert status == 1 and "Traceback" not in said, said
+        assert re.search(rf"^error: (.|\n)*{spoiled}", said, re.MULTILINE), said
+
+
+HANG = """
+from janusflow_jax.data import rows
+import time
+real = rows.Rows.row
+def row(self, number):
+    time.sleep(600 if number >= 80 else 0)
+    return real(self, number)
+rows.Rows.row = row
+"""
+
+
+@pytest.mark.slow
+def test_the_watchdog_shows_where_a_run_hangs_and_ends_it(data, tmp_path):
+    flags = (*SHORT, "watchdog_s=5", "watchdog_exit=True")
+    ((status, said),) = jobs.finish(jobs.start(data, tmp_path / "run", *flags, patch=HANG))
+    assert status == goodput.WATCHDOG_STATUS
+    assert "no step has ended for 5 s" in said and "the loop is in: data" in said
+    assert "Stacks of all threads" in said and "in _fetch" in said and "in _loop" in said
+
+
+def test_the_lock_is_one_runs_and_ends_with_it(tmp_path):
+    with workdir.Lock(epath.Path(tmp_path)):
+        with pytest.raises(
+            workdir.WorkdirError, match=f"process {os.getpid()} on .*--config.workd"
+        ):
+            workdir.Lock(epath.Path(tmp_path))
+    workdir.Lock(epath.Path(tmp_path)).release()
+
+
+def test_without_locks_the_last_to_start_holds_the_folder(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(workdir.errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", none)
+    first = workdir.Lock(epath.Path(tmp_path))
+    first.check()
+    second = workdir.Lock(epath.Path(tmp_path))
+    second.check()
+    with pytest.raises(workdir.WorkdirError, match="taken over by process"):
+        first.check()
+
+
+def test_what_a_full_or_closed_disk_is_called(tmp_path):
+    for number, advice in ((28, "free some space"), (30, "mounted read-only"), (13, "writable")):
+        text = workdir.explain(OSError(number, os.strerror(number)), tmp_path)
+        assert os.strerror(number) in text and advice in text
+    with (
+        pytest.raises(workdir.WorkdirError, match="free some space"),
+        workdir.explained(epath.Path(tmp_path)),
+    ):
+        raise OSError(28, "full")
+
+
+def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(goodput.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(goodput.time, "time", lambda: now[0])
+
+    def attempt(step, saved_at, *phases):
+        clock = goodput.Clock()
+        record = None
+        for phase, seconds in phases:
+            with clock(phase):
+                now[0] += seconds
+            if record is None:
+                record = goodput.Record(tmp_path, clock, step, saved_at)
+                clock.switch("step")
+        record.write(step)
+        return record
+
+    # killed 30 s after its checkpoint of 1060
+    first = attempt(0, None, ("start", 10), ("compile", 20), ("step", 60))
+    assert first.totals() == {
+        "start": 10, "compile": 20, "step": 60, "data": 0, "checkpoint": 0, "samples": 0, "lost": 0,
+    }  # fmt: skip
+    assert first.values()["goodput"] == pytest.approx(60 / 90)
+    now[0] += 500  # nobody's time
+    second = attempt(5, 1060.0, ("start", 10), ("checkpoint", 2), ("step", 28))
+    totals = second.totals()
+    assert totals["lost"] == 30 and totals["step"] == 60 + 28 - 30 and totals["start"] == 20
+    assert sum(totals.values()) == pytest.approx(90 + 40)
+    assert "in 2 attempts" in second.summary() and "lost 23.1%" in second.summary()
+    now[0] += 50  # the second had no checkpoint: all of it is lost, the first's 30 s once
+    third = attempt(5, 1060.0, ("start", 10))
+    assert third.totals()["lost"] == 30 + 40
+    third.write(5, ended=True)
+    now[0] += 50
+    assert attempt(5, 1060.0, ("start", 1)).totals()["lost"] == 30 + 40
+
+
+def test_the_watchdog_is_quiet_while_steps_end(tmp_path):
+    ended = []
+    with (tmp_path / "out").open("w+") as out:
+        phase = ["step"]
+        dog = goodput.Watchdog(0.4, lambda: phase[0], end=True, out=out, exit_with=ended.append)
+        time.sleep(0.8)  # compiling: nothing has ended yet
+        for step in range(8):
+            dog.beat(step)
+            time.sleep(0.1)
+        phase[0] = "samples"
+        time.sleep(0.8)
+        assert not ended
+        phase[0] = "step"
+        time.sleep(1.2)
+        dog.close()
+        out.seek(0)
+        said = out.read()
+    assert ended == [goodput.WATCHDOG_STATUS]
+    assert "no step has ended for 0.4 s since step 7" in said and "This process ends now" in said
+    assert "test_the_watchdog_is_quiet" in said

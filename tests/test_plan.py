@@ -1,0 +1,334 @@
+"""Plans without a device: names, operations, what a program sends, what to change."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from janusflow_jax import config as c
+from janusflow_jax import (
+    plan_collectives,
+    plan_compile,
+    plan_flops,
+    plan_report,
+    plan_text,
+    plan_topology,
+    sharding,
+)
+from janusflow_jax.models import splash
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str, arg: str | None = None) -> c.TrainConfig:
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](arg)
+
+
+# --- names
+
+
+def test_names():
+    machine = plan_topology.parse("v5e:16x16", slices=2)
+    assert (machine.chips, machine.name) == (512, "2 x v5e:16x16")
+    assert plan_topology.parse("h100:8").shape == (1, 8)
+    assert plan_topology.parse("h100:8x8").chips == 64
+    for bad in ("v5e-256", "v5e:16", "v5p:4x4", "h200:8", "v5e:0x4", "v5e:"):
+        with pytest.raises(c.ConfigError, match=f"got '{bad}'; expected one of v5e:AxB"):
+            plan_topology.parse(bad)
+    with pytest.raises(c.ConfigError, match="slices: expected 1 or more; got 0"):
+        plan_topology.parse("v5e:4x4", slices=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("v5e:4x4", r"pip install 'jax\[tpu\]=="), ("h100:8", "pip install jax-cuda13-plugin==")],
+)
+def test_a_compiler_that_is_not_installed(monkeypatch, name, says):
+    monkeypatch.setattr(plan_topology.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(c.ConfigError, match=says):
+        plan_topology.devices(plan_topology.parse(name))
+
+
+def test_the_command_says_what_is_wrong_in_one_line():
+    command = [sys.executable, "tools/plan.py", "--config=configs/pretrain.py"]
+    for flag, says in (
+        ("--topology=v9:4x4", "error: topology: got 'v9:4x4'; expected one of"),
+        ("--config.mesh.fdsp=2", "did you mean 'fsdp'?"),
+    ):
+        done = subprocess.run(
+            [*command, "--topology=v5e:4x4", flag], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+
+
+# --- operations
+
+
+def counted(fn, *args, **kwargs) -> float:
+    return plan_flops.count(jax.jit(fn).trace(*args).jaxpr, **kwargs)
+
+
+def test_operations_of_a_jaxpr():
+    x = jnp.ones((4, 8))
+    w = jnp.ones((8, 8))
+    once = 2.0 * 4 * 8 * 8
+    assert counted(lambda x, w: x @ w, x, w) == once
+    loop = lambda x, w: jax.lax.scan(lambda h, _: (h @ w, None), x, None, length=5)[0]  # noqa: E731
+    assert counted(loop, x, w) == 5 * once
+    assert counted(lambda x, w: jax.lax.fori_loop(0, jnp.int32(x[0, 0]), lambda _, h: h @ w, x),
+                   x, w, while_trips=3.0) == 3 * once  # fmt: skip
+    block = jax.checkpoint(lambda x, w: jnp.sin(jnp.sin(x @ w) @ w))
+    grad = jax.value_and_grad(lambda x, w: jnp.sum(block(x, w)), (0, 1))
+    assert counted(grad, x, w) == (2 + 2 + 4) * once  # forward, again, twice as much backward
+    assert counted(lambda x, w: (x @ w, x)[1], x, w) == 0  # nobody asks for it
+
+
+def test_operations_of_branches_and_shards():
+    x, w = jnp.ones((8, 8)), jnp.ones((8, 8))
+    once = 2.0 * 8**3
+    either = lambda x, w: jax.lax.platform_dependent(  # noqa: E731
+        x, w, cpu=lambda x, w: x @ w @ w, default=lambda x, w: x @ w
+    )
+    assert counted(either, x, w, platform="tpu") == once
+    assert counted(either, x, w, platform="cpu") == 2 * once
+    mesh = sharding.make_mesh(c.MeshConfig())
+    with jax.set_mesh(mesh):
+        split = jax.shard_map(lambda x, w: x @ w, in_specs=(P("data"), P()), out_specs=P("data"))
+        assert counted(split, x, w) == once
+
+
+def test_operations_of_convolutions():
+    image = jnp.ones((2, 16, 16, 6))
+    conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME",
+                             dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
+    kernel = jnp.ones((3, 3, 6, 10))
+    once = 2.0 * 2 * 16 * 16 * 9 * 6 * 10
+    assert counted(conv, image, kernel) == once
+    both = jax.grad(lambda x, k: jnp.sum(jnp.sin(conv(x, k))), (0, 1))
+    assert counted(both, image, kernel) == pytest.approx(3 * once)
+    depthwise = functools.partial(conv, feature_group_count=6)
+    thin = jnp.ones((3, 3, 1, 6))
+    both = jax.grad(lambda x, k: jnp.sum(jnp.sin(depthwise(x, k))), (0, 1))
+    assert counted(both, image, thin) == pytest.approx(3 * 2.0 * 2 * 16 * 16 * 9 * 6)
+
+
+def budget_of(cfg: c.TrainConfig) -> plan_flops.Budget:
+    return plan_report.operations(cfg, sharding.make_mesh(cfg.mesh))
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [
+        ("pretrain", "test"),
+        pytest.param("adaptation", None, marks=pytest.mark.slow),
+        pytest.param("pretrain", None, marks=pytest.mark.slow),
+        pytest.param("sft", None, marks=pytest.mark.slow),
+    ],
+)
+def test_both_counts_of_the_step_agree(name, arg):
+    """The full size too: nothing is computed, so it takes seconds."""
+    cfg = load(name, arg)
+    budget = budget_of(cfg)
+    assert abs(budget.difference) < 0.005  # 3 % is asked for
+    assert budget.useful < 0.8 * budget.analytic
+    wrong = budget._replace(recomputed=0.0)
+    assert abs(wrong.difference) > 0.03
+    if arg is None:
+        cfg.remat = False
+        kept = budget_of(cfg)
+        assert abs(kept.difference) < 0.005 and kept.recomputed == 0
+
+
+def test_splash_does_half_the_pairs_and_more_matmuls():
+    cfg = load("pretrain")
+    cfg.attention = "splash"
+    work = plan_flops.Budget(*[0.0] * 6, jaxpr=0.0)
+    pairs = cfg.batch_rows * cfg.data.row_len**2
+    per_pass = 4.0 * 24 * 16 * 128 * pairs
+    blocks = cfg.data.row_len / splash.BLOCK
+    ours = (2 + 3.5) * (blocks + 1) / (2 * blocks)
+    assert plan_flops.executed(cfg, work) == pytest.approx(per_pass * (ours - 4))
+    cfg.attention = "xla"
+    assert plan_flops.executed(cfg, work) == 0
+
+
+# --- what a program sends
+
+TPU_LOOP = """HloModule jit_step, num_partitions=8
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add.1 = f32[] add(%a, %b)
+}
+
+%start (p: bf16[2,128]) -> (bf16[2,128], bf16[8,128]) {
+  %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %custom-call.1 = (bf16[2,128], bf16[8,128]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (p: bf16[2,128]) -> bf16[8,128] {
+  %all-gather.2 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %custom-call.2 = bf16[8,128] custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (c: (s32[], bf16[2,128])) -> (s32[], bf16[2,128]) {
+  %c = (s32[]{:T(128)}, bf16[2,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i, %two)
+  %x = bf16[2,128]{1,0:T(8,128)(2,1)} get-tuple-element(%c), index=1
+  %f1 = (bf16[2,128], bf16[8,128]) fusion(%x), kind=kCustom, calls=%start
+  %f2 = bf16[8,128]{1,0} fusion(%f1), kind=kCustom, calls=%done
+  %permute = (bf16[2,128], bf16[2,128], u32[], u32[]) collective-permute-start(%x), channel_id=9, source_target_pairs={{0,4},{4,0}}
+  %sum.1 = bf16[2,128]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%sum
+  %sum.2 = bf16[2,128]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%sum
+  ROOT %out = (s32[]{:T(128)}, bf16[2,128]{1,0}) tuple(%next, %x)
+}
+
+%test (c: (s32[], bf16[2,128])) -> pred[] {
+  %c.1 = (s32[]{:T(128)}, bf16[2,128]{1,0}) parameter(0)
+  %bound = s32[]{:T(128)} constant(24)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%c.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (x: bf16[2,128]) -> f32[4] {
+  %x.1 = bf16[2,128]{1,0} parameter(0)
+  %first = s32[]{:T(128)} constant(4)
+  %init = (s32[]{:T(128)}, bf16[2,128]{1,0}) tuple(%first, %x.1)
+  %while.1 = (s32[]{:T(128)}, bf16[2,128]{1,0}) while(%init), condition=%test, body=%body
+  %y = f32[4]{0} constant({1,2,3,4})
+  ROOT %all-reduce.1 = f32[4]{0} all-reduce(%y), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%sum
+}
+"""  # noqa: E501
+
+
+def test_a_tpu_programs_loops_and_asynchronous_gathers():
+    found = {x.kind: x for x in plan_collectives.collectives(TPU_LOOP, slices=2)}
+    # A gather's start and end are one; two sums of one channel (shard_map's) are two.
+    assert len(plan_collectives.collectives(TPU_LOOP)) == 5
+    gather, permute, reduce = (found[k] for k in ("all-gather", "collective-permute", "all-reduce"))
+    assert (gather.times, gather.group, gather.bytes) == (10, 4, 8 * 128 * 2)  # 4, 6, .. 22
+    assert gather.sent == 10 * 8 * 128 * 2 * 3 / 4 and not gather.between
+    assert (permute.times, permute.bytes) == (10, 2 * 128 * 2) and permute.between
+    assert reduce.times == 1 and reduce.sent == 2 * 16 * 7 / 8 and reduce.between
+    lines = plan_collectives.totals(found.values())
+    assert [t.kind for t in lines] == ["all-gather", "collective-permute", "all-reduce"]
+    small = [x for x in plan_collectives.collectives(TPU_LOOP) if x.group == 2]
+    assert [x.times for x in small if x.kind == "all-reduce"] == [10, 10]
+
+
+def test_groups_in_all_spellings():
+    groups = lambda text: plan_collectives.replica_groups(text, 4).tolist()  # noqa: E731
+    assert groups("replica_groups={{0,2},{1,3}}, x") == [[0, 2], [1, 3]]
+    assert groups("replica_groups=[2,2]<=[2,2]T(1,0), x") == [[0, 2], [1, 3]]
+    assert groups("replica_groups=[2,2]<=[4], x") == [[0, 1], [2, 3]]
+    assert groups("replica_groups=mesh['a'=2,'b'=2] {'a'}, x") == [[0, 2], [1, 3]]
+    assert groups("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}") == [
+        [0, 1],
+        [2, 3],
+    ]
+    assert groups("replica_groups=mesh['a'=4] {'a':(2)2}, x") == [[0, 1], [2, 3]]
+    assert groups("replica_groups=mesh['a'=4] {'a':(1)2}, x") == [[0, 2], [1, 3]]
+    assert groups("to_apply=%x") == [[0, 1, 2, 3]]
+
+
+LAYERS, ROWS, WIDTH = 5, 16, 32
+
+
+def compiled_stack(keep_rows: bool, at_once: bool) -> list[plan_collectives.Collective]:
+    """A stack of layers on 8 devices, its kernels split; rows kept where they are, or not."""
+    mesh = sharding.make_mesh(c.MeshConfig(data=1, fsdp=8))
+
+    def run(w, x):
+        rows = P("fsdp") if keep_rows else P()
+        if at_once:
+            w = jax.lax.with_sharding_constraint(w, P())
+
+        def body(x, w):
+            h = jnp.sin(x @ w)
+            return jax.lax.with_sharding_constraint(h, rows), None
+
+        return jax.lax.scan(body, x, w)[0]
+
+    shape = jax.ShapeDtypeStruct
+    w = shape((LAYERS, WIDTH, WIDTH), jnp.float32,
+              sharding=NamedSharding(mesh, P(None, "fsdp", None)))  # fmt: skip
+    x = shape((ROWS, 3, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    with jax.set_mesh(mesh):
+        text = jax.jit(run).lower(w, x).compile().as_text()
+    return plan_collectives.collectives(text)
+
+
+def test_what_a_stack_of_layers_gathers():
+    shapes = [(LAYERS, WIDTH, WIDTH)]
+    found = compiled_stack(keep_rows=True, at_once=False)
+    gathers = [x for x in found if x.kind == "all-gather"]
+    assert sum(x.times for x in gathers) == LAYERS
+    assert sum(x.times * x.bytes for x in gathers) == LAYERS * WIDTH * WIDTH * 4
+    own = ROWS // 8 * 3 * WIDTH
+    assert not plan_collectives.gathers_of_activations(found, shapes, own)
+    assert not plan_collectives.gathers_of_stacks(found, shapes)
+    whole = compiled_stack(keep_rows=True, at_once=True)
+    assert plan_collectives.gathers_of_stacks(whole, shapes)
+    moved = compiled_stack(keep_rows=False, at_once=False)
+    assert plan_collectives.gathers_of_activations(moved, shapes, own)
+
+
+# --- what it says
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """The test twin of pre-training, compiled for the 8 fake devices as if they were chips."""
+    cfg = load("pretrain", "test")
+    cfg.mesh = c.MeshConfig(data=2, fsdp=4)
+    mesh = sharding.make_mesh(cfg.mesh)
+    state, batch = plan_compile.state_shapes(cfg), plan_compile.batch_shapes(cfg)
+    state = plan_compile.placed(state, sharding.tree_shardings(state, mesh))
+    batch = plan_compile.placed(batch, sharding.batch_shardings(batch, mesh))
+    cfg.attention = "xla"
+    machine = plan_topology.Machine("v5e", (2, 4))
+    return plan_compile.Compiled(
+        cfg, machine, mesh, {**state, "batch": batch}, None, "Used 33.2G of 15.75G hbm", 1.0
+    )
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(planned):
+    report = json.loads(json.dumps(plan_report.report(planned)))
+    memory = report["memory"]
+    assert not memory["fits"] and memory["parts"]["opt_state"] >= 2 * memory["parts"]["params"]
+    assert memory["parts"]["batch"] == plan_compile.bytes_of(planned.arguments["batch"])
+    words = plan_text.text(report)
+    assert "does not fit" in words and "Used 33.2G" in words
+    assert "--config.remat" not in words  # it is on
+    flags = [tip.split()[0] for tip in report["advice"] if tip.startswith("--")]
+    assert "--config.loss.ce_chunk=128" in flags and "--config.mesh.tensor=2" in flags
+    for flag in flags:
+        c.check_field(flag.removeprefix("--config.").split("=")[0])
+    planned.cfg.batch_rows = 16
+    assert "--config.optim.accum_steps=2" in " ".join(plan_report.advice(planned, memory))
+    planned.cfg.batch_rows = 8
+
+
+def test_time_is_the_sum_of_its_parts(planned):
+    given = plan_report.Assumptions(efficiency=0.5, overlap=0.7, link=1.0)
+    time = plan_report.step_time(planned, 8 * 197e12, (90e9, 0.0), given)
+    assert time["compute"] == pytest.approx(2.0) and time["links"] == pytest.approx(1.0)
+    assert time["worst"] == pytest.approx(3.0, rel=0.01)
+    assert time["estimate"] == pytest.approx(2.3, rel=0.01)
+    assert time["best"] == pytest.approx(2.0, rel=0.01)
+    slow = plan_report.step_time(planned, 0.0, (0.0, 3.1e9), given)
+    assert slow["links"] == pytest.approx(1.0) and slow["estimate"] >= 1.0
+    assert os.environ["JAX_PLATFORMS"] == "cpu" and np.isfinite(slow["worst"])

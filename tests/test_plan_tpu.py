@@ -1,0 +1,122 @@
+"""What the real widths compile to for a TPU that is not there. Needs libtpu: `jax[tpu]`."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+
+from janusflow_jax import config as c
+from janusflow_jax import (
+    plan_collectives,
+    plan_compile,
+    plan_flops,
+    plan_report,
+    plan_topology,
+    sharding,
+)
+from janusflow_jax.models import llama
+
+ROOT = Path(__file__).parents[1]
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install 'jax[tpu]'"
+    ),
+]
+
+
+def thin() -> c.TrainConfig:
+    """Pre-training with all of the paper's widths, and few layers: it compiles in a minute."""
+    cfg = runpy.run_path(str(ROOT / "configs" / "pretrain.py"))["get_config"]()
+    cfg.model.llm.num_layers, cfg.model.repa.layer, cfg.model.und.num_layers = 3, 2, 2
+    cfg.model.gen.num_blocks, cfg.model.vae.channels = 1, (32, 64, 64, 64)
+    cfg.model.vae.layers_per_block = 1
+    cfg.data.row_len, cfg.data.gen_slots, cfg.data.und_slots = 2048, 2, 2
+    cfg.mesh, cfg.batch_rows = c.MeshConfig(data=2, fsdp=4, tensor=2), 16
+    return cfg
+
+
+def sent(run: plan_compile.Compiled) -> list[plan_collectives.Collective]:
+    return plan_report.traffic(run, 1.0)
+
+
+def shapes(run: plan_compile.Compiled) -> list[tuple[int, ...]]:
+    parts = ("params", "frozen", "vae")
+    return [x.shape for n in parts for x in jax.tree.leaves(run.arguments[n])]
+
+
+def own(cfg: c.TrainConfig, mesh) -> int:
+    """Elements of one chip's own activations."""
+    rows = cfg.batch_rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return rows * cfg.data.row_len * cfg.model.llm.width
+
+
+@pytest.fixture(scope="module")
+def run():
+    return plan_compile.train(thin(), plan_topology.parse("v5e:4x4"))
+
+
+def test_no_activation_of_all_and_not_all_parameters_are_gathered(run):
+    found = sent(run)
+    gathers = [x for x in found if x.kind == "all-gather"]
+    cfg = run.cfg
+    # Kernels of the LLM's layers are gathered layer by layer: forward, again, backward.
+    per_layer = math.prod((cfg.model.llm.width, cfg.model.llm.mlp_width)) // 2  # of two: tensor
+    assert sum(x.times for x in gathers if per_layer in (x.elements, x.elements // 2)) >= 3 * 3
+    assert not plan_collectives.gathers_of_activations(found, shapes(run), own(cfg, run.mesh))
+    assert not plan_collectives.gathers_of_stacks(found, shapes(run))
+    head = cfg.model.llm.width * cfg.model.llm.vocab_size
+    assert max(x.elements for x in gathers) < head // 8  # neither head nor table moves
+    assert plan_report.memory(run)["fits"]
+
+
+def test_a_plain_look_up_is_found(monkeypatch):
+    """The fault that PROTOTYPES section 2 tells of: this test must be able to fail."""
+    plain = lambda table, tokens, dtype: table[tokens].astype(dtype)  # noqa: E731
+    monkeypatch.setattr(llama, "lookup", plain)
+    run = plan_compile.train(thin(), plan_topology.parse("v5e:4x4"))
+    assert plan_collectives.gathers_of_activations(sent(run), shapes(run), own(run.cfg, run.mesh))
+
+
+def test_what_does_not_fit_says_so():
+    cfg = thin()
+    cfg.batch_rows, cfg.remat, cfg.attention = 16 * 16, False, "xla"
+    run = plan_compile.train(cfg, plan_topology.parse("v5e:4x4"))
+    memory = plan_report.memory(run)
+    assert run.program is None and not memory["fits"] and "15.75G" in memory["lacks"]
+    assert plan_report.advice(run, memory)[0].startswith("--config.remat=True")
+
+
+def test_two_slices_send_gradients_alone_between_them():
+    cfg = thin()
+    cfg.mesh = c.MeshConfig(fsdp=8, tensor=2)
+    cfg.batch_rows = 32
+    run = plan_compile.train(cfg, plan_topology.parse("v5e:4x4", slices=2))
+    assert dict(run.mesh.shape) == {"data": 2, "fsdp": 8, "tensor": 2}
+    totals = plan_collectives.totals(sent(run))
+    across = sum(t.sent for t in totals if t.between)
+    within = sum(t.sent for t in totals if not t.between)
+    assert 0 < across < within
+    assert {t.kind for t in totals if t.between} <= {"all-reduce", "reduce-scatter", "all-gather"}
+
+
+def test_v4_and_single_chips():
+    machine = plan_topology.parse("v4:2x2x1")
+    mesh = sharding.make_mesh(c.MeshConfig(fsdp=4), plan_topology.devices(machine))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert len(plan_topology.devices(plan_topology.parse("v5e:1x1"))) == 1
+    with pytest.raises(c.ConfigError, match=r"v5e:3x3: .*not divisible.*\n?expected one of"):
+        plan_topology.devices(plan_topology.parse("v5e:3x3"))
+
+
+def test_counts_agree(run):
+    assert abs(plan_report.operations(run.cfg, run.mesh).difference) < 0.03
+    assert plan_flops.typical(run.cfg).positions < 16 * 2048
