@@ -78,9 +78,13 @@ def merge_shares(folder: epath.Path, processes: int) -> None:
     """Makes one file of the shares of all processes, when all of them have been written.
 
     Raises:
-      CheckpointError: a file that nobody summed.
+      CheckpointError: a share that is not there, or a file that nobody summed.
     """
     shares = [folder / _share_file(k) for k in range(processes)]
+    if absent := [k for k, share in enumerate(shares) if not share.exists()]:
+        raise CheckpointError(
+            f"{folder}: processes {absent} did not write their part; see their logs"
+        )
     sums = {name: value for share in shares for name, value in read_json(share).items()}
     if without := sorted(set(_names(folder)) - set(sums)):
         raise CheckpointError(

@@ -195,26 +195,35 @@ class Agreement:
     """Lets all processes see the gravest code that one of them has, at the same step.
 
     The numbers are reduced on the devices, ahead of the step in their queue, so that reading the
-    result waits for the step before at most, and no round trip between hosts is added.
+    result waits for the step before at most, and no round trip between hosts is added. A CPU has no
+    such queue: two programs run at once, and gloo takes the numbers of one for the other's. There
+    each is waited for.
     """
 
     def __init__(self, mesh: Mesh):
         self._where = NamedSharding(mesh, P(mesh.axis_names))
         self._size = mesh.size
+        self._no_queue = mesh.devices.flat[0].platform == "cpu"
         self._worst = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
 
-    def ask(self, code: Callable[[], int]) -> Callable[[], Verdict]:
+    def ask(self, code: Callable[[], int], before: Any = None) -> Callable[[], Verdict]:
         """Call on all processes in the same order; the result reads the verdict.
+
+        Args: before: what the last step returned.
 
         With one process `code` is called when the verdict is read, with several at once.
         """
         if count() == 1:
             return lambda: Verdict(code())
+        if self._no_queue:
+            jax.block_until_ready(before)
         mine = code()
         said = jax.make_array_from_callback(
             (self._size,), self._where, lambda index: np.full(1, mine, np.int32)
         )
         worst = self._worst(said)
+        if self._no_queue:
+            jax.block_until_ready(worst)
         return lambda: Verdict(int(worst))
 
 

@@ -9,13 +9,14 @@ one is training's only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -102,30 +103,45 @@ class RunCheckpoints:
         run = {**run, "time": round(time.time(), 3)}
 
         def finish() -> None:
-            try:
+            with self._noting():
                 for response in under_way:
                     response.result()
-                self._commit(folder, run, list(given))
-            except BaseException as error:  # noqa: BLE001 - raised by the next wait()
-                self._error = error
+            self._commit(folder, run, list(given))
 
         self._thread = threading.Thread(target=finish, name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def _commit(self, folder: epath.Path, run: Any, names: list[str]) -> None:
-        """Checksums, by every process of what it wrote; then the marker, by the first."""
-        if distributed.is_main():
-            for name in names:
-                checkpoint.tidy(folder / name)
-            (folder / "run.json").write_text(json.dumps(run, indent=1))
-        checksums.write_share(folder, distributed.index())
-        _barrier(f"save {self._count} summed")
-        if distributed.is_main():
-            checksums.merge_shares(folder, distributed.count())
-            self._before_commit()
-            (folder / MARKER).write_text(f"{folder.name}\n")
-            self._prune()
-        _barrier(f"save {self._count} committed")
+        """Checksums, by every process of what it wrote; then the marker, by the first.
+
+        A process whose part has failed comes to the barriers too, so that nobody waits for it; the
+        first one then finds that its sums are missing.
+        """
+        with self._noting():
+            if not self.failed:
+                if distributed.is_main():
+                    for name in names:
+                        checkpoint.tidy(folder / name)
+                    (folder / "run.json").write_text(json.dumps(run, indent=1))
+                checksums.write_share(folder, distributed.index())
+        with self._noting():
+            _barrier(f"save {self._count} summed")
+        with self._noting():
+            if distributed.is_main() and not self.failed:
+                checksums.merge_shares(folder, distributed.count())
+                self._before_commit()
+                (folder / MARKER).write_text(f"{folder.name}\n")
+                self._prune()
+        with self._noting():
+            _barrier(f"save {self._count} committed")
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """In the thread: keeps the first error, which `wait` raises."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001
+            self._error = self._error or error
 
     def wait(self) -> None:
         """Returns when the last save is committed; raises CheckpointError if it was not."""

@@ -191,7 +191,7 @@ def train(cfg: TrainConfig) -> str:
             distributed.say(f"resumed from step {run.step}")
         with distributed.together("opening the workdir"), workdir_lib.explained(workdir):
             writer = metrics.Writer(workdir, resume_step=run.step, tensorboard=cfg.tensorboard)
-            ends.callback(writer.close)
+            ends.callback(workdir_lib.explained(workdir)(writer.close))
             record = goodput.Record(workdir, clock, run.step, run.saved.get("time"))
         step = _loop(run, writer, clock, record, stop)
         done = step == cfg.num_steps and not any(distributed.gather("!" if stop.signal else ""))
@@ -237,7 +237,7 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
             before = time.perf_counter()
             batch, report = feed.take()
             waited = time.perf_counter() - before
-        verdict = agreement.ask(state_of_process)  # about the step after this one
+        verdict = agreement.ask(state_of_process, run.state)  # about the step after this one
         work = flops.count(batch, cfg.data.gen_slots, cfg.data.und_slots)
         batch = sharding.put_batch(batch, run.mesh, cfg.batch_rows)
         with clock("step" if compiled else "compile"):
