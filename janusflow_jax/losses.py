@@ -169,11 +169,12 @@ def loss_sums(
     velocity_target: Any = None
     gen_images = batch["images"][:, :num_gen]
     if num_gen:
-        noise = None if loss.vae_mode else draws["posterior"]
-        if latents is None and "latent_mean" in batch:
-            latents = scaled_latents(batch["latent_mean"], batch["latent_logvar"], noise, cfg)
         if latents is None:
-            latents = encode_latents(vae_params, gen_images, noise, cfg, dtype)
+            noise = None if loss.vae_mode else draws["posterior"]
+            if "latent_mean" in batch:
+                latents = scaled_latents(batch["latent_mean"], batch["latent_logvar"], noise, cfg)
+            else:
+                latents = encode_latents(vae_params, gen_images, noise, cfg, dtype)
         z = flow.interpolate(latents, draws["noise"], draws["t"])
         velocity_target = latents - draws["noise"]
         flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731

@@ -125,6 +125,7 @@ def test_dtype_casts_and_an_export_remembers_the_source(folder, vae_folder, tmp_
     same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
 
+@pytest.mark.slow
 def test_select_layer_of_a_published_folder(folder, tmp_path):
     """-2 keeps one block less; the file has no more, and one that has is refused."""
     edit(

@@ -68,6 +68,7 @@ def test_decoding_keeps_int8_and_follows_the_wide_model(small, golden_model):
     assert 0 < np.abs(a - b).max() < 0.1 * np.abs(b).max()
 
 
+@pytest.mark.slow
 def test_it_answers_and_paints(small, golden_model):
     assert isinstance(small.chat("What is it?", max_new_tokens=4), str)
     options = {"num_steps": 2, "output": "latent"}

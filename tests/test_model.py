@@ -146,6 +146,7 @@ SUMS = jax.jit(sums)
 GRADIENT = jax.jit(jax.grad(total))  # tests share shapes, so that both compile once
 
 
+@pytest.mark.slow
 def test_packed_samples_equal_rows_of_their_own():
     _, params, vae = golden.model()
     packed = SUMS(params, vae, rows([[("u", 5), ("g", 7)]], 60))

@@ -104,6 +104,7 @@ def test_a_packed_row_trains_as_its_samples_do(made, task):
     )
 
 
+@pytest.mark.slow
 def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(made):
     def wanted(row):
         return (row["slot_task"] == 1).sum() >= 2 and any(

@@ -72,6 +72,7 @@ def lines(workdir) -> list[dict]:
     return [json.loads(x) for x in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_bit_for_bit(store, tmp_path):
     train.train(config("whole"))
     train.train(config("parts", num_steps=2))
@@ -205,6 +206,7 @@ def test_the_compiled_step_holds_nothing_for_what_is_frozen():
     assert flops[1] < 0.8 * flops[0]
 
 
+@pytest.mark.slow
 def test_one_bad_record_does_not_end_a_run_and_many_do(store):
     store[3]["image"] = store[3]["image"][:200]
     store[4]["captions"] = [""]
