@@ -63,16 +63,23 @@ class Collective:
         return self.times * per_time
 
 
-def collectives(text: str, slices: int = 1, while_trips: float = 1.0) -> list[Collective]:
+def collectives(
+    text: str, slices: int = 1, while_trips: float = 1.0, devices: int = 0
+) -> list[Collective]:
     """Every collective of a compiled program.
 
     Args:
       text: of `compiled.as_text()`.
+      devices: that it runs on; 0: as it says. For several TPU slices XLA writes one slice's
+        program, whose collectives stay inside and whose sends go to the other slices.
       slices: into how many equal runs of devices, joined by a slow network, the devices fall.
       while_trips: passes of loops whose number depends on data.
     """
     bodies = computations(text)
-    devices = _number(r"num_partitions=(\d+)", text) or _number(r"replica_count=(\d+)", text) or 1
+    here = _number(r"num_partitions=(\d+)", text) or _number(r"replica_count=(\d+)", text) or 1
+    if devices and slices > 1 and here < devices:
+        slices = 1
+    devices = here
     found: list[Collective] = []
     seen: set[tuple[str, ...]] = set()
 
@@ -210,6 +217,8 @@ def _collective(
     if opcode.endswith("-start") and kind != "all-reduce":
         shapes = [s for s in shapes if s[1] or s[0] != "u32"]
         shapes = shapes[len(shapes) // 2 :]  # (operands, results)
+    if kind == "send":
+        shapes = shapes[:1]  # then a context and a token
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
         groups = np.array(re.findall(r"\d+", pairs[1]) if pairs else [], int).reshape(-1, 2)
@@ -226,7 +235,7 @@ def _collective(
         tuple(shapes),
         group,
         times,
-        bool(groups.size and (where != where[:, :1]).any()) or (not groups.size and slices > 1),
+        kind == "send" or bool(groups.size and (where != where[:, :1]).any()),
         name[1] if name else "",
     )
 

@@ -98,7 +98,7 @@ def traffic(run: Compiled, while_trips: float) -> list[plan_collectives.Collecti
     if run.program is None:
         return []
     return plan_collectives.collectives(
-        run.program.as_text(), run.machine.islands, while_trips=while_trips
+        run.program.as_text(), run.machine.islands, while_trips, run.mesh.size
     )
 
 

@@ -223,6 +223,8 @@ def test_a_tpu_programs_loops_and_asynchronous_gathers():
     assert gather.sent == 10 * 8 * 128 * 2 * 3 / 4 and not gather.between
     assert (permute.times, permute.bytes) == (10, 2 * 128 * 2) and permute.between
     assert reduce.times == 1 and reduce.sent == 2 * 16 * 7 / 8 and reduce.between
+    inside = plan_collectives.collectives(TPU_LOOP, slices=2, devices=16)  # one slice's program
+    assert not any(x.between for x in inside)
     lines = plan_collectives.totals(found.values())
     assert [t.kind for t in lines] == ["all-gather", "collective-permute", "all-reduce"]
     small = [x for x in plan_collectives.collectives(TPU_LOOP) if x.group == 2]

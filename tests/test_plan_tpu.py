@@ -114,7 +114,10 @@ def test_two_slices_send_gradients_alone_between_them():
     across = sum(t.sent for t in totals if t.between)
     within = sum(t.sent for t in totals if not t.between)
     assert 0 < across < within
-    assert {t.kind for t in totals if t.between} <= {"all-reduce", "reduce-scatter", "all-gather"}
+    assert {t.kind for t in totals if t.between} == {"send"}
+    # Float32 or less of every trained number, cut over fsdp and tensor; nothing of activations.
+    trained = plan_compile.bytes_of(run.arguments["params"])
+    assert across < 1.1 * trained
 
 
 def test_v4_and_single_chips():
