@@ -248,6 +248,7 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
             hub_export.export(workdir, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_latents_are_encoded_clean_at_t_1():
     """B's understanding slot is what generation makes of the same latent at t = 1."""
     cfg = dataclasses.replace(c.model_config("test"), und_encoder="shared", repa_target="siglip")

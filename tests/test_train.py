@@ -253,6 +253,7 @@ def test_flags_change_fields_and_a_typo_is_named():
         train.train(config("x", optim=c.OptimConfig(name="sgd")))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(store):
     train.train(config("run", num_steps=1))
     folder = Path("run/checkpoints/1/params")

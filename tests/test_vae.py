@@ -43,6 +43,7 @@ def test_shapes_of_a_picture_that_is_not_square():
     assert run("decode", params(), mean).shape == (2, 16, 24, 3)
 
 
+@pytest.mark.slow
 def test_pictures_of_a_batch_do_not_see_one_another():
     x = noise(2, 3, 16, 16, 3)
     other = np.concatenate([x[:1], 5 * noise(3, 2, 16, 16, 3)])
@@ -89,6 +90,7 @@ def test_logvar_is_clipped():
     np.testing.assert_array_equal(np.asarray(logvar)[..., 2:], -30)
 
 
+@pytest.mark.slow
 def test_standardised_latents():
     data = pixels(40)
     x = data / np.float32(127.5) - 1
@@ -139,6 +141,7 @@ def test_training_saves_a_start_that_loads(tmp_path, monkeypatch, capsys):
         train_vae.main(argv)
 
 
+@pytest.mark.slow
 def test_a_step_of_training_lowers_the_loss():
     x = jnp.asarray(pixels(4) / np.float32(127.5) - 1)
     loss = jax.jit(lambda p: train_vae.loss_fn(p, x, jax.random.key(0), CFG, 1e-4)[0])
