@@ -98,11 +98,13 @@ class JanusFlowPipeline:
         self.cfg, self.dtype, self.mesh, self.text, self.source = cfg, dtype, mesh, chat, source
         self.model = janusflow.JanusFlow(cfg, jnp.dtype(dtype))
         cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), t)  # noqa: E731
+        pick = jax.jit(lambda x, i: x[i].astype(dtype))  # not of host arrays: a mesh takes those
+        take = lambda x, i: x[i] if isinstance(x, np.ndarray) else pick(x, i)  # noqa: E731
         self.params, self.vae = {}, cast(vae_params or {})
         for part in sorted(params):
             tree = params.pop(part)
             if part == "llm":
-                tree = llama.unstack(tree, jax.jit(lambda x, i: x[i].astype(dtype)))
+                tree = llama.unstack(tree, take)
             if not part.startswith("repa"):
                 self.params[part] = cast(tree)
         if int8:
