@@ -146,26 +146,21 @@ checksums.write_share = write_share
     ("patch", "why", "heard", "last"),
     [
         (NO_DATA, "are bad", "ended: process 1 of 2: the records of process 1 are bad", 5),
-        pytest.param(
-            NO_DISK,
-            "No space left",
-            "processes [1] did not write their part",
-            3,
-            # Known: sometimes process 1 is aborted (status -6) by the runtime instead of ending
-            # with 1. Seen on 2026-11-25 twice in four; not understood yet.
-            marks=pytest.mark.xfail(strict=False, reason="process 1 may end by SIGABRT"),
-        ),
+        (NO_DISK, "No space left", "processes [1] did not write their part", 3),
     ],
 )
 def test_what_fails_on_one_ends_all_at_the_same_step(data, tmp_path, patch, why, heard, last):
     flags = ("num_steps=1000", "mesh.data=1", "mesh.fsdp=2")
     job = jobs.start(data, tmp_path / "run", *flags, processes=2, patch=patch)
     (status, said), (other, own) = jobs.finish(job)
+    assert checkpoint.committed_steps(tmp_path / "run")[-1] == last
+    assert checkpoint.load_model(tmp_path / "run").meta["step"] == last
+    if patch == NO_DISK and -signal.SIGABRT in (status, other):
+        # Known, and not understood yet: seen on 2026-11-25 in some runs under pytest.
+        pytest.xfail("with a full disk on one process the runtime may abort it")
     assert (status, other) == (1, 1)
     assert "error: " in said and heard in said, said
     assert re.search(rf"^error: .*{why}", own, re.MULTILINE | re.DOTALL), own
-    assert checkpoint.committed_steps(tmp_path / "run")[-1] == last
-    assert checkpoint.load_model(tmp_path / "run").meta["step"] == last
 
 
 BY_HAND = dict(zip(distributed.BY_HAND, ("a:1", "2", "0"), strict=True))
