@@ -7,8 +7,16 @@ mixed 25:75 by positions. The VAE, SigLIP and LLM start from the weights that sh
     python tools/prepare_openmoji.py --out data/openmoji
     python -m janusflow_jax.train --config=configs/emoji.py
 
-Arguments: `long` (nearly four times the steps), `norepa`, `test`.
-Cost and what to expect: README, with the sheets of both.
+Arguments: `long` (nearly four times the steps), `test`, and one letter of the paper's ablations
+(configs/ablation.py), everything else equal; without one it is F:
+
+    A  without REPA
+    B  one VAE + ConvNeXt encoder for both tasks
+    C  a VAE + ConvNeXt encoder of its own for understanding; its VAE encoder is trained
+    D  understanding only: as many pictures of it as F sees, in 292 steps
+    E  generation only: as many pictures of it as F sees, in 908 steps
+
+Cost and what to expect: README, with the sheets of both; docs/small_scale.md has the letters.
 """
 
 import dataclasses
@@ -42,17 +50,30 @@ PROMPTS = (  # of data/openmoji_sheet.py: fixed before training, every third pai
     "a pink dress",
     "a pink turtle",
 )
+LETTERS = {
+    "A": "without REPA",
+    "B": "a shared VAE + ConvNeXt encoder",
+    "C": "a VAE + ConvNeXt encoder of its own for understanding",
+    "D": "understanding only",
+    "E": "generation only",
+    "F": "all",
+}
+ROWS = {"D": 0.2434, "E": 0.7566}  # share of F's rows that each task has
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
     names = c.parse_arg(
         arg,
-        {
+        LETTERS
+        | {
             "long": "nearly four times the steps",
-            "norepa": "without the REPA loss",
             "test": "seconds: a tiny fresh model, for the tests",
         },
     )
+    letters = sorted(names & set(LETTERS))
+    if len(letters) > 1:
+        raise c.ConfigError(f"configs/emoji.py: expected at most one letter; got {letters}")
+    letter = letters[0] if letters else "F"
     understand = c.SourceConfig(
         name="describe", path=DATA, task="understand", format="chat", weight=0.25
     )
@@ -61,7 +82,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         dataclasses.replace(understand, name=split, split=split)
         for split in ("heldout_pairs", "heldout_views")
     )
-    steps = 4500 if "long" in names else 1200
+    steps = round((4500 if "long" in names else 1200) * ROWS.get(letter, 1))
     cfg = c.TrainConfig(
         name="-".join(["emoji", *sorted(names)]),
         model=c.model_config("emoji"),
@@ -69,7 +90,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         optim=c.OptimConfig(lr=1e-3, warmup_steps=50, decay_steps=steps // 2, ema=0.995),
         # On drawings of flat colour the first tenth of time decides the hue, and logit-normal times
         # are there once in 70; shifted by 3 towards noise, once in 7.
-        loss=c.LossConfig(repa_weight=0.0 if "norepa" in names else 1.0, time_shift=3.0),
+        loss=c.LossConfig(repa_weight=0.0 if letter in "AD" else 1.0, time_shift=3.0),
         init=(
             ("vae", "starts/emoji_vae"),
             ("und_encoder", "starts/emoji_llm"),
@@ -95,4 +116,18 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         cfg.num_steps, cfg.batch_rows, cfg.log_every_steps, cfg.save_every_steps = 4, 8, 1, 2
         cfg.optim.warmup_steps, cfg.optim.decay_steps = 2, 0
         cfg.prompts, cfg.heldout_captions, cfg.sheet_num_steps = PROMPTS[:2], 2, 2
+    if letter in "BC":
+        cfg.model.und_encoder = "shared" if letter == "B" else "own"
+        cfg.model.repa_target = "siglip"
+        cfg.init = tuple(
+            ("repa_target" if part == "und_encoder" else part, path) for part, path in cfg.init
+        )
+    if letter == "C":
+        cfg.train_parts = c.STAGE_PARTS
+    if letter == "D":
+        cfg.data.sources, cfg.data.gen_slots, cfg.prompts = (understand,), 0, ()
+    if letter == "E":
+        cfg.data.sources, cfg.data.und_slots, cfg.heldout = (generate,), 0, ()
+        llm = ("llm/embedding", "llm/layers", "llm/norm")
+        cfg.train_parts = (*llm, *(p for p in cfg.train_parts if p != "llm"))
     return cfg

@@ -210,6 +210,20 @@ def test_an_ablation_has_the_papers_values(letter):
         config("ablation", "A,B")
 
 
+@pytest.mark.parametrize("letter", "ABCDEF")
+def test_the_quick_start_has_the_letters_too(letter):
+    for cfg in (config("emoji", letter), config("emoji", f"{letter},test")):
+        assert not config_checks.train_problems(cfg)
+        paper = {p.split("/")[0] for p in train_step.trained_paths(config("ablation", letter))}
+        assert {p.split("/")[0] for p in train_step.trained_paths(cfg)} == paper
+        assert cfg.model.parts == config("ablation", letter).model.parts
+    cfg, whole = config("emoji", letter), config("emoji")
+    wanted = {"D": ["understand"], "E": ["generate"]}.get(letter, ["understand", "generate"])
+    assert [s.task for s in cfg.data.sources] == wanted
+    assert (letter in "DE") == (cfg.num_steps < whole.num_steps)
+    assert config("emoji", "D").num_steps + config("emoji", "E").num_steps == whole.num_steps
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("letter", "ABCDEF")
 def test_an_ablation_trains(mixture, tmp_path, letter):
