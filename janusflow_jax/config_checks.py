@@ -104,8 +104,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         f"dtype: expected float32 or bfloat16; got {cfg.dtype!r}",
     )
     check(
-        cfg.attention in ("auto", "xla", "cudnn", "splash"),
-        f"attention: expected auto, xla, cudnn or splash; got {cfg.attention!r}",
+        cfg.attention in ("auto", "xla", "cudnn", "splash", "blocks"),
+        f"attention: expected auto, xla, cudnn, splash or blocks; got {cfg.attention!r}",
     )
     check(
         cfg.attention != "splash" or data.row_len % 128 == 0,

@@ -28,7 +28,7 @@ def make_model(cfg: TrainConfig) -> janusflow.JanusFlow:
     """The model as this run computes it."""
     impl = cfg.attention
     if impl == "auto":  # cuDNN's is asked for by name; so is splash where TPUs are compiled for
-        impl = "splash" if jax.default_backend() == "tpu" else "xla"
+        impl = {"tpu": "splash", "cpu": "blocks"}.get(jax.default_backend(), "xla")
     return janusflow.JanusFlow(cfg.model, jnp.dtype(cfg.dtype), cfg.remat, impl)
 
 

@@ -1,4 +1,4 @@
-"""Attention inside segments: the TPU kernel, interpreted, against the masked form."""
+"""Attention inside segments: TPU kernel (interpreted) and CPU form against the masked form."""
 
 from __future__ import annotations
 
@@ -39,23 +39,33 @@ def check(got, want):
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_splash_equals_the_masked_form(kv_heads):
+@pytest.mark.parametrize("impl", ["splash_interpret", "blocks"])
+def test_it_equals_the_masked_form(impl, kv_heads):
     args = inputs(kv_heads)
     ((_, want), grads) = value_and_gradients("xla")(*args)
-    ((_, got), ours) = value_and_gradients("splash_interpret")(*args)
+    ((_, got), ours) = value_and_gradients(impl)(*args)
     check((got, ours), (want, grads))
     together = args[:3] + (jnp.ones_like(args[3]),)
-    ((_, other), _) = value_and_gradients("splash_interpret")(*together)
+    ((_, other), _) = value_and_gradients(impl)(*together)
     assert np.abs(np.asarray(other - want)).max() > 0.1  # segments matter
 
 
-def test_splash_on_a_mesh_equals_one_device():
+@pytest.mark.parametrize("length", [1, 100, 200])
+def test_blocks_take_any_length(length):
+    args = tuple(x[:, :length] for x in inputs())
+    ((_, want), grads) = value_and_gradients("xla")(*args)
+    ((_, got), ours) = value_and_gradients("blocks")(*args)
+    check((got, ours), (want, grads))
+
+
+@pytest.mark.parametrize("impl", ["splash_interpret", "blocks"])
+def test_on_a_mesh_it_equals_one_device(impl):
     args = inputs()
     ((_, want), grads) = value_and_gradients("xla")(*args)
     mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(args, sharding.batch_shardings(args, mesh))
-        ((_, got), ours) = value_and_gradients("splash_interpret")(*placed)
+        ((_, got), ours) = value_and_gradients(impl)(*placed)
     check((got, ours), (want, grads))
 
 

@@ -26,6 +26,7 @@ LAYERS = (
         "sharding",
         "trees",
         "models.splash",
+        "models.blocks",
         "models.quantize",
         "models.layers",
     ),

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from janusflow_jax import sharding
-from janusflow_jax.models import quantize, splash
+from janusflow_jax.models import blocks, quantize, splash
 
 Init = Callable[..., Any]
 
@@ -109,7 +109,8 @@ def make_mask(
     segment_ids: Int[Array, "B T"], impl: str
 ) -> Bool[Array, "B T T"] | Int[Array, "B T"]:
     """What `attention` takes to keep whole rows causal inside segments: built once a step."""
-    return segment_ids if impl.startswith("splash") else segment_mask(segment_ids)
+    by_ids = impl == "blocks" or impl.startswith("splash")
+    return segment_ids if by_ids else segment_mask(segment_ids)
 
 
 def attention(
@@ -123,10 +124,10 @@ def attention(
     """Scaled dot-product attention with grouped heads; softmax in float32.
 
     Args:
-      mask: True where a query may look; every query must see something. None: all. For splash:
-        segment ids (`make_mask`).
-      impl: 'xla' anywhere; 'cudnn' on NVIDIA GPUs in bfloat16; 'splash' on TPU for whole rows
-        (DESIGN section 3), 'splash_interpret' for its tests.
+      mask: True where a query may look; every query must see something. None: all. For blocks
+        and splash, whole rows' segment ids (`make_mask`); for other calls these are 'xla'.
+      impl: 'xla' anywhere; 'cudnn' on NVIDIA GPUs in bfloat16; for whole rows 'blocks' on CPU and
+        'splash' on TPU (DESIGN section 3), 'splash_interpret' for its tests.
       scales: of keys and values that are int8 (`quantize.keys_values`); 'xla' only.
     """
     heads, size = q.shape[2], q.shape[3]
@@ -142,6 +143,8 @@ def attention(
             k_scale, v_scale = (jnp.repeat(s, heads // s.shape[2], axis=2) for s in scales)
             scales = k_scale, v_scale
     if mask is not None and mask.ndim == 2:
+        if impl == "blocks":
+            return blocks.attention(q, k, v, mask)
         return splash.attention(q, k, v, mask, interpret=impl == "splash_interpret")
     # Heads beside the batch first: on CPU forward and backward are 3.5 times as fast so.
     q, k, v = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (q * size**-0.5, k, v))
