@@ -28,10 +28,6 @@ BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Set by whoever starts the processes where no cluster is known to JAX."""
 GO_ON, STOP, FAILED = 0, 1, 2
 """What a process says of the step ahead; the largest holds for all."""
-IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-"""On CPU. XLA else orders a program's collectives by their cost, and programs that come out of the
-compilation cache then run them in another order in one process than in the next: gloo takes one
-for the other and aborts (15 of 16 jobs of two processes; with the flag none of 16)."""
 TEXT_BYTES = 4096
 """Of a message that processes exchange; longer ones are cut."""
 
@@ -60,8 +56,6 @@ def initialize(mode: str = "auto", env: Mapping[str, str] = os.environ) -> None:
         )
     if not found:
         return
-    if IN_ORDER.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {IN_ORDER}".strip()
     by_hand: dict[str, Any] = {}
     if found == "environment":
         try:
@@ -81,6 +75,11 @@ def initialize(mode: str = "auto", env: Mapping[str, str] = os.environ) -> None:
             f"--distributed: cannot join the job ({found}): {error}. --distributed=off trains "
             "with this process alone"
         ) from error
+    if jax.default_backend() == "cpu":
+        # Programs out of the cache run their collectives in another order in one process than in
+        # the next: gloo takes one for the other and aborts (15 of 16 jobs of two processes; of
+        # those that compiled, none of 16), or waits for ever.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def cluster(env: Mapping[str, str]) -> str:

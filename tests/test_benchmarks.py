@@ -35,3 +35,12 @@ def test_ours_and_the_peers_compute_the_same(tmp_path):
             assert mine == pytest.approx(theirs, abs=2e-4)
     assert sum(case.startswith("train") for case in notes) == 3
     assert all(t["runs"][0] > 0 for r in found.values() for t in r["ways"].values())
+
+
+@pytest.mark.slow
+def test_operations_are_those_that_are_counted():
+    from benchmarks import operations
+
+    for line in operations.lines("test"):
+        assert line.wanted > 0 and abs(line.difference) < 0.03, line.text()
+        assert all(x >= 0 for x in line.wasted.values())
