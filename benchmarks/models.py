@@ -17,10 +17,14 @@ from janusflow_jax.models import janusflow, vae
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "tests/data/golden/tiny/janusflow"
 
 
-def folders(scratch: pathlib.Path, size: str) -> tuple[pathlib.Path, pathlib.Path]:
+def folders(
+    scratch: pathlib.Path, size: str, peers: bool = True
+) -> tuple[pathlib.Path, pathlib.Path]:
     """(model folder, published folder) of random weights, made where they are not there yet.
 
     The tokenizer is the golden model's small one: requests here are token ids.
+
+    Args: peers: whether the published folder is needed; the size `emoji` has no published form.
     """
     ours, published = scratch / size, scratch / f"{size}-published"
     if not checkpoint.is_model(ours):
@@ -39,7 +43,7 @@ def folders(scratch: pathlib.Path, size: str) -> tuple[pathlib.Path, pathlib.Pat
                 cfg.vae, key
             ), hub_files=hub, extra={"made_by": "benchmarks"}, overwrite=True,
         )  # fmt: skip
-    if not published.exists():
+    if peers and not published.exists():
         hub_export.export(ours, published, say=lambda line: None)
     return ours, published
 

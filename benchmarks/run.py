@@ -60,7 +60,7 @@ def line(result: cases.Result) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--size", default="small", help="test | emoji | small | 1p3b")
+    p.add_argument("--size", default="small", help="test | small | 1p3b, or emoji: --no-peers")
     p.add_argument("--scratch", default="/tmp/janusflow-bench", help="folder for random models")
     p.add_argument("--only", default=",".join(cases.CASES), help="cases, comma-separated")
     p.add_argument("--rounds", type=int, default=3, help="of every way in turn, after a first")
@@ -80,7 +80,7 @@ def main() -> None:
         sys.exit(f"error: --only: expected some of {', '.join(cases.CASES)}; got {unknown}")
     scratch = pathlib.Path(args.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
-    ours, published = models.folders(scratch, args.size)
+    ours, published = models.folders(scratch, args.size, not args.no_peers)
     setup = cases.Setup(
         args.size, ours, published, args.dtype, args.rounds, args.steps, args.new_tokens,
         args.max_batch or (2 if on_cpu else 16), args.compile, not args.no_peers,
