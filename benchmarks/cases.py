@@ -17,7 +17,7 @@ import numpy as np
 
 import janusflow_jax
 from benchmarks import models, timing
-from janusflow_jax import checkpoint, flops, losses, sharding, train, train_step
+from janusflow_jax import checkpoint, flops, losses, run_state, sharding, train_step
 from janusflow_jax import config as c
 
 PEERS = ("torch, as published", "torch, prompt cached", "torch compiled, as published")
@@ -214,7 +214,7 @@ def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
     loaded = checkpoint.load_model(s.ours)
     with jax.set_mesh(mesh):
         params = {**(loaded.params or {}), "repa_head": {}}  # idle: REPA is off
-        state = {"state": train.make_state(cfg, mesh, params, loaded.vae)}
+        state = {"state": run_state.make(cfg, mesh, params, loaded.vae)}
         put = sharding.put_batch(batch, mesh, 1)
         step = train_step.jit_train_step(cfg, mesh, state["state"], put)
 

@@ -107,6 +107,14 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         sheet_cfg_weight=2.0,
         prompts=PROMPTS,
         heldout=heldout,
+        evaluate=c.EvalConfig(
+            sources=(
+                dataclasses.replace(understand, name="describe_unseen", split="heldout_pairs"),
+                dataclasses.replace(generate, name="paint_unseen", split="heldout_pairs"),
+            ),
+            rows=32,
+            every_steps=steps // 6,
+        ),
     )
     if "test" in names:
         cfg.model = c.model_config("test")
@@ -116,6 +124,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         cfg.num_steps, cfg.batch_rows, cfg.log_every_steps, cfg.save_every_steps = 4, 8, 1, 2
         cfg.optim.warmup_steps, cfg.optim.decay_steps = 2, 0
         cfg.prompts, cfg.heldout_captions, cfg.sheet_num_steps = PROMPTS[:2], 2, 2
+        cfg.evaluate = c.EvalConfig()
     if letter in "BC":
         cfg.model.und_encoder = "shared" if letter == "B" else "own"
         cfg.model.repa_target = "siglip"
@@ -126,8 +135,10 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         cfg.train_parts = c.STAGE_PARTS
     if letter == "D":
         cfg.data.sources, cfg.data.gen_slots, cfg.prompts = (understand,), 0, ()
+        cfg.evaluate.sources = cfg.evaluate.sources[:1]
     if letter == "E":
         cfg.data.sources, cfg.data.und_slots, cfg.heldout = (generate,), 0, ()
+        cfg.evaluate.sources = cfg.evaluate.sources[1:]
         llm = ("llm/embedding", "llm/layers", "llm/norm")
         cfg.train_parts = (*llm, *(p for p in cfg.train_parts if p != "llm"))
     return cfg

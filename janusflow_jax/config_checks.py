@@ -124,7 +124,13 @@ def train_problems(cfg: TrainConfig) -> list[str]:
     parts = (*cfg.model.parts, "vae")
     unknown = sorted({p for p, _ in cfg.init} - {*parts})
     check(not unknown, f"init: expected names of {parts}; got {unknown}")
-    for s in data.sources:
+    check(cfg.evaluate.rows > 0, f"evaluate.rows: expected > 0; got {cfg.evaluate.rows}")
+    for name in ("every_steps", "max_rise"):
+        value = getattr(cfg.evaluate, name)
+        check(value >= 0, f"evaluate.{name}: expected 0 (off) or more; got {value}")
+    named = [s.name or (s.split, s.task) for s in cfg.evaluate.sources]
+    check(len(named) == len(set(named)), f"evaluate.sources: expected different names; got {named}")
+    for s in (*data.sources, *cfg.evaluate.sources):
         check(
             s.task in ("generate", "understand", "text"),
             f"source {s.name!r} task: expected generate, understand or text; got {s.task!r}",
@@ -146,11 +152,11 @@ def train_problems(cfg: TrainConfig) -> list[str]:
             f"> 0; got {s.weight}",
         )
         check(
-            s.task != "generate" or data.gen_slots > 0,
+            s.task != "generate" or data.gen_slots > 0 or s in cfg.evaluate.sources,
             f"source {s.name!r} generates: expected data.gen_slots > 0; got 0",
         )
         check(
-            s.task != "understand" or data.und_slots > 0,
+            s.task != "understand" or data.und_slots > 0 or s in cfg.evaluate.sources,
             f"source {s.name!r} understands: expected data.und_slots > 0; got 0",
         )
     return bad + cache_problems(cfg)

@@ -21,9 +21,10 @@ from etils import epath
 from janusflow_jax import checksums, distributed, metrics
 
 FILE = "attempts.json"
-PHASES = ("step", "data", "compile", "checkpoint", "samples", "start")
+PHASES = ("step", "data", "compile", "checkpoint", "evaluation", "samples", "start")
 """step: on the devices, or held up by the one before; data: waiting for rows; checkpoint: waiting
-for a save, not the saving; samples: sheets and captions; start: reading and restoring."""
+for a save, not the saving; evaluation: held-out losses; samples: sheets and captions; start:
+reading and restoring."""
 WATCHDOG_STATUS = 70
 """Exit status of a run that its watchdog has ended."""
 
@@ -116,7 +117,7 @@ class Watchdog:
     """Prints the stacks of all threads when no step ends for too long; may end the process.
 
     It watches from the first step's end on (compilation has no limit) and does nothing while a
-    phase is under way that may take long: samples.
+    phase is under way that may take long: samples, evaluation.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._seconds / 4)):
-            if self._phase() == "samples":
+            if self._phase() in ("samples", "evaluation"):
                 self._beat = None if self._beat is None else time.monotonic()
             if self._beat is None or time.monotonic() - self._beat < self._seconds:
                 continue

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageOps
 
 from janusflow_jax import distributed, pipeline, sharding, trees
 from janusflow_jax.config import MeshConfig, SourceConfig, TrainConfig
-from janusflow_jax.data import sources
+from janusflow_jax.data import images, sources
 from janusflow_jax.eval import sheet
 
 CAPTION_QUESTION = "Describe the picture."
@@ -53,7 +53,8 @@ def caption_source(
 def write(
     cfg: TrainConfig, workdir: epath.Path, step: int, state: Any, chat: Any, writer: Any
 ) -> None:
-    """Writes `samples/sheet_<step>.png` and `samples/captions_<step>.jsonl` into the workdir.
+    """Writes `samples/sheet_<step>.png` and `samples/captions_<step>.jsonl` and `.png` (pictures
+    with answer and truth) into the workdir.
 
     With several processes the first one does it, on its first device, while the others wait.
     """
@@ -86,12 +87,18 @@ def _write(
         _save_png(grid, path)
         print(f"step {step}: pictures for {len(cfg.prompts)} prompts in {path}", flush=True)
         writer.image(step, "sheet", grid)
-    lines = []
+    lines, shown, said = [], [], []
+    side = (cfg.model.image_size,) * 2
     for source in cfg.heldout:
         for record in caption_source(model, source, cfg.heldout_captions):
-            record.pop("image")
+            picture = Image.fromarray(images.decode(record.pop("image")))
+            shown.append(ImageOps.pad(picture, side, color="white"))
+            said.append(f"{record['answer']} [{record['captions'][0]}]")
             lines.append({"split": source.split, **record})
     if lines:
+        grid = sheet.make_sheet(shown, said)
+        _save_png(grid, folder / f"captions_{step:06d}.png")
+        writer.image(step, "captions", grid)
         right = sum(line["answer"] in line["captions"] for line in lines)
         path = folder / f"captions_{step:06d}.jsonl"
         path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))

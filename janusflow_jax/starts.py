@@ -130,7 +130,7 @@ def check_needs(cfg: TrainConfig) -> None:
         if not checkpoint.is_model(path):
             lacks(path, f"{path}: expected a model folder or a training run; found none")
     told = set()
-    for s in (*cfg.data.sources, *cfg.heldout):
+    for s in (*cfg.data.sources, *cfg.heldout, *cfg.evaluate.sources):
         try:
             sources.mapped(sources.open_source(s.path, s.split), s.fields, s.task)
         except sources.SourceError as error:

@@ -26,10 +26,12 @@ from janusflow_jax import (
     flops,
     goodput,
     guard,
+    heldout,
     latents,
     metrics,
     preempt,
     run_checkpoints,
+    run_state,
     samples,
     sharding,
     starts,
@@ -62,6 +64,7 @@ _USER_ERRORS = (
     distributed.PeerError,
     workdir_lib.WorkdirError,
     guard.DivergedError,
+    heldout.RisenError,
     checkpoint.CheckpointError,
     chat_format.FormatError,
     latent_cache.CacheError,
@@ -70,33 +73,6 @@ _USER_ERRORS = (
     rows.DataError,
     sources.SourceError,
 )
-
-
-def make_state(cfg: TrainConfig, mesh: Any, params: Any, vae_params: Any) -> Any:
-    """The sharded start state, from whole trees that every process has."""
-    create = lambda p, v: train_step.create_state(cfg, p, v)  # noqa: E731
-    where = train_step.state_shardings(jax.eval_shape(create, params, vae_params), mesh)
-    given = (params, vae_params)
-    given = sharding.put_tree(given, sharding.tree_shardings(given, mesh))
-    return jax.jit(create, out_shardings=where)(*given)
-
-
-def restore(ckpts: run_checkpoints.RunCheckpoints, state: Any) -> tuple[Any, dict[str, Any]]:
-    """The newest whole checkpoint put into `state`, and its `run.json`; without one ({} then)
-    the state as it is."""
-    whole = {**state, "params": trees.merge(state["frozen"], state["params"])}
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        {n: whole[n] for n in train_step.SAVED},
-    )
-    found = ckpts.restore_newest(abstract)
-    if found is None:
-        return state, {}
-    got, run = found
-    got["params"], got["frozen"] = trees.split(got["params"], trees.flat(state["params"]))
-    counters = {n: np.int32(run[n]) for n in ("step", "bad_steps")}
-    where = {n: state[n].sharding for n in counters}
-    return {**state, **got, **sharding.put_tree(counters, where)}, run
 
 
 @dataclasses.dataclass
@@ -111,6 +87,7 @@ class Run:
     ckpts: run_checkpoints.RunCheckpoints
     state: Any
     saved: dict[str, Any]  # the checkpoint's `run.json`; {}: a new run
+    heldout: heldout.Heldout
     trouble: Exception | None = None  # the workdir could not be written
 
     @property
@@ -158,7 +135,7 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     if writes:
         workdir_lib.make(workdir, cfg, vae=vae_params, hub=hub)
     with jax.set_mesh(mesh):
-        state = make_state(cfg, mesh, params, vae_params)
+        state = run_state.make(cfg, mesh, params, vae_params)
         ckpts = run_checkpoints.RunCheckpoints(
             workdir,
             cfg.keep_checkpoints,
@@ -166,8 +143,10 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
             before_commit=lock.check if lock else lambda: None,
             writes=writes,
         )
-        state, saved = restore(ckpts, state)
-    return Run(cfg, workdir, mesh, data, chat, ckpts, state, saved)
+        state, saved = run_state.restore(ckpts, state)
+    with distributed.together("opening the held-out data"):
+        held = heldout.Heldout(cfg, mesh, chat, saved.get("heldout", {}))
+    return Run(cfg, workdir, mesh, data, chat, ckpts, state, saved, held)
 
 
 def workdir_of(cfg: TrainConfig) -> epath.Path:
@@ -190,7 +169,8 @@ def train(cfg: TrainConfig) -> str:
         if run.step:
             distributed.say(f"resumed from step {run.step}")
         with distributed.together("opening the workdir"), workdir_lib.explained(workdir):
-            writer = metrics.Writer(workdir, resume_step=run.step, tensorboard=cfg.tensorboard)
+            kept = run.step if run.saved else -1  # a new run measures step 0 itself
+            writer = metrics.Writer(workdir, resume_step=kept, tensorboard=cfg.tensorboard)
             ends.callback(workdir_lib.explained(workdir)(writer.close))
             record = goodput.Record(workdir, clock, run.step, run.saved.get("time"))
         step = _loop(run, writer, clock, record, stop)
@@ -230,9 +210,18 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
             _log(run, writer, progress, record, watch, *late.pop())
             dog.beat(step)
 
+    def evaluate(step: int) -> None:
+        log_late()
+        with clock("evaluation"):
+            values = run.heldout.measure(run.state)
+        with run.writing():
+            run.heldout.note(step, values, writer)
+
     clock.switch("step")
+    if not run.saved:
+        evaluate(step)
     verdict = agreement.ask(state_of_process)
-    while step < cfg.num_steps and not watch.tripped and verdict().go_on:
+    while step < cfg.num_steps and not (watch.tripped or run.heldout.risen) and verdict().go_on:
         with clock("data"):
             before = time.perf_counter()
             batch, report = feed.take()
@@ -253,6 +242,8 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
         )
         log_late()
         late.append((step, out, report, work))
+        if run.heldout.due(step):
+            evaluate(step)
         if cfg.save_every_steps and step % cfg.save_every_steps == 0:
             log_late()  # first: a line that is missing before a checkpoint would be for ever
             _save(run, writer, clock, step, report)
@@ -268,6 +259,7 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
     distributed.raise_together(error or feed.error, "the run was ended")
     if watch.tripped:
         raise guard.DivergedError(watch.message())
+    run.heldout.check()
     return step
 
 
@@ -286,6 +278,7 @@ def _save(run: Run, writer: Any, clock: Any, step: int, report: loader.Report) -
                 "samples": report.num_samples,
                 "bad_samples": report.num_bad,
                 "config": config_lib.to_dict(run.cfg),
+                "heldout": run.heldout.first,
             },
         )
         writer.sync()

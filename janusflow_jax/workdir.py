@@ -25,7 +25,7 @@ MAY_CHANGE = frozenset(
     "workdir num_steps log_every_steps save_every_steps keep_checkpoints sheet_every_steps "
     "tensorboard prompts heldout heldout_captions sheet_cfg_weight sheet_num_steps mesh init start "
     "made_by data.num_threads data.max_bad_share attention remat max_bad_steps peak_tflops "
-    "keep_every_steps watchdog_s watchdog_exit".split()
+    "keep_every_steps watchdog_s watchdog_exit evaluate".split()
 )
 
 

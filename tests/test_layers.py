@@ -18,6 +18,7 @@ MAX_LINES = 400
 LAYERS = (
     # 0 GROUND
     (
+        "config_model",
         "config",
         "config_checks",
         "config_stages",
@@ -50,12 +51,13 @@ LAYERS = (
     ("cross_entropy", "losses", "flops", "optim", "decode", "sampler", "data.loader"),
     # 4 MACHINERY
     (
-        "train_step", "checksums", "checkpoint", "run_checkpoints", "workdir", "preempt",
+        "train_step", "checksums", "checkpoint", "run_checkpoints", "run_state",
+        "workdir", "preempt",
         "safetensor_files", "torch_names", "convert",
         "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
         "metrics", "goodput",
         "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples", "starts",
-        "guard", "latents",
+        "guard", "heldout", "latents",
         "guard", "plan_topology", "plan_compile", "plan_flops", "plan_collectives", "plan_report",
         "plan_text", "plan_sampler",
     ),

@@ -15,7 +15,16 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from janusflow_jax import checkpoint, pipeline, plan_compile, sharding, train, train_step, trees
+from janusflow_jax import (
+    checkpoint,
+    pipeline,
+    plan_compile,
+    run_state,
+    sharding,
+    train,
+    train_step,
+    trees,
+)
 from janusflow_jax import config as c
 from janusflow_jax.data import chat_format, loader, rows, sources
 from janusflow_jax.models import janusflow, vae
@@ -93,6 +102,7 @@ def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
     train.train(cfg)
     assert sorted(p.name for p in Path("whole/samples").iterdir()) == [
         "captions_000004.jsonl",
+        "captions_000004.png",
         "sheet_000004.png",
     ]
     model = pipeline.load("whole")
@@ -128,7 +138,7 @@ def test_sharded_step_equals_single_device(store, accum):
         devices = jax.devices()[: int(np.prod(shape[:3]))]
         mesh = sharding.make_mesh(c.MeshConfig(**sizes), devices)
         with jax.set_mesh(mesh):
-            state = train.make_state(cfg, mesh, params, vae_params)
+            state = run_state.make(cfg, mesh, params, vae_params)
             step = None
             losses[shape] = []
             for batch in data:

@@ -1,0 +1,219 @@
+"""Held-out losses in the loop: the same rows, times and noise at every measurement.
+
+Each source is packed alone and its first rows are read once. Times and noise follow from
+(`evaluate.seed`, row, slot) by the run's own distribution of times, so that a value stands beside
+training's; no prompt is dropped, latents are the posterior's mode. So a value changes with the
+parameters only, and two measurements of the same parameters are equal to the last digit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from janusflow_jax import distributed, losses, metrics, sharding, train_step, trees
+from janusflow_jax.config import SourceConfig, TrainConfig
+from janusflow_jax.data import chat_format
+from janusflow_jax.data import rows as rows_lib
+
+RAW, EMA = "eval", "eval_ema"
+"""First parts of the metrics' names."""
+
+
+class RisenError(RuntimeError):
+    """A held-out loss has risen above what the config allows."""
+
+
+class Heldout:
+    """The held-out sources of a run; all processes of a job call all methods alike."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        mesh: Mesh,
+        chat: chat_format.ChatFormat,
+        first: Mapping[str, float] | None = None,
+    ):
+        """Reads this process's part of every source's rows.
+
+        Args: first: the values at the run's start, where it has been under way before.
+        Raises:
+          rows.DataError, sources.SourceError, lengths.LengthsError: a source cannot be read.
+        """
+        self.first, self.risen = dict(first or {}), ""
+        self._cfg, self._mesh = cfg, mesh
+        split = mesh.shape["data"] * mesh.shape["fsdp"]
+        wanted = min(cfg.evaluate.rows, max(cfg.batch_rows // cfg.optim.accum_steps, 1))
+        self._size = -(-wanted // split) * split
+        mine = sharding.rows_of_process(mesh, self._size)
+        self._batches = {
+            name_of(s): list(_batches(cfg, s, chat, self._size, mine)) for s in cfg.evaluate.sources
+        }
+        self._programs: dict[str, Any] = {}
+
+    def due(self, step: int) -> bool:
+        """Whether a run measures after this step."""
+        every = self._cfg.evaluate.every_steps
+        return step == self._cfg.num_steps or bool(every and step % every == 0)
+
+    def measure(self, state: train_step.State) -> dict[str, float]:
+        """`eval/<source>/loss_ar` and `loss_rf` (and by quarter of time: `loss_rf/t0` ...), of the
+        parameters; `eval_ema/...` of their average where the run keeps one."""
+        kinds = {RAW: state["params"]} | ({EMA: state["ema"]} if state["ema"] else {})
+        out: dict[str, float] = {}
+        if self._batches:
+            jax.block_until_ready(state)  # on CPU two programs at once would mix their messages
+        for source in self._cfg.evaluate.sources:
+            for kind, params in kinds.items():
+                found = self._measure(source, params, state)
+                out |= {f"{kind}/{name_of(source)}/{n}": x for n, x in found.items()}
+        return out
+
+    def note(self, step: int, values: dict[str, float], writer: metrics.Writer) -> None:
+        """Writes and tells what was measured, and whether it has risen since the start."""
+        if not values:
+            return
+        writer.write(step, values)
+        distributed.say(f"step {step}: {describe(values)}")
+        self.first = self.first or values
+        limits = self._cfg.evaluate
+        found = rises(values, self.first, limits.max_rise) if limits.max_rise else []
+        if found:
+            said = "\n".join(f"  - {line}" for line in found)
+            distributed.say(f"WARNING: step {step}: held-out losses have risen:\n{said}")
+            self.risen = said if limits.stop_on_rise else ""
+
+    def check(self) -> None:
+        """Raises RisenError where a loss has risen so far that the run must end."""
+        if self.risen:
+            raise RisenError(
+                f"held-out losses have risen too far; the run is saved:\n{self.risen}\nGive the "
+                "sources that keep them more weight (replay), lower --config.optim.lr, or go on "
+                "with --config.evaluate.stop_on_rise=False"
+            )
+
+    def _measure(self, source: SourceConfig, params: Any, state: Any) -> dict[str, float]:
+        run = self._programs.setdefault(source.task, _program(self._cfg, source.task, self._mesh))
+        totals: dict[str, Any] = {}
+        for rows in self._batches[name_of(source)]:
+            batch = sharding.put_batch(rows, self._mesh, self._size)
+            found = jax.device_get(run(params, state["frozen"], state["vae"], batch))
+            for name, value in found.items():  # float64 on the host: batches add up exactly
+                totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
+        return _means(totals)
+
+
+def name_of(source: SourceConfig) -> str:
+    """What a source is called in the metrics."""
+    return source.name or f"{source.split}-{source.task}"
+
+
+def slots_of(cfg: TrainConfig, task: str) -> tuple[int, int]:
+    """Kg and Ku of a task's rows: the run's, or what fits where the run itself has none."""
+    fit = max(1, cfg.data.row_len // (cfg.model.slot_len + 40))  # 40: a short text
+    gen, und = cfg.data.gen_slots or fit, cfg.data.und_slots or fit
+    return (gen if task == "generate" else 0, und if task == "understand" else 0)
+
+
+def _batches(
+    cfg: TrainConfig, source: SourceConfig, chat: chat_format.ChatFormat, size: int, mine: list[int]
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of a source, in batches of `size`; what is missing in the last is empty.
+
+    A source with fewer bins than rows asked for has them all, once.
+    """
+    data = dataclasses.replace(
+        cfg.data,
+        sources=(dataclasses.replace(source, weight=1.0, weight_after=-1.0, cache=""),),
+        gen_slots=slots_of(cfg, source.task)[0],
+        und_slots=slots_of(cfg, source.task)[1],
+        change_row=0,
+        drop_prompt=0.0,
+        seed=cfg.evaluate.seed,
+    )
+    rows = rows_lib.Rows(data, cfg.model, chat, repa=False)
+    count = min(cfg.evaluate.rows, len(rows.sources[0].bins))
+    for first in range(0, count, size):
+        made = []
+        for place in mine:
+            row, bad = rows.row(min(first + place, count - 1))
+            for sample in bad:
+                distributed.say(f"held-out, left out: {sample}")
+            made.append(row if first + place < count else _empty(row))
+        yield {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def _empty(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A row that counts for nothing."""
+    return {n: x if n == "row" else np.zeros_like(x) for n, x in row.items()}
+
+
+def _program(cfg: TrainConfig, task: str, mesh: Mesh) -> Any:
+    """(trained, frozen, VAE parameters, batch) -> sums and counts, on a mesh."""
+    loss = dataclasses.replace(cfg.loss, repa_weight=0.0, vae_mode=True)
+    num_gen, num_und = slots_of(cfg, task)
+    model = train_step.make_model(cfg)
+
+    def run(trained: Any, frozen: Any, vae: Any, batch: losses.Batch) -> dict[str, Any]:
+        draws = losses.draw(jax.random.key(cfg.evaluate.seed), batch, cfg.model, loss, num_gen)
+        sums, extras = losses.loss_sums(
+            trees.merge(frozen, trained), vae, batch, draws,
+            model=model, loss=loss, num_gen=num_gen, num_und=num_und,
+        )  # fmt: skip
+        counts = losses.counts(batch, num_gen)
+        out = {f"sum_{n}": sums[n] for n in ("ar", "rf")}
+        out |= {f"count_{n}": counts[n] for n in ("ar", "rf")}
+        return out | {n: x for n, x in extras.items() if n.endswith("_by_t")}
+
+    return jax.jit(run, out_shardings=NamedSharding(mesh, P()))
+
+
+def _means(totals: Mapping[str, Any]) -> dict[str, float]:
+    """Losses of what there was any of."""
+    out = {
+        f"loss_{n}": float(totals[f"sum_{n}"] / totals[f"count_{n}"])
+        for n in ("ar", "rf")
+        if totals.get(f"count_{n}", 0)
+    }
+    if "loss_rf" in out:
+        for i, (total, count) in enumerate(
+            zip(totals["rf_by_t"], totals["count_by_t"], strict=True)
+        ):
+            out |= {f"loss_rf/t{i}": float(total / count)} if count else {}
+    return out
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """The losses in a line, EMA in brackets."""
+    parts = []
+    for name, value in values.items():
+        kind, _, rest = name.partition("/")
+        if kind == RAW and not rest.rpartition("/")[2].startswith("t"):
+            ema = values.get(f"{EMA}/{rest}")
+            beside = "" if ema is None else f" ({ema:.4f})"
+            parts.append(f"{rest.replace('/loss_', ' ')} {value:.4f}{beside}")
+    averaged = any(name.startswith(f"{EMA}/") for name in values)
+    return f"held-out{' (EMA)' if averaged else ''}: {', '.join(parts)}"
+
+
+def rises(values: Mapping[str, float], first: Mapping[str, float], most: float) -> list[str]:
+    """Which losses lie above their first values by more than `most` (a share); of the average
+    where there is one, because that is what comes out of a run."""
+    out = []
+    for name, value in values.items():
+        kind, _, rest = name.partition("/")
+        of_part = rest.rpartition("/")[2].startswith("t")
+        if of_part or name not in first or (kind == RAW and f"{EMA}/{rest}" in values):
+            continue
+        if value > first[name] + most * abs(first[name]):
+            out.append(
+                f"{name}: {first[name]:.4f} at the start, now {value:.4f} "
+                f"({value / first[name] - 1:+.0%}; evaluate.max_rise {most:.0%})"
+            )
+    return out

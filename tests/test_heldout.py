@@ -1,0 +1,153 @@
+"""Held-out losses in the loop: the same for the same parameters, on any mesh, and a guard."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train
+from test_train import HUB, config, fresh, lines
+
+from janusflow_jax import (
+    checkpoint,
+    config_checks,
+    heldout,
+    losses,
+    run_state,
+    sharding,
+    train,
+    train_step,
+)
+from janusflow_jax import config as c
+from janusflow_jax.data import chat_format, loader
+
+store = test_train.store  # a fixture
+
+
+def evaluated(workdir="x", **changes) -> c.TrainConfig:
+    cfg = config(workdir)
+    held = tuple(dataclasses.replace(s, name=f"held_{s.task}") for s in cfg.data.sources)
+    cfg.evaluate = dataclasses.replace(c.EvalConfig(sources=held, rows=5, seed=3), **changes)
+    return cfg
+
+
+def state_of(cfg, mesh, shift=0.0):
+    params, vae_params = jax.device_get(fresh(cfg.model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x + np.float32(0.01), params)
+    state = run_state.make(cfg, mesh, params, vae_params)
+    return {**state, "ema": jax.tree.map(lambda x: x + np.float32(shift), state["ema"])}
+
+
+def measure(cfg, devices=1, shift=0.01):
+    mesh = sharding.make_mesh(c.MeshConfig(fsdp=2 if devices > 1 else 1), jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        held = heldout.Heldout(cfg, mesh, chat_format.ChatFormat.load(str(HUB)))
+        return held.measure(state_of(cfg, mesh, shift))
+
+
+@pytest.mark.slow
+def test_the_same_parameters_give_the_same_numbers(store):
+    cfg = evaluated()
+    one = measure(cfg)
+    assert one == measure(cfg) and {n.split("/")[0] for n in one} == {"eval", "eval_ema"}
+    assert {n for n in one if n.startswith("eval/") and n.count("/") == 2} == {
+        "eval/held_understand/loss_ar", "eval/held_generate/loss_rf",
+    }  # fmt: skip
+    for name in ("held_understand/loss_ar", "held_generate/loss_rf"):
+        assert one[f"eval/{name}"] != one[f"eval_ema/{name}"]
+    still = measure(cfg, shift=0.0)
+    assert all(still[f"eval_ema/{n[5:]}"] == x for n, x in still.items() if n.startswith("eval/"))
+    # other rows and noise are other numbers; the run's own seed is none of its business
+    assert measure(dataclasses.replace(cfg, seed=9)) == one
+    other = dataclasses.replace(cfg, evaluate=dataclasses.replace(cfg.evaluate, seed=4))
+    assert measure(other) != one
+    # 5 rows on 8 devices: three of the batch are empty and count for nothing
+    many = measure(cfg, devices=8)
+    assert many.keys() == one.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(many[name], value, rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_it_is_the_training_loss_of_those_rows(store):
+    """Against `loss_sums` on rows of the training loader, made to hold the same."""
+    cfg = evaluated(rows=8)
+    source = dataclasses.replace(cfg.evaluate.sources[1], weight=1.0)
+    assert source.task == "generate"
+    data = dataclasses.replace(cfg.data, sources=(source,), und_slots=0, drop_prompt=0.0, seed=3)
+    chat = chat_format.ChatFormat.load(str(HUB))
+    batches = loader.Loader(data, cfg.model, chat, 6, repa=False).batches(0)
+    batch = jax.tree.map(jnp.asarray, next(batches)[0])
+    batches.close()
+    bins = len(loader.Loader(data, cfg.model, chat, 6, repa=False).rows.sources[0].bins)
+    assert bins == 6 or bins > 8, "the test wants whole batches"
+    if bins > 8:
+        cfg.evaluate.rows = 6
+    mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = state_of(cfg, mesh)
+        loss = dataclasses.replace(cfg.loss, repa_weight=0.0, vae_mode=True)
+        draws = losses.draw(jax.random.key(3), batch, cfg.model, loss, data.gen_slots)
+        sums, _ = losses.loss_sums(
+            {**state["frozen"], **state["params"]}, state["vae"], batch, draws,
+            model=train_step.make_model(cfg), loss=loss, num_gen=data.gen_slots, num_und=0,
+        )  # fmt: skip
+        want = float(sums["rf"] / losses.counts(batch, data.gen_slots)["rf"])
+    np.testing.assert_allclose(measure(cfg)["eval/held_generate/loss_rf"], want, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_measures_at_its_start_on_schedule_and_at_its_end(store, tmp_path, capsys):
+    cfg = evaluated("whole", every_steps=2)
+    train.train(cfg)
+    held = [x for x in lines("whole") if "eval/held_generate/loss_rf" in x]
+    assert [x["step"] for x in held] == [0, 2, 4]
+    assert held[0]["eval/held_understand/loss_ar"] == held[0]["eval_ema/held_understand/loss_ar"]
+    assert held[-1]["eval/held_understand/loss_ar"] < held[0]["eval/held_understand/loss_ar"]
+    assert "step 4: held-out (EMA): held_understand ar" in capsys.readouterr().out
+    # in two parts: nothing is measured twice, nothing is missing, all numbers are the same
+    parts = evaluated("parts", every_steps=2)
+    parts.num_steps = 2
+    train.train(parts)
+    train.train(evaluated("parts", every_steps=2))
+    again = [x for x in lines("parts") if "eval/held_generate/loss_rf" in x]
+    strip = lambda found: [{k: v for k, v in x.items() if k != "time"} for x in found]  # noqa: E731
+    assert strip(again) == strip(held)
+
+
+@pytest.mark.slow
+def test_a_rise_is_said_and_may_end_the_run(store, capsys):
+    cfg = evaluated("hurt", every_steps=1, max_rise=1e-6, stop_on_rise=True)
+    # far too fast
+    cfg.optim.lr, cfg.optim.warmup_steps, cfg.optim.ema, cfg.num_steps = 0.1, 1, 0.0, 50
+    with pytest.raises(heldout.RisenError, match=r"held_generate/loss_rf: \d"):
+        train.train(cfg)
+    out = capsys.readouterr().out
+    assert "WARNING: step" in out and "held-out losses have risen" in out
+    assert checkpoint.committed_steps("hurt")[-1] == lines("hurt")[-1]["step"]  # saved
+    assert lines("hurt")[-1]["step"] < 50
+
+
+def test_rises():
+    first = {"eval/a/loss_ar": 1.0, "eval_ema/a/loss_ar": 1.0, "eval/b/loss_rf": 2.0}
+    now = {"eval/a/loss_ar": 9.0, "eval_ema/a/loss_ar": 1.05, "eval/b/loss_rf": 2.5}
+    assert heldout.rises(now, first, 0.3) == []
+    assert heldout.rises(now, first, 0.1) == [
+        "eval/b/loss_rf: 2.0000 at the start, now 2.5000 (+25%; evaluate.max_rise 10%)"
+    ]
+    assert len(heldout.rises(now, first, 0.01)) == 2  # the average's, not the raw one beside it
+    quarters = {"eval/b/loss_rf/t0": 5.0}
+    assert heldout.rises(quarters, {"eval/b/loss_rf/t0": 1.0}, 0.1) == []
+
+
+def test_what_cannot_be_evaluated_is_said():
+    cfg = evaluated()
+    assert not config_checks.train_problems(cfg)
+    same = cfg.evaluate.sources[0]
+    cfg.evaluate = c.EvalConfig(sources=(same, same), rows=0, every_steps=-1, max_rise=-0.5)
+    said = "\n".join(config_checks.train_problems(cfg))
+    for text in ("evaluate.rows", "evaluate.every_steps", "evaluate.max_rise", "different names"):
+        assert text in said
