@@ -189,7 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     loaded = judge.load(out)  # scored as shipped, in bfloat16
     views, view_labels, _ = load(args.data, "heldout_views", tower.image_size)
     new = [x for x, k in zip(pair_labels, known, strict=True) if not k]
-    soft = np.asarray(jnp.round((blurred(losses.to_float(views, jnp.float32)) + 1) * 127.5))
+    soft = np.asarray(
+        jnp.round((blurred(losses.to_float(jnp.asarray(views), jnp.float32)) + 1) * 127.5)
+    )
     scores = {
         "heldout_views": accuracy(loaded, views, view_labels),
         "heldout_views, VAE": accuracy(loaded, round_trip(args.vae, views), view_labels),

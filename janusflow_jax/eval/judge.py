@@ -151,6 +151,10 @@ class LoadedJudge:
         """Features of length 1."""
         return np.asarray(_embed_texts(self.cfg, self.params, *indices(self.cfg, labels)))
 
+    def every_text(self) -> Float[np.ndarray, "M D"]:
+        """Of all pairs that it knows (`all_labels`)."""
+        return self.texts(all_labels(self.cfg))
+
 
 def load(path: Any) -> LoadedJudge:
     """Reads what `save` has written.
