@@ -193,6 +193,7 @@ def _shape(tree: dict[str, Any], name: str) -> tuple[int, ...] | None:
     return tuple(tree[name].shape) if name in tree else None
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(cfg: JudgeConfig, key: Array) -> Any:
     """Fresh parameters, float32."""
     side, one = cfg.image.image_size, jnp.zeros(1, jnp.int32)
