@@ -5,6 +5,8 @@ hue, by retrieval of the right drawing, and in the feature space of the project'
 (alignment with the prompt, Frechet distance from drawings: neither CLIP score nor FID); pictures of
 every split are captioned. Every score stands beside its baseline, with a 95 % interval of the
 difference where items can be paired.
+
+Suite `losses`: the held-out losses that a run of `--config` measures on its way, of any model.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from janusflow_jax import checkpoint, checksums, command_line, pipeline, samples
+from janusflow_jax import checkpoint, checksums, command_line, heldout_model, pipeline, samples
+from janusflow_jax import config as config_lib
 from janusflow_jax.config import SourceConfig
 from janusflow_jax.data import images, openmoji_sheet, sources
 from janusflow_jax.eval import emoji, judge, judged, sheet
@@ -39,7 +42,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "Paints and captions with a model, and scores both against baselines.",
         "The same model, data and options give the same report, times apart.",
     )
-    p.add_argument("--suite", choices=("emoji",), default="emoji")
+    p.add_argument("--suite", choices=("emoji", "losses"), default="emoji")
+    p.add_argument(
+        "--config", default="", help="suite losses: whose held-out sources, as in training"
+    )
     p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
     p.add_argument("--out", default="eval.json", help="the report; the sheet goes beside it (.png)")
     p.add_argument("--judge", default=judge.START, help="from tools/train_judge.py; '': without")
@@ -64,6 +70,35 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    report = losses(args) if args.suite == "losses" else suite(args, out.with_suffix(".png"))
+    report["seconds"] = round(time.time() - began, 1)
+    out.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
+
+
+def losses(args: argparse.Namespace) -> dict[str, Any]:
+    """The report of suite `losses`."""
+    cfg = heldout_model.read_config(args.config)
+    folder = resolve(args.model)
+    found = heldout_model.measure(str(folder), cfg, args.weights, args.dtype)
+    print("\n".join(f"{name}: {value:.4f}" for name, value in found.items()))
+    kept = ("suite", "config", "weights", "dtype")
+    return {
+        "settings": {**{k: getattr(args, k) for k in kept}, "model": str(folder)},
+        "evaluate": config_lib.to_dict(cfg.evaluate),
+        "model": identity(folder),
+        # not the records: they may be terabytes
+        "data": {
+            s.path: {"dataset_info_sha256": sha256(epath.Path(s.path) / "dataset_info.json")}
+            for s in cfg.evaluate.sources
+        },
+        "software": {"jax": jax.__version__, "backend": jax.default_backend()},
+        "losses": found,
+    }
+
+
+def suite(args: argparse.Namespace, sheet_file: pathlib.Path) -> dict[str, Any]:
+    """The report of suite `emoji`."""
     referee = judge.load(args.judge) if args.judge and args.prompts else None
     folder = resolve(args.model)
     model = pipeline.load(str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8)
@@ -76,20 +111,22 @@ def main(argv: list[str] | None = None) -> None:
     if referee:
         report["judge"] = {"weights_sha256": referee.sha256, "accuracy": referee.about["accuracy"]}
     if args.prompts:
-        report |= paint(model, args, referee, out.with_suffix(".png"))
+        report |= paint(model, args, referee, sheet_file)
     if args.captions:
         report["captions"] = {
             split: captioning(model, args.data, split, args.captions) for split in CAPTION_SPLITS
         }
     report["verdicts"] = verdicts(report)
-    report["seconds"] = round(time.time() - began, 1)
-    out.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print(table(report["verdicts"]))
-    print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
+    return report
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError where the options leave nothing to compare."""
+    if args.suite == "losses":
+        if not args.config or args.int8:
+            raise ValueError("expected --config with --suite losses, and no --int8")
+        return
     if min(args.prompts, args.captions) < 0 or 1 in (args.prompts, args.captions):
         raise ValueError(
             "expected --prompts and --captions of 2 or more (scores compare items with each "
@@ -220,8 +257,13 @@ def identity(folder: epath.Path) -> dict[str, str]:
     out = {}
     for name in (checksums.SUMS_FILE, checkpoint.MODEL_FILE, "run.json"):
         if (folder / name).exists():
-            out[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            out[name] = sha256(folder / name)
     return out
+
+
+def sha256(file: epath.Path) -> str:
+    """Of a small file; '' where there is none."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
 
 
 def hash_files(folder: epath.Path) -> str:

@@ -58,7 +58,7 @@ LAYERS = (
         "metrics", "goodput",
         "eval.stats", "eval.sheet", "eval.partial", "eval.emoji", "eval.frechet", "eval.judge",
         "eval.judged", "pipeline", "samples", "starts",
-        "guard", "heldout", "latents",
+        "guard", "heldout", "heldout_model", "latents",
         "guard", "plan_topology", "plan_compile", "plan_flops", "plan_collectives", "plan_report",
         "plan_text", "plan_sampler",
     ),
