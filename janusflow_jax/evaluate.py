@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -148,8 +149,9 @@ class References:
     drawn: judged.Drawn
 
 
+@functools.cache
 def references(path: str) -> References:
-    """Reads the reference drawings of a prepared data set."""
+    """The reference drawings of a prepared data set, read once."""
     pictures, labels = [], []
     views: dict[emoji.Label, list[np.ndarray]] = {}
     trained, unseen = set(), {}

@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--data", default="data/openmoji")
     p.add_argument("--vae", default="starts/emoji_vae")
     p.add_argument("--out", default=judge.START)
-    p.add_argument("--steps", type=int, default=1200)
+    p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--layers", type=int, default=4)

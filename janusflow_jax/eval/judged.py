@@ -40,7 +40,6 @@ def alignment(
       drawings of the same prompts, and how many of them are top1; noise: the likeness of noise.
     """
     texts = judge.texts(labels)
-    scores = [*map(float, _own(judge.pictures(noise(pictures)), texts))]
     own = judge.pictures(pictures)
     real = judge.pictures([drawn.views[x][0] for x in labels])
     places, real_places = (_places(judge, x, texts) for x in (own, real))
@@ -51,7 +50,7 @@ def alignment(
         "top5": int((places <= 5).sum()),
         "drawn": float(_own(real, texts).mean()),
         "drawn_top1": int((real_places == 1).sum()),
-        "noise": float(np.mean(scores)),
+        "noise": float(_own(judge.pictures(noise(pictures)), texts).mean()),
     }
 
 
