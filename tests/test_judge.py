@@ -158,6 +158,10 @@ def test_right_pictures_score_above_wrong_ones(referee, monkeypatch):
     right = judged.alignment(referee, pictures, labels, real)
     assert right["likeness"]["beats"] and right["top1"] > 18 and right["drawn_top1"] > 18
     wrong = judged.alignment(referee, pictures[1:] + pictures[:1], labels, real)
+    assert right["in_colour"]["beats"] and right["median_rank"] <= 2
+    assert right["candidates"] == 12
+    class_wrong = judged.alignment(referee, pictures[18:] + pictures[:18], labels, real)
+    assert not class_wrong["in_colour"]["beats"] and class_wrong["median_rank"] > 3
     assert wrong["top1"] < 6 and wrong["likeness"]["score"] < right["likeness"]["score"] - 0.2
     half = labels[::2]
     near = judged.frechet_distance(referee, [pictures[labels.index(x)] for x in half], half, real)
@@ -182,4 +186,4 @@ def test_painting_is_scored_with_the_judge_and_the_same_twice(referee, monkeypat
     assert one["sheet"]["alignment"]["of"] == 24 and one["trained_pairs"]["frechet"]["of"] == 8
     said = evaluate.table(evaluate.verdicts(one))
     assert "judge's alignment, against shuffled prompts" in said and "(not FID)" in said
-    assert len(evaluate.verdicts(one)) == 1 + 2 * 4 + 1
+    assert len(evaluate.verdicts(one)) == 1 + 2 * 5 + 1
