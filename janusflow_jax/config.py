@@ -36,6 +36,10 @@ __all__ = [  # of the model, for who imports this module
 ]
 
 OPTIMIZERS = ("adamw", "muon")
+LORA_TARGETS = {
+    "q": "attn", "k": "attn", "v": "attn", "o": "attn", "gate": "mlp", "up": "mlp", "down": "mlp",
+}  # fmt: skip
+"""The LLM's matmuls that may have an adapter, and which part of a block they are in."""
 
 
 @dataclass
@@ -90,6 +94,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     ema: float = 0.99
     accum_steps: int = 1
+    moments_dtype: str = "float32"  # | bfloat16: AdamW's moments in half the memory
 
 
 @dataclass
@@ -110,6 +115,15 @@ class MeshConfig:
     fsdp: int = 1  # rows and parameters
     tensor: int = 1
     slices: int = 0  # TPU slices joined by a slow network, a part of `data`; 0: as there are
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters of the LLM; what `train_parts` names is trained beside them."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 32.0  # an adapter counts alpha / rank
+    targets: tuple[str, ...] = tuple(LORA_TARGETS)
 
 
 @dataclass
@@ -141,6 +155,8 @@ class TrainConfig:
     tokenizer: str = ""  # folder with tokenizer and processor files; '': from init's model folder
     allow_fresh: bool = False
     train_parts: tuple[str, ...] = STAGE_PARTS  # or paths below them: llm/layers/block/attn
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    frozen_dtype: str = "float32"  # | bfloat16: what is not trained, in half the memory
     batch_rows: int = 512
     num_steps: int = 1000
     seed: int = 0
@@ -201,7 +217,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     types = {
         "llm": LlamaConfig, "und": SiglipConfig, "gen": GenConfig, "vae": VaeConfig,
         "repa": RepaConfig, "model": ModelConfig, "data": DataConfig, "optim": OptimConfig,
-        "loss": LossConfig, "mesh": MeshConfig, "evaluate": EvalConfig,
+        "loss": LossConfig, "mesh": MeshConfig, "evaluate": EvalConfig, "lora": LoraConfig,
     }  # fmt: skip
     out = {}
     for name, value in values.items():

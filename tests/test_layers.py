@@ -32,7 +32,7 @@ LAYERS = (
         "models.layers",
     ),
     # 1 PARTS
-    ("flow", "models.llama", "models.siglip", "models.convnext", "models.vae"),
+    ("flow", "models.lora", "models.llama", "models.siglip", "models.convnext", "models.vae"),
     # 2 MODEL, and the data in numpy: no jax
     (
         "models.janusflow",
@@ -56,7 +56,7 @@ LAYERS = (
         "safetensor_files", "torch_names", "convert",
         "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
         "metrics", "goodput",
-        "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples", "starts",
+        "adapters", "eval.stats", "eval.sheet", "eval.emoji", "pipeline", "samples", "starts",
         "guard", "heldout", "latents",
         "guard", "plan_topology", "plan_compile", "plan_flops", "plan_collectives", "plan_report",
         "plan_text", "plan_sampler",
