@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     gallery, trained = references(args.data)
     folder = resolve(args.model)
-    model = pipeline.load(str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8)
+    model = pipeline.load(
+        str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
+    )
     paint = {"cfg_weight": args.cfg, "num_steps": args.steps, "output": "numpy"}
 
     sheet_labels = [emoji.Label(name, colour) for colour, name, _ in openmoji_sheet.SHEET]
