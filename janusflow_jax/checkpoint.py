@@ -31,7 +31,7 @@ from janusflow_jax.checksums import (
     write_sums,
 )
 from janusflow_jax.config import ModelConfig
-from janusflow_jax.models import janusflow, vae
+from janusflow_jax.models import janusflow, lora, vae
 from janusflow_jax.trees import flat
 
 FORMAT = 2
@@ -181,11 +181,12 @@ def _copy_hub(files: Any, out: epath.Path) -> None:
         (out / name).write_bytes(data)
 
 
-def load_model(path: Any, weights: str = "ema") -> LoadedModel:
+def load_model(path: Any, weights: str = "ema", merged: bool = True) -> LoadedModel:
     """Reads a model folder, a workdir (its newest checkpoint), or one checkpoint of a workdir.
 
     Args:
       weights: 'ema' or 'params'; parts without an EMA (frozen ones) come from 'params'.
+      merged: add a run's adapters (LoRA) to their kernels; False: they stand beside them.
     Raises:
       CheckpointError: nothing there that loads, a damaged file, or arrays that do not fit the
         config (all of them in one message).
@@ -201,14 +202,14 @@ def load_model(path: Any, weights: str = "ema") -> LoadedModel:
     if (folder / MODEL_FILE).exists():
         return _load_folder(folder)
     if (folder / MARKER).exists():
-        return _load_step(folder, folder.parent.parent, weights)
+        return _load_step(folder, folder.parent.parent, weights, merged)
     if (folder / "checkpoints").exists():
         steps = committed_steps(folder)
         if not steps:
             raise CheckpointError(
                 f"{folder}: a training run without a finished checkpoint yet; let it train longer"
             )
-        return _load_step(folder / "checkpoints" / str(steps[-1]), folder, weights)
+        return _load_step(folder / "checkpoints" / str(steps[-1]), folder, weights, merged)
     if folder.parent.name == "checkpoints":
         raise CheckpointError(
             f"{folder}: this checkpoint was never finished (no {MARKER}); use another step of "
@@ -239,7 +240,7 @@ def _load_folder(folder: epath.Path) -> LoadedModel:
     return LoadedModel(cfg, params, tree, folder / "hub", str(folder), meta)
 
 
-def _load_step(folder: epath.Path, workdir: epath.Path, weights: str) -> LoadedModel:
+def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bool) -> LoadedModel:
     """A run's model; the optimizer's files, the most of a checkpoint, are not even read."""
     ema = weights == "ema" and (folder / "ema").exists()
     try:
@@ -253,7 +254,9 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str) -> LoadedM
     if ema:
         params = trees.merge(params, _load_tree(folder / "ema"))
     base = _load_folder(workdir / "base")
-    _check_parts(folder, cfg, params, None, list(params))
+    if merged:
+        params = lora.merge(params)
+        _check_parts(folder, cfg, params, None, list(params))
     return LoadedModel(cfg, params, base.vae, base.hub, str(folder), run)
 
 

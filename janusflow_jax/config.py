@@ -36,6 +36,10 @@ __all__ = [  # of the model, for who imports this module
 ]
 
 OPTIMIZERS = ("adamw", "muon")
+LORA_TARGETS = {
+    "q": "attn", "k": "attn", "v": "attn", "o": "attn", "gate": "mlp", "up": "mlp", "down": "mlp",
+}  # fmt: skip
+"""The LLM's matmuls that may have an adapter, and which part of a block they are in."""
 
 
 @dataclass
@@ -51,6 +55,10 @@ class SourceConfig:
     weight_after: float = -1.0  # from data.change_row on; -1: the same
     fields: tuple[tuple[str, str], ...] = ()  # (ours, the data set's) where names differ
     cache: str = ""  # folder of tools/cache_latents.py; '': encoders run in every step
+
+
+SOURCE_FIELDS = ("sources", "heldout")
+"""Fields that hold several of them; in a flag `sources[0]` is the first."""
 
 
 @dataclass
@@ -90,6 +98,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     ema: float = 0.99
     accum_steps: int = 1
+    moments_dtype: str = "float32"  # | bfloat16: AdamW's moments in half the memory
 
 
 @dataclass
@@ -110,6 +119,15 @@ class MeshConfig:
     fsdp: int = 1  # rows and parameters
     tensor: int = 1
     slices: int = 0  # TPU slices joined by a slow network, a part of `data`; 0: as there are
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters of the LLM; what `train_parts` names is trained beside them."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 32.0  # an adapter counts alpha / rank
+    targets: tuple[str, ...] = tuple(LORA_TARGETS)
 
 
 @dataclass
@@ -141,6 +159,8 @@ class TrainConfig:
     tokenizer: str = ""  # folder with tokenizer and processor files; '': from init's model folder
     allow_fresh: bool = False
     train_parts: tuple[str, ...] = STAGE_PARTS  # or paths below them: llm/layers/block/attn
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    frozen_dtype: str = "float32"  # | bfloat16: what is not trained, in half the memory
     batch_rows: int = 512
     num_steps: int = 1000
     seed: int = 0
@@ -166,17 +186,18 @@ class TrainConfig:
 
 
 def check_field(path: str) -> None:
-    """Raises ConfigError when `path` ('optim.lr') is no field of a TrainConfig, and names those
-    that are there."""
+    """Raises ConfigError when `path` ('optim.lr', 'data.sources[0].path') is no field of a
+    TrainConfig, and names those that are there."""
     node: Any = TrainConfig()
-    for depth, name in enumerate(path.split(".")):
+    for depth, part in enumerate(path.split(".")):
+        name, _, index = part.partition("[")
         known = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if name not in known:
             where = ".".join(["config", *path.split(".")[:depth]])
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"{where}: expected one of {', '.join(known)}; got {name!r}{hint}")
-        node = getattr(node, name)
+        node = SourceConfig() if index and name in SOURCE_FIELDS else getattr(node, name)
 
 
 def raise_problems(what: str, problems: list[str]) -> None:
@@ -201,11 +222,11 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     types = {
         "llm": LlamaConfig, "und": SiglipConfig, "gen": GenConfig, "vae": VaeConfig,
         "repa": RepaConfig, "model": ModelConfig, "data": DataConfig, "optim": OptimConfig,
-        "loss": LossConfig, "mesh": MeshConfig, "evaluate": EvalConfig,
+        "loss": LossConfig, "mesh": MeshConfig, "evaluate": EvalConfig, "lora": LoraConfig,
     }  # fmt: skip
     out = {}
     for name, value in values.items():
-        if name in ("sources", "heldout"):
+        if name in SOURCE_FIELDS:
             value = tuple(from_dict(SourceConfig, v, f"{where}{name}.") for v in value)
         elif isinstance(value, dict):
             value = from_dict(types[name], value, f"{where}{name}.")

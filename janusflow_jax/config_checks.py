@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from janusflow_jax.config import (
+    LORA_TARGETS,
     OPTIMIZERS,
     REPA_TARGETS,
     STAGE_PARTS,
@@ -119,6 +120,20 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         0 <= data.drop_prompt < 1,
         f"data.drop_prompt: expected in [0, 1); got {data.drop_prompt}",
     )
+    check(
+        optim.moments_dtype in ("float32", "bfloat16"),
+        f"optim.moments_dtype: expected float32 or bfloat16; got {optim.moments_dtype!r}",
+    )
+    check(
+        optim.moments_dtype == "float32" or (optim.name == "adamw" and optim.b2 <= 0.98),
+        "optim.moments_dtype: bfloat16 expects adamw with b2 of 0.98 or less (a slower average "
+        f"moves by less than bfloat16 can hold); got {optim.name} with {optim.b2}",
+    )
+    check(
+        cfg.frozen_dtype in ("float32", "bfloat16"),
+        f"frozen_dtype: expected float32 or bfloat16; got {cfg.frozen_dtype!r}",
+    )
+    bad += lora_problems(cfg)
     unknown = sorted(p for p in cfg.train_parts if p.split("/")[0] not in STAGE_PARTS)
     check(not unknown, f"train_parts: expected {STAGE_PARTS} or paths below; got {unknown}")
     parts = (*cfg.model.parts, "vae")
@@ -160,6 +175,25 @@ def train_problems(cfg: TrainConfig) -> list[str]:
             f"source {s.name!r} understands: expected data.und_slots > 0; got 0",
         )
     return bad + cache_problems(cfg)
+
+
+def lora_problems(cfg: TrainConfig) -> list[str]:
+    """Every reason why the adapters cannot be trained."""
+    lora, bad = cfg.lora, []
+    if lora.rank < 0 or lora.alpha <= 0:
+        bad.append(
+            f"lora: expected rank of 0 (off) or more and alpha > 0; got {lora.rank}, {lora.alpha}"
+        )
+    unknown = sorted(set(lora.targets) - set(LORA_TARGETS))
+    if unknown or not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        bad.append(f"lora.targets: expected some of {list(LORA_TARGETS)}; got {lora.targets}")
+    whole = [p for p in cfg.train_parts if p == "llm" or p.startswith("llm/layers")]
+    if lora.rank and whole:
+        bad.append(
+            f"train_parts: {whole} train the LLM's layers themselves; expected none of them where "
+            "lora.rank is above 0 (adapters stand for them)"
+        )
+    return bad
 
 
 def cache_problems(cfg: TrainConfig) -> list[str]:

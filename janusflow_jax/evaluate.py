@@ -102,7 +102,9 @@ def suite(args: argparse.Namespace, sheet_file: pathlib.Path) -> dict[str, Any]:
     """The report of suite `emoji`."""
     referee = judge.load(args.judge) if args.judge and args.prompts else None
     folder = resolve(args.model)
-    model = pipeline.load(str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8)
+    model = pipeline.load(
+        str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
+    )
     report: dict[str, Any] = {
         "settings": {**vars(args), "model": str(folder)},
         "model": identity(folder),

@@ -51,7 +51,32 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
         )
     else:
         update = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
+        if cfg.moments_dtype != "float32":
+            update = stored_as(update, cfg.moments_dtype)
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
+
+
+def stored_as(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """The same optimizer with its moments kept in `dtype` between steps, rounded to nearest.
+
+    A moment that moves by less than half of bfloat16's last bit (2^-9 of it) stands still. At
+    b2 = 0.95 that is where squared gradients stay within 4 % of their average, 2 % of a step's
+    size; at 0.999 they would have to change threefold. optax's own `mu_dtype` is the first alone.
+    """
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(
+            lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        )
+
+    def init(params: Any) -> Any:
+        return cast(tx.init(params), dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new = tx.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(new, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def muon_dimensions(params: Tree) -> Tree:

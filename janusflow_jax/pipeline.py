@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from janusflow_jax import checkpoint, compile_cache, decode, losses, sampler, sharding
+from janusflow_jax import adapters, checkpoint, compile_cache, decode, losses, sampler, sharding
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.data import chat_format, requests
 from janusflow_jax.data import images as pictures_lib
@@ -42,8 +42,9 @@ ImageLike = Any
 
 
 def load(
-    path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema", int8: bool = False
-) -> JanusFlowPipeline:
+    path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema", int8: bool = False,
+    adapter: Any = "",
+) -> JanusFlowPipeline:  # fmt: skip
     """Loads a model folder, a workdir or one of its checkpoints.
 
     A folder with some parts only does what those parts can do; the rest says what is missing.
@@ -54,9 +55,10 @@ def load(
       weights: 'ema' or 'params' (raw); folders without an EMA have only 'params'.
       int8: the language model's weights, and its keys and values in `chat`, take a byte each
         (`models/quantize.py`; benchmarks/RESULTS.md has what it costs in accuracy).
+      adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
     Raises:
       checkpoint.CheckpointError: nothing there that loads.
-      ValueError: another dtype, or a tokenizer that is not this model's.
+      ValueError: another dtype, a tokenizer that is not this model's, or adapters of another base.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -71,10 +73,10 @@ def load(
         chat = chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens)
         chat.check_vocab(loaded.cfg.llm.vocab_size)
     params, loaded.params = loaded.params or {}, None  # the one reference goes along
-    return JanusFlowPipeline(
-        loaded.cfg, params, loaded.vae, chat, dtype=dtype, mesh=mesh, source=loaded.source,
-        int8=int8,
-    )  # fmt: skip
+    if adapter:
+        params["llm"] = adapters.apply(params.get("llm"), adapter)
+    options = {"dtype": dtype, "mesh": mesh, "source": loaded.source, "int8": int8}
+    return JanusFlowPipeline(loaded.cfg, params, loaded.vae, chat, **options)
 
 
 class JanusFlowPipeline:

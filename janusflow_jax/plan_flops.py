@@ -145,7 +145,7 @@ def budget(cfg: TrainConfig, jaxpr: Any, head_positions: int, trips: float) -> B
       jaxpr: of the step with XLA's attention.
       head_positions: on which the head runs, over all devices: `trips` of its loop.
     """
-    trained = {p.split("/")[0] for p in train_step.trained_paths(cfg)}
+    trained = train_step.trained_parts(cfg)
     work = typical(cfg)
     rows, length = cfg.batch_rows, cfg.data.row_len
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from janusflow_jax import run_checkpoints, sharding, train_step, trees
@@ -13,6 +14,10 @@ from janusflow_jax.config import TrainConfig
 
 def make(cfg: TrainConfig, mesh: Any, params: Any, vae_params: Any) -> Any:
     """The sharded start state, from whole trees that every process has."""
+    if cfg.frozen_dtype != "float32":  # on the host: a device may not hold both
+        train, frozen = trees.split(params, train_step.trained_paths(cfg))
+        params = trees.merge(train, _cast(frozen, cfg.frozen_dtype))
+        vae_params = _cast(vae_params, cfg.frozen_dtype)
     create = lambda p, v: train_step.create_state(cfg, p, v)  # noqa: E731
     where = train_step.state_shardings(jax.eval_shape(create, params, vae_params), mesh)
     given = (params, vae_params)
@@ -36,3 +41,7 @@ def restore(ckpts: run_checkpoints.RunCheckpoints, state: Any) -> tuple[Any, dic
     counters = {n: np.int32(run[n]) for n in ("step", "bad_steps")}
     where = {n: state[n].sharding for n in counters}
     return {**state, **got, **sharding.put_tree(counters, where)}, run
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), tree)

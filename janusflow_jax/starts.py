@@ -14,7 +14,7 @@ from janusflow_jax import checkpoint, distributed, optim, train_step, trees
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import ConfigError, TrainConfig
 from janusflow_jax.data import sources
-from janusflow_jax.models import janusflow, vae
+from janusflow_jax.models import janusflow, lora, vae
 
 
 def origins_of(cfg: TrainConfig, loaded: dict[str, checkpoint.LoadedModel]) -> dict[str, str]:
@@ -154,3 +154,10 @@ def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[
         count = optim.count_params(trained.get(part, {}))
         size = f"{count:,}" if count else "frozen"
         print(f"{part:12} {optim.count_params(tree):>14,} {size:>14}  {origins[part]}")
+    if cfg.lora.rank:
+        adapted = jax.eval_shape(
+            lambda t, k: lora.add(t, cfg.lora, k), params["llm"], jax.random.key(0)
+        )
+        count = optim.count_params(adapted) - optim.count_params(params["llm"])
+        what = f"adapters of rank {cfg.lora.rank} on {', '.join(cfg.lora.targets)}"
+        print(f"{'lora':12} {count:>14,} {count:>14,}  {what}")

@@ -193,7 +193,7 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
     batches = run.data.batches(step * cfg.batch_rows, mine, counted)
     peak = cfg.peak_tflops or flops.peak_tflops(jax.devices()[0].device_kind)
     progress = metrics.Progress(cfg.num_steps, step, peak * jax.device_count())
-    trained = {p.split("/")[0] for p in train_step.trained_paths(cfg)}
+    trained = train_step.trained_parts(cfg)
     watch = guard.Guard(run.workdir, cfg.max_bad_steps, step)
     dog = goodput.Watchdog(cfg.watchdog_s, lambda: clock.phase, end=cfg.watchdog_exit)
     compiled, late = None, []
@@ -362,7 +362,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             config_lib.check_field(arg.removeprefix("--config.").split("=")[0])
     try:
         return app.parse_flags_with_usage(argv)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"--config: {error}") from error
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from janusflow_jax import losses, optim, sharding, trees
 from janusflow_jax.config import TrainConfig
-from janusflow_jax.models import janusflow
+from janusflow_jax.models import janusflow, lora
 
 State = dict[str, Any]
 SAVED = ("params", "ema", "opt_state")
@@ -33,8 +33,16 @@ def make_model(cfg: TrainConfig) -> janusflow.JanusFlow:
 
 
 def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
-    """Puts whole parameter trees into a fresh state. Traceable: jit it with out_shardings."""
+    """Puts whole parameter trees into a fresh state. Traceable: jit it with out_shardings.
+
+    Adapters (`cfg.lora`) are added, what is frozen takes `cfg.frozen_dtype`.
+    """
+    if cfg.lora.rank:
+        params = {**params, "llm": lora.add(params["llm"], cfg.lora, jax.random.key(cfg.seed))}
     train, frozen = trees.split(params, trained_paths(cfg))
+    frozen, vae_params = (
+        jax.tree.map(lambda x: x.astype(cfg.frozen_dtype), t) for t in (frozen, vae_params)
+    )
     return {
         "params": train,
         "frozen": frozen,
@@ -58,7 +66,13 @@ def trained_paths(cfg: TrainConfig) -> tuple[str, ...]:
         idle |= {"gen_aligner", "gen_norm", "gen_head", "gen_decoder"}
         if not (reads and cfg.model.und_encoder == "shared"):
             idle.add("gen_encoder")
-    return tuple(p for p in cfg.train_parts if p.split("/")[0] in {*cfg.model.parts} - idle)
+    paths = tuple(p for p in cfg.train_parts if p.split("/")[0] in {*cfg.model.parts} - idle)
+    return paths + lora.paths(cfg.lora)
+
+
+def trained_parts(cfg: TrainConfig) -> set[str]:
+    """The parts that this run trains, by top-level key; adapters do not make theirs one."""
+    return {p.split("/")[0] for p in trained_paths(cfg) if not lora.is_path(p)}
 
 
 def state_shardings(state: State, mesh: Mesh) -> State:

@@ -260,7 +260,7 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(openmoji_sheet, "PROMPTS", prompts)
     refs = evaluate.References(emoji.make_gallery(pictures, labels), trained, judged.Drawn({}, {}))
     monkeypatch.setattr(evaluate, "references", lambda path: refs)
-    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, dtype, weights, int8: _Model())
+    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, **_: _Model())
 
     def captions(model, source, count):
         return [

@@ -32,7 +32,7 @@ LAYERS = (
         "models.layers",
     ),
     # 1 PARTS
-    ("flow", "models.llama", "models.siglip", "models.convnext", "models.vae"),
+    ("flow", "models.lora", "models.llama", "models.siglip", "models.convnext", "models.vae"),
     # 2 MODEL, and the data in numpy: no jax
     (
         "models.janusflow",
@@ -56,6 +56,7 @@ LAYERS = (
         "safetensor_files", "torch_names", "convert",
         "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
         "metrics", "goodput",
+        "adapters",
         "eval.stats", "eval.sheet", "eval.partial", "eval.emoji", "eval.frechet", "eval.judge",
         "eval.judged", "pipeline", "samples", "starts",
         "guard", "heldout", "heldout_model", "latents",

@@ -3,6 +3,8 @@
     python tools/export_checkpoint.py --model models/janusflow --out exported
     python tools/export_checkpoint.py --model runs/stage3 --weights ema --dtype bfloat16 --out mine
 
+    python tools/export_checkpoint.py --model runs/finetune --adapter-only --out adapter
+
 A converted model comes back bit for bit. What the published format has no word for is an error.
 """
 
@@ -14,7 +16,7 @@ import sys
 
 from absl import logging
 
-from janusflow_jax import checkpoint, convert, hub_export
+from janusflow_jax import adapters, checkpoint, convert, hub_export
 from janusflow_jax import config as c
 
 
@@ -30,9 +32,16 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--license", default="", help="for the card, where no source names its own")
     p.add_argument("--shard-gb", type=float, default=5.0, help="largest file of weights")
     p.add_argument("--overwrite", action="store_true")
+    p.add_argument(
+        "--adapter-only", action="store_true",
+        help="a LoRA run's adapters alone, in PEFT's layout (without it they are merged)",
+    )  # fmt: skip
     args = p.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a folder is removed
+    if args.adapter_only:
+        print(adapters.save(args.model, args.out, weights=args.weights))
+        return
     hub_export.export(
         args.model,
         args.out,
@@ -47,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     errors = (
         c.ConfigError, checkpoint.CheckpointError, convert.ConvertError, hub_export.ExportError,
-        OSError,
+        adapters.AdapterError, OSError,
     )  # fmt: skip
     try:
         main()

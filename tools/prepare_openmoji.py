@@ -31,6 +31,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("data/openmoji"), help="folder to make")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of the views and held-out pairs")
+    parser.add_argument(
+        "--new-classes", action="store_true",
+        help="40 drawings that the quick start does not have, for fine-tuning it",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     parser.add_argument("--contact-sheet", type=Path, help="only draw every class into this PNG")
     parser.add_argument("--tokenizer", help="also store lengths for this tokenizer folder")
@@ -49,11 +53,14 @@ def main() -> int:
         print(f"{args.train_tokenizer}: a tokenizer of at most {args.vocab_size} tokens")
         return 0
     if args.contact_sheet:
-        openmoji_build.contact_sheet(args.seed, args.size).save(args.contact_sheet)
+        sheet = openmoji_build.contact_sheet(args.seed, args.size, new_classes=args.new_classes)
+        sheet.save(args.contact_sheet)
         print(f"{args.contact_sheet}: every class once, in {time.time() - start:.1f} s")
         return 0
     try:
-        counts = openmoji_build.build(args.out, args.size, args.seed, args.overwrite)
+        counts = openmoji_build.build(
+            args.out, args.size, args.seed, args.overwrite, args.new_classes
+        )
     except (FileExistsError, ValueError) as e:
         print(e, file=sys.stderr)
         return 1

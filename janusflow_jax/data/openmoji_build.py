@@ -12,7 +12,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,21 +77,27 @@ class Picture:
         return f"{self.name.replace(' ', '_')}-{self.colour}-{self.view}"
 
 
-def load_drawings() -> dict[str, openmoji.Drawing]:
+def load_drawings(
+    classes: Mapping[str, str] = openmoji_classes.CLASSES,
+) -> dict[str, openmoji.Drawing]:
     """Every class by name, checked.
+
+    Args: classes: code point -> name.
 
     Raises:
       ValueError: a drawing whose colour cannot be changed, or a class of the sheet that is missing
         (lists all of them).
     """
     drawings, problems = {}, []
-    for point, name in openmoji_classes.CLASSES.items():
+    for point, name in classes.items():
         drawing = openmoji.load_class(point, name)
         if drawing is None or not openmoji.recolours_well(drawing):
             problems.append(f"{point} {name}: expected one dominant colour that can be changed")
         else:
             drawings[name] = drawing
-    missing = {name for _, name, _ in openmoji_sheet.SHEET} - set(openmoji_classes.CLASSES.values())
+    missing = {name for _, name, _ in openmoji_sheet.SHEET} - set(classes.values())
+    if classes is openmoji_classes.NEW:  # the sheet is of the others
+        missing = set()
     problems += [f"{name}: named by the sheet but not a class" for name in sorted(missing)]
     if problems:
         raise ValueError(
@@ -153,7 +159,9 @@ def picture_png(drawing: openmoji.Drawing, picture: Picture, size: int, seed: in
     return openmoji.render(drawing.recoloured(picture.colour), view_of(picture, seed), size)
 
 
-def build(out: Path, size: int, seed: int, overwrite: bool) -> dict[str, int]:
+def build(
+    out: Path, size: int, seed: int, overwrite: bool, new_classes: bool = False
+) -> dict[str, int]:
     """Renders everything and writes the data set, whole or not at all.
 
     Args:
@@ -161,6 +169,7 @@ def build(out: Path, size: int, seed: int, overwrite: bool) -> dict[str, int]:
       size: side of the pictures in pixels.
       seed: of the views and of the held-out pairs.
       overwrite: replace a folder that exists.
+      new_classes: draw the classes that the quick start does not have, for fine-tuning.
     Returns:
       Records per split.
     Raises:
@@ -171,7 +180,7 @@ def build(out: Path, size: int, seed: int, overwrite: bool) -> dict[str, int]:
             f"{out}: expected a folder that does not exist; it does: pass --overwrite to replace "
             "it, or another --out"
         )
-    drawings = load_drawings()
+    drawings = load_drawings(openmoji_classes.NEW if new_classes else openmoji_classes.CLASSES)
     splits = plan(list(drawings), seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -274,9 +283,11 @@ def tokenizer_texts() -> Iterator[str]:
                 yield f"User: {text}\n\nAssistant: {text}"
 
 
-def contact_sheet(seed: int, size: int, columns: int = 16) -> Image.Image:
+def contact_sheet(
+    seed: int, size: int, columns: int = 16, new_classes: bool = False
+) -> Image.Image:
     """Every class once, colours in turn, with its name: to look at."""
-    drawings = load_drawings()
+    drawings = load_drawings(openmoji_classes.NEW if new_classes else openmoji_classes.CLASSES)
     colours = list(openmoji_sheet.PALETTE)
     cell_w, cell_h = size + 12, size + 14
     rows = -(-len(drawings) // columns)

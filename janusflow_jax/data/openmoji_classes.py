@@ -69,6 +69,19 @@ _TABLE = """
 1F6DE wheel
 """
 
+_NEW_TABLE = """
+1F9C1 cupcake         1F347 grapes          1F351 peach           1F965 coconut
+1F330 chestnut        1F95A egg             1F969 steak           1F375 teacup
+1F37E bottle          1F944 spoon           1F3FA vase            1F30B volcano
+1F3F0 castle          1F682 train           1F69C tractor         1F6F5 scooter
+1F681 helicopter      1F9E2 cap             1F48D ring            1F456 jeans
+1F454 necktie         1F3B8 guitar          1F3BA trumpet         1F4F7 camera
+1F4FA television      2702  scissors        1F528 hammer          1F9F2 magnet
+1F577 spider          1F982 scorpion        1F99C parrot          1F989 owl
+1F427 penguin         1F430 rabbit          1F411 sheep           1F999 llama
+1F337 tulip           1F3AA circus tent     1F9E9 puzzle piece    1F6F7 sled
+"""
+
 
 def _parse(table: str) -> dict[str, str]:
     classes: dict[str, str] = {}
@@ -87,3 +100,7 @@ def _parse(table: str) -> dict[str, str]:
 
 CLASSES = _parse(_TABLE)
 """Code point of the drawing (file name without .svg) -> name."""
+
+NEW = _parse(_NEW_TABLE)
+"""Drawings that the quick start never sees, for fine-tuning it (configs/finetune.py:emoji)."""
+assert not set(NEW) & set(CLASSES) and not set(NEW.values()) & set(CLASSES.values())

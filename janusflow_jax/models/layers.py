@@ -38,7 +38,11 @@ class Linear(nn.Module):
         # Matmuls on flattened tokens are twice as fast on CPU; a split batch keeps its axes.
         lead = x.shape[:-1]
         y = x.reshape(-1, x.shape[-1]) if sharding.num_devices() == 1 else x
-        y = quantize.matmul(y, kernel)
+        x, y = y, quantize.matmul(y, kernel)
+        if self.has_variable("params", "lora_a"):
+            names = ("lora_a", "lora_b", "lora_scale")
+            a, b, scale = (self.get_variable("params", n).astype(x.dtype) for n in names)
+            y = y + (x @ a) @ b * scale
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y.reshape(*lead, self.features)
