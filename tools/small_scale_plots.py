@@ -1,0 +1,101 @@
+"""Plots of docs/small_scale.md from the numbers that tools/small_scale.py gathers (extra plots)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib  # pyright: ignore[reportMissingImports]
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
+from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
+from tools import small_scale_tables as tables
+
+COLOURS = {letter: f"C{i}" for i, letter in enumerate(tables.LETTERS)}
+DPI = 80
+DOTS = ("percentile", "hue", "heldout_pairs_exact", "heldout_pairs_words")
+SWEPT = ("percentile", "hue")
+LOSSES = {"loss_rf": "flow loss (RF)", "loss_ar": "caption loss (AR)"}
+
+
+def draw(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes all plots as PNG; the files."""
+    made = {"letters": letters(found), "curves": curves(found), "sweeps": sweeps(found)}
+    files = []
+    for name, figure in made.items():
+        files.append(folder / f"small_scale_{name}.png")
+        # No time or version in the file: drawn again it is the same.
+        figure.savefig(files[-1], dpi=DPI, metadata={"Software": None})
+        pyplot.close(figure)
+    return files
+
+
+def letters(found: dict[str, Any]) -> Figure:
+    """A dot for every run, a line for the mean of a letter, a panel for every score."""
+    figure, axes = _panels(len(DOTS))
+    for axis, key in zip(axes, DOTS, strict=True):
+        score = tables.BY_KEY[key]
+        for x, letter in enumerate(tables.LETTERS):
+            values = tables.of_letter(found, letter, key)
+            if values:
+                mean = sum(values) / len(values)
+                axis.hlines(mean, x - 0.25, x + 0.25, color=COLOURS[letter], linewidth=2)
+                axis.plot([x] * len(values), values, "o", color=COLOURS[letter], markersize=5)
+        axis.set_xticks(range(len(tables.LETTERS)), list(tables.LETTERS))
+        axis.set_xlim(-0.6, len(tables.LETTERS) - 0.4)
+        axis.set_title(score.words, fontsize=9)
+    return figure
+
+
+def curves(found: dict[str, Any]) -> Figure:
+    """Losses by share of the run, a line for every run."""
+    figure, axes = _panels(len(LOSSES))
+    for axis, (loss, title) in zip(axes, LOSSES.items(), strict=True):
+        labelled = set()
+        for name, curve in found["curves"].items():
+            if loss not in curve:
+                continue
+            share = [x / curve["step"][-1] for x in curve["step"]]
+            label = None if name[0] in labelled else name[0]
+            labelled.add(name[0])
+            axis.plot(share, curve[loss], color=COLOURS[name[0]], linewidth=0.8, label=label)
+        axis.set_title(f"{title}, running mean", fontsize=9)
+        axis.set_xlabel("share of the run")
+        axis.set_yscale("log")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def sweeps(found: dict[str, Any]) -> Figure:
+    """Painting scores of F by guidance and by steps."""
+    figure, axes = _panels(2)
+    for axis, (sweep, title) in zip(
+        axes, {"guidance": "guidance w", "steps": "Euler steps"}.items(), strict=True
+    ):
+        points = found["sweeps"][sweep]
+        places = sorted({x["value"] for x in points})
+        for key, style in zip(SWEPT, ("o-", "s--"), strict=True):
+            per_place = [
+                [x["scores"][key]["score"] for x in points if x["value"] == place]
+                for place in places
+            ]
+            means = [sum(x) / len(x) for x in per_place]
+            axis.plot(places, means, style, label=tables.BY_KEY[key].words, markersize=4)
+            low, high = [min(x) for x in per_place], [max(x) for x in per_place]
+            axis.fill_between(places, low, high, alpha=0.15)
+        axis.set_xlabel(title)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
+    figure, axes = pyplot.subplots(1, count, figsize=(3.4 * count + 0.5, 3.2), layout="tight")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=8)
+    return figure, axes
