@@ -63,10 +63,10 @@ def curves(found: dict[str, Any]) -> Figure:
             share = [x / curve["step"][-1] for x in curve["step"]]
             label = None if name[0] in labelled else name[0]
             labelled.add(name[0])
-            axis.plot(share, curve[loss], color=COLOURS[name[0]], linewidth=0.8, label=label)
+            colour = COLOURS[name[0]]
+            axis.plot(share, curve[loss], color=colour, linewidth=0.8, label=label)
         axis.set_title(f"{title}, running mean", fontsize=9)
         axis.set_xlabel("share of the run")
-        axis.set_yscale("log")
         axis.legend(fontsize=8)
     return figure
 
