@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import pathlib
+import types
 
 import pytest
 
@@ -172,8 +173,13 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
             and k != "--out"
         }  # fmt: skip
         report = _report() | {"settings": settings, "model": {"model.json": "b"}}
+        if options["--judge"]:
+            report["judge"] = {"weights_sha256": sha[options["--judge"]]}
         pathlib.Path(options["--out"]).write_text(json.dumps(report))
 
+    sha = {"j": "1", "moved": "1", "other": "2"}
+    referee = types.SimpleNamespace
+    monkeypatch.setattr(small_scale.judge, "load", lambda x: referee(sha256=sha[x]))
     monkeypatch.setattr(evaluate, "main", fake)
     monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "b"})
     run = _run(tmp_path, "F-1")
@@ -182,17 +188,17 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     for _ in range(2):
         small_scale.score(run, file, args, **small_scale.asked("F-1"))
     assert len(made) == 1 and made[0]["--captions"] == "200"
-    args.judge = ""
-    small_scale.score(run, file, args, **small_scale.asked("F-1"))
-    assert len(made) == 2
+    for args.judge, count in (("moved", 1), ("other", 2), ("", 3)):
+        small_scale.score(run, file, args, **small_scale.asked("F-1"))
+        assert len(made) == count
     monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "trained on"})
     small_scale.score(run, file, args, **small_scale.asked("F-1"))
-    assert len(made) == 3
+    assert len(made) == 4
 
     monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "b"})
     for point in small_scale.sweep_points():
         small_scale.score(run, small_scale.report_file(args, "F-1", point), args, **point)
-    assert len(made) == 3 + 11  # both sweeps share the usual point
+    assert len(made) == 4 + 11  # both sweeps share the usual point
     found = small_scale.gather([run], args)
     assert [x["value"] for x in found["sweeps"]["guidance"]] == list(small_scale.GUIDANCE)
     assert sorted(x["value"] for x in found["sweeps"]["steps"]) == list(small_scale.STEPS)

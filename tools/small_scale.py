@@ -116,21 +116,28 @@ def report_file(args: argparse.Namespace, name: str, point: dict[str, Any] | Non
 def score(run: Path, file: Path, args: argparse.Namespace, **settings: Any) -> None:
     """Writes a report, if the one that is there is not of this model and these settings."""
     settings |= {"data": args.data, "judge": args.judge, "seed": 0}
-    if is_current(file, run, settings):
+    referee = judge.load(args.judge).sha256 if args.judge and settings["prompts"] else ""
+    if is_current(file, run, settings, referee):
         return
     print(f"--- {file}", flush=True)
     options = [x for key, value in settings.items() for x in (f"--{key}", str(value))]
     evaluate.main(["--model", str(run), "--out", str(file), *options])
 
 
-def is_current(file: Path, run: Path, settings: dict[str, Any]) -> bool:
-    """Whether a report holds what these settings would give; `data` may have moved."""
+def is_current(file: Path, run: Path, settings: dict[str, Any], referee: str) -> bool:
+    """Whether a report holds what these settings would give, by the judge of this checksum.
+
+    Folders may have moved: model and judge are known by their checksums.
+    """
     if not file.exists():
         return False
     report = json.loads(file.read_text())
-    same = {k: v for k, v in settings.items() if k != "data"}
-    identity = evaluate.identity(evaluate.resolve(str(run)))
-    return report["model"] == identity and same.items() <= report["settings"].items()
+    same = {k: v for k, v in settings.items() if k not in ("data", "judge")}
+    return (
+        report["model"] == evaluate.identity(evaluate.resolve(str(run)))
+        and report.get("judge", {}).get("weights_sha256", "") == referee
+        and same.items() <= report["settings"].items()
+    )
 
 
 # --- all in one
