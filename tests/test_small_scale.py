@@ -202,6 +202,9 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     found = small_scale.gather([run], args)
     assert [x["value"] for x in found["sweeps"]["guidance"]] == list(small_scale.GUIDANCE)
     assert sorted(x["value"] for x in found["sweeps"]["steps"]) == list(small_scale.STEPS)
+    (tmp_path / "F-1-w9-n30.json").unlink()
+    cut_short = small_scale.gather([run], args)["sweeps"]
+    assert cut_short["guidance"] == [] and cut_short["steps"] == found["sweeps"]["steps"]
     assert found["runs"]["F-1"]["training"]["minutes"] == 2.0
     assert json.loads(small_scale.compact(found)) == found
 

@@ -167,15 +167,16 @@ def gather(runs: Sequence[Path], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_sweeps(sweeps: dict[str, list[Any]], name: str, args: argparse.Namespace) -> None:
-    for point in sweep_points():
-        file = report_file(args, name, point)
-        if not file.exists():  # a sweep that was cut short: what there is counts
+    """Adds a run's points to each sweep; a run that was not painted at all of a sweep's points is
+    left out of it, so that its points are means of the same runs."""
+    for sweep, key, other in (("guidance", "cfg", "steps"), ("steps", "steps", "cfg")):
+        points = [x for x in sweep_points() if x[other] == USUAL[other]]
+        files = [report_file(args, name, x) for x in points]
+        if not all(x.exists() for x in files):
             continue
-        report = json.loads(file.read_text())
-        for sweep, key, other in (("guidance", "cfg", "steps"), ("steps", "steps", "cfg")):
-            if point[other] == USUAL[other]:
-                row = {"run": name, "value": point[key], "scores": tables.scores(report)}
-                sweeps[sweep].append(row)
+        for point, file in zip(points, files, strict=True):
+            found = tables.scores(json.loads(file.read_text()))
+            sweeps[sweep].append({"run": name, "value": point[key], "scores": found})
 
 
 def training(run: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,11 @@ from tools import small_scale_tables as tables
 
 COLOURS = {letter: f"C{i}" for i, letter in enumerate(tables.LETTERS)}
 DPI = 80
-DOTS = ("percentile", "hue", "heldout_pairs_exact", "heldout_pairs_words")
-SWEPT = ("percentile", "hue")
+DOTS = (
+    "percentile", "hue", "heldout_pairs_exact", "alignment", "frechet", "heldout_pairs_words",
+)  # fmt: skip
+COLUMNS = 3
+SWEPT = {"percentile": "o-", "hue": "s--", "alignment": "^:"}
 LOSSES = {"loss_rf": "flow loss (RF)", "loss_ar": "caption loss (AR)"}
 
 
@@ -37,8 +39,9 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 
 def letters(found: dict[str, Any]) -> Figure:
     """A dot for every run, a line for the mean of a letter, a panel for every score."""
-    figure, axes = _panels(len(DOTS))
-    for axis, key in zip(axes, DOTS, strict=True):
+    keys = [k for k in DOTS if any(tables.of_letter(found, x, k) for x in tables.LETTERS)]
+    figure, axes = _panels(len(keys))
+    for axis, key in zip(axes, keys, strict=True):
         score = tables.BY_KEY[key]
         for x, letter in enumerate(tables.LETTERS):
             values = tables.of_letter(found, letter, key)
@@ -79,13 +82,14 @@ def sweeps(found: dict[str, Any]) -> Figure:
     ):
         points = found["sweeps"][sweep]
         places = sorted({x["value"] for x in points})
-        for key, style in zip(SWEPT, ("o-", "s--"), strict=True):
+        there = [k for k in SWEPT if any(k in x["scores"] for x in points)]
+        for key in there:
             per_place = [
                 [x["scores"][key]["score"] for x in points if x["value"] == place]
                 for place in places
             ]
             means = [sum(x) / len(x) for x in per_place]
-            axis.plot(places, means, style, label=tables.BY_KEY[key].words, markersize=4)
+            axis.plot(places, means, SWEPT[key], label=tables.BY_KEY[key].words, markersize=4)
             low, high = [min(x) for x in per_place], [max(x) for x in per_place]
             axis.fill_between(places, low, high, alpha=0.15)
         axis.set_xlabel(title)
@@ -93,9 +97,15 @@ def sweeps(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
-    figure, axes = pyplot.subplots(1, count, figsize=(3.4 * count + 0.5, 3.2), layout="tight")
-    for axis in axes:
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of COLUMNS."""
+    rows, columns = -(-count // COLUMNS), min(count, COLUMNS)
+    size = (3.4 * columns + 0.5, 2.9 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="tight", squeeze=False)
+    axes = list(grid.ravel())
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes[:count]:
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
-    return figure, axes
+    return figure, axes[:count]
