@@ -93,7 +93,8 @@ def sweeps(found: dict[str, Any]) -> Figure:
             low, high = [min(x) for x in per_place], [max(x) for x in per_place]
             axis.fill_between(places, low, high, alpha=0.15)
         axis.set_xlabel(title)
-        axis.legend(fontsize=8)
+        if points:
+            axis.legend(fontsize=8)
     return figure
 
 

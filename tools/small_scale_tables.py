@@ -65,7 +65,7 @@ PAINTING = (
         form="{:.3f}",
     ),
     Score(
-        "in_colour", "painted: judge's alignment, other classes in the colour as baseline",
+        "in_colour", "the same; baseline: other classes in the prompt's colour",
         "trained_pairs/alignment/in_colour/score", "trained_pairs/alignment/in_colour/baseline",
         form="{:.3f}",
     ),
