@@ -66,6 +66,36 @@ def test_same_losses(data, alone, tmp_path, processes, devices, mesh):
     same_losses(alone, tmp_path / "run", range(1, 7))
 
 
+EVALUATED = """
+import dataclasses
+from janusflow_jax import config as c
+plain = train.train
+def evaluated(cfg):
+    held = tuple(dataclasses.replace(s, name=f"held_{s.task}") for s in cfg.data.sources)
+    cfg.evaluate = c.EvalConfig(sources=held, rows=3, every_steps=1)
+    return plain(cfg)
+train.train = evaluated
+"""
+
+
+@pytest.mark.slow
+def test_held_out_losses_are_of_the_rows_of_all(data, tmp_path):
+    """Three rows on two processes: the first has two, the second one and an empty one."""
+    jobs.run(data, tmp_path / "one", "num_steps=1", patch=EVALUATED)
+    jobs.run(data, tmp_path / "two", "num_steps=1", "mesh.fsdp=2", processes=2, patch=EVALUATED)
+    held = [
+        [x for x in jobs.metrics(tmp_path / n) if "eval/held_generate/loss_rf" in x]
+        for n in ("one", "two")
+    ]
+    assert [[x["step"] for x in lines] for lines in held] == [[0, 1], [0, 1]]
+    for one, two in zip(*held, strict=True):
+        names = {n for n in one if n.startswith("eval")}
+        assert names == {n for n in two if n.startswith("eval")}
+        assert {"eval/held_understand/loss_ar", "eval_ema/held_generate/loss_rf"} <= names
+        for name in names:
+            np.testing.assert_allclose(two[name], one[name], rtol=2e-5, err_msg=name)
+
+
 @pytest.mark.slow
 def test_the_first_process_shows_what_all_have_learned(data, tmp_path):
     flags = ("num_steps=1", "mesh.data=1", "mesh.fsdp=2", "sheet_num_steps=1")
