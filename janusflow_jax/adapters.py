@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from janusflow_jax import checkpoint, torch_names, train_step, trees
+from janusflow_jax import checkpoint, checksums, torch_names, train_step, trees
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import LORA_TARGETS, TrainConfig
 from janusflow_jax.models import lora
@@ -90,6 +90,7 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
 
     Raises:
       AdapterError: no adapter, tensors that do not fit (all listed), or another base.
+      checkpoint.CheckpointError: a config file that cannot be read.
     """
     folder = epath.Path(path).resolve()
     if llm is None:
@@ -99,7 +100,9 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
             f"{folder}: expected {CONFIG} and {WEIGHTS}.safetensors, as written by "
             "tools/export_checkpoint.py --adapter-only; found none"
         )
-    about = json.loads((folder / CONFIG).read_text())
+    about = checksums.read_json(folder / CONFIG)
+    if lacking := [n for n in ("r", "lora_alpha", "target_modules") if not about.get(n)]:
+        raise AdapterError(f"{folder / CONFIG}: expected PEFT's fields; it lacks {lacking}")
     tensors = read_header(folder / f"{WEIGHTS}.safetensors")
     targets = [t.removesuffix("_proj") for t in about["target_modules"]]
     problems = [
@@ -110,8 +113,8 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
     want = about.get("janusflow_jax", {}).get("base_sha256")
     if not problems and want and want != digest(llm, targets):
         problems.append(
-            f"they were trained beside other weights than these ({about['base_model_name_or_path']}"
-            "): load that model"
+            "they were trained beside other weights than these: load "
+            f"{about.get('base_model_name_or_path') or 'the model that they name'}"
         )
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)

@@ -99,7 +99,9 @@ class Heldout:
             )
 
     def _measure(self, source: SourceConfig, params: Any, state: Any) -> dict[str, float]:
-        run = self._programs.setdefault(source.task, _program(self._cfg, source.task, self._mesh))
+        if source.task not in self._programs:
+            self._programs[source.task] = _program(self._cfg, source.task, self._mesh)
+        run = self._programs[source.task]
         totals: dict[str, Any] = {}
         for rows in self._batches[name_of(source)]:
             batch = sharding.put_batch(rows, self._mesh, self._size)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import test_train
 from published import to_model
-from test_train import HUB, config, fresh
+from test_train import config, fresh
 
 from janusflow_jax import (
     adapters,
@@ -172,6 +172,12 @@ def test_adapters_that_do_not_fit_are_all_named(tmp_path, golden_folder):
     want = np.asarray(node["kernel"]) + 2.0 * np.asarray(node["lora_a"]).sum(-1, keepdims=True)
     np.testing.assert_allclose(got, want, atol=1e-5)  # as PEFT adds them: alpha / r x B A
 
+    for change, says in (("{", "expected"), (json.dumps({"r": 2}), "lacks")):
+        (folder / "adapter_config.json").write_text(change)
+        with pytest.raises((adapters.AdapterError, checkpoint.CheckpointError), match=says):
+            adapters.apply(params, folder)
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+
     wrong = load_file(file)
     first = next(iter(wrong))
     wrong["what.weight"] = wrong.pop(first)
@@ -196,4 +202,3 @@ def test_what_cannot_be_adapted_is_said():
     said = "\n".join(config_checks.train_problems(cfg))
     for text in ("lora.targets", "['llm']", "frozen_dtype", "b2 of 0.98 or less"):
         assert text in said
-    assert HUB.exists()

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a folder is removed
     if args.adapter_only:
+        if args.dtype or args.license or args.overwrite:
+            p.error("--adapter-only: expected no --dtype, --license or --overwrite beside it")
         print(adapters.save(args.model, args.out, weights=args.weights))
         return
     hub_export.export(
