@@ -22,6 +22,9 @@ Sums = dict[str, Array]
 TASKS = ("ar", "rf", "repa")
 T_BUCKETS = 4
 IMAGES_AT_ONCE = 16
+PIXELS_AT_ONCE = 256 * 256
+"""Of a VAE that understanding sees through: its activations are many. More than one slot of small
+pictures: XLA's gradient of a convolution inside a loop takes 16 times as long on CPU."""
 
 
 def draw(key: Array, batch: Batch, cfg: ModelConfig, loss: LossConfig, num_gen: int) -> Batch:
@@ -77,14 +80,14 @@ def over_slots(fn: Any, x: Shaped[Array, "B K ..."], at_once: int = 1) -> Any:
     return jax.tree.map(back, out)
 
 
-def slots_at_once(rows: int, slots: int) -> int:
-    """Slots that SigLIP takes together: as many as keep a device at IMAGES_AT_ONCE or below.
+def slots_at_once(rows: int, slots: int, images: int = IMAGES_AT_ONCE) -> int:
+    """Slots that an encoder takes together: as many as keep a device at `images` or below.
 
-    On a mesh its parameters are gathered for every pass, which for one slot at a time is most of
-    what pre-training would send.
+    On a mesh SigLIP's parameters are gathered for every pass, which for one slot at a time is most
+    of what pre-training would send.
     """
     here = max(rows // sharding.batch_size(), 1)
-    fits = (n for n in range(2, slots + 1) if slots % n == 0 and n * here <= IMAGES_AT_ONCE)
+    fits = (n for n in range(2, slots + 1) if slots % n == 0 and n * here <= images)
     return max(fits, default=1)
 
 
@@ -187,12 +190,15 @@ def loss_sums(
         und_slots = over_slots(read, batch["und_features"])
     elif num_und:
         und_images = batch["images"][:, -num_und:]
+        through_vae = PIXELS_AT_ONCE // cfg.image_size**2
         und_slots = over_slots(
             lambda pixels: run(
                 "understanding_slot", understanding_input(vae_params, pixels, cfg, dtype)
             ),
             und_images,
-            slots_at_once(rows, num_und) if cfg.und_encoder == "siglip" else 1,
+            slots_at_once(
+                rows, num_und, IMAGES_AT_ONCE if cfg.und_encoder == "siglip" else through_vae
+            ),
         )
     x = janusflow.place_slots(text, gen_slots, und_slots, start, task)
     x = sharding.constrain(x, "batch", None, None)

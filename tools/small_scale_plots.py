@@ -1,4 +1,4 @@
-"""Plots of docs/small_scale.md from the numbers that tools/small_scale.py gathers (extra plots)."""
+"""Plots of docs/small_scale.md and docs/finetuning.md from their stored numbers (extra plots)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,14 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     files = []
     for name, figure in made.items():
         files.append(folder / f"small_scale_{name}.png")
-        # No time or version in the file: drawn again it is the same.
-        figure.savefig(files[-1], dpi=DPI, metadata={"Software": None})
-        pyplot.close(figure)
+        save(figure, files[-1])
     return files
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a plot as PNG without time or version in it: drawn again it is the same."""
+    figure.savefig(file, dpi=DPI, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def letters(found: dict[str, Any]) -> Figure:
@@ -96,6 +100,21 @@ def sweeps(found: dict[str, Any]) -> Figure:
         axis.set_ylim(0.4, 1.3)  # shares and cosines; the legend above them
         if points:
             axis.legend(fontsize=7, loc="upper center")
+    return figure
+
+
+def forgetting(found: dict[str, Any], kinds: dict[str, str], losses: dict[str, str]) -> Figure:
+    """Held-out losses of fine-tuning by step, a line for every run (tools/forgetting.py)."""
+    figure, axes = _panels(len(losses))
+    for axis, (loss, title) in zip(axes, losses.items(), strict=True):
+        for colour, (kind, words) in enumerate(kinds.items()):
+            runs = [x["curve"] for name, x in found["runs"].items() if name.startswith(kind)]
+            for i, curve in enumerate(runs):
+                label = None if i else words
+                axis.plot(curve["step"], curve[loss], color=f"C{colour}", label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=8)
     return figure
 
 

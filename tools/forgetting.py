@@ -1,0 +1,174 @@
+"""Measures what fine-tuning on new drawings forgets, with and without replay, on several seeds.
+
+    for seed in 1 2 3; do
+      python -m janusflow_jax.train --config=configs/finetune.py:paint,emoji \\
+          --config.start=runs/small/F-$seed --config.seed=$seed \\
+          --config.workdir=runs/forgetting/without-$seed
+      python -m janusflow_jax.train --config=configs/finetune.py:paint,replay,emoji \\
+          --config.start=runs/small/F-$seed --config.seed=$seed \\
+          --config.workdir=runs/forgetting/replay-$seed
+    done
+    python tools/forgetting.py             # scores what is new, then table and plot
+    python tools/forgetting.py --redraw    # table and plot from the stored numbers
+
+Captions are the suite `emoji`'s, of the fine-tuned runs and of the runs that they started from;
+held-out losses are those that the runs measured on their way. Scored once, as tools/small_scale.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from janusflow_jax import command_line
+from janusflow_jax.eval import judge
+from tools import small_scale
+from tools import small_scale_tables as tables
+
+KINDS = {"without": "without replay", "replay": "with replay"}
+SPLITS = {
+    "heldout_pairs": "unseen pairs",
+    "heldout_views": "unseen views",
+    "train": "training pictures",
+}
+LOSSES = {  # what a fine-tuned run measures on its way
+    "replay_understand/loss_ar": "caption loss, unseen pairs",
+    "replay_generate/loss_rf": "flow loss, old drawings",
+    "mine_generate/loss_rf": "flow loss, new drawings",
+}
+CAPTIONS = 200
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    plots = small_scale.import_plots()
+    numbers, doc = Path(args.json), Path(args.doc)
+    if not args.redraw:
+        numbers.write_text(small_scale.compact(gather(args)))
+    found = json.loads(numbers.read_text())
+    doc.write_text(fill(doc.read_text(), found))
+    file = numbers.with_suffix(".png")
+    plots.save(plots.forgetting(found, KINDS, LOSSES), file)
+    print(f"{numbers}, {doc} and {file} are written: {', '.join(found['runs'])}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--runs", default="runs/forgetting", help="folder of the fine-tuned runs")
+    p.add_argument("--bases", default="runs/small", help="folder of F-1, F-2, ...")
+    p.add_argument("--reports", default="runs/forgetting_reports", help="what was scored")
+    p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
+    p.add_argument("--json", default="docs/forgetting.json", help="the plot goes beside it")
+    p.add_argument("--doc", default="docs/finetuning.md")
+    p.add_argument("--redraw", action="store_true", help="score nothing; draw from --json")
+    args = p.parse_args(argv)
+    args.judge = judge.START  # nothing is painted, so it is not asked
+    return args
+
+
+# --- numbers
+
+
+def gather(args: argparse.Namespace) -> dict[str, Any]:
+    """All numbers that table and plot show: per seed the run before, and both kinds after.
+
+    Raises:
+      ValueError: no run that ended, or one whose start is missing (lists all).
+    """
+    form = re.compile(rf"({'|'.join(KINDS)})-(\d+)")
+    named = sorted(x for x in Path(args.runs).glob("*") if form.fullmatch(x.name))
+    ended = [x for x in named if (x / "done").exists()]
+    for run in (x for x in named if x not in ended):
+        print(f"{run}: left out, not trained to its end", flush=True)
+    seeds = sorted({int(x.name.rpartition("-")[2]) for x in ended})
+    bases = [Path(args.bases) / f"F-{seed}" for seed in seeds]
+    lacking = [str(x) for x in bases if not (x / "done").exists()]
+    if not ended or lacking:
+        raise ValueError(
+            f"{args.runs}: expected ended runs such as without-1 and replay-1, and the runs that "
+            f"they started from in {args.bases}; got {[x.name for x in ended] or 'none'}"
+            + (f", without {lacking}" if lacking else "")
+        )
+    out: dict[str, Any] = {"settings": {}, "runs": {}}
+    for run in (*bases, *ended):
+        file = Path(args.reports) / f"{run.name}.json"
+        small_scale.score(run, file, args, **small_scale.USUAL, prompts=0, captions=CAPTIONS)
+        report = json.loads(file.read_text())
+        out |= {"software": report["software"], "data": report["data"]}
+        exact = {s: report["captions"][s]["exact"]["constant"]["score"] for s in SPLITS}
+        out["runs"][run.name] = {
+            "model": report["model"],
+            "training": small_scale.training(run),
+            "captions": {s: round(x, 5) for s, x in exact.items()},
+        }
+    for run in ended:
+        config = json.loads((run / "config.json").read_text())
+        out["runs"][run.name]["curve"] = curve(run)
+        out["settings"][run.name] = {
+            "start": Path(config["start"]).name,
+            "seed": config["seed"],
+            "lr": config["optim"]["lr"],
+            "ema": config["optim"]["ema"],
+        }
+    return out
+
+
+def curve(run: Path) -> dict[str, list[float]]:
+    """Held-out losses by step, of the EMA where the run has one."""
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    out: dict[str, list[float]] = {"step": []}
+    for line in (x for x in lines if f"eval/{next(iter(LOSSES))}" in x):
+        out["step"].append(line["step"])
+        for loss in LOSSES:
+            value = line.get(f"eval_ema/{loss}", line[f"eval/{loss}"])
+            out.setdefault(loss, []).append(round(value, 4))
+    return out
+
+
+# --- the document
+
+
+def table(found: dict[str, Any]) -> str:
+    """Mean and range over seeds, before and after each kind of run."""
+    runs = found["runs"]
+    curves = {kind: [x["curve"] for n, x in runs.items() if n.startswith(kind)] for kind in KINDS}
+    rows = [["", "runs", *(f"captions exact, {x}" for x in SPLITS.values()), *LOSSES.values()]]
+    for kind, words in {"F": "before", **KINDS}.items():
+        here = [x for n, x in runs.items() if n.startswith(f"{kind}-")]
+        when, whose = (0, [*curves["without"], *curves["replay"]]) if kind == "F" else (-1, None)
+        whose = curves[kind] if whose is None else whose
+        cells = [tables.spread([x["captions"][s] for x in here], "{:.1%}") for s in SPLITS]
+        cells += [tables.spread([x[loss][when] for x in whose], "{:.3f}") for loss in LOSSES]
+        rows.append([words, str(len(here)), *cells])
+    return tables.table(rows)
+
+
+def fill(text: str, found: dict[str, Any]) -> str:
+    """The document with its table made anew, between `<!-- forgetting -->` and `<!-- end -->`.
+
+    Raises:
+      ValueError: the marker is missing, or there twice.
+    """
+    made = f"<!-- forgetting -->\n{table(found)}\n<!-- end -->"
+    text, count = re.subn(
+        r"<!-- forgetting -->\n.*?<!-- end -->", lambda _: made, text, flags=re.DOTALL
+    )
+    if count != 1:
+        raise ValueError(
+            "the document: expected one `<!-- forgetting -->` with `<!-- end -->` below it; got "
+            f"{count}"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    command_line.run(main)
