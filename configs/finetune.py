@@ -14,9 +14,11 @@ Arguments (docs/finetuning.md has what each needs in memory):
     light         one device of little memory: frozen parts and moments in bfloat16, short rows
     emoji         the quick start's model (`runs/emoji`) on two CPU cores, in a minute
     test          seconds on a CPU, through the same code
+    mine=DIR      your data set, instead of `data/mine`
+    kept=DIR      what is measured beside it, and replayed with `replay`, instead of `data/replay`
 
-Other folders: `--config.data.sources[0].path=...` (the sources are, in order, of paint, read and
-replay). Held-out losses of both tasks are measured before, during and after on `data/mine` (split
+Any field can be set: `--config.data.sources[0].weight=...` (in order: of paint, read, replay).
+Held-out losses of both tasks are measured before, during and after on `data/mine` (split
 heldout) and on `data/replay`; a loss that ends a tenth above its start is told loudly, and with
 `--config.evaluate.stop_on_rise=True` ends the run, saved. The rate is a fifth of pre-training's
 (LoRA: its own), warm-up 100 steps; raise `--config.num_steps` with your data: 2,000 steps of 16
@@ -44,7 +46,8 @@ NAMES = {
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
-    names = c.parse_arg(arg, NAMES)
+    names, folders = _split(arg)
+    mine, replay = folders.get("mine", MINE), folders.get("kept", REPLAY)
     tasks = [
         task for name, task in (("paint", "generate"), ("read", "understand")) if name in names
     ]
@@ -54,23 +57,23 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
             f"{sorted(names) or 'none'}"
         )
     own = tuple(
-        c.SourceConfig(name=f"mine_{task}", path=MINE, task=task, weight=1 / len(tasks))
+        c.SourceConfig(name=f"mine_{task}", path=mine, task=task, weight=1 / len(tasks))
         for task in tasks
     )
     kept = tuple(
-        c.SourceConfig(name=f"replay_{task}", path=REPLAY, task=task, weight=0.0)
+        c.SourceConfig(name=f"replay_{task}", path=replay, task=task, weight=0.0)
         for task in ("generate", "understand")
     )
     cfg = c.TrainConfig(
-        name="-".join(["finetune", *sorted(names)]),
+        name="-".join(["finetune", *map(_last, folders.values()), *sorted(names)]),
         model=c.model_config("1p3b", 256 if "256" in names else 384),
         data=c.DataConfig(sources=own, row_len=4096),
         optim=c.OptimConfig(lr=2e-5, warmup_steps=100, ema=0.0 if "light" in names else 0.99),
         loss=c.LossConfig(repa_weight=0.0),
         start="models/janusflow",
         made_by=(
-            (MINE, PREPARE.format(MINE)),
-            (REPLAY, PREPARE.format(REPLAY)),
+            (mine, PREPARE.format(mine)),
+            (replay, PREPARE.format(replay)),
             ("models/janusflow", "python tools/convert_checkpoint.py --janusflow DIR --vae DIR "
              "--out models/janusflow"),
         ),
@@ -111,12 +114,28 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     return cfg
 
 
+def _split(arg: str | None) -> tuple[set[str], dict[str, str]]:
+    """The argument's names, and its folders by name."""
+    words = [w.strip() for w in (arg or "").split(",")]
+    folders = dict(w.split("=", 1) for w in words if "=" in w)
+    wrong = sorted(n for n, folder in folders.items() if n not in ("mine", "kept") or not folder)
+    if wrong:
+        raise c.ConfigError(f"configs/finetune.py: expected mine=DIR or kept=DIR; got {wrong}")
+    return c.parse_arg(",".join(w for w in words if "=" not in w), NAMES), folders
+
+
+def _last(folder: str) -> str:
+    """What a folder is called, for the run's name."""
+    return folder.rstrip("/").rpartition("/")[2]
+
+
 def _emoji(cfg: c.TrainConfig) -> None:
     """The quick start's model on drawings of other classes; its own drawings are the replay."""
     cfg.model = c.model_config("emoji")
     cfg.start, cfg.dtype, cfg.remat = "runs/emoji", "float32", False
     cfg.data.row_len, cfg.batch_rows, cfg.optim.accum_steps = 160, 8, 1
-    cfg.num_steps, cfg.optim.lr, cfg.optim.warmup_steps, cfg.optim.ema = 300, 1e-3, 20, 0.0
+    cfg.num_steps, cfg.optim.warmup_steps, cfg.optim.decay_steps = 300, 20, 150
+    cfg.optim.lr, cfg.optim.ema = 1e-3, 0.0
     cfg.loss.time_shift = 3.0
     openmoji = "data/openmoji"
     made = "python tools/prepare_openmoji.py --out"
@@ -125,6 +144,6 @@ def _emoji(cfg: c.TrainConfig) -> None:
         if source.path == REPLAY:
             source.path = openmoji
             source.split = "heldout_pairs" if source.split == "heldout" else source.split
-        elif source.split == "heldout":
+        elif source.split == "heldout" and source.path == MINE:
             source.split = "heldout_pairs"
     cfg.evaluate.every_steps, cfg.log_every_steps, cfg.save_every_steps = 50, 20, 300

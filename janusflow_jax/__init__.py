@@ -6,7 +6,12 @@ from typing import Any
 
 
 def load(
-    path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema", int8: bool = False
+    path: Any,
+    dtype: str | None = None,
+    mesh: Any = None,
+    weights: str = "ema",
+    int8: bool = False,
+    adapter: Any = "",
 ) -> Any:
     """Loads a model to paint, chat and encode with: `janusflow_jax.pipeline.load`.
 
@@ -16,7 +21,8 @@ def load(
       mesh: a `jax.sharding.Mesh` to spread the parameters over; None: one device.
       weights: 'ema', or 'params' (raw) of a training run.
       int8: the language model in a byte a weight (extra `int8`).
+      adapter: a folder of `tools/export_checkpoint.py --adapter-only`, added to the language model.
     """
     from janusflow_jax import pipeline  # here, so that config files do not import JAX
 
-    return pipeline.load(path, dtype=dtype, mesh=mesh, weights=weights, int8=int8)
+    return pipeline.load(path, dtype=dtype, mesh=mesh, weights=weights, int8=int8, adapter=adapter)

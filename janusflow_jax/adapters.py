@@ -85,13 +85,15 @@ def save(run: Any, out: Any, weights: str = "ema") -> str:
     return f"{folder}: {len(made)} tensors, {size:.1f} MB, of rank {cfg.lora.rank}"
 
 
-def apply(llm: dict[str, Any], path: Any) -> dict[str, Any]:
+def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
     """The LLM's tree (stacked layers) with the adapters of a folder added to its kernels.
 
     Raises:
       AdapterError: no adapter, tensors that do not fit (all listed), or another base.
     """
     folder = epath.Path(path).resolve()
+    if llm is None:
+        raise AdapterError(f"{folder}: expected a model with a language model; this one has none")
     if not (folder / CONFIG).exists():
         raise AdapterError(
             f"{folder}: expected {CONFIG} and {WEIGHTS}.safetensors, as written by "

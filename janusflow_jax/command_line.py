@@ -36,12 +36,18 @@ def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParse
         "--int8", action="store_true",
         help="the language model in a byte a weight: less memory (needs the extra int8)",
     )  # fmt: skip
+    p.add_argument(
+        "--adapter", default="",
+        help="a folder of tools/export_checkpoint.py --adapter-only, added to the language model",
+    )  # fmt: skip
     return p
 
 
 def load(args: argparse.Namespace) -> pipeline.JanusFlowPipeline:
     """Loads the model of the options, and says on stderr what it is and where it runs."""
-    model = pipeline.load(args.model, dtype=args.dtype, weights=args.weights, int8=args.int8)
+    model = pipeline.load(
+        args.model, dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
+    )
     size = model.cfg.image_size
     note(f"{args.model}: {model.cfg.name}, {size} x {size} px, on {accelerator()} in {model.dtype}")
     return model

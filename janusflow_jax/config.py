@@ -57,6 +57,10 @@ class SourceConfig:
     cache: str = ""  # folder of tools/cache_latents.py; '': encoders run in every step
 
 
+SOURCE_FIELDS = ("sources", "heldout")
+"""Fields that hold several of them; in a flag `sources[0]` is the first."""
+
+
 @dataclass
 class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
@@ -182,17 +186,18 @@ class TrainConfig:
 
 
 def check_field(path: str) -> None:
-    """Raises ConfigError when `path` ('optim.lr') is no field of a TrainConfig, and names those
-    that are there."""
+    """Raises ConfigError when `path` ('optim.lr', 'data.sources[0].path') is no field of a
+    TrainConfig, and names those that are there."""
     node: Any = TrainConfig()
-    for depth, name in enumerate(path.split(".")):
+    for depth, part in enumerate(path.split(".")):
+        name, _, index = part.partition("[")
         known = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if name not in known:
             where = ".".join(["config", *path.split(".")[:depth]])
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"{where}: expected one of {', '.join(known)}; got {name!r}{hint}")
-        node = getattr(node, name)
+        node = SourceConfig() if index and name in SOURCE_FIELDS else getattr(node, name)
 
 
 def raise_problems(what: str, problems: list[str]) -> None:
@@ -221,7 +226,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     }  # fmt: skip
     out = {}
     for name, value in values.items():
-        if name in ("sources", "heldout"):
+        if name in SOURCE_FIELDS:
             value = tuple(from_dict(SourceConfig, v, f"{where}{name}.") for v in value)
         elif isinstance(value, dict):
             value = from_dict(types[name], value, f"{where}{name}.")

@@ -1,13 +1,19 @@
 """Scores a model: `python -m janusflow_jax.evaluate --model runs/emoji --out eval.json`.
 
 Suite `emoji`: the quick start's 24 sheet prompts and more trained pairs are painted and scored by
-hue and by retrieval of the right drawing; pictures of every split are captioned. Every score stands
-beside its baseline, with a 95 % interval of the difference.
+hue, by retrieval of the right drawing, and in the feature space of the project's own judge
+(alignment with the prompt, Frechet distance from drawings: neither CLIP score nor FID); pictures of
+every split are captioned. Every score stands beside its baseline, with a 95 % interval of the
+difference where items can be paired.
+
+Suite `losses`: the held-out losses that a run of `--config` measures on its way, of any model.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -19,10 +25,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from janusflow_jax import checkpoint, checksums, command_line, pipeline, samples
+from janusflow_jax import checkpoint, checksums, command_line, heldout_model, pipeline, samples
+from janusflow_jax import config as config_lib
 from janusflow_jax.config import SourceConfig
 from janusflow_jax.data import images, openmoji_sheet, sources
-from janusflow_jax.eval import emoji, sheet
+from janusflow_jax.eval import emoji, judge, judged, sheet
 
 CAPTION_SPLITS = ("heldout_pairs", "heldout_views", "train")
 HUE_WANTED = 16
@@ -36,11 +43,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "Paints and captions with a model, and scores both against baselines.",
         "The same model, data and options give the same report, times apart.",
     )
-    p.add_argument("--suite", choices=("emoji",), default="emoji")
+    p.add_argument("--suite", choices=("emoji", "losses"), default="emoji")
+    p.add_argument(
+        "--config", default="", help="suite losses: whose held-out sources, as in training"
+    )
     p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
     p.add_argument("--out", default="eval.json", help="the report; the sheet goes beside it (.png)")
-    p.add_argument("--prompts", type=int, default=96, help="trained pairs to paint, sheet apart")
-    p.add_argument("--captions", type=int, default=200, help="pictures to caption of every split")
+    p.add_argument("--judge", default=judge.START, help="from tools/train_judge.py; '': without")
+    p.add_argument(
+        "--prompts",
+        type=int,
+        default=96,
+        help="trained pairs to paint, sheet apart; 0: no painting",
+    )
+    p.add_argument(
+        "--captions", type=int, default=200, help="pictures to caption of every split; 0: none"
+    )
     p.add_argument("--cfg", type=float, default=2.0, help="guidance weight; 1 is none")
     p.add_argument("--steps", type=int, default=30, help="Euler steps")
     p.add_argument("--seed", type=int, default=0)
@@ -49,69 +67,147 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.prompts < 2 or args.captions < 2:
-        raise ValueError(
-            "expected --prompts and --captions of 2 or more (scores compare items with each "
-            f"other); got {args.prompts} and {args.captions}"
-        )
+    check(args)
     began = time.time()
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    gallery, trained = references(args.data)
-    folder = resolve(args.model)
-    model = pipeline.load(str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8)
-    paint = {"cfg_weight": args.cfg, "num_steps": args.steps, "output": "numpy"}
+    report = losses(args) if args.suite == "losses" else suite(args, out.with_suffix(".png"))
+    report["seconds"] = round(time.time() - began, 1)
+    out.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
 
-    sheet_labels = [emoji.Label(name, colour) for colour, name, _ in openmoji_sheet.SHEET]
-    pictures = model.generate(list(openmoji_sheet.PROMPTS), seed=args.seed, **paint)
-    sheet_file = out.with_suffix(".png")
-    sheet.make_sheet(list(pictures), openmoji_sheet.PROMPTS).save(sheet_file)
-    print(f"the sheet: {sheet_file}", flush=True)
+
+def losses(args: argparse.Namespace) -> dict[str, Any]:
+    """The report of suite `losses`."""
+    cfg = heldout_model.read_config(args.config)
+    folder = resolve(args.model)
+    found = heldout_model.measure(str(folder), cfg, args.weights, args.dtype)
+    print("\n".join(f"{name}: {value:.4f}" for name, value in found.items()))
+    kept = ("suite", "config", "weights", "dtype")
+    return {
+        "settings": {**{k: getattr(args, k) for k in kept}, "model": str(folder)},
+        "evaluate": config_lib.to_dict(cfg.evaluate),
+        "model": identity(folder),
+        # not the records: they may be terabytes
+        "data": {
+            s.path: {"dataset_info_sha256": sha256(epath.Path(s.path) / "dataset_info.json")}
+            for s in cfg.evaluate.sources
+        },
+        "software": {"jax": jax.__version__, "backend": jax.default_backend()},
+        "losses": found,
+    }
+
+
+def suite(args: argparse.Namespace, sheet_file: pathlib.Path) -> dict[str, Any]:
+    """The report of suite `emoji`."""
+    referee = judge.load(args.judge) if args.judge and args.prompts else None
+    folder = resolve(args.model)
+    model = pipeline.load(
+        str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
+    )
     report: dict[str, Any] = {
         "settings": {**vars(args), "model": str(folder)},
         "model": identity(folder),
         "data": {"files_sha256": hash_files(epath.Path(args.data))},
         "software": {"jax": jax.__version__, "backend": jax.default_backend()},
-        "sheet": painting(pictures, sheet_labels, gallery),
     }
-    for picture, (colour, name, seen) in zip(
-        report["sheet"]["pictures"], openmoji_sheet.SHEET, strict=True
-    ):
-        picture |= {"prompt": openmoji_sheet.caption(colour, name), "trained": seen}
-
-    more = pick(trained, args.prompts, args.seed, leave_out=sheet_labels)
-    prompts = [openmoji_sheet.caption(x.colour, x.name) for x in more]
-    seed = args.seed + _MORE_SEED
-    report["trained_pairs"] = painting(model.generate(prompts, seed=seed, **paint), more, gallery)
-    for picture, prompt in zip(report["trained_pairs"]["pictures"], prompts, strict=True):
-        picture["prompt"] = prompt
-    report["captions"] = {
-        split: captioning(model, args.data, split, args.captions) for split in CAPTION_SPLITS
-    }
+    if referee:
+        report["judge"] = {"weights_sha256": referee.sha256, "accuracy": referee.about["accuracy"]}
+    if args.prompts:
+        report |= paint(model, args, referee, sheet_file)
+    if args.captions:
+        report["captions"] = {
+            split: captioning(model, args.data, split, args.captions) for split in CAPTION_SPLITS
+        }
     report["verdicts"] = verdicts(report)
-    report["seconds"] = round(time.time() - began, 1)
-    out.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print(table(report["verdicts"]))
-    print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
+    return report
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError where the options leave nothing to compare."""
+    if args.suite == "losses":
+        if not args.config or args.int8:
+            raise ValueError("expected --config with --suite losses, and no --int8")
+        return
+    if min(args.prompts, args.captions) < 0 or 1 in (args.prompts, args.captions):
+        raise ValueError(
+            "expected --prompts and --captions of 2 or more (scores compare items with each "
+            f"other), or 0; got {args.prompts} and {args.captions}"
+        )
+    if not (args.prompts or args.captions):
+        raise ValueError("expected --prompts or --captions; got 0 of both: nothing to score")
 
 
 # --- the parts of the suite
 
 
-def references(path: str) -> tuple[emoji.Gallery, list[emoji.Label]]:
-    """Reference drawings of every (class, colour) pair, and the trained pairs, sorted."""
-    pictures, labels, trained = [], [], set()
-    for split in ("train", "heldout_pairs"):
+@dataclasses.dataclass(frozen=True)
+class References:
+    """What painted pictures are held against."""
+
+    gallery: emoji.Gallery  # a drawing of every (class, colour) pair
+    trained: list[emoji.Label]  # the pairs that are trained, sorted
+    drawn: judged.Drawn
+
+
+@functools.cache
+def references(path: str) -> References:
+    """The reference drawings of a prepared data set, read once."""
+    pictures, labels = [], []
+    views: dict[emoji.Label, list[np.ndarray]] = {}
+    trained, unseen = set(), {}
+    for split in ("train", "heldout_pairs", "heldout_views"):
         source = sources.open_source(path, split)
         for i in range(len(source)):
             record = source[i]
             label = emoji.Label(record["class"], record["colour"])
-            pictures.append(images.decode(record["image"]))
+            picture = images.decode(record["image"])
+            if split == "heldout_views":
+                unseen.setdefault(label, picture)
+                continue
+            pictures.append(picture)
             labels.append(label)
+            views.setdefault(label, []).append(picture)
             if split == "train":
                 trained.add(label)
     by_name = sorted(trained, key=lambda x: (x.name, x.colour))
-    return emoji.make_gallery(pictures, labels), by_name
+    gallery = emoji.make_gallery(pictures, labels)
+    return References(gallery, by_name, judged.Drawn(views, unseen))
+
+
+def paint(
+    model: pipeline.JanusFlowPipeline, args: argparse.Namespace, referee: Any, sheet_file: Any
+) -> dict[str, Any]:
+    """Paints the sheet and more trained pairs, and scores both: `sheet` and `trained_pairs`."""
+    refs = references(args.data)
+    settings = {"cfg_weight": args.cfg, "num_steps": args.steps, "output": "numpy"}
+    sheet_labels = [emoji.Label(name, colour) for colour, name, _ in openmoji_sheet.SHEET]
+    pictures = model.generate(list(openmoji_sheet.PROMPTS), seed=args.seed, **settings)
+    sheet.make_sheet(list(pictures), openmoji_sheet.PROMPTS).save(sheet_file)
+    print(f"the sheet: {sheet_file}", flush=True)
+    more = pick(refs.trained, args.prompts, args.seed, leave_out=sheet_labels)
+    prompts = [openmoji_sheet.caption(x.colour, x.name) for x in more]
+    painted = model.generate(prompts, seed=args.seed + _MORE_SEED, **settings)
+    out = {
+        "sheet": painting(pictures, sheet_labels, refs.gallery),
+        "trained_pairs": painting(painted, more, refs.gallery),
+    }
+    for picture, (colour, name, seen) in zip(
+        out["sheet"]["pictures"], openmoji_sheet.SHEET, strict=True
+    ):
+        picture |= {"prompt": openmoji_sheet.caption(colour, name), "trained": seen}
+    for picture, prompt in zip(out["trained_pairs"]["pictures"], prompts, strict=True):
+        picture["prompt"] = prompt
+    if referee:
+        for part, shown, labels in (
+            ("sheet", pictures, sheet_labels), ("trained_pairs", painted, more)
+        ):  # fmt: skip
+            out[part]["alignment"] = judged.alignment(referee, list(shown), labels, refs.drawn)
+        out["trained_pairs"]["frechet"] = judged.frechet_distance(
+            referee, list(painted), more, refs.drawn
+        )
+    return out
 
 
 def pick(
@@ -165,8 +261,13 @@ def identity(folder: epath.Path) -> dict[str, str]:
     out = {}
     for name in (checksums.SUMS_FILE, checkpoint.MODEL_FILE, "run.json"):
         if (folder / name).exists():
-            out[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            out[name] = sha256(folder / name)
     return out
+
+
+def sha256(file: epath.Path) -> str:
+    """Of a small file; '' where there is none."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
 
 
 def hash_files(folder: epath.Path) -> str:
@@ -188,16 +289,18 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
     def add(what: str, result: str, compared: dict[str, Any]) -> None:
         lines.append({"what": what, "result": result, **compared, "holds": compared["beats"]})
 
-    hue = report["sheet"]["hue"]
-    unseen = [x["hue_right"] for x in report["sheet"]["pictures"] if not x["trained"]]
-    lines.append(
-        {
-            "what": f"sheet: hue within {emoji.HUE_TOLERANCE:.0f} degrees, {HUE_WANTED} wanted",
-            "result": f"{hue['right']}/{hue['of']} (untrained pairs {sum(unseen)}/{len(unseen)})",
-            "holds": hue["right"] >= HUE_WANTED,
-        }
-    )
-    for part in ("sheet", "trained_pairs"):
+    if "sheet" in report:
+        hue = report["sheet"]["hue"]
+        unseen = [x["hue_right"] for x in report["sheet"]["pictures"] if not x["trained"]]
+        lines.append(
+            {
+                "what": f"sheet: hue within {emoji.HUE_TOLERANCE:.0f} degrees, {HUE_WANTED} wanted",
+                "result": f"{hue['right']}/{hue['of']} (untrained pairs {sum(unseen)}/"
+                f"{len(unseen)})",
+                "holds": hue["right"] >= HUE_WANTED,
+            }
+        )
+    for part in (x for x in ("sheet", "trained_pairs") if x in report):
         hue, found = report[part]["hue"], report[part]["retrieval"]
         name = part.replace("_", " ")
         add(f"{name}: hue, against shuffled prompts", f"{hue['right']}/{hue['of']}", hue["within"])
@@ -206,8 +309,14 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
         add(what + "reciprocal rank", tops, found["reciprocal_rank"])
         median = f"median rank {found['median_rank']:g}"
         add(what + "percentile", median, found["percentile"])
-    for split, scores in report["captions"].items():
-        for kind in ("exact", "colour", "name"):
+        if "alignment" in report[part]:
+            fits = report[part]["alignment"]
+            top = f"top1 {fits['top1']}/{fits['of']} (drawings {fits['drawn_top1']})"
+            add(f"{name}: judge's alignment, against shuffled prompts", top, fits["likeness"])
+        if "frechet" in report[part]:
+            lines.append(_apart(name, report[part]["frechet"]))
+    for split, scores in report.get("captions", {}).items():
+        for kind in emoji.KINDS:
             for baseline in ("constant", "shuffled"):
                 add(
                     f"captions {split.replace('_', ' ')}: {kind}, against {baseline}",
@@ -215,6 +324,17 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
                     scores[kind][baseline],
                 )
     return lines
+
+
+def _apart(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Distances have no pairs to compare: the line that must hold is that painted pictures are
+    nearer to the drawings of their prompts than drawings of other prompts are."""
+    return {
+        "what": f"{name}: judge's Frechet distance (not FID), against other prompts' drawings",
+        "result": f"{found['painted']:.3f} against {found['other_prompts']:.3f} (drawings "
+        f"{found['drawn']:.3f}, noise {found['noise']:.3f})",
+        "holds": found["painted"] < found["other_prompts"],
+    }
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:

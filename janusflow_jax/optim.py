@@ -72,8 +72,8 @@ def stored_as(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTra
     def init(params: Any) -> Any:
         return cast(tx.init(params), dtype)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, new = tx.update(grads, cast(state, jnp.float32), params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new = tx.update(updates, cast(state, jnp.float32), params)
         return updates, cast(new, dtype)
 
     return optax.GradientTransformation(init, update)

@@ -42,13 +42,9 @@ ImageLike = Any
 
 
 def load(
-    path: Any,
-    dtype: str | None = None,
-    mesh: Any = None,
-    weights: str = "ema",
-    int8: bool = False,
+    path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema", int8: bool = False,
     adapter: Any = "",
-) -> JanusFlowPipeline:
+) -> JanusFlowPipeline:  # fmt: skip
     """Loads a model folder, a workdir or one of its checkpoints.
 
     A folder with some parts only does what those parts can do; the rest says what is missing.
@@ -59,7 +55,7 @@ def load(
       weights: 'ema' or 'params' (raw); folders without an EMA have only 'params'.
       int8: the language model's weights, and its keys and values in `chat`, take a byte each
         (`models/quantize.py`; benchmarks/RESULTS.md has what it costs in accuracy).
-      adapter: a folder of `tools/export_checkpoint.py --adapter-only`, added to the language model.
+      adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
     Raises:
       checkpoint.CheckpointError: nothing there that loads.
       ValueError: another dtype, a tokenizer that is not this model's, or adapters of another base.
@@ -78,13 +74,9 @@ def load(
         chat.check_vocab(loaded.cfg.llm.vocab_size)
     params, loaded.params = loaded.params or {}, None  # the one reference goes along
     if adapter:
-        if "llm" not in params:
-            raise ValueError(f"adapter: expected a model with a language model; {path} has none")
-        params["llm"] = adapters.apply(params["llm"], adapter)
-    return JanusFlowPipeline(
-        loaded.cfg, params, loaded.vae, chat, dtype=dtype, mesh=mesh, source=loaded.source,
-        int8=int8,
-    )  # fmt: skip
+        params["llm"] = adapters.apply(params.get("llm"), adapter)
+    options = {"dtype": dtype, "mesh": mesh, "source": loaded.source, "int8": int8}
+    return JanusFlowPipeline(loaded.cfg, params, loaded.vae, chat, **options)
 
 
 class JanusFlowPipeline:

@@ -31,6 +31,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"attn/o/kernel$", P("tensor", "fsdp")),
     (r"mlp/(gate|up|fc1)/kernel$", P("fsdp", "tensor")),
     (r"mlp/(down|fc2)/kernel$", P("tensor", "fsdp")),
+    # Adapters are small; only what meets a kernel's split over `tensor` is split like it.
+    (r"(attn/[qkv]|mlp/(gate|up))/lora_b$", P(None, "tensor")),
+    (r"(attn/o|mlp/down)/lora_a$", P("tensor", None)),
     (r"block_\d+/linear_1/kernel$", P("fsdp", "tensor")),
     (r"block_\d+/linear_2/kernel$", P("tensor", "fsdp")),
     (r"time_embed/linear_1/kernel$", P("fsdp", "tensor")),

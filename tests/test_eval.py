@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from janusflow_jax import evaluate
 from janusflow_jax.data import openmoji, openmoji_sheet
-from janusflow_jax.eval import emoji, sheet, stats
+from janusflow_jax.eval import emoji, judged, sheet, stats
 
 SHAPES = {
     f"{word} shape {sides}": (sides, thin)
@@ -258,10 +258,9 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     prompts = tuple(openmoji_sheet.caption(c, n) for c, n, _ in shown)
     monkeypatch.setattr(openmoji_sheet, "SHEET", shown)
     monkeypatch.setattr(openmoji_sheet, "PROMPTS", prompts)
-    monkeypatch.setattr(
-        evaluate, "references", lambda path: (emoji.make_gallery(pictures, labels), trained)
-    )
-    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, dtype, weights, int8: _Model())
+    refs = evaluate.References(emoji.make_gallery(pictures, labels), trained, judged.Drawn({}, {}))
+    monkeypatch.setattr(evaluate, "references", lambda path: refs)
+    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, **_: _Model())
 
     def captions(model, source, count):
         return [
@@ -281,10 +280,11 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     for folder in (data, model):
         folder.mkdir()
         (folder / "model.json").write_text("{}")
-    evaluate.main(f"--model {model} --data {data} --out {out} --prompts 12 --captions 30".split())
+    command = f"--model {model} --data {data} --out {out} --prompts 12 --captions 30".split()
+    evaluate.main([*command, "--judge", ""])
     report = json.loads(out.read_text())
     assert [x["what"] for x in report["verdicts"] if not x["holds"]] == []
-    assert len(report["verdicts"]) == 1 + 2 * 3 + 3 * 6
+    assert len(report["verdicts"]) == 1 + 2 * 3 + 3 * 10
     assert report["sheet"]["hue"]["right"] == 24 and len(report["trained_pairs"]["pictures"]) == 12
     assert {x["prompt"] for x in report["trained_pairs"]["pictures"]}.isdisjoint(prompts)
     assert len(report["model"]["model.json"]) == len(report["data"]["files_sha256"]) == 64
@@ -294,6 +294,16 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
         "24/24 (untrained pairs 8/8)" in said
         and "captions heldout pairs: exact, against constant" in said
     )
+    evaluate.main([*command, "--judge", ""])
+    again = json.loads(out.read_text())
+    assert {**again, "seconds": 0} == {**report, "seconds": 0}
+    evaluate.main([*command, "--judge", "", "--prompts", "0"])
+    assert json.loads(out.read_text()).keys() == report.keys() - {"sheet", "trained_pairs"}
+    evaluate.main([*command, "--judge", "", "--captions", "0"])
+    assert json.loads(out.read_text()).keys() == report.keys() - {"captions"}
+    for wrong, expected in (("1", "2 or more"), ("0", "nothing to score")):
+        with pytest.raises(ValueError, match=expected):
+            evaluate.main([*command, "--prompts", wrong, "--captions", wrong])
 
 
 def test_resolve_takes_the_newest_finished_checkpoint(tmp_path):

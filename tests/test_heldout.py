@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from test_train import HUB, config, fresh, lines
 from janusflow_jax import (
     checkpoint,
     config_checks,
+    evaluate,
     heldout,
+    heldout_model,
     losses,
     run_state,
     sharding,
@@ -116,6 +119,32 @@ def test_a_run_measures_at_its_start_on_schedule_and_at_its_end(store, tmp_path,
     again = [x for x in lines("parts") if "eval/held_generate/loss_rf" in x]
     strip = lambda found: [{k: v for k, v in x.items() if k != "time"} for x in found]  # noqa: E731
     assert strip(again) == strip(held)
+
+
+@pytest.mark.slow
+def test_a_model_measured_afterwards_has_the_runs_last_losses(store, tmp_path, monkeypatch):
+    cfg = evaluated("whole")
+    train.train(cfg)
+    last = [x for x in lines("whole") if x["step"] == 4 and "eval/held_generate/loss_rf" in x][-1]
+    for weights, kind in (("params", "eval"), ("ema", "eval_ema")):
+        found = heldout_model.measure("whole", cfg, weights)
+        assert {f"{kind}/{n}" for n in found} == {n for n in last if n.startswith(f"{kind}/")}
+        for name, value in found.items():
+            assert value == pytest.approx(last[f"{kind}/{name}"], rel=1e-5), name
+    # as a command, and the same again to the last digit
+    monkeypatch.setattr(evaluate.heldout_model, "read_config", lambda path: cfg)
+    evaluate.main("--model whole --suite losses --config x.py --out losses.json".split())
+    assert json.loads(open("losses.json").read())["losses"] == found
+
+
+def test_a_config_without_sources_and_one_that_is_none():
+    with pytest.raises(c.ConfigError, match=r"evaluate\.sources"):
+        heldout_model.measure("x", config("x"))
+    for wrong in ("nothing.py", str(test_train.__file__)):
+        with pytest.raises(c.ConfigError, match="expected a file such as"):
+            heldout_model.read_config(wrong)
+    with pytest.raises(ValueError, match="expected --config"):
+        evaluate.main("--model x --suite losses".split())
 
 
 @pytest.mark.slow

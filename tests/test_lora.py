@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
+from published import to_model
 from test_train import HUB, config, fresh
 
 from janusflow_jax import (
     adapters,
     checkpoint,
     config_checks,
+    hub_export,
     pipeline,
     run_state,
     sharding,
@@ -42,6 +44,7 @@ def adapted(cfg: c.ModelConfig, targets=tuple(c.LORA_TARGETS)):
     return params, {**params, "llm": trees.nested(names)}
 
 
+@pytest.mark.slow
 def test_applied_equals_merged():
     cfg = c.model_config("test")
     plain, params = adapted(cfg)
@@ -115,6 +118,13 @@ def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
         np.testing.assert_array_equal(apart[name], x, err_msg=name)  # the base has not moved
         moved = name.rpartition("/")[0] in [n.rpartition("/")[0] for n in apart if "lora_a" in n]
         assert np.array_equal(merged[name], x) == (not moved), name
+
+    hub_export.export("whole", "exported", say=lambda line: None)
+    to_model("exported", "exported/vae", "again")
+    again = checkpoint.flat(checkpoint.load_model("again").params)
+    for name, x in again.items():
+        np.testing.assert_array_equal(x, merged[name], err_msg=name)
+    assert len(again) > 80
 
     said = adapters.save("whole", "adapter")
     assert "rank 4" in said

@@ -12,12 +12,29 @@ from PIL import Image
 
 from janusflow_jax import checkpoint, pipeline
 from janusflow_jax.data import chat_format, images, openmoji, openmoji_classes, openmoji_sheet
+from janusflow_jax.eval import emoji, judge
 
 STARTS = Path(__file__).parents[1] / "starts"
 PARTS = {
     "emoji_vae": {"vae"},
     "emoji_llm": {"llm", "und_aligner", "und_begin", "und_encoder"},
 }
+
+
+def test_the_judge_knows_drawings_and_says_how_well(drawings):
+    folder = STARTS / "emoji_judge"
+    loaded = judge.load(folder)
+    notice = (folder / "README.md").read_text()
+    assert "CC BY-SA 4.0" in notice and loaded.about["made_by"] in notice
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 2.5e6
+    assert set(loaded.cfg.classes) == set(openmoji_classes.CLASSES.values())
+    every = judge.all_labels(loaded.cfg)
+    labels = [emoji.Label(name, colour) for colour, name, _ in drawings]
+    likeness = loaded.pictures([x for _, _, x in drawings]) @ loaded.texts(every).T
+    right = np.mean([every[i] == x for i, x in zip(likeness.argmax(1), labels, strict=True)])
+    assert right > 0.8  # of 1,864, in a view that it was not trained on
+    for name in ("heldout_views", "heldout_pairs, a view of its own"):
+        assert loaded.about["accuracy"][name]["pair"] > 0.8
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +53,7 @@ def test_size_parts_and_licence():
     files = [p for p in STARTS.rglob("*") if p.is_file()]
     assert max(p.stat().st_size for p in files) <= 5e6
     assert sum(p.stat().st_size for p in files) <= 8e6
-    assert {p.name for p in STARTS.iterdir()} == set(PARTS)
+    assert {p.name for p in STARTS.iterdir()} == {*PARTS, "emoji_judge"}
     for name, parts in PARTS.items():
         loaded = checkpoint.load_model(STARTS / name)
         assert set(loaded.meta["parts"]) == parts

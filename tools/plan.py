@@ -86,7 +86,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             config_lib.check_field(arg.removeprefix("--config.").split("=")[0])
     try:
         return app.parse_flags_with_usage(argv)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, IndexError) as error:
         raise config_lib.ConfigError(f"--config: {error}") from error
 
 

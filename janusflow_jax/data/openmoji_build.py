@@ -50,6 +50,19 @@ icon project - recoloured and rendered by `tools/prepare_openmoji.py`, and are u
 licence, [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/).
 """
 
+JUDGE_NOTICE = """\
+# The judge of the quick start's pictures
+
+Two towers that score what the quick start paints (`janusflow_jax/eval/judge.py`; no training
+begins from them), made by
+
+    {command}
+
+They were learned from drawings of [OpenMoji](https://openmoji.org) 17 - the open-source emoji and
+icon project - recoloured and rendered by `tools/prepare_openmoji.py`, and are under the drawings'
+licence, [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/).
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:

@@ -18,10 +18,13 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageFilter
 
 from janusflow_jax.data import openmoji_sheet
-from janusflow_jax.eval import stats
+from janusflow_jax.eval import partial, stats
 
 HUE_TOLERANCE = 30.0
 """Degrees that the dominant hue may lie from the prompt's."""
+
+KINDS = ("exact", "colour", "name", "words", "edits")
+"""How a caption is compared with the truth: whole, by part, and by nearness."""
 
 GRID = 20
 """Side of the grid on which silhouettes and colours are compared."""
@@ -259,13 +262,16 @@ def parse_caption(text: str) -> Label:
 def caption_table(
     answers: Sequence[str], captions: Sequence[Sequence[str]], labels: Sequence[Label]
 ) -> dict[str, np.ndarray]:
-    """Every answer against every picture's truth: exact, colour, name -> float[N answers, N]."""
+    """Every answer against every picture's truth -> float[N answers, N] in [0, 1] of each KIND."""
     said = [parse_caption(a) for a in answers]
     exact = [[a.strip() in truth for truth in captions] for a in answers]
+    truths = [t for truth in captions for t in truth]
     return {
         "exact": np.asarray(exact, np.float64),
         "colour": np.asarray([[s.colour == x.colour for x in labels] for s in said], np.float64),
         "name": np.asarray([[s.name == x.name for x in labels] for s in said], np.float64),
+        "words": partial.best_of(partial.word_overlap(answers, truths), captions),
+        "edits": partial.best_of(partial.edit_likeness(answers, truths), captions),
     }
 
 
@@ -279,9 +285,11 @@ def score_captions(
       captions: the true captions of each.
       labels: what each shows.
     Returns:
-      for exact (one of the captions, to the letter), colour and name (class): against `constant`
-      (the one answer that is right most often on these very pictures) and against `shuffled`
-      (the same answers exchanged among the pictures). Intervals draw whole classes.
+      for every KIND - exact (one of the captions, to the letter), colour, name (class), and in
+      part: words (F1 of words), edits (share of letters that need not change), of the caption that
+      is nearest - against `constant` (the one answer that scores best on these very pictures) and
+      against `shuffled` (the same answers exchanged among the pictures). Intervals draw whole
+      classes. `right` counts the whole ones, `mean` is the mean score.
     """
     if not len(answers) == len(captions) == len(labels) >= 2:
         raise ValueError(
@@ -289,19 +297,20 @@ def score_captions(
             f"got {len(labels)} pictures, {len(answers)} answers, {len(captions)} lists of captions"
         )
     groups = [x.name for x in labels]
-    truths = {
-        "exact": [set(c) for c in captions],
-        "colour": [{x.colour} for x in labels],
-        "name": [{x.name} for x in labels],
-    }
+    # A constant answer that is right of colour, class or both is some picture's own caption.
+    candidates = list(dict.fromkeys(c[0] for c in captions))
+    every = caption_table(candidates, captions, labels)
     out: dict[str, Any] = {"of": len(answers)}
     for kind, table in caption_table(answers, captions, labels).items():
-        best, _ = Counter(x for truth in truths[kind] for x in truth).most_common(1)[0]
-        constant = np.asarray([best in truth for truth in truths[kind]], np.float64)
+        best = int(every[kind].mean(1).argmax())
         own, others = stats.against_others(table)
         out[kind] = {
-            "right": int(own.sum()),
-            "constant": {"answer": best, **stats.compare(own, constant, groups)},
+            "right": int((own == 1).sum()),
+            "mean": float(own.mean()),
+            "constant": {
+                "answer": candidates[best],
+                **stats.compare(own, every[kind][best], groups),
+            },
             "shuffled": stats.compare(own, others, groups),
         }
     return out

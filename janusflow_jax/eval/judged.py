@@ -1,0 +1,103 @@
+"""The judge's scores of painted pictures, each beside what drawings and noise get.
+
+The feature space is that of `judge.py`, trained by this project on these drawings: its Frechet
+distance is not FID, its alignment is not CLIP score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from janusflow_jax.eval import frechet, stats
+from janusflow_jax.eval.emoji import Label
+from janusflow_jax.eval.judge import LoadedJudge
+
+VIEWS = 2
+"""Drawings of each prompt that painted pictures are compared with."""
+_NOISE_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Real pictures, uint8[H, W, 3]: the data set's by label, and one more view of some pairs."""
+
+    views: dict[Label, list[np.ndarray]]
+    unseen: dict[Label, np.ndarray]
+
+
+def alignment(
+    judge: LoadedJudge, pictures: Sequence[np.ndarray], labels: Sequence[Label], drawn: Drawn
+) -> dict[str, Any]:
+    """Cosine between picture and prompt, against exchanged prompts.
+
+    Returns:
+      of; likeness: compared with the mean over the other prompts; top1, top5: how many pictures'
+      own text is among the nearest of all texts that the judge knows; drawn: the likeness of real
+      drawings of the same prompts, and how many of them are top1; noise: the likeness of noise.
+    """
+    texts = judge.texts(labels)
+    own = judge.pictures(pictures)
+    real = judge.pictures([drawn.views[x][0] for x in labels])
+    places, real_places = (_places(judge, x, texts) for x in (own, real))
+    return {
+        "of": len(labels),
+        "likeness": stats.compare(*stats.against_others(own @ texts.T)),
+        "top1": int((places == 1).sum()),
+        "top5": int((places <= 5).sum()),
+        "drawn": float(_own(real, texts).mean()),
+        "drawn_top1": int((real_places == 1).sum()),
+        "noise": float(_own(judge.pictures(noise(pictures)), texts).mean()),
+    }
+
+
+def frechet_distance(
+    judge: LoadedJudge, pictures: Sequence[np.ndarray], labels: Sequence[Label], drawn: Drawn
+) -> dict[str, Any]:
+    """Frechet distance between pictures and real drawings (VIEWS of each prompt).
+
+    Only pairs count of which one more real view is there (`drawn.unseen`): that view against the
+    same drawings is the floor, which has the bias of the same sample size.
+
+    Returns:
+      of; reference: drawings; painted, and at half the sample; drawn (the floor), and at half the
+      sample; other_prompts: real drawings of as many other pairs; noise.
+    """
+    kept = [i for i, x in enumerate(labels) if x in drawn.unseen]
+    own = [labels[i] for i in kept]
+    chosen = set(own)
+    order = sorted(drawn.unseen, key=lambda x: (x.name, x.colour))
+    others = [x for x in order if x not in chosen]
+    others = [others[i * len(others) // len(own)] for i in range(len(own))]
+    sets = {
+        "painted": [pictures[i] for i in kept],
+        "drawn": [drawn.unseen[x] for x in own],
+        "other_prompts": [drawn.unseen[x] for x in others],
+    }
+    reference = judge.pictures([p for x in own for p in drawn.views[x][:VIEWS]])
+    found = {name: judge.pictures(x) for name, x in sets.items()}
+    found["noise"] = judge.pictures(noise(sets["painted"]))
+    out: dict[str, Any] = {"of": len(own), "reference": len(reference)}
+    for name, features in found.items():
+        out[name] = frechet.distance(features, reference)
+        if name in ("painted", "drawn"):
+            out[f"{name}_half"] = frechet.halves(features, reference)
+    return out
+
+
+def noise(like: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """As many pictures of uniform noise; always the same."""
+    rng = np.random.default_rng(_NOISE_SEED)
+    return [rng.integers(0, 256, x.shape, np.uint8) for x in like]
+
+
+def _own(features: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    return (features * texts).sum(1)
+
+
+def _places(judge: LoadedJudge, features: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Place of each picture's own text among all texts, 1 for the nearest."""
+    return 1 + (features @ judge.every_text().T > _own(features, texts)[:, None] + 1e-6).sum(1)

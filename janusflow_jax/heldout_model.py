@@ -1,0 +1,84 @@
+"""The held-out losses that a run measures on its way, of any model that is there."""
+
+from __future__ import annotations
+
+import copy
+import runpy
+from typing import Any
+
+import jax
+
+from janusflow_jax import checkpoint, config_checks, heldout, sharding
+from janusflow_jax import config as config_lib
+from janusflow_jax.config import ConfigError, TrainConfig
+from janusflow_jax.data import chat_format
+
+
+def read_config(path: str) -> TrainConfig:
+    """The config of 'configs/emoji.py:F', as for training.
+
+    Raises:
+      ConfigError: no such file, no `get_config` in it, or a config that cannot work.
+    """
+    file, _, arg = path.partition(":")
+    try:
+        cfg = runpy.run_path(file)["get_config"](arg or None)
+    except (OSError, KeyError) as error:
+        raise ConfigError(
+            f"--config: expected a file such as configs/emoji.py:F; got {path!r} ({error!r})"
+        ) from error
+    config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
+    return cfg
+
+
+def measure(
+    path: str, cfg: TrainConfig, weights: str = "ema", dtype: str | None = None
+) -> dict[str, float]:
+    """Held-out losses of a model on the sources of `cfg.evaluate`: 'paint_unseen/loss_rf' ...
+
+    Rows, noise, times, the row's length and the slots are the config's; the model's sizes and the
+    tokenizer are its own.
+
+    Args:
+      weights: of a run, 'ema' or 'params'.
+      dtype: of activations; None: the config's.
+    Raises:
+      ConfigError: a config without held-out sources.
+      checkpoint.CheckpointError: no model, or one that lacks a part that a source's loss needs.
+    """
+    if not cfg.evaluate.sources:
+        raise ConfigError(
+            f"config {cfg.name!r}: expected evaluate.sources to measure on; got none "
+            "(docs/training.md, Held-out losses)"
+        )
+    loaded = checkpoint.load_model(path, weights=weights)
+    _check_parts(path, loaded, cfg)
+    cfg = copy.deepcopy(cfg)
+    cfg.model = loaded.cfg
+    cfg.dtype = dtype or cfg.dtype
+    cfg.mesh = config_lib.MeshConfig()
+    chat = chat_format.ChatFormat.load(loaded.hub, num_image_tokens=cfg.model.num_image_tokens)
+    mesh = sharding.make_mesh(cfg.mesh)
+    to_host: Any = jax.device_get((loaded.params, loaded.vae or {}))
+    with jax.set_mesh(mesh):
+        params, vae = sharding.put_tree(to_host, sharding.tree_shardings(to_host, mesh))
+        state = {"params": params, "frozen": {}, "vae": vae, "ema": {}}
+        found = heldout.Heldout(cfg, mesh, chat).measure(state)
+    return {name.removeprefix(f"{heldout.RAW}/"): value for name, value in found.items()}
+
+
+def _check_parts(path: str, loaded: checkpoint.LoadedModel, cfg: TrainConfig) -> None:
+    tasks = {s.task for s in cfg.evaluate.sources}
+    need = {"llm"}
+    if "generate" in tasks:
+        need |= {"vae", "gen_encoder", "gen_aligner", "gen_norm", "gen_head", "gen_decoder"}
+    if "understand" in tasks:
+        shared = loaded.cfg.und_encoder == "shared"
+        need |= {"und_aligner", "und_begin"}
+        need |= {"vae", "gen_encoder"} if shared else {"und_encoder"}
+    lacking = sorted(need - set(loaded.parts))
+    if lacking:
+        raise checkpoint.CheckpointError(
+            f"{path}: held-out losses of {sorted(tasks)} need the parts {lacking}; it has "
+            f"{loaded.parts}"
+        )

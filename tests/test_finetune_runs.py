@@ -1,0 +1,140 @@
+"""Fine-tuning runs: adapters on a mesh, bfloat16 states through a save, folders by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train
+from published import to_model
+from test_train import HUB, ROOT, config, fresh
+
+import janusflow_jax
+from janusflow_jax import checkpoint, hub_export, pipeline, run_state, sharding, train, train_step
+from janusflow_jax import config as c
+from janusflow_jax.data import chat_format, loader
+
+store = test_train.store  # a fixture
+
+
+def lora_config(workdir, **changes) -> c.TrainConfig:
+    cfg = config(workdir, train_parts=("gen_decoder",), **changes)
+    cfg.lora = c.LoraConfig(rank=4, alpha=8.0)
+    return cfg
+
+
+@pytest.mark.slow
+def test_adapters_on_a_mesh_are_those_of_one_device(store):
+    cfg = lora_config("x")
+    batches = loader.Loader(cfg.data, cfg.model, chat_format.ChatFormat.load(str(HUB)), 8)
+    feed = batches.batches(0)
+    data = [next(feed)[0] for _ in range(3)]  # b leaves zero in the first, then a moves too
+    feed.close()
+    params, vae_params = jax.device_get(fresh(cfg.model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x + np.float32(0.01), params)
+    found, adapters = {}, {}
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+        mesh = sharding.make_mesh(c.MeshConfig(**sizes), jax.devices()[: int(np.prod(shape))])
+        with jax.set_mesh(mesh):
+            state, step, found[shape] = run_state.make(cfg, mesh, params, vae_params), None, []
+            for batch in data:
+                batch = sharding.put_batch(batch, mesh, 8)
+                step = step or train_step.jit_train_step(cfg, mesh, state, batch)
+                state, out = step(state, batch)
+                found[shape].append([float(out[n]) for n in ("loss", "grad_norm")])
+        block = state["params"]["llm"]["layers"]["block"]
+        adapters[shape] = jax.device_get(block)
+    q, down = block["attn"]["q"], block["mlp"]["down"]
+    assert q["lora_a"].sharding.shard_shape(q["lora_a"].shape) == q["lora_a"].shape
+    assert q["lora_b"].sharding.shard_shape(q["lora_b"].shape) == (3, 4, 32)  # of 64
+    assert down["lora_a"].sharding.shard_shape(down["lora_a"].shape) == (3, 88, 4)  # of 176
+    moment = state["opt_state"][1][0].mu["llm"]["layers"]["block"]["mlp"]["down"]["lora_a"]
+    assert moment.sharding == down["lora_a"].sharding
+    one, many = found.values()
+    np.testing.assert_allclose(many, one, rtol=2e-5)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(adapters[(1, 1, 1)]))
+
+
+@pytest.mark.slow
+def test_a_run_in_bfloat16_resumes_bit_for_bit_and_is_exported(store, tmp_path):
+    """Frozen parts and moments of two bytes go through checkpoints, `load` and an export."""
+
+    def light(workdir, **changes):
+        cfg = lora_config(workdir, frozen_dtype="bfloat16", **changes)
+        cfg.optim = dataclasses.replace(cfg.optim, moments_dtype="bfloat16", ema=0.0)
+        return cfg
+
+    train.train(light("whole"))
+    train.train(light("parts", num_steps=2))
+    train.train(light("parts", num_steps=4))
+    step = "checkpoints/4"
+    trees = {}
+    for run in ("whole", "parts"):
+        read = {
+            n: checkpoint._load_tree(tmp_path / run / step / n) for n in ("params", "opt_state")
+        }
+        trees[run] = checkpoint.flat(jax.device_get(read))
+    a, b = trees["whole"], trees["parts"]
+    assert a.keys() == b.keys() and len(a) > 100
+    for name, x in a.items():
+        assert x.dtype == b[name].dtype, name
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(b[name]), err_msg=name)
+    kinds = {n: x.dtype for n, x in a.items() if np.ndim(x)}
+    frozen = {kinds[n] for n in kinds if n.startswith("params/") and "und_encoder" in n}
+    moments = {t for n, t in kinds.items() if n.startswith("opt_state/")}
+    assert frozen == moments == {jnp.dtype(jnp.bfloat16)}
+    assert kinds["params/gen_decoder/out_conv/kernel"] == jnp.float32
+    losses = [x["loss"] for x in test_train.lines("whole")]
+    assert len(losses) == 4 and np.isfinite(losses).all()
+
+    said = checkpoint.flat(checkpoint.load_model("whole").params)
+    hub_export.export("whole", "out", say=lambda _: None)
+    to_model("out", "out/vae", "again")
+    again = checkpoint.flat(checkpoint.load_model("again").params)
+    assert len(again) > 80
+    for name, x in again.items():
+        want = np.asarray(said[name], np.float32)
+        np.testing.assert_array_equal(np.asarray(x, np.float32), want, err_msg=name)
+    args = {"num_steps": 2, "output": "latent", "seed": 5}
+    one, two = (
+        pipeline.load(x, dtype="float32").generate("a fox", **args) for x in ("whole", "again")
+    )
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def finetune(arg: str) -> c.TrainConfig:
+    return runpy.run_path(str(ROOT / "configs" / "finetune.py"))["get_config"](arg)
+
+
+def test_folders_are_named_in_the_argument():
+    cfg = finetune("paint,replay,mine=gs://b/cats/,kept=data/x")
+    assert cfg.name == "finetune-cats-x-paint-replay"
+    for sources in (cfg.data.sources, cfg.evaluate.sources):  # the guard looks where training does
+        assert [s.path for s in sources] == ["gs://b/cats/", "data/x", "data/x"]
+    assert {"gs://b/cats/", "data/x"} <= dict(cfg.made_by).keys()
+    assert finetune("paint,emoji,mine=data/cats").evaluate.sources[0].split == "heldout"
+    assert finetune("paint,emoji").evaluate.sources[0].split == "heldout_pairs"
+    for wrong in ("paint,min=data/x", "paint,mine="):
+        with pytest.raises(c.ConfigError, match="expected mine=DIR or kept=DIR"):
+            finetune(wrong)
+
+
+def test_a_source_of_a_list_can_be_set_by_a_flag():
+    c.check_field("data.sources[0].path")
+    c.check_field("evaluate.sources[2].split")
+    with pytest.raises(c.ConfigError, match=r"sources\[0\]: expected one of name, .*'path'"):
+        c.check_field("data.sources[0].pat")
+    with pytest.raises(c.ConfigError, match="got 'source'; did you mean 'sources'"):
+        c.check_field("data.source[0].path")
+
+
+def test_the_packages_load_takes_what_the_pipelines_does():
+    ours, theirs = (inspect.signature(f).parameters for f in (janusflow_jax.load, pipeline.load))
+    assert list(ours) == list(theirs)
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]

@@ -1,0 +1,99 @@
+"""docs/finetuning.md: its commands, run as they stand but for the number of steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from janusflow_jax import config as c
+from janusflow_jax import config_checks, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = {
+    "janusflow_jax.train": "--config.num_steps=2 --config.evaluate.rows=2 --config.batch_rows=2 "
+    "--config.save_every_steps=0 --config.optim.warmup_steps=1",
+    "janusflow_jax.generate": "--steps 2",
+}
+
+
+def commands() -> list[list[str]]:
+    text = (ROOT / "docs" / "finetuning.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines() if line]
+
+
+def config(arg: str) -> c.TrainConfig:
+    return runpy.run_path(str(ROOT / "configs" / "finetune.py"))["get_config"](arg)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_doc(tmp_path):
+    for name in ("configs", "starts", "tools", "janusflow_jax"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    # pictures of a few processes: no fake devices, a cache of compiled programs for all
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(words: list[str]) -> str:
+        assert words[0] == "python"
+        short = next((SHORT[w] for w in words if w in SHORT), "").split()
+        done = subprocess.run(
+            [sys.executable, *words[1:], *short], cwd=tmp_path, env=env, text=True,
+            capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    run(shlex.split("python tools/prepare_openmoji.py --out data/openmoji"))
+    train = "python -m janusflow_jax.train --config=configs/emoji.py"
+    run(shlex.split(f"{train} --config.prompts=() --config.heldout=()"))  # for runs/emoji
+    said = [run(words) for words in commands()]
+    assert len(said) == 6
+    assert "replay_understand ar" in said[1] and "mine_generate rf" in said[1]
+    assert "adapters of rank 16 on q, k, v, o, gate, up, down" in said[3]
+    assert json.loads((tmp_path / "owl_adapter" / "adapter_config.json").read_text())["r"] == 16
+    for name in ("owl.png", "owl_lora.png"):
+        assert np.asarray(Image.open(tmp_path / name)).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("arg", "tasks", "trained"),
+    [
+        ("paint", ["generate"], {"llm", "gen_decoder"}),
+        ("read", ["understand"], {"llm", "und_aligner"}),
+        ("paint,read,replay", ["generate", "understand"] * 2, {"llm", "gen_decoder", "und_begin"}),
+        ("paint,lora,light", ["generate"], set()),
+        ("paint,replay,lora", ["generate", "generate", "understand"], set()),
+        ("read,lora,test", ["understand"], set()),
+        ("paint,replay,emoji", ["generate", "generate", "understand"], {"llm", "gen_decoder"}),
+    ],
+)
+def test_what_an_argument_trains(arg, tasks, trained):
+    cfg = config(arg)
+    assert not config_checks.train_problems(cfg)
+    assert [s.task for s in cfg.data.sources] == tasks
+    assert trained <= train_step.trained_parts(cfg) and (
+        "lora" not in arg or train_step.trained_parts(cfg) == set()
+    )
+    assert "und_encoder" not in train_step.trained_parts(cfg)
+    shares = [s.weight for s in cfg.data.sources]
+    if "replay" in arg:
+        kept = [s.weight for s in cfg.data.sources if s.name.startswith("replay")]
+        assert sum(kept) / sum(shares) == pytest.approx(0.25)
+        assert {s.task for s in cfg.evaluate.sources} == {"generate", "understand"}
+    if "test" not in arg:
+        assert cfg.evaluate.max_rise and len(cfg.evaluate.sources) >= 3
+
+
+def test_what_is_fine_tuned_must_be_said():
+    with pytest.raises(c.ConfigError, match="expected paint, read or both"):
+        config("lora")
