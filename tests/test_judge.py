@@ -12,7 +12,7 @@ from test_eval import _all, _draw, _Model
 
 from janusflow_jax import checksums, evaluate
 from janusflow_jax import config as c
-from janusflow_jax.data import openmoji_sheet
+from janusflow_jax.data import openmoji, openmoji_sheet
 from janusflow_jax.eval import emoji, frechet, judge, judged, partial
 
 
@@ -61,16 +61,16 @@ def by_hand(a: str, b: str) -> int:
 
 
 def test_edits_of_every_pair_are_the_edit_distance():
-    texts = ["", "red", "a red", "bred", "reed", "der", "Red "]
+    texts = ["", "red", "ared", "bred", "reed", "der", "a drawing of a Red "]
     got = partial.edit_likeness(texts, texts[:6])
-    for i, a in enumerate(t.strip().lower() for t in texts):
+    for i, a in enumerate([*texts[:6], "red"]):
         for j, b in enumerate(texts[:6]):
             longer = max(len(a), len(b), 1)
             assert got[i, j] == pytest.approx(1 - by_hand(a, b) / longer), (a, b)
 
 
 def test_edits_are_near_what_difflib_calls_alike():
-    a, b = "a drawing of a red race car", "a drawing of a pink race car"
+    a, b = "red race car with spots", "pink race car with spots"
     got = partial.edit_likeness([a], [b])[0, 0]
     assert abs(got - difflib.SequenceMatcher(None, a, b).ratio()) < 0.1 and got < 1
 
@@ -78,6 +78,18 @@ def test_edits_are_near_what_difflib_calls_alike():
 def test_words_in_common():
     got = partial.word_overlap(["a red race car", "blue"], ["red car", "the red race car", "x"])
     np.testing.assert_allclose(got, [[0.8, 1, 0], [0, 0, 0]])
+    assert partial.word_overlap(["a drawing of a cat"], ["a drawing of a dog"]) == 0
+
+
+def test_no_constant_answer_is_below_exchanged_ones():
+    """In every KIND: the best constant is at least the mean of all exchanges."""
+    _, labels = _all()
+    captions = [openmoji.captions(x.colour, x.name) for x in labels]
+    answers = [c[i % 3] for i, c in enumerate(captions)]
+    scores = emoji.score_captions(answers, captions, labels)
+    for kind in ("colour", "name", "words", "edits"):
+        constant, shuffled = (scores[kind][x]["baseline"] for x in ("constant", "shuffled"))
+        assert scores[kind]["mean"] == 1 and shuffled <= constant < 0.8, kind
 
 
 def test_the_nearest_truth_of_each_picture_counts():
@@ -158,6 +170,10 @@ def test_right_pictures_score_above_wrong_ones(referee, monkeypatch):
     right = judged.alignment(referee, pictures, labels, real)
     assert right["likeness"]["beats"] and right["top1"] > 18 and right["drawn_top1"] > 18
     wrong = judged.alignment(referee, pictures[1:] + pictures[:1], labels, real)
+    assert right["in_colour"]["beats"] and right["median_rank"] <= 2
+    assert right["candidates"] == 12
+    class_wrong = judged.alignment(referee, pictures[18:] + pictures[:18], labels, real)
+    assert not class_wrong["in_colour"]["beats"] and class_wrong["median_rank"] > 3
     assert wrong["top1"] < 6 and wrong["likeness"]["score"] < right["likeness"]["score"] - 0.2
     half = labels[::2]
     near = judged.frechet_distance(referee, [pictures[labels.index(x)] for x in half], half, real)
@@ -182,4 +198,4 @@ def test_painting_is_scored_with_the_judge_and_the_same_twice(referee, monkeypat
     assert one["sheet"]["alignment"]["of"] == 24 and one["trained_pairs"]["frechet"]["of"] == 8
     said = evaluate.table(evaluate.verdicts(one))
     assert "judge's alignment, against shuffled prompts" in said and "(not FID)" in said
-    assert len(evaluate.verdicts(one)) == 1 + 2 * 4 + 1
+    assert len(evaluate.verdicts(one)) == 1 + 2 * 5 + 1

@@ -8,7 +8,6 @@ the same pictures or answers get with the prompts exchanged among them, and the 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -251,10 +250,7 @@ def parse_caption(text: str) -> Label:
     '' for what it does not name. The class is all that follows the colour, so that 'red car' is no
     part of 'red race car'.
     """
-    words = re.findall(r"[a-z0-9'-]+", text.lower())
-    words = [w for w in words if w not in ("a", "an", "the")]
-    if words[:2] in (["drawing", "of"], ["picture", "of"]):
-        words = words[2:]
+    words = partial.words(text)
     colour = words[0] if words and words[0] in openmoji_sheet.PALETTE else ""
     return Label(" ".join(words[1:] if colour else words), colour)
 

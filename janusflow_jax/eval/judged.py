@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from janusflow_jax.eval import frechet, stats
+from janusflow_jax.eval import judge as judge_lib
 from janusflow_jax.eval.emoji import Label
 from janusflow_jax.eval.judge import LoadedJudge
 
@@ -35,17 +36,23 @@ def alignment(
     """Cosine between picture and prompt, against exchanged prompts.
 
     Returns:
-      of; likeness: compared with the mean over the other prompts; top1, top5: how many pictures'
-      own text is among the nearest of all texts that the judge knows; drawn: the likeness of real
-      drawings of the same prompts, and how many of them are top1; noise: the likeness of noise.
+      of; likeness: compared with the mean over the other prompts; in_colour: compared with the mean
+      over all other classes in the prompt's colour (so that the right colour gives no help);
+      median_rank: of the prompt among these; candidates: how many they are; top1, top5: how many
+      pictures' own text is among the nearest of all texts that the judge knows; drawn: the likeness
+      of real drawings of the same prompts, drawn_top1: how many of them; noise: noise's likeness.
     """
     texts = judge.texts(labels)
     own = judge.pictures(pictures)
     real = judge.pictures([drawn.views[x][0] for x in labels])
     places, real_places = (_places(judge, x, texts) for x in (own, real))
+    hits, others, ranks = _in_colour(judge, own, labels)
     return {
         "of": len(labels),
         "likeness": stats.compare(*stats.against_others(own @ texts.T)),
+        "in_colour": stats.compare(hits, others),
+        "median_rank": float(np.median(ranks)),
+        "candidates": len(judge.cfg.classes),
         "top1": int((places == 1).sum()),
         "top5": int((places <= 5).sum()),
         "drawn": float(_own(real, texts).mean()),
@@ -92,6 +99,19 @@ def noise(like: Sequence[np.ndarray]) -> list[np.ndarray]:
     """As many pictures of uniform noise; always the same."""
     rng = np.random.default_rng(_NOISE_SEED)
     return [rng.integers(0, 256, x.shape, np.uint8) for x in like]
+
+
+def _in_colour(
+    judge: LoadedJudge, features: np.ndarray, labels: Sequence[Label]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Likeness to the own prompt, mean likeness to the other classes in its colour, and the own
+    one's place among them all; float[N] each."""
+    classes, colours = judge_lib.indices(judge.cfg, labels)
+    texts = judge.every_text().reshape(len(judge.cfg.classes), len(judge.cfg.colours), -1)
+    scores = np.einsum("nd,cnd->nc", features, texts[:, colours])
+    own = np.take_along_axis(scores, classes[:, None], axis=1)
+    others = (scores.sum(1) - own[:, 0]) / (scores.shape[1] - 1)
+    return own[:, 0], others, (scores > own).sum(1) + 1
 
 
 def _own(features: np.ndarray, texts: np.ndarray) -> np.ndarray:

@@ -9,16 +9,19 @@ import numpy as np
 from jaxtyping import Float
 
 _ARTICLES = frozenset(("a", "an", "the"))
+_FRAMES = (["drawing", "of"], ["picture", "of"])
 
 
-def words(text: str) -> frozenset[str]:
-    """The words of a caption, articles left out."""
-    return frozenset(re.findall(r"[a-z0-9'-]+", text.lower())) - _ARTICLES
+def words(text: str) -> list[str]:
+    """What a caption says: its words without articles, and without 'a drawing of' in front, which
+    is no part of the answer (half of two captions' words would be in common by it alone)."""
+    found = [w for w in re.findall(r"[a-z0-9'-]+", text.lower()) if w not in _ARTICLES]
+    return found[2:] if found[:2] in _FRAMES else found
 
 
 def word_overlap(a: Sequence[str], b: Sequence[str]) -> Float[np.ndarray, "A B"]:
     """F1 of two captions' words, for every pair: 1 for the same words, 0 for none in common."""
-    left, right = [words(t) for t in a], [words(t) for t in b]
+    left, right = [frozenset(words(t)) for t in a], [frozenset(words(t)) for t in b]
     return np.asarray(
         [[2 * len(x & y) / (len(x) + len(y)) if x or y else 1.0 for y in right] for x in left],
         np.float64,
@@ -28,10 +31,9 @@ def word_overlap(a: Sequence[str], b: Sequence[str]) -> Float[np.ndarray, "A B"]
 def edit_likeness(a: Sequence[str], b: Sequence[str]) -> Float[np.ndarray, "A B"]:
     """1 - (letters to insert, delete or replace) / (letters of the longer one), for every pair.
 
-    Case and spaces around a caption do not count. The table of the edit distance is filled for all
-    pairs at once.
+    Of what captions say (`words`). The table of the edit distance is filled for all pairs at once.
     """
-    x, y = ([t.strip().lower() for t in texts] for texts in (a, b))
+    x, y = ([" ".join(words(t)) for t in texts] for texts in (a, b))
     left, right = _codes(x), _codes(y)
     size_x, size_y = (np.asarray([len(t) for t in texts]) for texts in (x, y))
     row = np.broadcast_to(np.arange(right.shape[1] + 1), (len(x), len(y), right.shape[1] + 1))

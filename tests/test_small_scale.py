@@ -1,0 +1,214 @@
+"""docs/small_scale.md shows what docs/small_scale.json holds; the tool gathers what was scored."""
+
+import argparse
+import copy
+import json
+import pathlib
+import types
+
+import pytest
+
+from janusflow_jax import evaluate
+from tools import small_scale
+from tools import small_scale_tables as tables
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STORED = json.loads((ROOT / "docs" / "small_scale.json").read_text())
+
+
+def _compared(score, baseline=0.5):
+    return {"score": score, "baseline": baseline}
+
+
+def _report(letter="F", percentile=0.8, exact=0.6):
+    """A report of the suite, in the parts that are read."""
+    out = {"software": {"jax": "1"}, "data": {"files_sha256": "a"}, "model": {"model.json": "b"}}
+    if letter != "D":
+        part = {
+            "hue": {"within": _compared(0.9, 0.2)},
+            "retrieval": {"percentile": _compared(percentile), "median_rank": 25.0},
+        }
+        out |= {"sheet": part, "trained_pairs": {**part, "frechet": {"painted": 1 - percentile}}}
+    if letter != "E":
+        kinds = {k: {"constant": _compared(exact, 0.1)} for k in ("exact", "name", "words")}
+        out["captions"] = {"heldout_pairs": kinds}
+    return out
+
+
+def _found(**runs):
+    """Numbers of runs F1=report, ..., as gathered."""
+    named = {f"{k[0]}-{k[1:]}": v for k, v in runs.items()}
+    training = {"steps": 1200, "batch_rows": 8, "minutes": 5.0}
+    return {
+        "runs": {k: {"scores": tables.scores(v), "training": training} for k, v in named.items()}
+    }
+
+
+def _run(folder, name, done=True):
+    run = folder / name
+    run.mkdir(parents=True)
+    lines = [{"step": 20 * i, "loss_rf": 10.0 - i, "loss_ar": i, "loss_repa": 0} for i in range(8)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (run / "config.json").write_text(json.dumps({"num_steps": 140, "batch_rows": 8}))
+    attempts = [{"began": 100.0, "alive": 160.0}, {"began": 200.0, "alive": 260.0}]
+    (run / "attempts.json").write_text(json.dumps(attempts))
+    if done:
+        (run / "done").write_text("")
+    return run
+
+
+# --- the document
+
+
+@pytest.mark.parametrize("name", tables.blocks(STORED))
+def test_the_document_has_the_stored_numbers(name):
+    text = (ROOT / "docs" / "small_scale.md").read_text()
+    part = text.split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0]
+    assert part == tables.blocks(STORED)[name], "run `python tools/small_scale.py --redraw`"
+
+
+def test_a_number_changed_is_a_table_changed():
+    other = copy.deepcopy(STORED)
+    run = next(iter(other["runs"].values()))
+    key = next(iter(run["scores"]))
+    run["scores"][key]["score"] += 0.5
+    assert tables.letters_table(other) != tables.letters_table(STORED)
+
+
+def test_the_plots_are_there_and_small():
+    files = sorted((ROOT / "docs").glob("small_scale_*.png"))
+    assert len(files) == 3 and all(x.stat().st_size < 100_000 for x in files)
+    text = (ROOT / "docs" / "small_scale.md").read_text()
+    assert all(x.name in text for x in files)
+
+
+def test_a_document_without_its_markers_is_refused():
+    text = "<!-- runs -->\n<!-- end -->\n<!-- luck -->\n<!-- end -->\n"
+    with pytest.raises(ValueError, match=r"expected one marker each of .*claims.*got \['luck', 'r"):
+        tables.fill(text, STORED)
+
+
+def test_plots_are_drawn_and_small(tmp_path):
+    pytest.importorskip("matplotlib")  # of the extra plots, which is part of the extra test
+    from tools import small_scale_plots as plots
+
+    files = plots.draw(STORED, tmp_path)
+    stored = sorted(x.name for x in (ROOT / "docs").glob("small_scale_*.png"))
+    assert sorted(x.name for x in files) == stored
+    assert all(5_000 < x.stat().st_size < 100_000 for x in files)
+
+
+# --- tables
+
+
+def test_mean_and_range():
+    assert tables.spread([0.1, 0.2, 0.6], "{:.1%}") == "30.0% (10.0% .. 60.0%)"
+    assert tables.spread([2.0], "{:.1f}") == "2.0 (one run)"
+
+
+def test_what_a_letter_was_not_taught_is_left_out():
+    found = _found(D1=_report("D"), E1=_report("E"), F1=_report())
+    rows = {x.split(" | ")[0].strip("| "): x for x in tables.letters_table(found).splitlines()}
+    assert rows["painted: hue right"].split(" | ")[1:] == [
+        "20.0%", "-", "90.0% (one run)", "90.0% (one run) |",
+    ]  # fmt: skip
+    assert rows["captions, unseen pairs: exact"].split(" | ")[3] == "-"
+    assert "painted: judge's alignment (cosine)" not in rows  # no report has it
+
+
+def test_missing_seeds_are_named():
+    row = tables.runs_table(_found(F1=_report(), F3=_report())).splitlines()[-1]
+    assert row == "| F | all | 1, 3 | 2 | 1,200 | 5.0 (5.0 .. 5.0) |"
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "said"),
+    [
+        ((0.7, 0.8, 0.9), (0.4, 0.5, 0.6), "every F above every A"),
+        ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "every F below every A"),
+        ((0.1, 0.5, 0.9), (0.4, 0.5, 0.6), "ranges overlap"),
+        ((0.7, 0.8), (0.4,), "every F above every A (2 and 1 runs)"),
+        ((0.7,), (), "not measured"),
+    ],
+)
+def test_verdicts(better, worse, said):
+    runs = {f"F{i}": _report(percentile=x) for i, x in enumerate(better)}
+    runs |= {f"A{i}": _report(percentile=x) for i, x in enumerate(worse)}
+    found = _found(**runs)
+    assert tables.verdict(found, "F", "A", "percentile") == said
+    assert tables.verdict(found, "F", "A", "frechet") == said  # the same, less being better
+
+
+# --- gathering
+
+
+def test_only_ended_runs_count(tmp_path, capsys):
+    _run(tmp_path, "F-1")
+    _run(tmp_path, "C-1", done=False)
+    _run(tmp_path, "other")
+    assert [x.name for x in small_scale.ended_runs(tmp_path)] == ["F-1"]
+    assert "C-1: left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"expected folders such as F-1 .*got none"):
+        small_scale.ended_runs(tmp_path / "nowhere")
+
+
+def test_curves_hold_what_was_trained(tmp_path):
+    curves = {x: small_scale.curve(_run(tmp_path, f"{x}-1")) for x in "ADEF"}
+    assert curves["F"]["step"] == [80, 100, 120, 140]
+    assert curves["F"]["loss_rf"] == [8.0, 7.0, 6.0, 5.0]
+    assert [set(curves[x]) - {"step"} for x in "ADE"] == [
+        {"loss_rf", "loss_ar"}, {"loss_ar"}, {"loss_rf", "loss_repa"},
+    ]  # fmt: skip
+
+
+def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkeypatch):
+    made = []
+
+    def fake(argv):
+        options = dict(zip(argv[::2], argv[1::2], strict=True))
+        made.append(options)
+        kind = {"cfg": float, "judge": str, "data": str}
+        settings = {
+            k[2:]: kind.get(k[2:], int)(v) for k, v in options.items() if k not in ("--model",)
+            and k != "--out"
+        }  # fmt: skip
+        report = _report() | {"settings": settings, "model": {"model.json": "b"}}
+        if options["--judge"]:
+            report["judge"] = {"weights_sha256": sha[options["--judge"]]}
+        pathlib.Path(options["--out"]).write_text(json.dumps(report))
+
+    sha = {"j": "1", "moved": "1", "other": "2"}
+    referee = types.SimpleNamespace
+    monkeypatch.setattr(small_scale.judge, "load", lambda x: referee(sha256=sha[x]))
+    monkeypatch.setattr(evaluate, "main", fake)
+    monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "b"})
+    run = _run(tmp_path, "F-1")
+    args = argparse.Namespace(data="d", judge="j", reports=str(tmp_path))
+    file = small_scale.report_file(args, "F-1")
+    for _ in range(2):
+        small_scale.score(run, file, args, **small_scale.asked("F-1"))
+    assert len(made) == 1 and made[0]["--captions"] == "200"
+    for args.judge, count in (("moved", 1), ("other", 2), ("", 3)):
+        small_scale.score(run, file, args, **small_scale.asked("F-1"))
+        assert len(made) == count
+    monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "trained on"})
+    small_scale.score(run, file, args, **small_scale.asked("F-1"))
+    assert len(made) == 4
+
+    monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "b"})
+    for point in small_scale.sweep_points():
+        small_scale.score(run, small_scale.report_file(args, "F-1", point), args, **point)
+    assert len(made) == 4 + 11  # both sweeps share the usual point
+    found = small_scale.gather([run], args)
+    assert [x["value"] for x in found["sweeps"]["guidance"]] == list(small_scale.GUIDANCE)
+    assert sorted(x["value"] for x in found["sweeps"]["steps"]) == list(small_scale.STEPS)
+    (tmp_path / "F-1-w9-n30.json").unlink()
+    cut_short = small_scale.gather([run], args)["sweeps"]
+    assert cut_short["guidance"] == [] and cut_short["steps"] == found["sweeps"]["steps"]
+    assert found["runs"]["F-1"]["training"]["minutes"] == 2.0
+    assert json.loads(small_scale.compact(found)) == found
+
+
+def test_what_a_letter_is_asked():
+    assert small_scale.asked("D-1")["prompts"] == 0 < small_scale.asked("D-1")["captions"]
+    assert small_scale.asked("E-2")["captions"] == 0 < small_scale.asked("E-2")["prompts"]

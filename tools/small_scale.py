@@ -1,0 +1,217 @@
+"""Scores the small-scale runs of the paper's comparisons, and writes docs/small_scale.md's numbers.
+
+    python -m janusflow_jax.train --config=configs/emoji.py:A --config.seed=2 \\
+        --config.workdir=runs/small/A-2
+    python tools/small_scale.py --runs runs/small    # scores what is new, then writes all anew
+    python tools/small_scale.py --redraw             # tables and plots from the stored numbers
+
+A run is a folder `<letter>-<seed>` that has ended. Every run is scored once with the suite `emoji`;
+F is also painted with at other guidance and step counts. What was scored is kept in `--reports` and
+scored again only where the model or a setting changed. The numbers of all go to one JSON; tables
+and plots are drawn from that alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from janusflow_jax import command_line, evaluate
+from janusflow_jax.eval import judge
+from tools import small_scale_tables as tables
+
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 9.0)
+STEPS = (5, 10, 20, 30, 50)
+USUAL = {"cfg": 2.0, "steps": 30}
+WHOLE = {"prompts": 96, "captions": 200}
+SWEEP_PROMPTS = 48
+"""Pictures of a point of a sweep, the sheet's 24 apart."""
+SMOOTH = 5
+"""Logged steps that a point of a curve is the mean of."""
+LOSSES = ("loss_rf", "loss_ar", "loss_repa")
+OF_TASK = {"loss_ar": "D", "loss_rf": "E", "loss_repa": "E"}  # the one single task that has it
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    numbers, doc = Path(args.json), Path(args.doc)
+    if not args.redraw:
+        runs = ended_runs(Path(args.runs))
+        for run in runs:
+            score(run, report_file(args, run.name), args, **asked(run.name))
+        for run in (x for x in runs if x.name[0] == "F"):
+            for point in sweep_points():
+                score(run, report_file(args, run.name, point), args, **point)
+        numbers.write_text(compact(gather(runs, args)))
+    found = json.loads(numbers.read_text())
+    doc.write_text(tables.fill(doc.read_text(), found))
+    from tools import small_scale_plots as plots  # matplotlib is an extra
+
+    for file in plots.draw(found, doc.parent):
+        print(f"{file}: {file.stat().st_size / 1000:.0f} KB")
+    print(f"{numbers} and {doc} are written: {', '.join(found['runs'])}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--runs", default="runs/small", help="folder of the runs")
+    p.add_argument("--reports", default="runs/small_reports", help="what was scored, one JSON each")
+    p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
+    p.add_argument("--judge", default=judge.START, help="as evaluate's; '': without")
+    p.add_argument("--json", default="docs/small_scale.json")
+    p.add_argument("--doc", default="docs/small_scale.md", help="the plots go beside it")
+    p.add_argument("--redraw", action="store_true", help="score nothing; draw from --json")
+    return p.parse_args(argv)
+
+
+# --- what is scored
+
+
+def ended_runs(folder: Path) -> list[Path]:
+    """Runs `<letter>-<seed>` that trained to their end, sorted.
+
+    Raises:
+      ValueError: there is none.
+    """
+    named = sorted(x for x in folder.glob("*") if re.fullmatch(r"[A-F]-\d+", x.name))
+    ended = [x for x in named if (x / "done").exists()]
+    for run in (x for x in named if x not in ended):
+        print(f"{run}: left out, not trained to its end", flush=True)
+    if not ended:
+        raise ValueError(
+            f"{folder}: expected folders such as F-1 of runs that ended; got "
+            f"{[x.name for x in named] or 'none'}: train them, or give --runs"
+        )
+    return ended
+
+
+def asked(name: str) -> dict[str, Any]:
+    """What the suite is asked of a run: D was not taught to paint, nor E to describe."""
+    untaught = {"D": "prompts", "E": "captions"}.get(name[0])
+    return {**USUAL, **WHOLE, **({untaught: 0} if untaught else {})}
+
+
+def sweep_points() -> Iterator[dict[str, Any]]:
+    """Settings of both sweeps; the usual ones, which are in both, once."""
+    points = [(w, USUAL["steps"]) for w in GUIDANCE] + [(USUAL["cfg"], n) for n in STEPS]
+    for w, n in dict.fromkeys(points):
+        yield {"cfg": w, "steps": n, "prompts": SWEEP_PROMPTS, "captions": 0}
+
+
+def report_file(args: argparse.Namespace, name: str, point: dict[str, Any] | None = None) -> Path:
+    suffix = f"-w{point['cfg']:g}-n{point['steps']}" if point else ""
+    return Path(args.reports) / f"{name}{suffix}.json"
+
+
+def score(run: Path, file: Path, args: argparse.Namespace, **settings: Any) -> None:
+    """Writes a report, if the one that is there is not of this model and these settings."""
+    settings |= {"data": args.data, "judge": args.judge, "seed": 0}
+    referee = judge.load(args.judge).sha256 if args.judge and settings["prompts"] else ""
+    if is_current(file, run, settings, referee):
+        return
+    print(f"--- {file}", flush=True)
+    options = [x for key, value in settings.items() for x in (f"--{key}", str(value))]
+    evaluate.main(["--model", str(run), "--out", str(file), *options])
+
+
+def is_current(file: Path, run: Path, settings: dict[str, Any], referee: str) -> bool:
+    """Whether a report holds what these settings would give, by the judge of this checksum.
+
+    Folders may have moved: model and judge are known by their checksums.
+    """
+    if not file.exists():
+        return False
+    report = json.loads(file.read_text())
+    same = {k: v for k, v in settings.items() if k not in ("data", "judge")}
+    return (
+        report["model"] == evaluate.identity(evaluate.resolve(str(run)))
+        and report.get("judge", {}).get("weights_sha256", "") == referee
+        and same.items() <= report["settings"].items()
+    )
+
+
+# --- all in one
+
+
+def gather(runs: Sequence[Path], args: argparse.Namespace) -> dict[str, Any]:
+    """All numbers that tables and plots show."""
+    out: dict[str, Any] = {
+        "settings": {**USUAL, **WHOLE, "sweep_prompts": SWEEP_PROMPTS, "smooth": SMOOTH},
+        "runs": {},
+        "curves": {},
+        "sweeps": {"guidance": [], "steps": []},
+    }
+    for run in runs:
+        report = json.loads(report_file(args, run.name).read_text())
+        out |= {"software": report["software"], "data": report["data"]}
+        out |= {"judge": report["judge"]} if "judge" in report else {}
+        out["runs"][run.name] = {
+            "scores": tables.scores(report),
+            "model": report["model"],
+            "training": training(run),
+        }
+        out["curves"][run.name] = curve(run)
+        if run.name[0] == "F":
+            add_sweeps(out["sweeps"], run.name, args)
+    return out
+
+
+def add_sweeps(sweeps: dict[str, list[Any]], name: str, args: argparse.Namespace) -> None:
+    """Adds a run's points to each sweep; a run that was not painted at all of a sweep's points is
+    left out of it, so that its points are means of the same runs."""
+    for sweep, key, other in (("guidance", "cfg", "steps"), ("steps", "steps", "cfg")):
+        points = [x for x in sweep_points() if x[other] == USUAL[other]]
+        files = [report_file(args, name, x) for x in points]
+        if not all(x.exists() for x in files):
+            continue
+        for point, file in zip(points, files, strict=True):
+            found = tables.scores(json.loads(file.read_text()))
+            sweeps[sweep].append({"run": name, "value": point[key], "scores": found})
+
+
+def training(run: Path) -> dict[str, Any]:
+    """Steps, and minutes by the clock from start to end, all attempts together."""
+    attempts = json.loads((run / "attempts.json").read_text())
+    seconds = sum(x["alive"] - x["began"] for x in attempts)
+    config = json.loads((run / "config.json").read_text())
+    return {
+        "steps": config["num_steps"],
+        "batch_rows": config["batch_rows"],
+        "minutes": round(seconds / 60, 1),
+    }
+
+
+def curve(run: Path) -> dict[str, list[float]]:
+    """Losses by step, running means of SMOOTH logged steps; only those of what was trained."""
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [x for x in lines if all(loss in x for loss in LOSSES)]
+    letter = run.name[0]
+    out = {"step": [x["step"] for x in lines][SMOOTH - 1 :]}
+    for loss in LOSSES:
+        alone = letter not in "DE" or OF_TASK[loss] == letter
+        if not alone or (loss == "loss_repa" and letter == "A"):
+            continue
+        values = [x[loss] for x in lines]
+        windows = [values[i : i + SMOOTH] for i in range(len(values) - SMOOTH + 1)]
+        out[loss] = [round(sum(x) / SMOOTH, 4) for x in windows]
+    return out
+
+
+def compact(found: dict[str, Any]) -> str:
+    """JSON with short lists on one line: small, and a run more is a few lines more."""
+    text = json.dumps(found, indent=1, allow_nan=False)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text) + "\n"
+
+
+if __name__ == "__main__":
+    command_line.run(main)
