@@ -18,7 +18,7 @@ PICTURE = str(golden.TINY / "images" / "0.png")
 
 @pytest.fixture
 def loaded(golden_model, monkeypatch):
-    monkeypatch.setattr(pipeline, "load", lambda path, dtype, weights, int8: golden_model)
+    monkeypatch.setattr(pipeline, "load", lambda path, **_: golden_model)
     return golden_model
 
 

@@ -231,7 +231,8 @@ def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
     # killed 30 s after its checkpoint of 1060
     first = attempt(0, None, ("start", 10), ("compile", 20), ("step", 60))
     assert first.totals() == {
-        "start": 10, "compile": 20, "step": 60, "data": 0, "checkpoint": 0, "samples": 0, "lost": 0,
+        "start": 10, "compile": 20, "step": 60, "data": 0, "checkpoint": 0, "samples": 0,
+        "evaluation": 0, "lost": 0,
     }  # fmt: skip
     assert first.values()["goodput"] == pytest.approx(60 / 90)
     now[0] += 500  # nobody's time

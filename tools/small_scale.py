@@ -41,6 +41,7 @@ OF_TASK = {"loss_ar": "D", "loss_rf": "E", "loss_repa": "E"}  # the one single t
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    plots = import_plots()  # before minutes of scoring
     numbers, doc = Path(args.json), Path(args.doc)
     if not args.redraw:
         runs = ended_runs(Path(args.runs))
@@ -52,11 +53,18 @@ def main(argv: list[str] | None = None) -> None:
         numbers.write_text(compact(gather(runs, args)))
     found = json.loads(numbers.read_text())
     doc.write_text(tables.fill(doc.read_text(), found))
-    from tools import small_scale_plots as plots  # matplotlib is an extra
-
     for file in plots.draw(found, doc.parent):
         print(f"{file}: {file.stat().st_size / 1000:.0f} KB")
     print(f"{numbers} and {doc} are written: {', '.join(found['runs'])}")
+
+
+def import_plots() -> Any:
+    """The module that draws. Raises ImportError where matplotlib is missing."""
+    try:
+        from tools import small_scale_plots
+    except ImportError as error:
+        raise ImportError(f"plots need matplotlib (pip install -e '.[plots]'): {error}") from error
+    return small_scale_plots
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

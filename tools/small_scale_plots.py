@@ -93,8 +93,9 @@ def sweeps(found: dict[str, Any]) -> Figure:
             low, high = [min(x) for x in per_place], [max(x) for x in per_place]
             axis.fill_between(places, low, high, alpha=0.15)
         axis.set_xlabel(title)
+        axis.set_ylim(0.4, 1.3)  # shares and cosines; the legend above them
         if points:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=7, loc="upper center")
     return figure
 
 

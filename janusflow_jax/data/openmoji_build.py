@@ -78,16 +78,17 @@ class Picture:
 
 
 def load_drawings(
-    classes: Mapping[str, str] = openmoji_classes.CLASSES,
+    classes: Mapping[str, str] | None = None,
 ) -> dict[str, openmoji.Drawing]:
     """Every class by name, checked.
 
-    Args: classes: code point -> name.
+    Args: classes: code point -> name; None: the quick start's.
 
     Raises:
       ValueError: a drawing whose colour cannot be changed, or a class of the sheet that is missing
         (lists all of them).
     """
+    classes = openmoji_classes.CLASSES if classes is None else classes
     drawings, problems = {}, []
     for point, name in classes.items():
         drawing = openmoji.load_class(point, name)
