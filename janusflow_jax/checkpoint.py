@@ -2,9 +2,10 @@
 `run_checkpoints`, which writes and resumes runs.
 
 A model folder is `model.json`, `params/`, `vae/`, `hub/`; it may hold some parts only. A workdir is
-`config.json`, `base/` (a model folder without `params/`) and `checkpoints/<step>/`. A checkpoint
-counts only with its marker, written last, and every file's checksum is verified when it is read
-(Orbax itself does not notice a flipped bit).
+`config.json`, `base/` (a model folder without `params/`; where adapters train, with all of the
+start's, which checkpoints then do not repeat) and `checkpoints/<step>/`. A checkpoint counts only
+with its marker, written last, and every file's checksum is verified when it is read (Orbax itself
+does not notice a flipped bit).
 """
 
 from __future__ import annotations
@@ -254,6 +255,7 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bo
     if ema:
         params = trees.merge(params, _load_tree(folder / "ema"))
     base = _load_folder(workdir / "base")
+    params = trees.merge(base.params or {}, params)
     if merged:
         params = lora.merge(params)
         _check_parts(folder, cfg, params, None, list(params))

@@ -10,6 +10,7 @@ import numpy as np
 
 from janusflow_jax import run_checkpoints, sharding, train_step, trees
 from janusflow_jax.config import TrainConfig
+from janusflow_jax.models import lora
 
 
 def make(cfg: TrainConfig, mesh: Any, params: Any, vae_params: Any) -> Any:
@@ -25,10 +26,23 @@ def make(cfg: TrainConfig, mesh: Any, params: Any, vae_params: Any) -> Any:
     return jax.jit(create, out_shardings=where)(*given)
 
 
-def restore(ckpts: run_checkpoints.RunCheckpoints, state: Any) -> tuple[Any, dict[str, Any]]:
+def to_save(state: Any, apart: bool) -> Any:
+    """The parameters that a checkpoint holds: all; `apart`: the trained and the adapters only,
+    because the run's `base/` has the rest, which never changes."""
+    frozen = trees.flat(state["frozen"]) if apart else {}
+    scales = trees.nested({n: x for n, x in frozen.items() if lora.is_path(n)})
+    return trees.merge(scales if apart else state["frozen"], state["params"])
+
+
+def restore(
+    ckpts: run_checkpoints.RunCheckpoints, state: Any, apart: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """The newest whole checkpoint put into `state`, and its `run.json`; without one ({} then)
-    the state as it is."""
-    whole = {**state, "params": trees.merge(state["frozen"], state["params"])}
+    the state as it is.
+
+    Args: apart: as the run saves (`to_save`).
+    """
+    whole = {**state, "params": to_save(state, apart)}
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         {n: whole[n] for n in train_step.SAVED},
@@ -37,10 +51,20 @@ def restore(ckpts: run_checkpoints.RunCheckpoints, state: Any) -> tuple[Any, dic
     if found is None:
         return state, {}
     got, run = found
-    got["params"], got["frozen"] = trees.split(got["params"], trees.flat(state["params"]))
+    got["params"], frozen = trees.split(got["params"], trees.flat(state["params"]))
+    got["frozen"] = trees.merge(state["frozen"], frozen)
     counters = {n: np.int32(run[n]) for n in ("step", "bad_steps")}
     where = {n: state[n].sharding for n in counters}
     return {**state, **got, **sharding.put_tree(counters, where)}, run
+
+
+def begun_with(cfg: TrainConfig, params: Any) -> Any:
+    """What a run's `base/` holds of its start, so that checkpoints need not repeat it: everything
+    where adapters train, in the types that the run holds it in; None for other runs."""
+    if not cfg.lora.rank:
+        return None
+    train, frozen = trees.split(params, train_step.trained_paths(cfg))
+    return trees.merge(_cast(frozen, cfg.frozen_dtype), train)
 
 
 def _cast(tree: Any, dtype: str) -> Any:

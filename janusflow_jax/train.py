@@ -36,7 +36,6 @@ from janusflow_jax import (
     sharding,
     starts,
     train_step,
-    trees,
 )
 from janusflow_jax import config as config_lib
 from janusflow_jax import workdir as workdir_lib
@@ -88,6 +87,7 @@ class Run:
     state: Any
     saved: dict[str, Any]  # the checkpoint's `run.json`; {}: a new run
     heldout: heldout.Heldout
+    apart: bool  # checkpoints leave out what `base/` has
     trouble: Exception | None = None  # the workdir could not be written
 
     @property
@@ -111,9 +111,11 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     """
     workdir = workdir_of(cfg)
     with distributed.together("opening the run"):
-        starts.check_needs(cfg)
+        base = workdir_lib.start_of(workdir)  # what it began with, whatever `start` is by now
+        begun = dataclasses.replace(cfg, start=base, init=()) if base else cfg
+        starts.check_needs(begun)
         workdir_lib.check(workdir, cfg)
-    params, vae_params, hub, origins = starts.initial_params(cfg)
+    params, vae_params, hub, origins = starts.initial_params(begun)
     starts.print_origins(cfg, params, vae_params, origins)
     with distributed.together("opening the data"):
         chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
@@ -133,7 +135,9 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         f"{jax.device_count()} {jax.default_backend()} device(s){of}, mesh {dict(mesh.shape)}"
     )
     if writes:
-        workdir_lib.make(workdir, cfg, vae=vae_params, hub=hub)
+        kept = run_state.begun_with(cfg, params)
+        workdir_lib.make(workdir, cfg, params=kept, vae=vae_params, hub=hub)
+    apart = bool(distributed.from_main(workdir_lib.start_of(workdir)))
     with jax.set_mesh(mesh):
         state = run_state.make(cfg, mesh, params, vae_params)
         ckpts = run_checkpoints.RunCheckpoints(
@@ -143,10 +147,10 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
             before_commit=lock.check if lock else lambda: None,
             writes=writes,
         )
-        state, saved = run_state.restore(ckpts, state)
+        state, saved = run_state.restore(ckpts, state, apart)
     with distributed.together("opening the held-out data"):
         held = heldout.Heldout(cfg, mesh, chat, saved.get("heldout", {}))
-    return Run(cfg, workdir, mesh, data, chat, ckpts, state, saved, held)
+    return Run(cfg, workdir, mesh, data, chat, ckpts, state, saved, held, apart)
 
 
 def workdir_of(cfg: TrainConfig) -> epath.Path:
@@ -268,7 +272,7 @@ def _save(run: Run, writer: Any, clock: Any, step: int, report: loader.Report) -
     with clock("checkpoint"):
         run.ckpts.save(
             step,
-            params=trees.merge(run.state["frozen"], run.state["params"]),
+            params=run_state.to_save(run.state, run.apart),
             ema=run.state["ema"],
             opt_state=run.state["opt_state"],
             run={

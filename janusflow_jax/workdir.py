@@ -148,10 +148,19 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
         )
 
 
-def make(workdir: epath.Path, cfg: TrainConfig, *, vae: Any, hub: Any) -> None:
+def start_of(workdir: epath.Path) -> str:
+    """The `base/` of a run that keeps its whole start there; '' for others, and new ones."""
+    file = workdir / "base" / checkpoint.MODEL_FILE
+    whole = file.exists() and set(checkpoint.read_json(file)["parts"]) - {"vae"}
+    return str(file.parent) if whole else ""
+
+
+def make(workdir: epath.Path, cfg: TrainConfig, *, params: Any, vae: Any, hub: Any) -> None:
     """Writes what a run's folder holds from the start: `config.json` and `base/`.
 
     All processes of a job call it; the first one writes.
+
+    Args: params: what checkpoints will not repeat; None: nothing.
     """
     with explained(workdir):
         made = str((workdir / "base" / checkpoint.MODEL_FILE).exists())
@@ -159,7 +168,7 @@ def make(workdir: epath.Path, cfg: TrainConfig, *, vae: Any, hub: Any) -> None:
             checkpoint.save_model(
                 workdir / "base",
                 model_cfg=cfg.model,
-                params=None,
+                params=params,
                 vae=vae,
                 hub_files=hub,
                 extra={"made_by": "train"},

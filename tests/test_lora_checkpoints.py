@@ -1,0 +1,100 @@
+"""A LoRA run keeps its start once: checkpoints hold what trains, and the run needs no start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import test_train
+from etils import epath
+from test_train import config
+
+from janusflow_jax import checkpoint, run_state, train, workdir
+from janusflow_jax import config as c
+from janusflow_jax.checksums import DamagedError
+
+store = test_train.store  # a fixture
+
+
+def lora_config(folder, **changes) -> c.TrainConfig:
+    cfg = config(folder, train_parts=("gen_head",), start="first", allow_fresh=False, **changes)
+    cfg.lora = c.LoraConfig(rank=4, targets=("q", "down"))
+    return cfg
+
+
+def weights(folder, **how) -> dict:
+    return checkpoint.flat(jax.device_get(checkpoint.load_model(folder, **how).params))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a
+    )
+
+
+def begin() -> None:
+    """A run to start from; with a step of its own, so that its weights are no fresh ones."""
+    train.train(config("first", num_steps=1))
+
+
+@pytest.mark.slow
+def test_the_start_is_kept_once(store):
+    frozen = "bfloat16"
+    begin()
+    train.train(lora_config("whole", frozen_dtype=frozen))
+    train.train(lora_config("parts", frozen_dtype=frozen, num_steps=2))
+    held = test_train.final("whole")
+    names = {n.removeprefix("params/") for n in held if n.startswith("params/")}
+    assert {n.split("/")[0] for n in names} == {"llm", "gen_head"}
+    assert all("lora_" in n for n in names if n.startswith("llm/"))
+
+    # The start may be gone, or have trained on: the run goes on from what it began with.
+    shutil.rmtree("first")
+    train.train(lora_config("parts", frozen_dtype=frozen))
+    again = test_train.final("parts")
+    assert held.keys() == again.keys()
+    for name, x in held.items():
+        np.testing.assert_array_equal(x, again[name], err_msg=name)
+    assert same(weights("whole"), weights("parts"))
+    kinds = {n: str(x.dtype) for n, x in weights("whole", merged=False).items()}
+    assert kinds["gen_head/kernel"] == "float32" and kinds["llm/embedding"] == frozen
+
+    # `base/` is a model of its own, the one that the adapters stand on.
+    base = weights("whole/base")
+    apart = weights("whole", merged=False)
+    for name, x in base.items():
+        assert np.array_equal(apart[name], x) == (not name.startswith("gen_head")), name
+
+
+@pytest.mark.slow
+def test_runs_of_other_kinds_save_all(store, monkeypatch):
+    """Runs without adapters, and LoRA runs begun before `base/` held a start."""
+    begin()
+    assert not workdir.start_of(epath.Path("first"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_state, "begun_with", lambda cfg, params: None)
+        train.train(lora_config("old", num_steps=2))
+    assert any(n.startswith("params/und_encoder") for n in test_train.final("old"))
+    train.train(lora_config("old"))
+    train.train(lora_config("new"))
+    assert any(n.startswith("params/und_encoder") for n in test_train.final("old"))
+    assert same(weights("old"), weights("new"))
+
+
+@pytest.mark.slow
+def test_a_damaged_start_is_named(store):
+    begin()
+    train.train(lora_config("run", num_steps=1))
+    sums = json.loads(Path("run/base/checksums.json").read_text())
+    file = Path("run/base", next(n for n in sums if n.startswith("params/llm/")))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(DamagedError, match="base"):
+        checkpoint.load_model("run")
+    with pytest.raises(DamagedError, match="base"):
+        train.train(lora_config("run", num_steps=2))
