@@ -66,6 +66,22 @@ def test_same_losses(data, alone, tmp_path, processes, devices, mesh):
     same_losses(alone, tmp_path / "run", range(1, 7))
 
 
+@pytest.mark.slow
+def test_adapters_train_and_go_on_over_processes(data, alone, tmp_path):
+    """Their start is in `base/`, written by the first process and read by all."""
+    flags = (f"start={alone}", "allow_fresh=False", "lora.rank=4", "train_parts=()")
+    jobs.run(data, tmp_path / "one", "num_steps=3", *flags)
+    shared = (*flags, "mesh.data=1", "mesh.fsdp=2")
+    jobs.run(data, tmp_path / "two", "num_steps=2", *shared, processes=2)
+    jobs.run(data, tmp_path / "two", "num_steps=3", *shared, processes=2)
+    same_losses(tmp_path / "one", tmp_path / "two", range(1, 4))
+    one, two = (checkpoint.load_model(tmp_path / n, merged=False).params for n in ("one", "two"))
+    a, b = (checkpoint.flat(x) for x in (one, two))
+    assert a.keys() == b.keys() and any("lora_a" in n for n in a)
+    for name in a:
+        np.testing.assert_allclose(b[name], a[name], rtol=0, atol=2e-5, err_msg=name)
+
+
 EVALUATED = """
 import dataclasses
 from janusflow_jax import config as c

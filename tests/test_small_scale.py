@@ -124,10 +124,10 @@ def test_missing_seeds_are_named():
 @pytest.mark.parametrize(
     ("better", "worse", "said"),
     [
-        ((0.7, 0.8, 0.9), (0.4, 0.5, 0.6), "every F above every A"),
-        ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "every F below every A"),
+        ((0.7, 0.8, 0.9), (0.4, 0.5, 0.6), "every F better than every A"),
+        ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "every F worse than every A"),
         ((0.1, 0.5, 0.9), (0.4, 0.5, 0.6), "ranges overlap"),
-        ((0.7, 0.8), (0.4,), "every F above every A (2 and 1 runs)"),
+        ((0.7, 0.8), (0.4,), "every F better than every A (2 and 1 runs)"),
         ((0.7,), (), "not measured"),
     ],
 )

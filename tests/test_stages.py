@@ -19,6 +19,7 @@ from janusflow_jax import (
     config_checks,
     config_stages,
     hub_export,
+    losses,
     pipeline,
     train,
     train_step,
@@ -26,7 +27,7 @@ from janusflow_jax import (
 )
 from janusflow_jax import config as c
 from janusflow_jax.data import packing, sources
-from janusflow_jax.models import janusflow
+from janusflow_jax.models import janusflow, vae
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("adaptation", "pretrain", "sft")
@@ -279,6 +280,46 @@ def test_latents_are_encoded_clean_at_t_1():
     np.testing.assert_allclose(slot[:, 1:], want, atol=1e-5)
     np.testing.assert_allclose(slot[0, 0], params["und_begin"]["embedding"])
     assert np.abs(np.asarray(at_1 - at_0)).max() > 0.01
+
+
+@pytest.mark.slow
+def test_small_pictures_taken_at_once_train_as_one_by_one(monkeypatch):
+    cfg = dataclasses.replace(c.model_config("test"), und_encoder="own", repa_target="siglip")
+    model = janusflow.JanusFlow(cfg)
+    params = jax.jit(janusflow.init_params, static_argnums=0)(cfg, jax.random.key(0))
+    vae_params = vae.init_params(cfg.vae, jax.random.key(1))
+    batch = {
+        "tokens": jnp.arange(6, 66)[None],
+        "positions": jnp.arange(60)[None],
+        "segment_ids": jnp.ones((1, 60), jnp.int32),
+        "target_mask": jnp.arange(60)[None] > 50,
+        "slot_task": jnp.full((1, 2), 2),
+        "slot_start": jnp.array([[2, 25]]),
+        "images": jax.random.randint(jax.random.key(2), (1, 2, 64, 64, 3), 0, 256).astype("uint8"),
+    }
+
+    def gradient():  # not the VAE's own: that is what takes minutes one by one
+        read = lambda aligner: losses.loss_sums(  # noqa: E731
+            {**params, "und_aligner": aligner}, vae_params, batch, {}, model=model,
+            loss=c.LossConfig(), num_gen=0, num_und=2,
+        )[0]["ar"]  # fmt: skip
+        return jax.device_get(jax.jit(jax.grad(read))(params["und_aligner"]))
+
+    together = gradient()
+    monkeypatch.setattr(losses, "PIXELS_AT_ONCE", 0)
+    alone = gradient()
+    assert max(np.abs(x).max() for x in jax.tree.leaves(alone)) > 0
+    for a, b in zip(*map(jax.tree.leaves, (together, alone)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-7)
+
+
+def test_slots_at_once_keep_a_device_small():
+    assert losses.slots_at_once(8, 2, 16) == 2
+    assert losses.slots_at_once(8, 4, 16) == 2
+    assert losses.slots_at_once(8, 2, 15) == 1
+    assert losses.slots_at_once(1, 6, 0) == 1
+    own = losses.PIXELS_AT_ONCE // 384**2  # a VAE at full size: one slot of every row
+    assert losses.slots_at_once(1, 6, own) == 1
 
 
 def test_the_parts_of_adaptation_are_all_but_the_pretrained():

@@ -140,14 +140,14 @@ def curve(run: Path) -> dict[str, list[float]]:
 def table(found: dict[str, Any]) -> str:
     """Mean and range over seeds, before and after each kind of run."""
     runs = found["runs"]
-    curves = {kind: [x["curve"] for n, x in runs.items() if n.startswith(kind)] for kind in KINDS}
     rows = [["", "runs", *(f"captions exact, {x}" for x in SPLITS.values()), *LOSSES.values()]]
     for kind, words in {"F": "before", **KINDS}.items():
-        here = [x for n, x in runs.items() if n.startswith(f"{kind}-")]
-        when, whose = (0, [*curves["without"], *curves["replay"]]) if kind == "F" else (-1, None)
-        whose = curves[kind] if whose is None else whose
+        here = [x for name, x in runs.items() if name.startswith(f"{kind}-")]
         cells = [tables.spread([x["captions"][s] for x in here], "{:.1%}") for s in SPLITS]
-        cells += [tables.spread([x[loss][when] for x in whose], "{:.3f}") for loss in LOSSES]
+        # what was before is what the runs measured at their first step
+        measured = [x["curve"] for x in (runs.values() if kind == "F" else here) if "curve" in x]
+        at = 0 if kind == "F" else -1
+        cells += [tables.spread([x[loss][at] for x in measured], "{:.3f}") for loss in LOSSES]
         rows.append([words, str(len(here)), *cells])
     return tables.table(rows)
 

@@ -242,9 +242,9 @@ def verdict(found: dict[str, Any], better: str, worse: str, key: str) -> str:
         a, b = [-x for x in a], [-x for x in b]
     few = "" if min(len(a), len(b)) >= len(SEEDS) else f" ({len(a)} and {len(b)} runs)"
     if min(a) > max(b):
-        return f"every {better} above every {worse}{few}"
+        return f"every {better} better than every {worse}{few}"
     if max(a) < min(b):
-        return f"every {better} below every {worse}{few}"
+        return f"every {better} worse than every {worse}{few}"
     return f"ranges overlap{few}"
 
 

@@ -1,0 +1,112 @@
+"""docs/finetuning.md shows what docs/forgetting.json holds; the tool gathers what runs measured."""
+
+import copy
+import json
+import pathlib
+import re
+import types
+
+import pytest
+
+from tools import forgetting, small_scale
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STORED = json.loads((ROOT / "docs" / "forgetting.json").read_text())
+
+
+def _exact(found, kind, split):
+    runs = {n: x["captions"][split] for n, x in found["runs"].items() if n.startswith(f"{kind}-")}
+    return [runs[name] for name in sorted(runs)]
+
+
+def _run(folder, name, losses=()):
+    run = folder / name
+    run.mkdir(parents=True)
+    lines = [{"step": 1, "loss": 1.0}]
+    for step, loss in enumerate(losses):
+        found = dict.fromkeys((f"eval/{x}" for x in forgetting.LOSSES), loss)
+        averaged = {f"eval_ema/{x}": loss - 0.5 for x in forgetting.LOSSES} if step else {}
+        lines.append({"step": 100 * step, **found, **averaged})
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    config = {"num_steps": 100, "batch_rows": 8, "start": "runs/F-1", "seed": 1}
+    (run / "config.json").write_text(json.dumps(config | {"optim": {"lr": 1e-3, "ema": 0.99}}))
+    (run / "attempts.json").write_text(json.dumps([{"began": 0.0, "alive": 60.0}]))
+    (run / "done").write_text("")
+    return run
+
+
+def _args(tmp_path):
+    folders = [f"--{x}={tmp_path / x}" for x in ("runs", "bases", "reports")]
+    return forgetting.parse(folders)
+
+
+def test_the_document_has_the_stored_numbers():
+    text = (ROOT / "docs" / "finetuning.md").read_text()
+    assert forgetting.fill(text, STORED) == text, "run `python tools/forgetting.py --redraw`"
+    other = copy.deepcopy(STORED)
+    other["runs"]["replay-1"]["captions"]["train"] += 0.1
+    assert forgetting.fill(text, other) != text
+    assert (ROOT / "docs" / "forgetting.png").stat().st_size < 100_000
+
+
+def test_a_document_without_its_marker_is_refused():
+    with pytest.raises(ValueError, match="expected one `<!-- forgetting -->`"):
+        forgetting.fill("nothing", STORED)
+
+
+def test_the_stored_runs_differ_in_replay_alone():
+    for seed in (1, 2, 3):
+        assert len({json.dumps(STORED["settings"][f"{k}-{seed}"]) for k in forgetting.KINDS}) == 1
+        assert STORED["settings"][f"replay-{seed}"]["start"] == f"F-{seed}"
+        assert STORED["settings"][f"replay-{seed}"]["seed"] == seed
+
+
+def test_without_replay_captions_are_forgotten_and_with_it_they_are_not():
+    """What docs/finetuning.md says of the stored numbers, of every seed apart."""
+    for split in ("heldout_pairs", "heldout_views"):
+        before, without, replay = (_exact(STORED, k, split) for k in ("F", *forgetting.KINDS))
+        assert len(before) == len(without) == len(replay) == 3
+        for was, lost, kept in zip(before, without, replay, strict=True):
+            assert lost < 0.7 * was and kept > 0.95 * was
+
+
+def test_what_is_gathered(tmp_path, monkeypatch):
+    for name in ("without-1", "replay-1"):
+        _run(tmp_path / "runs", name, losses=(1.0, 2.0))
+    (_run(tmp_path / "runs", "replay-2", losses=(1.0,)) / "done").unlink()
+    _run(tmp_path / "bases", "F-1")
+
+    def score(run, file, args, **settings):
+        assert settings["prompts"] == 0 and settings["captions"] == forgetting.CAPTIONS
+        exact = {"exact": {"constant": {"score": 0.25 if run.name == "F-1" else 0.5}}}
+        report = {"software": {}, "data": {}, "model": {}, "captions": {}}
+        report["captions"] = dict.fromkeys(forgetting.SPLITS, exact)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(report))
+
+    monkeypatch.setattr(small_scale, "score", score)
+    found = forgetting.gather(_args(tmp_path))
+    assert sorted(found["runs"]) == ["F-1", "replay-1", "without-1"]
+    assert found["settings"]["replay-1"] == {"start": "F-1", "seed": 1, "lr": 1e-3, "ema": 0.99}
+    curve = found["runs"]["replay-1"]["curve"]
+    assert curve["step"] == [0, 100] and curve["mine_generate/loss_rf"] == [1.0, 1.5]
+    before, without, _ = forgetting.table(found).splitlines()[2:]
+    assert (
+        before.startswith("| before | 1 | 25.0% (one run)") and "1.000 (1.000 .. 1.000)" in before
+    )
+    assert without.startswith("| without replay | 1 | 50.0%") and "1.500 (one run)" in without
+
+
+def test_runs_without_their_start_are_refused(tmp_path):
+    _run(tmp_path / "runs", "replay-1", losses=(1.0,))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "bases" / "F-1"))):
+        forgetting.gather(_args(tmp_path))
+    with pytest.raises(ValueError, match="got none"):
+        forgetting.gather(types.SimpleNamespace(runs=tmp_path / "empty", bases=tmp_path))
+
+
+def test_the_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = small_scale.import_plots()
+    plots.save(plots.forgetting(STORED, forgetting.KINDS, forgetting.LOSSES), tmp_path / "a.png")
+    assert 5_000 < (tmp_path / "a.png").stat().st_size < 100_000
