@@ -12,7 +12,7 @@ Arguments (docs/finetuning.md has what each needs in memory):
     lora          adapters of rank 16 on the language model instead of all of it; with `paint` the
                   generation parts stay as they are too
     light         one device of little memory: frozen parts and moments in bfloat16, short rows
-    emoji         the quick start's model (`runs/emoji`) on two CPU cores, in five minutes
+    emoji         the quick start's model (`runs/emoji`) on CPU, in five to ten minutes
     test          seconds on a CPU, through the same code
     mine=DIR      your data set, instead of `data/mine`
     kept=DIR      what is measured beside it, and replayed with `replay`, instead of `data/replay`

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from janusflow_jax import evaluate
+from janusflow_jax import checksums, evaluate
 from tools import small_scale
 from tools import small_scale_tables as tables
 
@@ -52,8 +52,9 @@ def _run(folder, name, done=True):
     (run / "config.json").write_text(json.dumps({"num_steps": 140, "batch_rows": 8}))
     attempts = [{"began": 100.0, "alive": 160.0}, {"began": 200.0, "alive": 260.0}]
     (run / "attempts.json").write_text(json.dumps(attempts))
-    if done:
-        (run / "done").write_text("")
+    step = run / "checkpoints" / ("140" if done else "100")
+    step.mkdir(parents=True)
+    (step / checksums.MARKER).write_text("")
     return run
 
 

@@ -8,7 +8,7 @@
           --config.start=runs/small/F-$seed --config.seed=$seed \\
           --config.workdir=runs/forgetting/replay-$seed
     done
-    python tools/forgetting.py             # scores what is new, then table and plot
+    python tools/forgetting.py             # scores what is new, then table, plot and pictures
     python tools/forgetting.py --redraw    # table and plot from the stored numbers
 
 Captions are the suite `emoji`'s, of the fine-tuned runs and of the runs that they started from;
@@ -26,8 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import janusflow_jax
 from janusflow_jax import command_line
-from janusflow_jax.eval import judge
+from janusflow_jax.eval import judge, sheet
 from tools import small_scale
 from tools import small_scale_tables as tables
 
@@ -43,6 +44,16 @@ LOSSES = {  # what a fine-tuned run measures on its way
     "mine_generate/loss_rf": "flow loss, new drawings",
 }
 CAPTIONS = 200
+PROMPTS = (  # six of the new drawings, two that the quick start knew
+    "a green owl",
+    "a red guitar",
+    "a purple teacup",
+    "a blue penguin",
+    "an orange grapes",
+    "a yellow castle",
+    "a red umbrella",
+    "a green tree",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,7 +61,10 @@ def main(argv: list[str] | None = None) -> None:
     plots = small_scale.import_plots()
     numbers, doc = Path(args.json), Path(args.doc)
     if not args.redraw:
-        numbers.write_text(small_scale.compact(gather(args)))
+        gathered = gather(args)
+        numbers.write_text(small_scale.compact(gathered))
+        seed = min(name.rpartition("-")[2] for name in gathered["settings"])
+        paint(args, seed, numbers.with_name(f"{numbers.stem}_sheet.png"))
     found = json.loads(numbers.read_text())
     doc.write_text(fill(doc.read_text(), found))
     file = numbers.with_suffix(".png")
@@ -86,12 +100,12 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     """
     form = re.compile(rf"({'|'.join(KINDS)})-(\d+)")
     named = sorted(x for x in Path(args.runs).glob("*") if form.fullmatch(x.name))
-    ended = [x for x in named if (x / "done").exists()]
+    ended = [x for x in named if small_scale.has_ended(x)]
     for run in (x for x in named if x not in ended):
         print(f"{run}: left out, not trained to its end", flush=True)
     seeds = sorted({int(x.name.rpartition("-")[2]) for x in ended})
     bases = [Path(args.bases) / f"F-{seed}" for seed in seeds]
-    lacking = [str(x) for x in bases if not (x / "done").exists()]
+    lacking = [str(x) for x in bases if not small_scale.has_ended(x)]
     if not ended or lacking:
         raise ValueError(
             f"{args.runs}: expected ended runs such as without-1 and replay-1, and the runs that "
@@ -132,6 +146,19 @@ def curve(run: Path) -> dict[str, list[float]]:
             value = line.get(f"eval_ema/{loss}", line[f"eval/{loss}"])
             out.setdefault(loss, []).append(round(value, 4))
     return out
+
+
+def paint(args: argparse.Namespace, seed: str, file: Path, num_steps: int = 30) -> None:
+    """PROMPTS as a seed's runs paint them: before, without and with replay; the same noise."""
+    shown = {"before": Path(args.bases) / f"F-{seed}"}
+    tuned = {words: Path(args.runs) / f"{kind}-{seed}" for kind, words in KINDS.items()}
+    shown |= {words: run for words, run in tuned.items() if small_scale.has_ended(run)}
+    pictures, labels = [], []
+    for words, run in shown.items():
+        model = janusflow_jax.load(run)
+        pictures += list(model.generate(PROMPTS, cfg_weight=2.0, num_steps=num_steps, seed=0))
+        labels += [f"{words}: {prompt}" for prompt in PROMPTS]
+    sheet.make_sheet(pictures, labels, columns=len(PROMPTS)).save(file, optimize=True)
 
 
 # --- the document

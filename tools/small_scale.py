@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from janusflow_jax import command_line, evaluate
+from janusflow_jax import checkpoint, command_line, evaluate
 from janusflow_jax.eval import judge
 from tools import small_scale_tables as tables
 
@@ -92,7 +92,7 @@ def ended_runs(folder: Path) -> list[Path]:
       ValueError: there is none.
     """
     named = sorted(x for x in folder.glob("*") if re.fullmatch(r"[A-F]-\d+", x.name))
-    ended = [x for x in named if (x / "done").exists()]
+    ended = [x for x in named if has_ended(x)]
     for run in (x for x in named if x not in ended):
         print(f"{run}: left out, not trained to its end", flush=True)
     if not ended:
@@ -101,6 +101,13 @@ def ended_runs(folder: Path) -> list[Path]:
             f"{[x.name for x in named] or 'none'}: train them, or give --runs"
         )
     return ended
+
+
+def has_ended(run: Path) -> bool:
+    """Whether a run has saved its last step."""
+    config = run / "config.json"
+    steps = checkpoint.committed_steps(run)
+    return config.exists() and json.loads(config.read_text())["num_steps"] in steps
 
 
 def asked(name: str) -> dict[str, Any]:
