@@ -3,7 +3,6 @@
 import copy
 import json
 import pathlib
-import re
 import types
 
 import pytest
@@ -57,9 +56,13 @@ def test_a_document_without_its_marker_is_refused():
         forgetting.fill("nothing", STORED)
 
 
-def test_the_stored_runs_differ_in_replay_alone():
+def test_both_stored_runs_of_a_seed_have_the_same_settings():
     for seed in (1, 2, 3):
-        assert len({json.dumps(STORED["settings"][f"{k}-{seed}"]) for k in forgetting.KINDS}) == 1
+        one, two = (STORED["settings"][f"{k}-{seed}"] for k in forgetting.KINDS)
+        assert one == two
+        for name in ("steps", "batch_rows"):
+            one, two = (STORED["runs"][f"{k}-{seed}"]["training"][name] for k in forgetting.KINDS)
+            assert one == two
         assert STORED["settings"][f"replay-{seed}"]["start"] == f"F-{seed}"
         assert STORED["settings"][f"replay-{seed}"]["seed"] == seed
 
@@ -101,10 +104,15 @@ def test_what_is_gathered(tmp_path, monkeypatch):
     assert without.startswith("| without replay | 1 | 50.0%") and "1.500 (one run)" in without
 
 
-def test_runs_without_their_start_are_refused(tmp_path):
-    _run(tmp_path / "runs", "replay-1", losses=(1.0,))
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "bases" / "F-1"))):
+def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path):
+    _run(tmp_path / "runs", "replay-2")
+    with pytest.raises(ValueError) as raised:
         forgetting.gather(_args(tmp_path))
+    said = str(raised.value)
+    assert f"{tmp_path / 'bases' / 'F-2'}: not there" in said
+    assert "replay-2: without-2 is missing beside it" in said
+    assert "replay-2: started from 'runs/F-1', not from F-2" in said
+    assert "replay-2: held-out losses ['mine_generate/loss_rf'," in said
     with pytest.raises(ValueError, match="got none"):
         forgetting.gather(types.SimpleNamespace(runs=tmp_path / "empty", bases=tmp_path))
 

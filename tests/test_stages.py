@@ -298,7 +298,13 @@ def test_small_pictures_taken_at_once_train_as_one_by_one(monkeypatch):
         "images": jax.random.randint(jax.random.key(2), (1, 2, 64, 64, 3), 0, 256).astype("uint8"),
     }
 
-    def gradient():  # not the VAE's own: that is what takes minutes one by one
+    slots = []
+    over_slots = losses.over_slots
+    monkeypatch.setattr(
+        losses, "over_slots", lambda fn, x, n=1: slots.append(n) or over_slots(fn, x, n)
+    )
+
+    def gradient():  # not the VAE's own: one by one that is what is slow
         read = lambda aligner: losses.loss_sums(  # noqa: E731
             {**params, "und_aligner": aligner}, vae_params, batch, {}, model=model,
             loss=c.LossConfig(), num_gen=0, num_und=2,
@@ -308,6 +314,7 @@ def test_small_pictures_taken_at_once_train_as_one_by_one(monkeypatch):
     together = gradient()
     monkeypatch.setattr(losses, "PIXELS_AT_ONCE", 0)
     alone = gradient()
+    assert slots == [2, 1]
     assert max(np.abs(x).max() for x in jax.tree.leaves(alone)) > 0
     for a, b in zip(*map(jax.tree.leaves, (together, alone)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-7)

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.redraw:
         gathered = gather(args)
         numbers.write_text(small_scale.compact(gathered))
-        seed = min(name.rpartition("-")[2] for name in gathered["settings"])
+        seed = min(_seed(Path(name)) for name in gathered["settings"])
         paint(args, seed, numbers.with_name(f"{numbers.stem}_sheet.png"))
     found = json.loads(numbers.read_text())
     doc.write_text(fill(doc.read_text(), found))
@@ -73,10 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = small_scale.parser_of(__doc__)
     p.add_argument("--runs", default="runs/forgetting", help="folder of the fine-tuned runs")
     p.add_argument("--bases", default="runs/small", help="folder of F-1, F-2, ...")
     p.add_argument("--reports", default="runs/forgetting_reports", help="what was scored")
@@ -96,21 +93,25 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     """All numbers that table and plot show: per seed the run before, and both kinds after.
 
     Raises:
-      ValueError: no run that ended, or one whose start is missing (lists all).
+      ValueError: no run ended; one that did has none beside it or no base, was started
+        elsewhere, or measured nothing (lists all).
     """
     form = re.compile(rf"({'|'.join(KINDS)})-(\d+)")
     named = sorted(x for x in Path(args.runs).glob("*") if form.fullmatch(x.name))
     ended = [x for x in named if small_scale.has_ended(x)]
     for run in (x for x in named if x not in ended):
         print(f"{run}: left out, not trained to its end", flush=True)
-    seeds = sorted({int(x.name.rpartition("-")[2]) for x in ended})
-    bases = [Path(args.bases) / f"F-{seed}" for seed in seeds]
-    lacking = [str(x) for x in bases if not small_scale.has_ended(x)]
-    if not ended or lacking:
+    bases = [Path(args.bases) / f"F-{x}" for x in sorted({_seed(run) for run in ended})]
+    problems = [
+        f"{x}: not there, or not trained to its end" for x in bases if not small_scale.has_ended(x)
+    ]
+    for run in ended:
+        problems += problems_of(run, {x.name for x in ended})
+    if not ended or problems:
         raise ValueError(
-            f"{args.runs}: expected ended runs such as without-1 and replay-1, and the runs that "
-            f"they started from in {args.bases}; got {[x.name for x in ended] or 'none'}"
-            + (f", without {lacking}" if lacking else "")
+            f"{args.runs}: expected pairs of ended runs such as without-1 and replay-1, started "
+            f"from F-1 in {args.bases}; got {[x.name for x in ended] or 'none'}"
+            + "".join(f"\n  - {x}" for x in problems)
         )
     out: dict[str, Any] = {"settings": {}, "runs": {}}
     for run in (*bases, *ended):
@@ -136,11 +137,26 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
+def problems_of(run: Path, ended: set[str]) -> list[str]:
+    """Why a run cannot stand in the table."""
+    seed, config = _seed(run), json.loads((run / "config.json").read_text())
+    others = {f"{kind}-{seed}" for kind in KINDS} - ended
+    out = [f"{run.name}: {x} is missing beside it" for x in sorted(others)]
+    if f"F-{seed}" not in Path(config["start"]).parts:
+        out.append(f"{run.name}: started from {config['start']!r}, not from F-{seed}")
+    missing = sorted(set(LOSSES) - set(curve(run)))
+    return out + ([f"{run.name}: held-out losses {missing} were not measured"] if missing else [])
+
+
+def _seed(run: Path) -> str:
+    return run.name.rpartition("-")[2]
+
+
 def curve(run: Path) -> dict[str, list[float]]:
     """Held-out losses by step, of the EMA where the run has one."""
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     out: dict[str, list[float]] = {"step": []}
-    for line in (x for x in lines if f"eval/{next(iter(LOSSES))}" in x):
+    for line in (x for x in lines if all(f"eval/{loss}" in x for loss in LOSSES)):
         out["step"].append(line["step"])
         for loss in LOSSES:
             value = line.get(f"eval_ema/{loss}", line[f"eval/{loss}"])
@@ -151,8 +167,7 @@ def curve(run: Path) -> dict[str, list[float]]:
 def paint(args: argparse.Namespace, seed: str, file: Path, num_steps: int = 30) -> None:
     """PROMPTS as a seed's runs paint them: before, without and with replay; the same noise."""
     shown = {"before": Path(args.bases) / f"F-{seed}"}
-    tuned = {words: Path(args.runs) / f"{kind}-{seed}" for kind, words in KINDS.items()}
-    shown |= {words: run for words, run in tuned.items() if small_scale.has_ended(run)}
+    shown |= {words: Path(args.runs) / f"{kind}-{seed}" for kind, words in KINDS.items()}
     pictures, labels = [], []
     for words, run in shown.items():
         model = janusflow_jax.load(run)

@@ -67,11 +67,16 @@ def import_plots() -> Any:
     return small_scale_plots
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[2],
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring as it stands, its first line apart."""
+    return argparse.ArgumentParser(
+        description=(doc or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = parser_of(__doc__)
     p.add_argument("--runs", default="runs/small", help="folder of the runs")
     p.add_argument("--reports", default="runs/small_reports", help="what was scored, one JSON each")
     p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
