@@ -28,6 +28,7 @@ from janusflow_jax import (
 from janusflow_jax import config as c
 from janusflow_jax.data import chat_format, loader, rows, sources
 from janusflow_jax.models import janusflow, vae
+from tools import small_scale
 
 ROOT = Path(__file__).parents[1]
 HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
@@ -100,6 +101,7 @@ def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
     cfg = config("whole")
     cfg.prompts, cfg.heldout = ("a red fox", "a blue fox"), cfg.data.sources[:1]
     train.train(cfg)
+    assert small_scale.has_ended(Path("whole"))
     assert sorted(p.name for p in Path("whole/samples").iterdir()) == [
         "captions_000004.jsonl",
         "captions_000004.png",
