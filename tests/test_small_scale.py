@@ -213,3 +213,23 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
 def test_what_a_letter_is_asked():
     assert small_scale.asked("D-1")["prompts"] == 0 < small_scale.asked("D-1")["captions"]
     assert small_scale.asked("E-2")["captions"] == 0 < small_scale.asked("E-2")["prompts"]
+
+
+def test_runs_are_added_to_stored_ones():
+    new = {**STORED, "runs": {}, "curves": {}, "sweeps": {"guidance": [], "steps": []}}
+    new["runs"] = {"C-9": STORED["runs"]["C-1"], "F-1": STORED["runs"]["F-2"]}
+    new["curves"] = dict.fromkeys(new["runs"], STORED["curves"]["C-1"])
+    new["sweeps"]["steps"] = [{"run": "F-1", "value": 5, "scores": {}}]
+    found = small_scale.added(STORED, new)
+    assert list(found["runs"]) == sorted([*STORED["runs"], "C-9"])
+    assert found["runs"]["F-1"] == STORED["runs"]["F-2"]
+    assert found["runs"]["F-3"] == STORED["runs"]["F-3"]
+    assert [x["value"] for x in found["sweeps"]["steps"] if x["run"] == "F-1"] == [5]
+    assert "F-1" not in {x["run"] for x in found["sweeps"]["guidance"]}  # it was painted anew
+    assert list(found["curves"]) == list(found["runs"])
+
+
+@pytest.mark.parametrize("what", small_scale.LIKE)
+def test_runs_scored_otherwise_are_not_added(what):
+    with pytest.raises(ValueError, match=rf"{what} \{{'changed': 1\}}, stored"):
+        small_scale.added(STORED, {**STORED, what: {"changed": 1}})

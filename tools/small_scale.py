@@ -3,6 +3,7 @@
     python -m janusflow_jax.train --config=configs/emoji.py:A --config.seed=2 \\
         --config.workdir=runs/small/A-2
     python tools/small_scale.py --runs runs/small    # scores what is new, then writes all anew
+    python tools/small_scale.py --runs runs/more --add    # beside the runs that the JSON has
     python tools/small_scale.py --redraw             # tables and plots from the stored numbers
 
 A run is a folder `<letter>-<seed>` that has ended. Every run is scored once with the suite `emoji`;
@@ -36,6 +37,8 @@ SWEEP_PROMPTS = 48
 SMOOTH = 5
 """Logged steps that a point of a curve is the mean of."""
 LOSSES = ("loss_rf", "loss_ar", "loss_repa")
+LIKE = ("settings", "software", "data", "judge")
+"""What runs must have been scored with alike to stand in one table."""
 OF_TASK = {"loss_ar": "D", "loss_rf": "E", "loss_repa": "E"}  # the one single task that has it
 
 
@@ -50,7 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         for run in (x for x in runs if x.name[0] == "F"):
             for point in sweep_points():
                 score(run, report_file(args, run.name, point), args, **point)
-        numbers.write_text(compact(gather(runs, args)))
+        found = gather(runs, args)
+        if args.add and numbers.exists():
+            found = added(json.loads(numbers.read_text()), found)
+        numbers.write_text(compact(found))
     found = json.loads(numbers.read_text())
     doc.write_text(tables.fill(doc.read_text(), found))
     for file in plots.draw(found, doc.parent):
@@ -83,6 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--judge", default=judge.START, help="as evaluate's; '': without")
     p.add_argument("--json", default="docs/small_scale.json")
     p.add_argument("--doc", default="docs/small_scale.md", help="the plots go beside it")
+    p.add_argument("--add", action="store_true", help="keep the runs of --json that --runs lacks")
     p.add_argument("--redraw", action="store_true", help="score nothing; draw from --json")
     return p.parse_args(argv)
 
@@ -197,6 +204,29 @@ def add_sweeps(sweeps: dict[str, list[Any]], name: str, args: argparse.Namespace
         for point, file in zip(points, files, strict=True):
             found = tables.scores(json.loads(file.read_text()))
             sweeps[sweep].append({"run": name, "value": point[key], "scores": found})
+
+
+def added(stored: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """`found`, and of `stored` the runs that it lacks.
+
+    Raises:
+      ValueError: they were not scored alike, so their numbers do not compare.
+    """
+    other = [n for n in LIKE if n in stored and n in found and stored[n] != found[n]]
+    if other:
+        raise ValueError(
+            "--add: expected runs scored as the stored ones were; got "
+            + "; ".join(f"{n} {found[n]}, stored {stored[n]}" for n in other)
+            + ": score all runs anew, without --add"
+        )
+    out = {**stored, **found}
+    for part in ("runs", "curves"):
+        out[part] = dict(sorted({**stored[part], **found[part]}.items()))
+    out["sweeps"] = {}
+    for sweep, points in found["sweeps"].items():
+        kept = [x for x in stored["sweeps"][sweep] if x["run"] not in found["runs"]]
+        out["sweeps"][sweep] = sorted(kept + points, key=lambda x: x["run"])
+    return out
 
 
 def training(run: Path) -> dict[str, Any]:
