@@ -158,6 +158,19 @@ def _shortage(message: str) -> str:
     return (found[0] if found else message.splitlines()[0]).strip()
 
 
+def needed(lacks: str) -> int | None:
+    """Bytes of a device that a program would take, of the compiler's words on why it does not fit.
+
+    libtpu calls this figure that of "HLO temporaries", but the arguments are in it: it is the
+    peak that the same program has where it fits (tests/test_plan_tpu.py).
+    """
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", lacks)
+    if not found:
+        return None
+    number, unit = (x for x in found.groups() if x)
+    return int(float(number) * 1024 ** (1 + "KMGT".index(unit)))
+
+
 def peak_rss() -> int:
     """Bytes that this process has held at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

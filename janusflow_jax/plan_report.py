@@ -48,7 +48,8 @@ def memory(run: Compiled) -> Report:
     }
     out: Report = {"parts": parts, "limit": run.machine.chip.memory}
     if run.program is None:
-        return out | {"fits": False, "lacks": run.lacks}
+        needed = plan_compile.needed(run.lacks)
+        return out | ({"peak": needed} if needed else {}) | {"fits": False, "lacks": run.lacks}
     m = run.program.memory_analysis()
     held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     peak = max(m.peak_memory_in_bytes, held)

@@ -58,7 +58,7 @@ def _memory(r: dict[str, Any]) -> str:
         lines.append(f"  {'peak':34} {m['peak'] / GIB:8.3f}")
     verdict = "fits" if m["fits"] else "does not fit"
     lines.append(f"  {'of':34} {m['limit'] / GIB:8.3f}  {verdict}")
-    if m["lacks"]:
+    if m["lacks"]:  # its figure is the peak, whatever it calls it: plan_compile.needed
         lines.append(f"  the compiler: {m['lacks']}")
     if r["advice"]:
         lines.append("what to change, the cheapest first:")

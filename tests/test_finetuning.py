@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -11,12 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from janusflow_jax import config as c
-from janusflow_jax import config_checks, train_step
+from janusflow_jax import config_checks, plan_compile, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {
@@ -97,3 +99,28 @@ def test_what_an_argument_trains(arg, tasks, trained):
 def test_what_is_fine_tuned_must_be_said():
     with pytest.raises(c.ConfigError, match="expected paint, read or both"):
         config("lora")
+
+
+GEN = ("gen_encoder", "gen_aligner", "gen_norm", "gen_head", "gen_decoder")
+
+
+@pytest.mark.parametrize(
+    ("row", "arg", "fields"),
+    [
+        ("`paint` (all", "paint", {}),
+        ("`paint,light`", "paint,light", {}),
+        ("`paint`, `train_parts`", "paint", {"train_parts": GEN}),
+        ("the same, `frozen", "paint", {"train_parts": GEN, "frozen_dtype": "bfloat16"}),
+        ("`paint,lora` (", "paint,lora", {}),
+        ("`paint,lora,light`", "paint,lora,light", {}),
+    ],
+)
+def test_what_the_memory_table_says_of_the_state(row, arg, fields):
+    text = (ROOT / "docs" / "finetuning.md").read_text()
+    (line,) = [x for x in text.splitlines() if x.startswith(f"| {row}")]
+    _, trained, state = line.strip("| ").split(" | ")[:3]
+    shapes = plan_compile.state_shapes(dataclasses.replace(config(arg), **fields))
+    count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    assert trained == f"{count / 1e6:,.0f} M"
+    assert state == f"{held / 2**30:.1f}"

@@ -314,6 +314,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(planned):
     assert memory["parts"]["batch"] == plan_compile.bytes_of(planned.arguments["batch"])
     words = plan_text.text(report)
     assert "does not fit" in words and "Used 33.2G" in words
+    assert memory["peak"] == int(33.2 * 2**30) and "  33.200\n" in words
     assert "--config.remat" not in words  # it is on
     flags = [tip.split()[0] for tip in report["advice"] if tip.startswith("--")]
     assert "--config.loss.ce_chunk=128" in flags and "--config.mesh.tensor=2" in flags
@@ -322,6 +323,18 @@ def test_a_plan_that_does_not_fit_says_what_to_change(planned):
     planned.cfg.batch_rows = 16
     assert "--config.optim.accum_steps=2" in " ".join(plan_report.advice(planned, memory))
     planned.cfg.batch_rows = 8
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        ("total memory required for HLO temporaries (28.5G) exceeds available", 28.5 * 2**30),
+        ("Used 512.25M of 15.75G hbm. Exceeded hbm capacity", 512.25 * 2**20),
+        ("RESOURCE_EXHAUSTED: out of memory", None),
+    ],
+)
+def test_what_a_program_needs_is_in_the_compilers_words(words, needed):
+    assert plan_compile.needed(words) == needed
 
 
 def test_time_is_the_sum_of_its_parts(planned):

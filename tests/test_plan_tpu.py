@@ -9,6 +9,7 @@ import runpy
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from janusflow_jax import config as c
@@ -101,7 +102,41 @@ def test_what_does_not_fit_says_so():
     run = plan_compile.train(cfg, plan_topology.parse("v5e:4x4"))
     memory = plan_report.memory(run)
     assert run.program is None and not memory["fits"] and "15.75G" in memory["lacks"]
+    assert memory["peak"] > memory["limit"]
     assert plan_report.advice(run, memory)[0].startswith("--config.remat=True")
+
+
+def test_the_compilers_figure_of_what_does_not_fit_is_the_peak_where_it_does():
+    """Arguments of 8 GiB beside temporaries of about as much: the message has the sum."""
+
+    def step(x, y):
+        a = y @ y.T
+        b = jnp.sin(a) @ jnp.cos(a)
+        return 2 * x, (b @ y).sum() + (a @ (b @ y)).max()
+
+    shape, runs = jax.ShapeDtypeStruct, []
+    for name in ("v5e:1x1", "v5p:1x1x1"):
+        machine = plan_topology.parse(name)
+        mesh = sharding.make_mesh(c.MeshConfig(), plan_topology.devices(machine))
+        where = jax.NamedSharding(mesh, jax.P())
+        args = [
+            shape(s, jnp.float32, sharding=where) for s in ((2 * 2**30,), (40 * 1024 - 512, 128))
+        ]
+        traced = jax.jit(step, donate_argnums=0).trace(*args)
+        runs.append(plan_compile.build(traced, machine, False))
+    (none, lacks, _), (program, _, _) = runs
+    assert none is None
+    assert plan_compile.needed(lacks) == pytest.approx(
+        program.memory_analysis().peak_memory_in_bytes, rel=0.01
+    )
+
+
+def test_adapters_of_the_released_size_train_on_one_small_chip():
+    """The last row of the memory table in docs/finetuning.md."""
+    cfg = runpy.run_path(str(ROOT / "configs" / "finetune.py"))["get_config"]("paint,lora,light")
+    cfg.mesh = c.MeshConfig(fsdp=1)
+    run = plan_compile.train(cfg, plan_topology.parse("v5e:1x1"))
+    assert plan_report.memory(run)["peak"] < 4.6 * plan_topology.GIB
 
 
 def test_two_slices_send_gradients_alone_between_them():
