@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from janusflow_jax.plan_report import PARTS
 from janusflow_jax.plan_topology import GIB
 
-PARTS = {
-    "params": "parameters, trained",
-    "frozen": "parameters, frozen",
-    "vae": "parameters of the VAE",
-    "opt_state": "optimizer",
-    "ema": "EMA",
-    "batch": "batch",
-    "inputs": "inputs",
-}
 FLOPS = {
     "useful": "useful (flops.py on a typical batch)",
     "padding": "+ padding",

@@ -23,6 +23,7 @@ from janusflow_jax import (
     checkpoint,
     config_checks,
     distributed,
+    flag_parser,
     flops,
     goodput,
     guard,
@@ -359,22 +360,11 @@ def main(argv: list[str]) -> None:
     train(cfg)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one line for a field, value or config file that it cannot take."""
-    for arg in argv[1:]:
-        if arg.startswith("--config."):
-            config_lib.check_field(arg.removeprefix("--config.").split("=")[0])
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (OSError, ValueError, TypeError, IndexError) as error:
-        raise ConfigError(f"--config: {error}") from error
-
-
 def run() -> None:
     """The command line; errors that the user can mend are one message, not a stack."""
     flags.mark_flag_as_required("config")
     try:
-        app.run(main, flags_parser=parse_flags)
+        app.run(main, flags_parser=flag_parser.parse)
     except _USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:

@@ -10,8 +10,11 @@ import tempfile
 # pytest plugin comes first), so this one is told by its config. Nearly all the time of a test is
 # compilation: less of it is optimized (half the time), none is done twice in a session.
 _TINY = pathlib.Path(__file__).parent / "data" / "golden" / "tiny"
-_CACHE = tempfile.mkdtemp(prefix="janusflow-test-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+# With pytest-xdist the workers are processes that the first one starts: they share its cache.
+_CACHE = os.environ.get("JANUSFLOW_TEST_CACHE", "")
+if not _CACHE:
+    _CACHE = os.environ["JANUSFLOW_TEST_CACHE"] = tempfile.mkdtemp(prefix="janusflow-test-")
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"

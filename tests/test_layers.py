@@ -60,11 +60,11 @@ LAYERS = (
         "eval.stats", "eval.sheet", "eval.partial", "eval.emoji", "eval.frechet", "eval.judge",
         "eval.judged", "pipeline", "samples", "starts",
         "guard", "heldout", "heldout_model", "latents",
-        "guard", "plan_topology", "plan_compile", "plan_flops", "plan_collectives", "plan_report",
+        "plan_topology", "plan_compile", "plan_flops", "plan_collectives", "plan_report",
         "plan_text", "plan_sampler",
     ),
     # 5 ENTRY
-    ("command_line", "train", "generate", "chat", "evaluate"),
+    ("command_line", "flag_parser", "train", "generate", "chat", "evaluate"),
 )  # fmt: skip
 """Modules of the package by layer, from the left."""
 

@@ -25,6 +25,7 @@ from ml_collections import config_flags  # noqa: E402
 
 from janusflow_jax import config as config_lib  # noqa: E402
 from janusflow_jax import (  # noqa: E402
+    flag_parser,
     plan_compile,
     plan_report,
     plan_sampler,
@@ -79,22 +80,11 @@ def plan_sampling(
     sys.exit(0 if all(r["memory"]["fits"] for r in reports) else 2)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one line for what it cannot take."""
-    for arg in argv[1:]:
-        if arg.startswith("--config."):
-            config_lib.check_field(arg.removeprefix("--config.").split("=")[0])
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (OSError, ValueError, TypeError, IndexError) as error:
-        raise config_lib.ConfigError(f"--config: {error}") from error
-
-
 def run() -> None:
     """The command line; errors that the user can mend are one message, not a stack."""
     flags.mark_flags_as_required(["config", "topology"])
     try:
-        app.run(main, flags_parser=parse_flags)
+        app.run(main, flags_parser=flag_parser.parse)
     except config_lib.ConfigError as error:
         sys.exit(f"error: {error}")
 
