@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -253,9 +253,21 @@ def _in_batches(
         yield from finish()
 
 
-def check(cfg: TrainConfig, made: rows.Rows, params: Any, vae_params: Any) -> None:
+def digests(cfg: TrainConfig, made: rows.Rows, params: Any) -> dict[str, str]:
+    """Digests of the SigLIPs that stand behind the caches of an opened mixture, by part."""
+    parts = {"und_encoder"} if made.slots.und is not None else set()
+    if made.slots.repa_cached:
+        parts.add(_target(cfg))
+    return {part: trees.digest(params[part]) for part in sorted(parts) if part in params}
+
+
+def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_params: Any) -> None:
     """Raises CacheError when the caches of an opened mixture are of other encoders than this
-    run's, or of a SigLIP that this run trains."""
+    run's, or of a SigLIP that this run trains.
+
+    Args: encoders: from `digests`; of parts that are not in it nothing is said: runs of older
+      versions did not keep them.
+    """
     problems = []
     gen, und = made.slots.gen, made.slots.und
     folders = {s.cfg.task: s.cfg.cache for s in made.sources if s.cfg.cache}
@@ -272,15 +284,20 @@ def check(cfg: TrainConfig, made: rows.Rows, params: Any, vae_params: Any) -> No
         same("generate", "VAE", gen.vae, vae_digest(vae_params))
     if made.slots.repa_cached:
         assert gen is not None
-        part = "repa_target" if cfg.model.repa_target == "siglip" else "und_encoder"
+        part = _target(cfg)
         if any(p.split("/")[0] == part for p in train_step.trained_paths(cfg)):
             problems.append(
                 f"cache {folders['generate']}: holds features of a frozen SigLIP, and this run "
                 "trains it: expected --config.data.cached_features=False (the latents stay good)"
             )
-        else:
-            same("generate", "SigLIP", gen.siglip, trees.digest(params[part]))
-    if und is not None:
-        same("understand", "SigLIP", und.siglip, trees.digest(params["und_encoder"]))
+        elif part in encoders:
+            same("generate", "SigLIP", gen.siglip, encoders[part])
+    if und is not None and "und_encoder" in encoders:
+        same("understand", "SigLIP", und.siglip, encoders["und_encoder"])
     if problems:
         raise CacheError("\n".join(["caches:", *(f"  - {p}" for p in problems)]))
+
+
+def _target(cfg: TrainConfig) -> str:
+    """The part whose features REPA aligns with."""
+    return "repa_target" if cfg.model.repa_target == "siglip" else "und_encoder"

@@ -4,6 +4,7 @@ fresh; and what the run needs on disk, said before anything is loaded.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from etils import epath
 
 from janusflow_jax import checkpoint, distributed, optim, train_step, trees
 from janusflow_jax import config as config_lib
-from janusflow_jax.config import ConfigError, TrainConfig
+from janusflow_jax.config import ConfigError, ModelConfig, TrainConfig
 from janusflow_jax.data import sources
 from janusflow_jax.models import janusflow, lora, vae
 
@@ -33,13 +34,34 @@ def origins_of(cfg: TrainConfig, loaded: dict[str, checkpoint.LoadedModel]) -> d
     return out | dict(cfg.init)
 
 
+def of_workdir(cfg: TrainConfig, workdir: epath.Path) -> tuple[TrainConfig, bool]:
+    """What a run in this folder starts from: `cfg`'s own start, or what the folder has of it.
+
+    A run goes on with the VAE and the tokenizer of its `base/`, whatever lies at `start` by now.
+    Once it has a checkpoint, that has the other parts, and `start` need not be there any more.
+
+    Returns: the config with `start`, `init` and `tokenizer` as they are to be read; whether a
+      checkpoint will overwrite what is fresh by it.
+    """
+    base = workdir / "base"
+    if not (base / checkpoint.MODEL_FILE).exists():
+        return cfg, False
+    whole = set(checkpoint.read_json(base / checkpoint.MODEL_FILE)["parts"]) - {"vae"}
+    resumed = bool(checkpoint.committed_steps(workdir))
+    given = {"init": (), "start": str(base), "tokenizer": str(base / "hub")}
+    if not (whole or resumed):
+        others = tuple((part, path) for part, path in cfg.init if part != "vae")
+        given |= {"init": (*others, ("vae", str(base))), "start": cfg.start}
+    return dataclasses.replace(cfg, **given, allow_fresh=cfg.allow_fresh or resumed), resumed
+
+
 def initial_params(cfg: TrainConfig) -> tuple[Any, Any, str, dict[str, str]]:
     """Every part from where `init` or `start` says.
 
     Returns: params, VAE params, the folder of tokenizer files, part -> origin.
     Raises:
-      ConfigError: a part that must have learned something is fresh, its path lacks it, or a path
-        of `train_parts` is none of the model's.
+      ConfigError: a part that must have learned something is fresh, its path lacks it or has it of
+        another config, or a path of `train_parts` is none of the model's.
     """
     cache: dict[str, checkpoint.LoadedModel] = {}
     origins = origins_of(cfg, cache)
@@ -69,10 +91,14 @@ def initial_params(cfg: TrainConfig) -> tuple[Any, Any, str, dict[str, str]]:
                 problems.append(f"{path} has no part {part!r}; it has {loaded.parts}")
             elif part == "vae":
                 expect = vae.param_shapes(cfg.model.vae)
-                problems += checkpoint.compare_trees(expect, got, "vae")
+                problems += checkpoint.compare_trees(expect, got, "vae") or (
+                    _other_config(cfg.model, loaded.cfg, part, path)
+                )
                 vae_params = _host(got)
             else:
-                problems += checkpoint.compare_trees(params[part], got, part)
+                problems += checkpoint.compare_trees(params[part], got, part) or (
+                    _other_config(cfg.model, loaded.cfg, part, path)
+                )
                 params[part] = _host(got)
         if not hub and "llm" in parts:
             hub = str(loaded.hub)
@@ -96,6 +122,30 @@ def _part_of(loaded: checkpoint.LoadedModel, part: str) -> Any:
     if part == "repa_target" and part not in params and loaded.cfg.und_encoder == "siglip":
         return params.get("und_encoder")
     return params.get(part)
+
+
+def _other_config(ours: ModelConfig, theirs: ModelConfig, part: str, path: str) -> list[str]:
+    """The fields that no shape shows, in which a part was another model's: with ours it would
+    compute something else. Sizes of pictures may differ."""
+    out = []
+    for section in _sections(ours, part):
+        here, there = (config_lib.to_dict(getattr(m, section)) for m in (ours, theirs))
+        for name in here.keys() - {"image_size"}:
+            if here[name] != there[name]:
+                field = f"model.{section}.{name}"
+                out.append(
+                    f"{path}: its {part} was made with {field} = {there[name]!r}; got "
+                    f"{here[name]!r}: give --config.{field}={there[name]!r}"
+                )
+    return sorted(out)
+
+
+def _sections(model: ModelConfig, part: str) -> tuple[str, ...]:
+    """The sections of a model's config that say how a part computes."""
+    if part == "und_encoder" and model.und_encoder != "siglip":
+        return ("gen", "vae")
+    known = {"llm": ("llm",), "und_encoder": ("und",), "repa_target": ("und",), "vae": ("vae",)}
+    return known.get(part, ("gen",) if part in ("gen_encoder", "gen_decoder") else ())
 
 
 def _unmatched(cfg: TrainConfig, params: Any) -> list[str]:

@@ -112,17 +112,20 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     """
     workdir = workdir_of(cfg)
     with distributed.together("opening the run"):
-        base = workdir_lib.start_of(workdir)  # what it began with, whatever `start` is by now
-        begun = dataclasses.replace(cfg, start=base, init=()) if base else cfg
-        starts.check_needs(begun)
         workdir_lib.check(workdir, cfg)
+        begun, resumed = starts.of_workdir(cfg, workdir)
+        starts.check_needs(begun)
     params, vae_params, hub, origins = starts.initial_params(begun)
+    if resumed:
+        origins |= {n: "this run's checkpoint" for n, x in origins.items() if x != begun.start}
     starts.print_origins(cfg, params, vae_params, origins)
     with distributed.together("opening the data"):
         chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
         chat.check_vocab(cfg.model.llm.vocab_size)
         data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
-        latents.check(cfg, data.rows, params, vae_params)
+        digests = workdir_lib.encoders_of(workdir) if resumed else {}
+        digests = digests or latents.digests(cfg, data.rows, {} if resumed else params)
+        latents.check(cfg, data.rows, digests, vae_params)
     distributed.say(data.summary())
     mesh = sharding.make_mesh(cfg.mesh)
     split = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -137,7 +140,8 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     )
     if writes:
         kept = run_state.begun_with(cfg, params)
-        workdir_lib.make(workdir, cfg, params=kept, vae=vae_params, hub=hub)
+        about = {"made_by": "train", "encoders": digests}
+        workdir_lib.make(workdir, cfg, params=kept, vae=vae_params, hub=hub, about=about)
     apart = bool(distributed.from_main(workdir_lib.start_of(workdir)))
     with jax.set_mesh(mesh):
         state = run_state.make(cfg, mesh, params, vae_params)

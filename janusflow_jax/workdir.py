@@ -23,7 +23,7 @@ from janusflow_jax.config import TrainConfig
 # What a run may change when it goes on: everything else makes it another run.
 MAY_CHANGE = frozenset(
     "workdir num_steps log_every_steps save_every_steps keep_checkpoints sheet_every_steps "
-    "tensorboard prompts heldout heldout_captions sheet_cfg_weight sheet_num_steps mesh init start "
+    "tensorboard prompts heldout heldout_captions sheet_cfg_weight sheet_num_steps mesh "
     "made_by data.num_threads data.max_bad_share attention remat max_bad_steps peak_tflops "
     "keep_every_steps watchdog_s watchdog_exit evaluate".split()
 )
@@ -155,12 +155,28 @@ def start_of(workdir: epath.Path) -> str:
     return str(file.parent) if whole else ""
 
 
-def make(workdir: epath.Path, cfg: TrainConfig, *, params: Any, vae: Any, hub: Any) -> None:
+def encoders_of(workdir: epath.Path) -> dict[str, str]:
+    """Digests of the frozen encoders that a run's caches were checked against when it began."""
+    file = workdir / "base" / checkpoint.MODEL_FILE
+    return checkpoint.read_json(file).get("encoders", {}) if file.exists() else {}
+
+
+def make(
+    workdir: epath.Path,
+    cfg: TrainConfig,
+    *,
+    params: Any,
+    vae: Any,
+    hub: Any,
+    about: dict[str, Any],
+) -> None:
     """Writes what a run's folder holds from the start: `config.json` and `base/`.
 
     All processes of a job call it; the first one writes.
 
-    Args: params: what checkpoints will not repeat; None: nothing.
+    Args:
+      params: what checkpoints will not repeat; None: nothing.
+      about: JSON values for the base's `model.json`.
     """
     with explained(workdir):
         made = str((workdir / "base" / checkpoint.MODEL_FILE).exists())
@@ -171,7 +187,7 @@ def make(workdir: epath.Path, cfg: TrainConfig, *, params: Any, vae: Any, hub: A
                 params=params,
                 vae=vae,
                 hub_files=hub,
-                extra={"made_by": "train"},
+                extra=about,
                 overwrite=True,
             )
         if distributed.is_main():

@@ -367,23 +367,27 @@ def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode):
     build(stores["a"], encoders, encode, "gen")
     made = open_rows(chat, mixture(generate="gen"))
     cfg = test_train.config("x")
-    params = {"und_encoder": encoders.siglip}
-    latents.check(cfg, made, params, encoders.vae)
+    ours = latents.digests(cfg, made, {"und_encoder": encoders.siglip})
+    assert list(ours) == ["und_encoder"]
+    latents.check(cfg, made, ours, encoders.vae)
     other = jax.tree.map(lambda x: x + 1e-3, encoders.vae)
     with pytest.raises(CacheError, match="made by this run's VAE"):
-        latents.check(cfg, made, params, other)
+        latents.check(cfg, made, ours, other)
     decoder = {**encoders.vae, "decoder": other["decoder"]}
-    latents.check(cfg, made, params, decoder)
-    other = {"und_encoder": jax.tree.map(lambda x: x + 1e-3, encoders.siglip)}
+    latents.check(cfg, made, ours, decoder)
+    changed = {"und_encoder": jax.tree.map(lambda x: x + 1e-3, encoders.siglip)}
+    other = latents.digests(cfg, made, changed)
     with pytest.raises(CacheError, match="made by this run's SigLIP"):
         latents.check(cfg, made, other, encoders.vae)
     cfg.train_parts = c.STAGE_PARTS
     with pytest.raises(CacheError, match="data.cached_features=False"):
-        latents.check(cfg, made, params, encoders.vae)
+        latents.check(cfg, made, ours, encoders.vae)
     latents.check(
         cfg, open_rows(chat, mixture(generate="gen"), cached_features=False), other, encoders.vae
     )
     latents.check(cfg, open_rows(chat, mixture(generate="gen"), repa=False), other, encoders.vae)
     # ablation C trains a VAE encoder of its own for understanding: generation's stays frozen
     own = runpy.run_path(str(ROOT / "configs" / "ablation.py"))["get_config"]("C,test")
-    latents.check(own, made, {"repa_target": encoders.siglip}, encoders.vae)
+    target = latents.digests(own, made, {"repa_target": encoders.siglip, "und_encoder": {}})
+    assert list(target) == ["repa_target"]
+    latents.check(own, made, target, encoders.vae)

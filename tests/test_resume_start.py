@@ -1,0 +1,98 @@
+"""What a run begins from: a start of the same config only; and what it goes on with when that has
+changed on disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from test_train import HUB, config, final, fresh, store  # noqa: F401
+
+from janusflow_jax import checkpoint, starts, train
+from janusflow_jax import config as c
+
+
+def start(path: str, seed: int = 0, **fields) -> str:
+    """A whole model of the test size at a path, of a config with other fields."""
+    model = config("x").model
+    for name, value in fields.items():
+        section, field = name.split("__")
+        setattr(getattr(model, section), field, value)
+    params, vae = jax.device_get(fresh(model, jax.random.key(seed)))
+    checkpoint.save_model(
+        path, model_cfg=model, params=params, vae=vae, hub_files=epath.Path(HUB),
+        extra={}, overwrite=True,
+    )  # fmt: skip
+    return path
+
+
+def test_a_start_of_another_config_is_refused_field_by_field(tmp_path):
+    other = {"vae__scaling_factor": 0.5, "llm__rope_theta": 5e5, "und__norm_eps": 1e-5}
+    path = start(str(tmp_path / "other"), **other)
+    with pytest.raises(c.ConfigError) as error:
+        starts.initial_params(config("x", start=path, tokenizer=""))
+    said = str(error.value)
+    for field, value in other.items():
+        flag = f"--config.model.{field.replace('__', '.')}={value!r}"
+        assert flag in said, said
+    assert said.count("was made with") == 3
+
+    cfg = config("x", start=path, tokenizer="")
+    cfg.model.vae.scaling_factor, cfg.model.llm.rope_theta = 0.5, 5e5
+    cfg.model.und.norm_eps = 1e-5
+    params, _, hub, origins = starts.initial_params(cfg)
+    assert set(origins.values()) == {path} and "llm" in params and Path(hub).exists()
+
+
+def test_only_what_a_start_gives_must_agree(tmp_path):
+    """Its language model's fields say nothing where only its VAE is taken."""
+    path = start(str(tmp_path / "other"), llm__rope_theta=5e5, gen__norm_eps=1e-5)
+    starts.initial_params(config("x", init=(("vae", path),)))
+    with pytest.raises(c.ConfigError, match=r"gen_decoder was made with model.gen.norm_eps"):
+        starts.initial_params(config("x", init=(("vae", path), ("gen_decoder", path))))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys):  # noqa: F811
+    """Whatever lies where it began: another model, or nothing."""
+    start("models/a")
+    settings = {"start": "models/a", "tokenizer": ""}
+    train.train(config("whole", **settings))
+    train.train(config("changed", num_steps=2, **settings))
+    shutil.copytree("changed", "gone")
+    start("models/a", seed=1)
+    capsys.readouterr()
+    train.train(config("changed", **settings))
+    said = capsys.readouterr().out
+    assert "this run's checkpoint" in said and "models/a" not in said
+    shutil.rmtree("models/a")
+    train.train(config("gone", **settings))
+    whole = final("whole")
+    for run in ("changed", "gone"):
+        for name, x in final(run).items():
+            np.testing.assert_array_equal(x, whole[name], err_msg=f"{run} {name}")
+
+    start("models/b", seed=1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"start: 'models/a' then, 'models/b' now"):
+        train.train(config("gone", start="models/b", tokenizer="", num_steps=6))
+
+
+@pytest.mark.slow
+def test_a_run_that_saved_nothing_yet_keeps_its_vae(store):  # noqa: F811
+    """Killed before its first checkpoint: `base/` is there, the other parts come from the start."""
+    start("models/a")
+    settings = {"start": "models/a", "tokenizer": ""}
+    train.train(config("whole", **settings))
+    shutil.copytree("whole", "killed")
+    shutil.rmtree("killed/checkpoints")
+    begun, resumed = starts.of_workdir(config("killed", **settings), epath.Path("killed").resolve())
+    assert not resumed and begun.start == "models/a"
+    assert dict(begun.init) == {"vae": str(Path("killed/base").resolve())}
+    train.train(config("killed", **settings))
+    whole = final("whole")
+    for name, x in final("killed").items():
+        np.testing.assert_array_equal(x, whole[name], err_msg=name)
