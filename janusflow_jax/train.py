@@ -372,9 +372,16 @@ def run() -> None:
     except _USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
-        if distributed.count() == 1:
+        if distributed.count() > 1:
+            distributed.leave_at_once(distributed.lost_peer(error))
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        distributed.leave_at_once(distributed.lost_peer(error))
+        sys.exit(
+            "error: out of memory on the device: the batch in more parts "
+            "(--config.optim.accum_steps), rows shared by more devices (--config.mesh.fsdp), "
+            "--config.remat=True; tools/plan.py says what a run needs, docs/finetuning.md what "
+            f"less of training takes\n{str(error).splitlines()[0]}"
+        )
 
 
 if __name__ == "__main__":
