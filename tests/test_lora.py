@@ -22,6 +22,7 @@ from janusflow_jax import (
     pipeline,
     run_state,
     sharding,
+    starts,
     train,
     train_step,
     trees,
@@ -191,6 +192,16 @@ def test_adapters_that_do_not_fit_are_all_named(tmp_path, golden_folder):
     shutil.rmtree(folder)
     with pytest.raises(adapters.AdapterError, match="found none"):
         adapters.apply(params, folder)
+
+
+def test_a_run_tells_what_of_its_adapters_trains(capsys):
+    cfg = lora_config("x")
+    plain, vae_params = jax.device_get(fresh(cfg.model, jax.random.key(0)))
+    starts.print_origins(cfg, plain, vae_params, dict.fromkeys([*plain, "vae"], "fresh"))
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("lora"))
+    leaves = trees.flat({"llm": lora.add(plain["llm"], cfg.lora, jax.random.key(0))})
+    count = sum(leaves[name].size for name in lora.paths(cfg.lora))
+    assert line.split()[1:3] == [f"{count:,}"] * 2
 
 
 def test_what_cannot_be_adapted_is_said():
