@@ -42,6 +42,11 @@ def save(run: Any, out: Any, weights: str = "ema") -> str:
     folder = epath.Path(out).resolve()
     if folder.exists():
         raise checkpoint.CheckpointError(f"{folder}: exists; choose another path")
+    if (epath.Path(run) / checkpoint.MODEL_FILE).exists():
+        raise AdapterError(
+            f"{run}: a model folder, which has no adapters: expected a run with "
+            "--config.lora.rank above 0 (its folder, or one of its checkpoints)"
+        )
     loaded = checkpoint.load_model(run, weights=weights, merged=False)
     given = loaded.meta.get("config")
     cfg = config_lib.from_dict(TrainConfig, given) if given else None
@@ -74,7 +79,8 @@ def save(run: Any, out: Any, weights: str = "ema") -> str:
         "target_modules": [f"{t}_proj" for t in cfg.lora.targets],
         "base_model_name_or_path": cfg.start,
         "janusflow_jax": {
-            "base_sha256": digest(llm, cfg.lora.targets), "weights": weights,
+            "base_sha256": digest(llm, cfg.lora.targets),
+            "weights": "ema" if weights == "ema" and cfg.optim.ema else "params",
             "run": cfg.name, "step": loaded.meta.get("step"),
         },
     }  # fmt: skip
