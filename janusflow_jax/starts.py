@@ -208,6 +208,7 @@ def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[
         adapted = jax.eval_shape(
             lambda t, k: lora.add(t, cfg.lora, k), params["llm"], jax.random.key(0)
         )
-        count = optim.count_params(adapted) - optim.count_params(params["llm"])
+        moved, _ = trees.split({"llm": adapted}, lora.paths(cfg.lora))
+        count = optim.count_params(moved)
         what = f"adapters of rank {cfg.lora.rank} on {', '.join(cfg.lora.targets)}"
         print(f"{'lora':12} {count:>14,} {count:>14,}  {what}")

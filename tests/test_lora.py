@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
+from etils import epath
 from published import to_model
 from test_train import config, fresh
 
@@ -22,12 +24,14 @@ from janusflow_jax import (
     pipeline,
     run_state,
     sharding,
+    starts,
     train,
     train_step,
     trees,
 )
 from janusflow_jax import config as c
 from janusflow_jax.models import janusflow, lora
+from tools import export_checkpoint
 
 store = test_train.store  # a fixture
 RANK = 4
@@ -168,7 +172,8 @@ def test_adapters_that_do_not_fit_are_all_named(tmp_path, golden_folder):
     (folder / "adapter_config.json").write_text(json.dumps(about))
     file = folder / "adapter_model.safetensors"
     save_file(tensors, file)
-    got = adapters.apply(params, folder)["layers"]["block"]["attn"]["q"]["kernel"]
+    with pytest.warns(UserWarning, match="nobody checked that this model is the one"):
+        got = adapters.apply(params, folder)["layers"]["block"]["attn"]["q"]["kernel"]
     want = np.asarray(node["kernel"]) + 2.0 * np.asarray(node["lora_a"]).sum(-1, keepdims=True)
     np.testing.assert_allclose(got, want, atol=1e-5)  # as PEFT adds them: alpha / r x B A
 
@@ -191,6 +196,44 @@ def test_adapters_that_do_not_fit_are_all_named(tmp_path, golden_folder):
     shutil.rmtree(folder)
     with pytest.raises(adapters.AdapterError, match="found none"):
         adapters.apply(params, folder)
+
+
+@pytest.mark.parametrize(
+    ("ema", "asked", "said"),
+    [(0.99, "ema", "ema"), (0.99, "params", "params"), (0.0, "ema", "params")],
+)
+def test_a_file_says_which_weights_it_has(tmp_path, monkeypatch, ema, asked, said):
+    cfg = lora_config("x")
+    cfg.optim.ema = ema
+    _, params = adapted(cfg.model, cfg.lora.targets)
+    meta = {"config": c.to_dict(cfg), "step": 1}
+    loaded = checkpoint.LoadedModel(cfg.model, params, None, epath.Path("hub"), "run", meta)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **how: loaded)
+    adapters.save("run", tmp_path / "adapter", weights=asked)
+    about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert about["janusflow_jax"]["weights"] == said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # our own say which base they are of
+        adapters.apply(params["llm"], tmp_path / "adapter")
+
+
+def test_a_model_folder_has_no_adapters_to_export(tmp_path):
+    model = test_train.ROOT / "starts" / "emoji_llm"
+    with pytest.raises(adapters.AdapterError, match="no adapters: expected a run with"):
+        export_checkpoint.main(
+            ["--model", str(model), "--adapter-only", "--out", str(tmp_path / "out")]
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_tells_what_of_its_adapters_trains(capsys):
+    cfg = lora_config("x")
+    plain, vae_params = jax.device_get(fresh(cfg.model, jax.random.key(0)))
+    starts.print_origins(cfg, plain, vae_params, dict.fromkeys([*plain, "vae"], "fresh"))
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("lora"))
+    leaves = trees.flat({"llm": lora.add(plain["llm"], cfg.lora, jax.random.key(0))})
+    count = sum(leaves[name].size for name in lora.paths(cfg.lora))
+    assert line.split()[1:3] == [f"{count:,}"] * 2
 
 
 def test_what_cannot_be_adapted_is_said():

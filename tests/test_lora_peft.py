@@ -1,0 +1,245 @@
+"""Adapters that others wrote in PEFT's layout: applied as PEFT does, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+from etils import epath
+
+from janusflow_jax import adapters, checkpoint, safetensor_files
+from janusflow_jax import config as c
+
+LAYERS, WIDTH, OUT = 2, 6, 5
+LLM = {
+    "layers": {
+        "block": {
+            part: {
+                t: {"kernel": np.zeros((LAYERS, WIDTH, OUT), np.float32)}
+                for t, where in c.LORA_TARGETS.items()
+                if where == part
+            }
+            for part in ("attn", "mlp")
+        }
+    }
+}
+ALONE = "model."  # the LLM's own names: a Llama adapted alone
+EVERY = [
+    f"layers.{i}.{'mlp' if part == 'mlp' else 'self_attn'}.{t}_proj"
+    for t, part in c.LORA_TARGETS.items()
+    for i in range(LAYERS)
+]
+QV = [m for m in EVERY if m.endswith((".q_proj", ".v_proj"))]
+# As PEFT 0.21 writes them beside the ones that count, at their defaults.
+DEFAULTS = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+    "auto_mapping": None, "base_model_name_or_path": "somebody/model", "bias": "none",
+    "corda_config": None, "ensure_weight_tying": False, "eva_config": None,
+    "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "kasa_config": None, "layer_replication": None,
+    "layers_pattern": None, "layers_to_transform": None, "loftq_config": {}, "lora_bias": False,
+    "lora_dropout": 0.05, "lora_ga_config": None, "megatron_config": None,
+    "megatron_core": "megatron.core", "modules_to_save": None, "monteclora_config": None,
+    "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "rank_pattern": {},
+    "revision": None, "target_parameters": None, "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None, "use_bdlora": None, "use_dora": False, "use_qalora": False,
+    "use_rslora": False, "velora_config": None,
+}  # fmt: skip
+PLAIN = {**DEFAULTS, "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def write(folder, about, modules=(), *, head=ALONE, ending="", ranks=None):
+    """An adapter whose product is 1 everywhere: what is added to a kernel is the scale."""
+    folder.mkdir(exist_ok=True)
+    tensors = []
+    for module in modules:
+        rank = (ranks or {}).get(module, 2)
+        name = f"base_model.model.{head}{module}.lora_"
+        tensors.append((f"{name}A{ending}.weight", np.full((rank, WIDTH), 1 / rank, np.float32)))
+        tensors.append((f"{name}B{ending}.weight", np.ones((OUT, rank), np.float32)))
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    (folder / "adapter_model.safetensors").write_bytes(safetensor_files.to_bytes(tensors))
+    return folder
+
+
+def scales(folder) -> dict[str, float]:
+    """Module -> what was added to its kernel; those with nothing left out."""
+    with pytest.warns(UserWarning, match="base_sha256"):
+        block = adapters.apply(LLM, folder)["layers"]["block"]
+    out = {}
+    for module in EVERY:
+        _, i, _, name = module.split(".")
+        target = name.removesuffix("_proj")
+        kernel = block[c.LORA_TARGETS[target]][target]["kernel"][int(i)]
+        assert kernel.min() == pytest.approx(kernel.max())
+        if kernel.max():
+            out[module] = pytest.approx(float(kernel.max()))
+    return out
+
+
+def refused(folder) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises((adapters.AdapterError, checkpoint.CheckpointError)) as error:
+            adapters.apply(LLM, folder)
+    return str(error.value)
+
+
+Q0, Q1, V0, V1 = QV
+# changes of the config -> ranks other than 2, scales; all compared with PEFT 0.21.2's `scaling`.
+SCALES = {
+    "plain": ({}, {}, (2, 2, 2, 2)),
+    "rslora": ({"use_rslora": True}, {}, [4 / math.sqrt(2)] * 4),
+    "alpha": ({"alpha_pattern": {"v_proj": 10}}, {}, (2, 2, 5, 5)),
+    "alpha by path": ({"alpha_pattern": {"model.layers.1.self_attn.q_proj": 6}}, {}, (2, 3, 2, 2)),
+    "alpha by expression": ({"alpha_pattern": {r"1\..*[qv]_proj": 6}}, {}, (2, 3, 2, 3)),
+    "whole names": ({"alpha_pattern": {"^layers.1.*": 6, "proj": 8}}, {}, (2, 2, 2, 2)),
+    "the first counts": ({"alpha_pattern": {".*q_proj": 6, "q_proj": 8}}, {}, (3, 3, 2, 2)),
+    "rank": ({"rank_pattern": {"q_proj": 4}}, {Q0: 4, Q1: 4}, (1, 1, 2, 2)),
+    "all": (
+        {"rank_pattern": {"0.self_attn.v_proj": 9}, "alpha_pattern": {"v_proj": 6},
+         "use_rslora": True},
+        {V0: 9},
+        (4 / math.sqrt(2), 4 / math.sqrt(2), 2, 6 / math.sqrt(2)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_scales_are_pefts(tmp_path, case):
+    changes, ranks, want = SCALES[case]
+    folder = write(tmp_path / "adapter", {**PLAIN, **changes}, QV, ranks=ranks)
+    assert scales(folder) == dict(zip(QV, want, strict=True))
+
+
+TARGETS = {
+    "all-linear": ("all-linear", EVERY),
+    "expression": (r".*\.1\.mlp\.[a-z]*_proj", [m for m in EVERY if "1.mlp." in m]),
+    "paths": (["model.layers.0.self_attn.q_proj", "self_attn.v_proj"], [Q0, V0, V1]),
+    "part and name": (["mlp.up_proj"], [m for m in EVERY if "up_proj" in m]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_targets_are_read_as_peft_reads_them(tmp_path, case):
+    targets, want = TARGETS[case]
+    folder = write(tmp_path / "adapter", {**PLAIN, "target_modules": targets}, want)
+    assert scales(folder) == dict.fromkeys(want, 2)
+
+
+@pytest.mark.parametrize("ending", ["", ".default"])
+@pytest.mark.parametrize("head", ["language_model.model.", "model.", ""])
+def test_layouts_of_names(tmp_path, head, ending):
+    folder = write(tmp_path / "adapter", PLAIN, QV, head=head, ending=ending)
+    assert scales(folder) == dict.fromkeys(QV, 2)
+
+
+def test_what_is_not_checked_is_told(tmp_path):
+    about = {**PLAIN, "use_tomorrow": 3, "janusflow_jax": None}
+    folder = write(tmp_path / "adapter", about, QV)
+    with pytest.warns(UserWarning) as caught:
+        adapters.apply(LLM, folder)
+    (said,) = (str(w.message) for w in caught)
+    for text in (str(folder), "somebody/model", "base_sha256", "['use_tomorrow']"):
+        assert text in said
+    about = {**PLAIN, "janusflow_jax": {"base_sha256": adapters.digest(LLM, ("q", "v"))}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapters.apply(LLM, write(folder, about, QV))
+    about["janusflow_jax"]["base_sha256"] = "0" * 64
+    assert "beside other weights than these: load somebody/model" in refused(
+        write(folder, about, QV)
+    )
+
+
+def test_what_is_not_supported_is_refused_by_name(tmp_path):
+    wrong = {
+        "peft_type": "LOHA", "use_dora": True, "bias": "lora_only", "lora_bias": True,
+        "modules_to_save": ["lm_head"], "fan_in_fan_out": True, "layers_to_transform": [0],
+        "exclude_modules": ["v_proj"], "layer_replication": [[0, 1]], "use_qalora": True,
+        "target_parameters": ["x"], "trainable_token_indices": [1], "use_bdlora": {"a": 1},
+        "alora_invocation_tokens": [1], "arrow_config": {"top_k": 3}, "kasa_config": {"beta": 1},
+        "monteclora_config": {"n": 1}, "init_lora_weights": "pissa_niter_4",
+    }  # fmt: skip
+    folder = tmp_path / "adapter"
+    said = refused(write(folder, {**PLAIN, **wrong}, QV))
+    for name, value in wrong.items():
+        assert f"{name}: expected" in said and f"got {json.dumps(value)}" in said
+        alone = refused(write(folder, {**PLAIN, name: value}, QV))
+        assert f"{name}: expected" in alone and alone.count(": expected") == 1
+    assert "merge_and_unload" in said
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ([1], ["expected PEFT's fields, a JSON object; got [1]"]),
+        ({"r": 2}, ["lacks ['lora_alpha', 'target_modules']"]),
+        ({**PLAIN, "r": "x", "lora_alpha": "y"}, ['r: expected a whole', 'got "x"', 'got "y"']),
+        ({**PLAIN, "r": 0}, ["r: expected a whole number of 1 or more; got 0"]),
+        ({**PLAIN, "r": -2}, ["r: expected a whole number of 1 or more; got -2"]),
+        ({**PLAIN, "r": True}, ["r: expected", "got true"]),
+        ({**PLAIN, "lora_alpha": -1}, ["lora_alpha: expected a number above 0; got -1"]),
+        ({**PLAIN, "lora_alpha": math.nan}, ["lora_alpha: expected a number above 0; got NaN"]),
+        ({**PLAIN, "target_modules": "q_proj("}, ['target_modules: expected', 'got "q_proj("']),
+        ({**PLAIN, "target_modules": "a_proj"}, ["target_modules: a_proj is none of ours"]),
+        ({**PLAIN, "target_modules": ["q_proj", "v_proj", "qkv"]},
+         ["qkv is none of ours, such as model.layers.0.self_attn.q_proj"]),
+        ({**PLAIN, "target_modules": [3]}, ["target_modules: expected", "got [3]"]),
+        ({**PLAIN, "target_modules": []}, ["target_modules: expected", "got []"]),
+        ({**PLAIN, "use_rslora": "yes"}, ['use_rslora: expected true or false; got "yes"']),
+        ({**PLAIN, "rank_pattern": {"q_proj": 0}}, ["rank_pattern: expected"]),
+        ({**PLAIN, "alpha_pattern": {"q_(": 4}}, ["alpha_pattern: expected"]),
+        ({**PLAIN, "alpha_pattern": [4]}, ["alpha_pattern: expected"]),
+        ({**PLAIN, "janusflow_jax": [1]}, ["janusflow_jax: expected", "got [1]"]),
+        ({**PLAIN, "janusflow_jax": {"base_sha256": 3}}, ["base_sha256: expected", "got 3"]),
+    ],
+)  # fmt: skip
+def test_a_bad_config_is_one_clear_message(tmp_path, about, says):
+    said = refused(write(tmp_path / "adapter", about, QV))
+    for text in says:
+        assert text in said
+    assert str(tmp_path / "adapter") in said and len(said.splitlines()) < 5
+
+
+def test_bad_weights_are_one_clear_message(tmp_path):
+    folder = write(tmp_path / "adapter", {**PLAIN, "r": 0}, QV)
+    file = folder / "adapter_model.safetensors"
+    file.unlink()
+    said = refused(folder)
+    assert "expected adapter_model.safetensors" in said and "r: expected" in said
+    (folder / "adapter_model.bin").touch()
+    assert "only adapter_model.bin" in refused(folder)
+
+    said = refused(write(folder, PLAIN, QV, head="transformer.model."))
+    for text in (
+        "begin with one of base_model.model.language_model.model.layers.0...",
+        "base_model.model.model.layers.0...",
+        "got 8, such as base_model.model.transformer.model.layers.0.self_attn.q_proj.lora_A.weight",
+    ):
+        assert text in said
+    assert len(said.splitlines()) == 2
+    assert "got 0, such as none" in refused(write(folder, PLAIN))
+
+    one, two = (write(tmp_path / n, PLAIN, QV, ending=f".{n}") for n in ("one", "two"))
+    tensors = {
+        n: np.asarray(x)
+        for f in (one, two)
+        for n, x in safetensor_files.open_folder(epath.Path(f), ("adapter_model",)).tensors.items()
+    }
+    file.write_bytes(safetensor_files.to_bytes(tensors.items()))
+    assert "expected one adapter; got tensors of 2, named ['one', 'two']" in refused(folder)
+
+
+def test_long_lists_are_cut_with_a_count(tmp_path):
+    about = {**PLAIN, "target_modules": "all-linear"}
+    others = [f"layers.{i}.self_attn.{t}_proj" for i in range(2, 9) for t in "qv"]
+    said = refused(write(tmp_path / "adapter", about, [*QV, *others], ranks={Q0: 3}))
+    shown = adapters.SHOWN
+    assert said.count(": missing, expected shape") == said.count(": unknown") == shown
+    assert f"... and {2 * (len(EVERY) - len(QV)) - shown} more missing" in said
+    assert f"... and {2 * len(others) - shown} more unknown" in said
+    assert f"{Q0}.lora_A.weight: expected shape (2, 6); got (3, 6)" in said
