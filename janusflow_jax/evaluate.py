@@ -14,18 +14,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-from janusflow_jax import checkpoint, checksums, command_line, heldout_model, pipeline, samples
+from janusflow_jax import command_line, heldout_model, identity, pipeline, samples
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import SourceConfig
 from janusflow_jax.data import images, openmoji_sheet, sources
@@ -80,20 +78,22 @@ def main(argv: list[str] | None = None) -> None:
 def losses(args: argparse.Namespace) -> dict[str, Any]:
     """The report of suite `losses`."""
     cfg = heldout_model.read_config(args.config)
-    folder = resolve(args.model)
-    found = heldout_model.measure(str(folder), cfg, args.weights, args.dtype)
+    folder = identity.resolve(args.model)
+    found = heldout_model.measure(str(folder), cfg, args.weights, args.dtype, args.adapter)
     print("\n".join(f"{name}: {value:.4f}" for name, value in found.items()))
-    kept = ("suite", "config", "weights", "dtype")
+    kept = ("suite", "config", "weights", "dtype", "adapter")
     return {
         "settings": {**{k: getattr(args, k) for k in kept}, "model": str(folder)},
         "evaluate": config_lib.to_dict(cfg.evaluate),
-        "model": identity(folder),
+        "model": identity.of(folder, args.adapter),
         # not the records: they may be terabytes
         "data": {
-            s.path: {"dataset_info_sha256": sha256(epath.Path(s.path) / "dataset_info.json")}
+            s.path: {
+                "dataset_info_sha256": identity.sha256(epath.Path(s.path) / "dataset_info.json")
+            }
             for s in cfg.evaluate.sources
         },
-        "software": {"jax": jax.__version__, "backend": jax.default_backend()},
+        "software": identity.software(),
         "losses": found,
     }
 
@@ -101,15 +101,15 @@ def losses(args: argparse.Namespace) -> dict[str, Any]:
 def suite(args: argparse.Namespace, sheet_file: pathlib.Path) -> dict[str, Any]:
     """The report of suite `emoji`."""
     referee = judge.load(args.judge) if args.judge and args.prompts else None
-    folder = resolve(args.model)
+    folder = identity.resolve(args.model)
     model = pipeline.load(
         str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
     )
     report: dict[str, Any] = {
         "settings": {**vars(args), "model": str(folder)},
-        "model": identity(folder),
-        "data": {"files_sha256": hash_files(epath.Path(args.data))},
-        "software": {"jax": jax.__version__, "backend": jax.default_backend()},
+        "model": identity.of(folder, args.adapter),
+        "data": identity.of_data(args.data),
+        "software": identity.software(),
     }
     if referee:
         report["judge"] = {"weights_sha256": referee.sha256, "accuracy": referee.about["accuracy"]}
@@ -242,41 +242,6 @@ def captioning(
         [emoji.Label(x["class"], x["colour"]) for x in said],
     )
     return {**scores, "answers": [{"id": x["id"], "answer": x["answer"]} for x in said]}
-
-
-# --- what was measured
-
-
-def resolve(path: str) -> epath.Path:
-    """The one folder that will be loaded: a run that trains on must not change it under us."""
-    folder = epath.Path(path)
-    if (folder / checkpoint.MODEL_FILE).exists() or not (folder / "checkpoints").exists():
-        return folder
-    steps = checkpoint.committed_steps(folder)
-    return folder / "checkpoints" / str(steps[-1]) if steps else folder
-
-
-def identity(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of the checksums of a model or checkpoint (they cover its arrays), and its config."""
-    out = {}
-    for name in (checksums.SUMS_FILE, checkpoint.MODEL_FILE, "run.json"):
-        if (folder / name).exists():
-            out[name] = sha256(folder / name)
-    return out
-
-
-def sha256(file: epath.Path) -> str:
-    """Of a small file; '' where there is none."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
-
-
-def hash_files(folder: epath.Path) -> str:
-    """SHA-256 over the names and contents of a folder's files."""
-    total = hashlib.sha256()
-    for file in sorted((x for x in folder.iterdir() if x.is_file()), key=lambda x: x.name):
-        total.update(file.name.encode() + b"\0")
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
 
 
 # --- to read

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from janusflow_jax import checkpoint, config_checks, heldout, sharding
+from janusflow_jax import adapters, checkpoint, config_checks, heldout, sharding
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import ConfigError, TrainConfig
 from janusflow_jax.data import chat_format
@@ -32,7 +32,11 @@ def read_config(path: str) -> TrainConfig:
 
 
 def measure(
-    path: str, cfg: TrainConfig, weights: str = "ema", dtype: str | None = None
+    path: str,
+    cfg: TrainConfig,
+    weights: str = "ema",
+    dtype: str | None = None,
+    adapter: str = "",
 ) -> dict[str, float]:
     """Held-out losses of a model on the sources of `cfg.evaluate`: 'paint_unseen/loss_rf' ...
 
@@ -42,9 +46,11 @@ def measure(
     Args:
       weights: of a run, 'ema' or 'params'.
       dtype: of activations; None: the config's.
+      adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
     Raises:
       ConfigError: a config without held-out sources.
       checkpoint.CheckpointError: no model, or one that lacks a part that a source's loss needs.
+      adapters.AdapterError: adapters of another base, or none there.
     """
     if not cfg.evaluate.sources:
         raise ConfigError(
@@ -53,13 +59,16 @@ def measure(
         )
     loaded = checkpoint.load_model(path, weights=weights)
     _check_parts(path, loaded, cfg)
+    params = loaded.params or {}
+    if adapter:
+        params = {**params, "llm": adapters.apply(params.get("llm"), adapter)}
     cfg = copy.deepcopy(cfg)
     cfg.model = loaded.cfg
     cfg.dtype = dtype or cfg.dtype
     cfg.mesh = config_lib.MeshConfig()
     chat = chat_format.ChatFormat.load(loaded.hub, num_image_tokens=cfg.model.num_image_tokens)
     mesh = sharding.make_mesh(cfg.mesh)
-    to_host: Any = jax.device_get((loaded.params, loaded.vae or {}))
+    to_host: Any = jax.device_get((params, loaded.vae or {}))
     with jax.set_mesh(mesh):
         params, vae = sharding.put_tree(to_host, sharding.tree_shardings(to_host, mesh))
         state = {"params": params, "frozen": {}, "vae": vae, "ema": {}}

@@ -304,13 +304,3 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     for wrong, expected in (("1", "2 or more"), ("0", "nothing to score")):
         with pytest.raises(ValueError, match=expected):
             evaluate.main([*command, "--prompts", wrong, "--captions", wrong])
-
-
-def test_resolve_takes_the_newest_finished_checkpoint(tmp_path):
-    assert evaluate.resolve(str(tmp_path)) == tmp_path
-    for step, done in ((2, True), (10, True), (12, False)):
-        folder = tmp_path / "checkpoints" / str(step)
-        folder.mkdir(parents=True)
-        if done:
-            (folder / evaluate.checkpoint.MARKER).write_text("")
-    assert evaluate.resolve(str(tmp_path)).name == "10"

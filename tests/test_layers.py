@@ -56,7 +56,7 @@ LAYERS = (
         "safetensor_files", "torch_names", "convert",
         "hub_config", "hub_source", "hub_import", "hub_assemble", "hub_export",
         "metrics", "goodput",
-        "peft_config", "adapters",
+        "peft_config", "adapters", "identity",
         "eval.stats", "eval.sheet", "eval.partial", "eval.emoji", "eval.frechet", "eval.judge",
         "eval.judged", "pipeline", "samples", "starts",
         "guard", "heldout", "heldout_model", "latents",

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from janusflow_jax import checksums, evaluate
+from janusflow_jax import checksums, evaluate, identity
 from tools import small_scale
 from tools import small_scale_tables as tables
 
@@ -182,7 +182,7 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     referee = types.SimpleNamespace
     monkeypatch.setattr(small_scale.judge, "load", lambda x: referee(sha256=sha[x]))
     monkeypatch.setattr(evaluate, "main", fake)
-    monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "b"})
+    monkeypatch.setattr(identity, "of", lambda folder: {"model.json": "b"})
     run = _run(tmp_path, "F-1")
     args = argparse.Namespace(data="d", judge="j", reports=str(tmp_path))
     file = small_scale.report_file(args, "F-1")
@@ -192,11 +192,11 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     for args.judge, count in (("moved", 1), ("other", 2), ("", 3)):
         small_scale.score(run, file, args, **small_scale.asked("F-1"))
         assert len(made) == count
-    monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "trained on"})
+    monkeypatch.setattr(identity, "of", lambda folder: {"model.json": "trained on"})
     small_scale.score(run, file, args, **small_scale.asked("F-1"))
     assert len(made) == 4
 
-    monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "b"})
+    monkeypatch.setattr(identity, "of", lambda folder: {"model.json": "b"})
     for point in small_scale.sweep_points():
         small_scale.score(run, small_scale.report_file(args, "F-1", point), args, **point)
     assert len(made) == 4 + 11  # both sweeps share the usual point

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from janusflow_jax import checkpoint, command_line, evaluate
+from janusflow_jax import checkpoint, command_line, evaluate, identity
 from janusflow_jax.eval import judge
 from tools import small_scale_tables as tables
 
@@ -161,7 +161,7 @@ def is_current(file: Path, run: Path, settings: dict[str, Any], referee: str) ->
     report = json.loads(file.read_text())
     same = {k: v for k, v in settings.items() if k not in ("data", "judge")}
     return (
-        report["model"] == evaluate.identity(evaluate.resolve(str(run)))
+        report["model"] == identity.of(identity.resolve(run))
         and report.get("judge", {}).get("weights_sha256", "") == referee
         and same.items() <= report["settings"].items()
     )
