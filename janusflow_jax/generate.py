@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     seeds = requests.picture_seeds(one_seed, len(prompts), args.images_per_prompt)
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
     requests.check_generate(prompts, args.steps, args.images_per_prompt, "pil")
+    if args.json:
+        command_line.check_file(args.json, "--json")
     model = command_line.load(args)
     adapter = identity.of_adapter(args.adapter) if args.adapter else ""  # as it was loaded
     (out.parent if out.suffix and not out.is_dir() else out).mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from janusflow_jax import evaluate
+from janusflow_jax import config, evaluate
 from janusflow_jax.data import openmoji, openmoji_sheet
 from janusflow_jax.eval import emoji, judged, sheet, stats
 
@@ -242,7 +242,9 @@ class _Model(evaluate.pipeline.JanusFlowPipeline):
     """Paints the right drawing of every prompt."""
 
     def __init__(self):
-        pass
+        parts = (*evaluate.pipeline.PAINTS, *evaluate.pipeline.READS["siglip"])
+        self.params, self.vae, self.source = dict.fromkeys(parts), {"decoder": None}, "it"
+        self.cfg = config.model_config("emoji")
 
     def generate(self, prompts, *, seed, cfg_weight, num_steps, output):
         assert output == "numpy"
@@ -276,6 +278,7 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
         ]
 
     monkeypatch.setattr(evaluate.samples, "caption_source", captions)
+    monkeypatch.setattr(evaluate.sources, "open_source", lambda path, split: labels)
     out, data, model = (tmp_path / x for x in ("eval.json", "data", "model"))
     for folder in (data, model):
         folder.mkdir()
