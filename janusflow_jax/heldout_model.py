@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import runpy
+import traceback
 from typing import Any
 
 import jax
@@ -18,15 +19,26 @@ def read_config(path: str) -> TrainConfig:
     """The config of 'configs/emoji.py:F', as for training.
 
     Raises:
-      ConfigError: no such file, no `get_config` in it, or a config that cannot work.
+      ConfigError: no such file, one that raises, no `get_config` in it, or a config that cannot
+        work.
     """
     file, _, arg = path.partition(":")
     try:
         cfg = runpy.run_path(file)["get_config"](arg or None)
-    except (OSError, KeyError) as error:
+    except ConfigError:
+        raise  # says more than we could: an unknown argument
+    except Exception as error:  # anything: it is somebody's program
+        raised = traceback.extract_tb(error.__traceback__)
+        lines = [f"line {x.lineno}: " for x in raised if x.filename == file]
         raise ConfigError(
-            f"--config: expected a file such as configs/emoji.py:F; got {path!r} ({error!r})"
+            f"--config: expected a file such as configs/emoji.py:F; got {path!r} "
+            f"({(lines or [''])[-1]}{type(error).__name__}: {error})"
         ) from error
+    if not isinstance(cfg, TrainConfig):
+        raise ConfigError(
+            f"--config: expected a file whose get_config returns a TrainConfig; {path!r} returns "
+            f"{type(cfg).__name__}"
+        )
     config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
     return cfg
 
