@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +53,27 @@ def load(args: argparse.Namespace) -> pipeline.JanusFlowPipeline:
     size = model.cfg.image_size
     note(f"{args.model}: {model.cfg.name}, {size} x {size} px, on {accelerator()} in {model.dtype}")
     return model
+
+
+def check_file(path: str, option: str) -> pathlib.Path:
+    """The file that an option names, its folder made: asked before the work that it is to hold.
+
+    Raises:
+      ValueError: it is a folder, or cannot be written.
+    """
+    file = pathlib.Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            file.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"{option}: expected a file that can be written; got {path!r} "
+            f"({error.strerror or error}): choose another"
+        ) from error
+    return file
 
 
 def accelerator() -> str:

@@ -14,22 +14,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-from janusflow_jax import checkpoint, checksums, command_line, heldout_model, pipeline, samples
+from janusflow_jax import command_line, heldout_model, identity, pipeline, samples
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import SourceConfig
-from janusflow_jax.data import images, openmoji_sheet, sources
-from janusflow_jax.eval import emoji, judge, judged, sheet
+from janusflow_jax.data import images, openmoji_sheet, requests, sources
+from janusflow_jax.eval import emoji, judge, judged, ready, sheet
 
 CAPTION_SPLITS = ("heldout_pairs", "heldout_views", "train")
 HUE_WANTED = 16
@@ -54,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--prompts",
         type=int,
         default=96,
-        help="trained pairs to paint, sheet apart; 0: no painting",
+        help="trained pairs to paint, sheet apart; 0: no painting; below 4: no Frechet distance",
     )
     p.add_argument(
         "--captions", type=int, default=200, help="pictures to caption of every split; 0: none"
@@ -69,50 +67,71 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     began = time.time()
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report = losses(args) if args.suite == "losses" else suite(args, out.with_suffix(".png"))
+    out = command_line.check_file(args.out, "--out")
+    if args.suite == "losses":
+        report = losses(args)
+    else:
+        report = suite(args, sheet_beside(out) if args.prompts else None)
     report["seconds"] = round(time.time() - began, 1)
     out.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
 
 
+def sheet_beside(out: pathlib.Path) -> pathlib.Path:
+    """Where the sheet of a report goes.
+
+    Raises:
+      ValueError: it would be the report itself, or cannot be written.
+    """
+    file = out.with_suffix(".png")
+    if file == out:
+        raise ValueError(
+            f"--out: expected the report's file, such as eval.json; got {str(out)!r}, which would "
+            "be the sheet's"
+        )
+    return command_line.check_file(str(file), "--out (the sheet)")
+
+
 def losses(args: argparse.Namespace) -> dict[str, Any]:
     """The report of suite `losses`."""
     cfg = heldout_model.read_config(args.config)
-    folder = resolve(args.model)
-    found = heldout_model.measure(str(folder), cfg, args.weights, args.dtype)
+    folder = identity.resolve(args.model)
+    found = heldout_model.measure(str(folder), cfg, args.weights, args.dtype, args.adapter)
     print("\n".join(f"{name}: {value:.4f}" for name, value in found.items()))
-    kept = ("suite", "config", "weights", "dtype")
+    kept = ("suite", "config", "weights", "dtype", "adapter")
     return {
         "settings": {**{k: getattr(args, k) for k in kept}, "model": str(folder)},
         "evaluate": config_lib.to_dict(cfg.evaluate),
-        "model": identity(folder),
+        "model": identity.of(folder, args.adapter),
         # not the records: they may be terabytes
         "data": {
-            s.path: {"dataset_info_sha256": sha256(epath.Path(s.path) / "dataset_info.json")}
+            s.path: {
+                "dataset_info_sha256": identity.sha256(epath.Path(s.path) / "dataset_info.json")
+            }
             for s in cfg.evaluate.sources
         },
-        "software": {"jax": jax.__version__, "backend": jax.default_backend()},
+        "software": identity.software(),
         "losses": found,
     }
 
 
-def suite(args: argparse.Namespace, sheet_file: pathlib.Path) -> dict[str, Any]:
-    """The report of suite `emoji`."""
+def suite(args: argparse.Namespace, sheet_file: pathlib.Path | None) -> dict[str, Any]:
+    """The report of suite `emoji`; the sheet goes to a file where anything is painted."""
     referee = judge.load(args.judge) if args.judge and args.prompts else None
-    folder = resolve(args.model)
+    folder = identity.resolve(args.model)
     model = pipeline.load(
         str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
     )
     report: dict[str, Any] = {
         "settings": {**vars(args), "model": str(folder)},
-        "model": identity(folder),
-        "data": {"files_sha256": hash_files(epath.Path(args.data))},
-        "software": {"jax": jax.__version__, "backend": jax.default_backend()},
+        "model": identity.of(folder, args.adapter),
+        "data": identity.of_data(args.data),
+        "software": identity.software(),
     }
     if referee:
         report["judge"] = {"weights_sha256": referee.sha256, "accuracy": referee.about["accuracy"]}
+    if args.captions:
+        ready.check_captions(model, args.data, CAPTION_SPLITS, args.captions)
     if args.prompts:
         report |= paint(model, args, referee, sheet_file)
     if args.captions:
@@ -125,7 +144,7 @@ def suite(args: argparse.Namespace, sheet_file: pathlib.Path) -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError where the options leave nothing to compare."""
+    """Raises ValueError where the options leave nothing to compare, or a seed is out of range."""
     if args.suite == "losses":
         if not args.config or args.int8:
             raise ValueError("expected --config with --suite losses, and no --int8")
@@ -137,6 +156,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if not (args.prompts or args.captions):
         raise ValueError("expected --prompts or --captions; got 0 of both: nothing to score")
+    for first in (args.seed, args.seed + _MORE_SEED):
+        requests.picture_seeds(first, max(args.prompts, len(openmoji_sheet.PROMPTS)), 1)
 
 
 # --- the parts of the suite
@@ -183,10 +204,14 @@ def paint(
     refs = references(args.data)
     settings = {"cfg_weight": args.cfg, "num_steps": args.steps, "output": "numpy"}
     sheet_labels = [emoji.Label(name, colour) for colour, name, _ in openmoji_sheet.SHEET]
+    more = pick(refs.trained, args.prompts, args.seed, leave_out=sheet_labels)
+    ready.check_painting(model, sheet_labels, more, refs.gallery, refs.drawn, referee)
+    no_distance = judged.too_few(more, refs.drawn) if referee else ""
+    if no_distance:
+        print(f"no Frechet distance: {no_distance}", flush=True)
     pictures = model.generate(list(openmoji_sheet.PROMPTS), seed=args.seed, **settings)
     sheet.make_sheet(list(pictures), openmoji_sheet.PROMPTS).save(sheet_file)
     print(f"the sheet: {sheet_file}", flush=True)
-    more = pick(refs.trained, args.prompts, args.seed, leave_out=sheet_labels)
     prompts = [openmoji_sheet.caption(x.colour, x.name) for x in more]
     painted = model.generate(prompts, seed=args.seed + _MORE_SEED, **settings)
     out = {
@@ -204,8 +229,10 @@ def paint(
             ("sheet", pictures, sheet_labels), ("trained_pairs", painted, more)
         ):  # fmt: skip
             out[part]["alignment"] = judged.alignment(referee, list(shown), labels, refs.drawn)
-        out["trained_pairs"]["frechet"] = judged.frechet_distance(
-            referee, list(painted), more, refs.drawn
+        out["trained_pairs"] |= (
+            {"frechet_left_out": no_distance}
+            if no_distance
+            else {"frechet": judged.frechet_distance(referee, list(painted), more, refs.drawn)}
         )
     return out
 
@@ -242,41 +269,6 @@ def captioning(
         [emoji.Label(x["class"], x["colour"]) for x in said],
     )
     return {**scores, "answers": [{"id": x["id"], "answer": x["answer"]} for x in said]}
-
-
-# --- what was measured
-
-
-def resolve(path: str) -> epath.Path:
-    """The one folder that will be loaded: a run that trains on must not change it under us."""
-    folder = epath.Path(path)
-    if (folder / checkpoint.MODEL_FILE).exists() or not (folder / "checkpoints").exists():
-        return folder
-    steps = checkpoint.committed_steps(folder)
-    return folder / "checkpoints" / str(steps[-1]) if steps else folder
-
-
-def identity(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of the checksums of a model or checkpoint (they cover its arrays), and its config."""
-    out = {}
-    for name in (checksums.SUMS_FILE, checkpoint.MODEL_FILE, "run.json"):
-        if (folder / name).exists():
-            out[name] = sha256(folder / name)
-    return out
-
-
-def sha256(file: epath.Path) -> str:
-    """Of a small file; '' where there is none."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
-
-
-def hash_files(folder: epath.Path) -> str:
-    """SHA-256 over the names and contents of a folder's files."""
-    total = hashlib.sha256()
-    for file in sorted((x for x in folder.iterdir() if x.is_file()), key=lambda x: x.name):
-        total.update(file.name.encode() + b"\0")
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
 
 
 # --- to read

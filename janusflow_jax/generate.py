@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from janusflow_jax import command_line, pipeline
+from janusflow_jax import command_line, identity, pipeline
 from janusflow_jax.data import requests
 from janusflow_jax.eval import sheet
 
@@ -74,7 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     seeds = requests.picture_seeds(one_seed, len(prompts), args.images_per_prompt)
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
     requests.check_generate(prompts, args.steps, args.images_per_prompt, "pil")
+    if args.json:
+        command_line.check_file(args.json, "--json")
     model = command_line.load(args)
+    adapter = identity.of_adapter(args.adapter) if args.adapter else ""  # as it was loaded
     (out.parent if out.suffix and not out.is_dir() else out).mkdir(parents=True, exist_ok=True)
     began = time.time()
     pictures: list[Any] = []
@@ -100,8 +103,11 @@ def main(argv: list[str] | None = None) -> None:
             {"prompt": p, "seed": s, "file": files[min(n, len(files) - 1)]}
             for n, (p, s) in enumerate(zip(labels, seeds, strict=True))
         ]
+        about = {"path": model.source, "name": model.cfg.name, "weights": args.weights}
+        if args.adapter:
+            about |= {"adapter": {"path": args.adapter, "sha256": adapter}}
         report = {
-            "model": {"path": model.source, "name": model.cfg.name, "weights": args.weights},
+            "model": about,
             "settings": {
                 "cfg_weight": args.cfg,
                 "num_steps": args.steps,

@@ -78,12 +78,27 @@ def test_chat_answers_and_talks(loaded, monkeypatch, capsys):
         (generate, "--model m --prompt x --steps 0", "error: generate: num_steps: expected >= 1"),
         (chat, "--model m --image no.png --prompt x", "error: image no.png: no such file"),
         (chat, "--model m --temperature -1", "error: chat: temperature: expected >= 0"),
+        (generate, "--model m --prompt x --json .", "error: --json: expected a file that can be"),
         (evaluate, "--model m --prompts 1", "error: expected --prompts and --captions of 2"),
+        (evaluate, "--model m --out .", r"error: --out: expected a .*'\.' \(Is a directory\)"),
+        (evaluate, "--model m --out /dev/null/x.json", "error: --out: expected a file that can"),
+        (evaluate, "--model m --out x.png", "error: --out: expected the report's file"),
+        (evaluate, "--model m --seed 4294967000", "error: seed: expected 0 to"),
     ],
 )
-def test_bad_input_is_one_message(module, args, says, monkeypatch):
+def test_bad_input_is_one_message(module, args, says, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=says):
         command_line.run(lambda: module.main(args.split()))
+
+
+def test_a_file_is_asked_for_and_left_as_it_was(tmp_path):
+    file = tmp_path / "new" / "report.json"
+    assert command_line.check_file(str(file), "--out") == file
+    assert file.parent.is_dir() and not list(file.parent.iterdir())
+    file.write_text("old")
+    command_line.check_file(str(file), "--out")
+    assert file.read_text() == "old"
 
 
 def test_what_is_no_users_mistake_keeps_its_stack():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from janusflow_jax import evaluate
+from janusflow_jax import config, evaluate
 from janusflow_jax.data import openmoji, openmoji_sheet
 from janusflow_jax.eval import emoji, judged, sheet, stats
 
@@ -242,7 +242,9 @@ class _Model(evaluate.pipeline.JanusFlowPipeline):
     """Paints the right drawing of every prompt."""
 
     def __init__(self):
-        pass
+        parts = (*evaluate.pipeline.PAINTS, *evaluate.pipeline.READS["siglip"])
+        self.params, self.vae, self.source = dict.fromkeys(parts), {"decoder": None}, "it"
+        self.cfg = config.model_config("emoji")
 
     def generate(self, prompts, *, seed, cfg_weight, num_steps, output):
         assert output == "numpy"
@@ -276,6 +278,7 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
         ]
 
     monkeypatch.setattr(evaluate.samples, "caption_source", captions)
+    monkeypatch.setattr(evaluate.sources, "open_source", lambda path, split: labels)
     out, data, model = (tmp_path / x for x in ("eval.json", "data", "model"))
     for folder in (data, model):
         folder.mkdir()
@@ -304,13 +307,3 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     for wrong, expected in (("1", "2 or more"), ("0", "nothing to score")):
         with pytest.raises(ValueError, match=expected):
             evaluate.main([*command, "--prompts", wrong, "--captions", wrong])
-
-
-def test_resolve_takes_the_newest_finished_checkpoint(tmp_path):
-    assert evaluate.resolve(str(tmp_path)) == tmp_path
-    for step, done in ((2, True), (10, True), (12, False)):
-        folder = tmp_path / "checkpoints" / str(step)
-        folder.mkdir(parents=True)
-        if done:
-            (folder / evaluate.checkpoint.MARKER).write_text("")
-    assert evaluate.resolve(str(tmp_path)).name == "10"

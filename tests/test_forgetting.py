@@ -103,6 +103,15 @@ def test_what_is_gathered(tmp_path, monkeypatch):
     )
     assert without.startswith("| without replay | 1 | 50.0%") and "1.500 (one run)" in without
 
+    def scored_elsewhere(run, file, args, **settings):
+        score(run, file, args, **settings)
+        if run.name == "replay-1":
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"software": {"jax": "9"}}))
+
+    monkeypatch.setattr(small_scale, "score", scored_elsewhere)
+    with pytest.raises(ValueError, match=r"replay-1\.json: expected a report scored as the others"):
+        forgetting.gather(_args(tmp_path))
+
 
 def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path):
     _run(tmp_path / "runs", "replay-2")

@@ -147,6 +147,25 @@ def test_a_config_without_sources_and_one_that_is_none():
         evaluate.main("--model x --suite losses".split())
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import os\ndef get_config(:\n", "SyntaxError: .*line 2"),
+        ("x = 1\ny = nothing\n", r"\(line 2: NameError"),
+        ("def get_config(arg):\n    return {}[arg]\n", r"\(line 2: KeyError: 'F'"),
+        ("def get_config():\n    return 1\n", "TypeError"),
+        ("get_config = lambda arg: None\n", "a TrainConfig; .*returns NoneType"),
+        ("from janusflow_jax.config import ConfigError\n"
+         "def get_config(arg):\n    raise ConfigError('own words')\n", "^own words$"),
+    ],
+)  # fmt: skip
+def test_a_config_file_that_raises_is_one_message(text, says, tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text(text)
+    with pytest.raises(c.ConfigError, match=says):
+        heldout_model.read_config(f"{file}:F")
+
+
 @pytest.mark.slow
 def test_a_rise_is_said_and_may_end_the_run(store, capsys):
     cfg = evaluated("hurt", every_steps=1, max_rise=1e-6, stop_on_rise=True)

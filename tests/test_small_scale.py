@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from janusflow_jax import checksums, evaluate
+from janusflow_jax import checksums, evaluate, identity
 from tools import small_scale
 from tools import small_scale_tables as tables
 
@@ -173,16 +173,19 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
             k[2:]: kind.get(k[2:], int)(v) for k, v in options.items() if k not in ("--model",)
             and k != "--out"
         }  # fmt: skip
-        report = _report() | {"settings": settings, "model": {"model.json": "b"}}
+        report = _report() | {"settings": settings, "model": {"model.json": "b"}} | here
         if options["--judge"]:
             report["judge"] = {"weights_sha256": sha[options["--judge"]]}
         pathlib.Path(options["--out"]).write_text(json.dumps(report))
 
+    here = {"software": {"jax": "1"}, "data": {"files_sha256": "a"}}
+    monkeypatch.setattr(small_scale, "data_of", lambda path: here["data"])
+    monkeypatch.setattr(identity, "software", lambda: here["software"])
     sha = {"j": "1", "moved": "1", "other": "2"}
     referee = types.SimpleNamespace
     monkeypatch.setattr(small_scale.judge, "load", lambda x: referee(sha256=sha[x]))
     monkeypatch.setattr(evaluate, "main", fake)
-    monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "b"})
+    monkeypatch.setattr(identity, "of", lambda folder: {"model.json": "b"})
     run = _run(tmp_path, "F-1")
     args = argparse.Namespace(data="d", judge="j", reports=str(tmp_path))
     file = small_scale.report_file(args, "F-1")
@@ -192,14 +195,27 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     for args.judge, count in (("moved", 1), ("other", 2), ("", 3)):
         small_scale.score(run, file, args, **small_scale.asked("F-1"))
         assert len(made) == count
-    monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "trained on"})
+    monkeypatch.setattr(identity, "of", lambda folder: {"model.json": "trained on"})
     small_scale.score(run, file, args, **small_scale.asked("F-1"))
     assert len(made) == 4
 
-    monkeypatch.setattr(evaluate, "identity", lambda folder: {"model.json": "b"})
+    monkeypatch.setattr(identity, "of", lambda folder: {"model.json": "b"})
     for point in small_scale.sweep_points():
         small_scale.score(run, small_scale.report_file(args, "F-1", point), args, **point)
     assert len(made) == 4 + 11  # both sweeps share the usual point
+    small_scale.score(run, file, args, **small_scale.asked("F-1"))
+    assert len(made) == 4 + 11
+    for changed in ({"software": {"jax": "2"}}, {"data": {"files_sha256": "c"}}):
+        before, count = {**here}, len(made)
+        here |= changed
+        for _ in range(2):
+            small_scale.score(run, file, args, **small_scale.asked("F-1"))
+        assert len(made) == count + 1
+        (name,) = changed
+        with pytest.raises(ValueError, match=rf"-w1-n30.json: expected .*got {name} \{{.*theirs"):
+            small_scale.gather([run], args)  # the sweeps are of before
+        here |= before
+    small_scale.score(run, file, args, **small_scale.asked("F-1"))
     found = small_scale.gather([run], args)
     assert [x["value"] for x in found["sweeps"]["guidance"]] == list(small_scale.GUIDANCE)
     assert sorted(x["value"] for x in found["sweeps"]["steps"]) == list(small_scale.STEPS)

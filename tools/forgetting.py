@@ -94,7 +94,7 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
       ValueError: no run ended; one that did has none beside it or no base, was started
-        elsewhere, or measured nothing (lists all).
+        elsewhere, or measured nothing (lists all); a report was scored otherwise than the others.
     """
     form = re.compile(rf"({'|'.join(KINDS)})-(\d+)")
     named = sorted(x for x in Path(args.runs).glob("*") if form.fullmatch(x.name))
@@ -117,8 +117,7 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     for run in (*bases, *ended):
         file = Path(args.reports) / f"{run.name}.json"
         small_scale.score(run, file, args, **small_scale.USUAL, prompts=0, captions=CAPTIONS)
-        report = json.loads(file.read_text())
-        out |= {"software": report["software"], "data": report["data"]}
+        report = small_scale.read_alike(out, file)
         exact = {s: report["captions"][s]["exact"]["constant"]["score"] for s in SPLITS}
         out["runs"][run.name] = {
             "model": report["model"],

@@ -8,13 +8,14 @@
 
 A run is a folder `<letter>-<seed>` that has ended. Every run is scored once with the suite `emoji`;
 F is also painted with at other guidance and step counts. What was scored is kept in `--reports` and
-scored again only where the model or a setting changed. The numbers of all go to one JSON; tables
-and plots are drawn from that alone.
+scored again only where the model, the data, JAX or a setting changed. The numbers of all go to one
+JSON; tables and plots are drawn from that alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from janusflow_jax import checkpoint, command_line, evaluate
+from janusflow_jax import checkpoint, command_line, evaluate, identity
 from janusflow_jax.eval import judge
 from tools import small_scale_tables as tables
 
@@ -37,7 +38,8 @@ SWEEP_PROMPTS = 48
 SMOOTH = 5
 """Logged steps that a point of a curve is the mean of."""
 LOSSES = ("loss_rf", "loss_ar", "loss_repa")
-LIKE = ("settings", "software", "data", "judge")
+SCORED_WITH = ("software", "data", "judge")
+LIKE = ("settings", *SCORED_WITH)
 """What runs must have been scored with alike to stand in one table."""
 OF_TASK = {"loss_ar": "D", "loss_rf": "E", "loss_repa": "E"}  # the one single task that has it
 
@@ -141,28 +143,40 @@ def report_file(args: argparse.Namespace, name: str, point: dict[str, Any] | Non
 
 
 def score(run: Path, file: Path, args: argparse.Namespace, **settings: Any) -> None:
-    """Writes a report, if the one that is there is not of this model and these settings."""
+    """Writes a report, if the one that is there is not of this model, data and software, and these
+    settings."""
     settings |= {"data": args.data, "judge": args.judge, "seed": 0}
     referee = judge.load(args.judge).sha256 if args.judge and settings["prompts"] else ""
-    if is_current(file, run, settings, referee):
+    if is_current(file, run, settings, referee, data_of(args.data)):
         return
     print(f"--- {file}", flush=True)
     options = [x for key, value in settings.items() for x in (f"--{key}", str(value))]
     evaluate.main(["--model", str(run), "--out", str(file), *options])
 
 
-def is_current(file: Path, run: Path, settings: dict[str, Any], referee: str) -> bool:
-    """Whether a report holds what these settings would give, by the judge of this checksum.
+@functools.cache
+def data_of(path: str) -> dict[str, str]:
+    """`identity.of_data`, read once."""
+    return identity.of_data(path)
 
-    Folders may have moved: model and judge are known by their checksums.
+
+def is_current(
+    file: Path, run: Path, settings: dict[str, Any], referee: str, data: dict[str, str]
+) -> bool:
+    """Whether a report holds what these settings would give, by the judge of this checksum, on this
+    data and software.
+
+    Folders may have moved: model, data and judge are known by their checksums.
     """
     if not file.exists():
         return False
     report = json.loads(file.read_text())
     same = {k: v for k, v in settings.items() if k not in ("data", "judge")}
     return (
-        report["model"] == evaluate.identity(evaluate.resolve(str(run)))
+        report["model"] == identity.of(identity.resolve(run))
         and report.get("judge", {}).get("weights_sha256", "") == referee
+        and report.get("data") == data
+        and report.get("software") == identity.software()
         and same.items() <= report["settings"].items()
     )
 
@@ -171,7 +185,11 @@ def is_current(file: Path, run: Path, settings: dict[str, Any], referee: str) ->
 
 
 def gather(runs: Sequence[Path], args: argparse.Namespace) -> dict[str, Any]:
-    """All numbers that tables and plots show."""
+    """All numbers that tables and plots show.
+
+    Raises:
+      ValueError: a report was scored with another software, data or judge than those before it.
+    """
     out: dict[str, Any] = {
         "settings": {**USUAL, **WHOLE, "sweep_prompts": SWEEP_PROMPTS, "smooth": SMOOTH},
         "runs": {},
@@ -179,9 +197,7 @@ def gather(runs: Sequence[Path], args: argparse.Namespace) -> dict[str, Any]:
         "sweeps": {"guidance": [], "steps": []},
     }
     for run in runs:
-        report = json.loads(report_file(args, run.name).read_text())
-        out |= {"software": report["software"], "data": report["data"]}
-        out |= {"judge": report["judge"]} if "judge" in report else {}
+        report = read_alike(out, report_file(args, run.name))
         out["runs"][run.name] = {
             "scores": tables.scores(report),
             "model": report["model"],
@@ -189,11 +205,28 @@ def gather(runs: Sequence[Path], args: argparse.Namespace) -> dict[str, Any]:
         }
         out["curves"][run.name] = curve(run)
         if run.name[0] == "F":
-            add_sweeps(out["sweeps"], run.name, args)
+            add_sweeps(out, run.name, args)
     return out
 
 
-def add_sweeps(sweeps: dict[str, list[Any]], name: str, args: argparse.Namespace) -> None:
+def read_alike(found: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A report that was scored as those before it; what it was scored with goes into `found`.
+
+    Raises:
+      ValueError: it was scored otherwise, so its numbers do not compare.
+    """
+    report = json.loads(file.read_text())
+    given = {name: report[name] for name in SCORED_WITH if name in report}
+    if other := [n for n in given if found.setdefault(n, given[n]) != given[n]]:
+        raise ValueError(
+            f"{file}: expected a report scored as the others were; got "
+            + "; ".join(f"{n} {given[n]}, theirs {found[n]}" for n in other)
+            + ": run this again, which scores anew what differs from what is here"
+        )
+    return report
+
+
+def add_sweeps(found: dict[str, Any], name: str, args: argparse.Namespace) -> None:
     """Adds a run's points to each sweep; a run that was not painted at all of a sweep's points is
     left out of it, so that its points are means of the same runs."""
     for sweep, key, other in (("guidance", "cfg", "steps"), ("steps", "steps", "cfg")):
@@ -202,8 +235,8 @@ def add_sweeps(sweeps: dict[str, list[Any]], name: str, args: argparse.Namespace
         if not all(x.exists() for x in files):
             continue
         for point, file in zip(points, files, strict=True):
-            found = tables.scores(json.loads(file.read_text()))
-            sweeps[sweep].append({"run": name, "value": point[key], "scores": found})
+            scores = tables.scores(read_alike(found, file))
+            found["sweeps"][sweep].append({"run": name, "value": point[key], "scores": scores})
 
 
 def added(stored: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

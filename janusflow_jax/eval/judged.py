@@ -19,6 +19,8 @@ from janusflow_jax.eval.judge import LoadedJudge
 
 VIEWS = 2
 """Drawings of each prompt that painted pictures are compared with."""
+LEAST = 4
+"""Pictures that a Frechet distance needs: two in each half."""
 _NOISE_SEED = 0
 
 
@@ -61,6 +63,16 @@ def alignment(
     }
 
 
+def too_few(labels: Sequence[Label], drawn: Drawn) -> str:
+    """Why there is no Frechet distance of pictures with these labels; '' where there is one."""
+    own = [x for x in labels if x in drawn.unseen]
+    if len(own) < LEAST:
+        return f"expected {LEAST} or more painted pairs with an unseen view; got {len(own)}"
+    if not drawn.unseen.keys() - own:
+        return "expected pairs with an unseen view beside the painted ones; got none"
+    return ""
+
+
 def frechet_distance(
     judge: LoadedJudge, pictures: Sequence[np.ndarray], labels: Sequence[Label], drawn: Drawn
 ) -> dict[str, Any]:
@@ -72,7 +84,11 @@ def frechet_distance(
     Returns:
       of; reference: drawings; painted, and at half the sample; drawn (the floor), and at half the
       sample; other_prompts: real drawings of as many other pairs; noise.
+    Raises:
+      ValueError: fewer pictures than a distance needs (`too_few`).
     """
+    if why := too_few(labels, drawn):
+        raise ValueError(f"Frechet distance: {why}")
     kept = [i for i, x in enumerate(labels) if x in drawn.unseen]
     own = [labels[i] for i in kept]
     chosen = set(own)
