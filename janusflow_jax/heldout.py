@@ -129,9 +129,11 @@ def name_of(source: SourceConfig) -> str:
 
 
 def slots_of(cfg: TrainConfig, task: str) -> tuple[int, int]:
-    """Kg and Ku of a task's rows: the run's, or what fits where the run itself has none."""
+    """Kg and Ku of a task's rows: the run's; where it has none of the task, as many as of the
+    other, so that a task's rows are the same whether the run replays it or not."""
     fit = max(1, cfg.data.row_len // (cfg.model.slot_len + 40))  # 40: a short text
-    gen, und = cfg.data.gen_slots or fit, cfg.data.und_slots or fit
+    gen, und = cfg.data.gen_slots, cfg.data.und_slots
+    gen, und = gen or und or fit, und or gen or fit
     return (gen if task == "generate" else 0, und if task == "understand" else 0)
 
 

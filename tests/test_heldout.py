@@ -219,6 +219,16 @@ def test_a_source_given_late_counts_from_where_it_came(store, capsys):
     assert set(saved["steps"].values()) == {4} and saved["rows"]["held_generate"]["rows"] == 4
 
 
+def test_rows_of_a_task_do_not_depend_on_whether_it_is_replayed():
+    cfg = evaluated()
+    for gen, und in ((5, 0), (0, 5), (5, 5)):
+        cfg.data.gen_slots, cfg.data.und_slots = gen, und
+        assert heldout.slots_of(cfg, "generate") == (5, 0)
+        assert heldout.slots_of(cfg, "understand") == (0, 5)
+    cfg.data.gen_slots, cfg.data.und_slots = 5, 2
+    assert heldout.slots_of(cfg, "understand") == (0, 2)
+
+
 def test_few_pictures_are_said(store):
     del store[9:]
     cfg = evaluated(rows=1)
