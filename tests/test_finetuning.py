@@ -92,13 +92,23 @@ def test_what_an_argument_trains(arg, tasks, trained):
         kept = [s.weight for s in cfg.data.sources if s.name.startswith("replay")]
         assert sum(kept) / sum(shares) == pytest.approx(0.25)
         assert {s.task for s in cfg.evaluate.sources} == {"generate", "understand"}
-    if "test" not in arg:
-        assert cfg.evaluate.max_rise and len(cfg.evaluate.sources) >= 3
+    assert cfg.evaluate.max_rise and len(cfg.evaluate.sources) >= 3
 
 
 def test_what_is_fine_tuned_must_be_said():
     with pytest.raises(c.ConfigError, match="expected paint, read or both"):
         config("lora")
+
+
+def test_the_twin_has_the_guard_of_its_run():
+    for arg in ("paint,replay", "read,lora"):
+        run, twin = config(arg), config(f"{arg},test")
+        names = [[s.name for s in x.evaluate.sources] for x in (run, twin)]
+        assert names[0] == names[1] and run.evaluate.max_rise == twin.evaluate.max_rise
+        assert {(s.path, s.split) for s in twin.evaluate.sources} == {
+            ("data/openmoji", "heldout_pairs")
+        }
+        assert twin.evaluate.rows <= 8 and twin.evaluate.every_steps < twin.num_steps
 
 
 @pytest.mark.parametrize("parts", [("und_aligner",), ("und_aligner", "und_begin/embedding"), ()])
