@@ -14,6 +14,7 @@ Arguments (docs/finetuning.md has what each needs in memory):
     light         one device of little memory: frozen parts and moments in bfloat16, short rows
     emoji         the quick start's model (`runs/emoji`) on CPU, in five to ten minutes
     test          seconds on a CPU, through the same code
+    256           256 px pictures instead of 384; not with emoji
     mine=DIR      your data set, instead of `data/mine`
     kept=DIR      what is measured beside it, and replayed with `replay`, instead of `data/replay`
 
@@ -32,7 +33,11 @@ from janusflow_jax import config_stages as stages
 
 MINE, REPLAY = "data/mine", "data/replay"
 PARTS = tuple(p for p in c.STAGE_PARTS if p not in ("und_encoder", "repa_head", "repa_target"))
-PREPARE = "python tools/prepare_data.py FORM INPUT --out {} --tokenizer START/hub --heldout 0.02"
+PREPARE = (
+    "python tools/prepare_data.py FORM INPUT --out {} --tokenizer START/hub --heldout 0.02 (of few "
+    "pictures a larger share, so that split heldout has 16 or more: --heldout 0.2; with "
+    "--overwrite where the folder is there)"
+)
 NAMES = {
     "paint": "captions -> pictures",
     "read": "pictures -> captions",
@@ -55,6 +60,11 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         raise c.ConfigError(
             "configs/finetune.py: expected paint, read or both (:paint or :paint,lora); got "
             f"{sorted(names) or 'none'}"
+        )
+    if {"emoji", "256"} <= names:
+        raise c.ConfigError(
+            "configs/finetune.py: expected emoji (the quick start's model, 64 px) or 256 (the "
+            "released one's size); got both: leave one out"
         )
     own = tuple(
         c.SourceConfig(name=f"mine_{task}", path=mine, task=task, weight=1 / len(tasks))
@@ -91,8 +101,8 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         for source in kept:
             source.weight = other[source.task] / total / 3
         cfg.data.sources += kept
-    held = [dataclasses.replace(s, split="heldout", weight=1.0) for s in (*own, *kept)]
-    cfg.evaluate = c.EvalConfig(sources=tuple(held), rows=16, every_steps=500, max_rise=0.1)
+    held = tuple(dataclasses.replace(s, split="heldout", weight=1.0) for s in (*own, *kept))
+    cfg.evaluate = c.EvalConfig(sources=held, rows=16, every_steps=500, max_rise=0.1)
     if "lora" in names:
         cfg.lora.rank, cfg.train_parts, cfg.optim.lr = 16, (), 1e-4
     if "light" in names:
@@ -100,15 +110,14 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         cfg.data.row_len, cfg.batch_rows, cfg.optim.accum_steps = 1024, 16, 16
     if "emoji" in names:
         _emoji(cfg)
+    _know_drawings(cfg, emoji="emoji" in names)
     trained = {s.task for s in cfg.data.sources}
     text = 10 if "emoji" in names else 40  # tokens beside a picture, a short prompt
     slots = max(1, cfg.data.row_len // (cfg.model.slot_len + text))
     cfg.data.gen_slots = slots if "generate" in trained else 0
     cfg.data.und_slots = slots if "understand" in trained else 0
     if "test" in names:
-        evaluate = cfg.evaluate
-        stages.test_twin(cfg)
-        cfg.evaluate = dataclasses.replace(evaluate, sources=(), every_steps=2)
+        stages.test_twin(cfg, given=tuple(folders.values()))
         cfg.lora.rank = min(cfg.lora.rank, 4)
         cfg.optim.accum_steps = 1
     return cfg
@@ -139,13 +148,22 @@ def _emoji(cfg: c.TrainConfig) -> None:
     cfg.num_steps, cfg.optim.warmup_steps, cfg.optim.decay_steps = 1000, 20, 500
     cfg.optim.lr = 1e-3
     cfg.loss.time_shift = 3.0
-    openmoji = "data/openmoji"
-    made = "python tools/prepare_openmoji.py --out"
-    cfg.made_by = ((openmoji, f"{made} {openmoji}"), (MINE, f"{made} {MINE} --new-classes"))
-    for source in (*cfg.data.sources, *cfg.evaluate.sources):
-        if source.path == REPLAY:
-            source.path = openmoji
-            source.split = "heldout_pairs" if source.split == "heldout" else source.split
-        elif source.split == "heldout" and source.path == MINE:
-            source.split = "heldout_pairs"
     cfg.evaluate.every_steps, cfg.log_every_steps, cfg.save_every_steps = 100, 20, 500
+
+
+def _know_drawings(cfg: c.TrainConfig, emoji: bool) -> None:
+    """Folders of tools/prepare_openmoji.py: what makes them, and their split that training does
+    not see. Given ones of other names are taken for prepare_data.py's.
+
+    Args: emoji: `data/mine` is one, and `data/openmoji` takes the place of `data/replay`.
+    """
+    made = "python tools/prepare_openmoji.py --out"
+    drawings = {stages.OPENMOJI: f"{made} {stages.OPENMOJI}"}
+    if emoji:
+        drawings[MINE] = f"{made} {MINE} --new-classes"
+    for source in (*cfg.data.sources, *cfg.evaluate.sources):
+        if emoji and source.path == REPLAY:
+            source.path = stages.OPENMOJI
+        if source.path.rstrip("/") in drawings and source.split == "heldout":
+            source.split = stages.OPENMOJI_HELDOUT
+    cfg.made_by = tuple((dict(cfg.made_by) | drawings).items())

@@ -17,6 +17,8 @@ SIZE_256 = "256 px pictures instead of 384"
 ROW_LEN = 4096
 Shares = tuple[float | int, float | int]
 START = "models/start"
+OPENMOJI, OPENMOJI_HELDOUT = "data/openmoji", "heldout_pairs"
+"""What tools/prepare_openmoji.py makes, and the split of it that training does not see."""
 DATA = {"understand": "data/understand", "generate": "data/generate", "text": "data/text"}
 _FEATURES = {
     "understand": "id, image, captions",
@@ -90,12 +92,22 @@ def assemble(out: str) -> str:
     return f"python tools/convert_checkpoint.py --llm DIR --siglip DIR --vae DIR --out {out}"
 
 
-def test_twin(cfg: c.TrainConfig) -> c.TrainConfig:
+def test_twin(cfg: c.TrainConfig, given: tuple[str, ...] = ()) -> c.TrainConfig:
     """The same run at the size of a test: everything that is no size stays.
 
     Steps, warm-up and the change of the mixture shrink to 4, 2 and the third step; the parts that
-    `start` would give are fresh, unless `--config.start` names a run.
+    `start` would give are fresh, unless `--config.start` names a run. Held-out sources are measured
+    on few rows, in the middle too.
+
+    Args: given: folders that were asked for; all others become the quick start's.
     """
+
+    def small(source: c.SourceConfig) -> c.SourceConfig:
+        if source.path in given:
+            return source
+        split = source.split if source.split == "train" else OPENMOJI_HELDOUT
+        return dataclasses.replace(source, path=OPENMOJI, split=split)
+
     slots = 2
     model = c.model_config("test")
     cfg.model = dataclasses.replace(
@@ -106,12 +118,14 @@ def test_twin(cfg: c.TrainConfig) -> c.TrainConfig:
     )
     cfg.data = dataclasses.replace(
         cfg.data,
-        sources=tuple(dataclasses.replace(s, path="data/openmoji") for s in cfg.data.sources),
+        sources=tuple(small(s) for s in cfg.data.sources),
         row_len=192,
         gen_slots=slots if cfg.data.gen_slots else 0,
         und_slots=slots if cfg.data.und_slots else 0,
         change_row=16 if cfg.data.change_row else 0,
     )
+    held = tuple(small(s) for s in cfg.evaluate.sources)
+    cfg.evaluate = dataclasses.replace(cfg.evaluate, sources=held, rows=8, every_steps=2)
     cfg.optim = dataclasses.replace(cfg.optim, warmup_steps=2)
     cfg.num_steps, cfg.batch_rows = 4, 8
     cfg.log_every_steps = cfg.save_every_steps = 1

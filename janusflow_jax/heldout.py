@@ -9,7 +9,7 @@ parameters only, and two measurements of the same parameters are equal to the la
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,17 +17,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from janusflow_jax import distributed, losses, metrics, sharding, train_step, trees
+from janusflow_jax import config as config_lib
+from janusflow_jax import distributed, heldout_guard, losses, metrics, sharding, train_step, trees
 from janusflow_jax.config import SourceConfig, TrainConfig
 from janusflow_jax.data import chat_format
 from janusflow_jax.data import rows as rows_lib
 
-RAW, EMA = "eval", "eval_ema"
-"""First parts of the metrics' names."""
-
-
-class RisenError(RuntimeError):
-    """A held-out loss has risen above what the config allows."""
+RAW, EMA = heldout_guard.RAW, heldout_guard.EMA
+FEW = 16
+"""Pictures; a loss of fewer says little."""
 
 
 class Heldout:
@@ -38,23 +36,24 @@ class Heldout:
         cfg: TrainConfig,
         mesh: Mesh,
         chat: chat_format.ChatFormat,
-        first: Mapping[str, float] | None = None,
+        saved: Mapping[str, Any] | None = None,
     ):
         """Reads this process's part of every source's rows.
 
-        Args: first: the values at the run's start, where it has been under way before.
+        Args: saved: of `to_json`, where the run has been under way before.
         Raises:
           rows.DataError, sources.SourceError, lengths.LengthsError: a source cannot be read.
         """
-        self.first, self.risen = dict(first or {}), ""
         self._cfg, self._mesh = cfg, mesh
         split = mesh.shape["data"] * mesh.shape["fsdp"]
         wanted = min(cfg.evaluate.rows, max(cfg.batch_rows // cfg.optim.accum_steps, 1))
         self._size = -(-wanted // split) * split
         mine = sharding.rows_of_process(mesh, self._size)
-        self._batches = {
-            name_of(s): list(_batches(cfg, s, chat, self._size, mine)) for s in cfg.evaluate.sources
-        }
+        opened = {name_of(s): _Fixed(cfg, s, chat) for s in cfg.evaluate.sources}
+        self._summary = [line for name, x in opened.items() for line in x.describe(name)]
+        self._batches = {name: x.batches(self._size, mine) for name, x in opened.items()}
+        follows_from = {name: x.follows_from() for name, x in opened.items()}
+        self._guard = heldout_guard.Guard(cfg.evaluate, follows_from, saved or {})
         self._programs: dict[str, Any] = {}
 
     def due(self, step: int) -> bool:
@@ -81,21 +80,34 @@ class Heldout:
             return
         writer.write(step, values)
         distributed.say(f"step {step}: {describe(values)}")
-        self.first = self.first or values
-        limits = self._cfg.evaluate
-        found = rises(values, self.first, limits.max_rise) if limits.max_rise else []
-        if found:
-            said = "\n".join(f"  - {line}" for line in found)
-            distributed.say(f"WARNING: step {step}: held-out losses have risen:\n{said}")
-            self.risen = said if limits.stop_on_rise else ""
+        for line in self._guard.note(step, values):
+            distributed.say(line)
+
+    def summary(self) -> str:
+        """A line a source, for people: how much its losses rest on; loud where that is little."""
+        return "\n".join(self._summary)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run knows what it has to hold."""
+        return self._guard.to_json()
+
+    @property
+    def ends(self) -> bool:
+        """Whether a loss has risen so far that the run must end, now or when it stopped."""
+        return self._cfg.evaluate.stop_on_rise and bool(self._guard.risen())
 
     def check(self) -> None:
-        """Raises RisenError where a loss has risen so far that the run must end."""
-        if self.risen:
-            raise RisenError(
-                f"held-out losses have risen too far; the run is saved:\n{self.risen}\nGive the "
-                "sources that keep them more weight (replay), lower --config.optim.lr, or go on "
-                "with --config.evaluate.stop_on_rise=False"
+        """Raises RisenError where the run must end."""
+        if self.ends:
+            start = f" --config.start={self._cfg.start}" if self._cfg.start else ""
+            raise heldout_guard.RisenError(
+                f"held-out losses have risen too far by step {self._guard.step}; the run is "
+                f"saved, and ends here again by the same command:\n"
+                f"{heldout_guard.listed(self._guard.risen())}\n"
+                "To keep them, lower --config.optim.lr, or give the sources that keep them more "
+                "weight (replay). Neither may change in this folder, so begin a new run: "
+                f"--config.workdir=NEW{start}\nTo go on with this one all the same: "
+                "--config.evaluate.stop_on_rise=False, or a larger --config.evaluate.max_rise"
             )
 
     def _measure(self, source: SourceConfig, params: Any, state: Any) -> dict[str, float]:
@@ -117,38 +129,79 @@ def name_of(source: SourceConfig) -> str:
 
 
 def slots_of(cfg: TrainConfig, task: str) -> tuple[int, int]:
-    """Kg and Ku of a task's rows: the run's, or what fits where the run itself has none."""
+    """Kg and Ku of a task's rows: the run's; where it has none of the task, as many as of the
+    other, so that a task's rows are the same whether the run replays it or not."""
     fit = max(1, cfg.data.row_len // (cfg.model.slot_len + 40))  # 40: a short text
-    gen, und = cfg.data.gen_slots or fit, cfg.data.und_slots or fit
+    gen, und = cfg.data.gen_slots, cfg.data.und_slots
+    gen, und = gen or und or fit, und or gen or fit
     return (gen if task == "generate" else 0, und if task == "understand" else 0)
 
 
-def _batches(
-    cfg: TrainConfig, source: SourceConfig, chat: chat_format.ChatFormat, size: int, mine: list[int]
-) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of a source, in batches of `size`; what is missing in the last is empty.
+class _Fixed:
+    """The rows of a source that every measurement takes: its first."""
 
-    A source with fewer bins than rows asked for has them all, once.
-    """
-    data = dataclasses.replace(
-        cfg.data,
-        sources=(dataclasses.replace(source, weight=1.0, weight_after=-1.0, cache=""),),
-        gen_slots=slots_of(cfg, source.task)[0],
-        und_slots=slots_of(cfg, source.task)[1],
-        change_row=0,
-        drop_prompt=0.0,
-        seed=cfg.evaluate.seed,
-    )
-    rows = rows_lib.Rows(data, cfg.model, chat, repa=False)
-    count = min(cfg.evaluate.rows, len(rows.sources[0].bins))
-    for first in range(0, count, size):
-        made = []
-        for place in mine:
-            row, bad = rows.row(min(first + place, count - 1))
-            for sample in bad:
-                distributed.say(f"held-out, left out: {sample}")
-            made.append(row if first + place < count else _empty(row))
-        yield {name: np.stack([row[name] for row in made]) for name in made[0]}
+    def __init__(self, cfg: TrainConfig, source: SourceConfig, chat: chat_format.ChatFormat):
+        """Opens and packs the source, alone."""
+        self._source, self._seed = source, cfg.evaluate.seed
+        data = dataclasses.replace(
+            cfg.data,
+            sources=(dataclasses.replace(source, weight=1.0, weight_after=-1.0, cache=""),),
+            gen_slots=slots_of(cfg, source.task)[0],
+            und_slots=slots_of(cfg, source.task)[1],
+            change_row=0,
+            drop_prompt=0.0,
+            seed=cfg.evaluate.seed,
+        )
+        self._rows = rows_lib.Rows(data, cfg.model, chat, repa=False)
+        self._packed = self._rows.sources[0]
+        self.count = min(cfg.evaluate.rows, len(self._packed.bins))  # with fewer bins: all, once
+        pieces = [
+            self._packed.bins.samples[i]
+            for row in range(self.count)
+            for i in self._packed.sample_range(self._rows.locate(row)[2])
+        ]
+        self.samples, self.pictures = len(pieces), int(self._packed.pieces.images[pieces].sum())
+
+    def follows_from(self) -> dict[str, Any]:
+        """What the rows follow from: where it is equal, values can be compared."""
+        settings = config_lib.to_dict(self._source)
+        own = {n: settings[n] for n in ("path", "split", "task", "format", "fields")}
+        return own | {"seed": self._seed, "rows": self.count, "samples": self.samples}
+
+    def describe(self, name: str) -> list[str]:
+        """How much there is of it, and a warning where that is little."""
+        source = self._source
+        many, what = (self.pictures, "picture") if self.pictures else (self.samples, "text")
+        found = f"{many} {what}{'' if many == 1 else 's'}"
+        said = [
+            f"held-out {name} ({source.task}): {found} of {len(self._packed.records)} in split "
+            f"{source.split}, in {self.count} row{'' if self.count == 1 else 's'}"
+        ]
+        if 0 < self.pictures < FEW:
+            whole = self.count == len(self._packed.bins)
+            advice = (
+                "keep more apart: prepare it with a larger --heldout (tools/prepare_data.py)"
+                if whole
+                else f"raise --config.evaluate.rows ({self.count})"
+            )
+            said.append(
+                f"WARNING: held-out {name}: its losses, and the guard on them, rest on {found}; "
+                f"expected {FEW} or more: {advice}"
+            )
+        return said
+
+    def batches(self, size: int, mine: list[int]) -> list[dict[str, np.ndarray]]:
+        """This process's rows, in batches of `size`; what is missing in the last is empty."""
+        out = []
+        for first in range(0, self.count, size):
+            made = []
+            for place in mine:
+                row, bad = self._rows.row(min(first + place, self.count - 1))
+                for sample in bad:
+                    distributed.say(f"held-out, left out: {sample}")
+                made.append(row if first + place < self.count else _empty(row))
+            out.append({name: np.stack([row[name] for row in made]) for name in made[0]})
+        return out
 
 
 def _empty(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -202,20 +255,3 @@ def describe(values: Mapping[str, float]) -> str:
             parts.append(f"{rest.replace('/loss_', ' ')} {value:.4f}{beside}")
     averaged = any(name.startswith(f"{EMA}/") for name in values)
     return f"held-out{' (EMA)' if averaged else ''}: {', '.join(parts)}"
-
-
-def rises(values: Mapping[str, float], first: Mapping[str, float], most: float) -> list[str]:
-    """Which losses lie above their first values by more than `most` (a share); of the average
-    where there is one, because that is what comes out of a run."""
-    out = []
-    for name, value in values.items():
-        kind, _, rest = name.partition("/")
-        of_part = rest.rpartition("/")[2].startswith("t")
-        if of_part or name not in first or (kind == RAW and f"{EMA}/{rest}" in values):
-            continue
-        if value > first[name] + most * abs(first[name]):
-            out.append(
-                f"{name}: {first[name]:.4f} at the start, now {value:.4f} "
-                f"({value / first[name] - 1:+.0%}; evaluate.max_rise {most:.0%})"
-            )
-    return out

@@ -28,6 +28,7 @@ from janusflow_jax import (
     goodput,
     guard,
     heldout,
+    heldout_guard,
     latents,
     metrics,
     preempt,
@@ -64,7 +65,7 @@ _USER_ERRORS = (
     distributed.PeerError,
     workdir_lib.WorkdirError,
     guard.DivergedError,
-    heldout.RisenError,
+    heldout_guard.RisenError,
     checkpoint.CheckpointError,
     chat_format.FormatError,
     latent_cache.CacheError,
@@ -155,6 +156,8 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         state, saved = run_state.restore(ckpts, state, apart)
     with distributed.together("opening the held-out data"):
         held = heldout.Heldout(cfg, mesh, chat, saved.get("heldout", {}))
+    if cfg.evaluate.sources:
+        distributed.say(held.summary())
     return Run(cfg, workdir, mesh, data, chat, ckpts, state, saved, held, apart)
 
 
@@ -230,7 +233,7 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
     if not run.saved:
         evaluate(step)
     verdict = agreement.ask(state_of_process)
-    while step < cfg.num_steps and not (watch.tripped or run.heldout.risen) and verdict().go_on:
+    while step < cfg.num_steps and not (watch.tripped or run.heldout.ends) and verdict().go_on:
         with clock("data"):
             before = time.perf_counter()
             batch, report = feed.take()
@@ -287,7 +290,7 @@ def _save(run: Run, writer: Any, clock: Any, step: int, report: loader.Report) -
                 "samples": report.num_samples,
                 "bad_samples": report.num_bad,
                 "config": config_lib.to_dict(run.cfg),
-                "heldout": run.heldout.first,
+                "heldout": run.heldout.to_json(),
             },
         )
         writer.sync()

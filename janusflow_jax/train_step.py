@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from janusflow_jax import losses, optim, sharding, trees
+from janusflow_jax import config_checks, losses, optim, sharding, trees
 from janusflow_jax.config import TrainConfig
 from janusflow_jax.models import janusflow, lora
 
@@ -56,17 +56,8 @@ def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
 
 def trained_paths(cfg: TrainConfig) -> tuple[str, ...]:
     """The paths that this run trains: of `train_parts`, those that its tasks and losses reach."""
-    reads, makes = bool(cfg.data.und_slots), bool(cfg.data.gen_slots)
-    idle = {"repa_target"}  # a target is never trained by its own loss
-    if not (makes and cfg.loss.repa_weight):
-        idle.add("repa_head")
-    if not reads:
-        idle |= {"und_encoder", "und_aligner", "und_begin"}
-    if not makes:
-        idle |= {"gen_aligner", "gen_norm", "gen_head", "gen_decoder"}
-        if not (reads and cfg.model.und_encoder == "shared"):
-            idle.add("gen_encoder")
-    paths = tuple(p for p in cfg.train_parts if p.split("/")[0] in {*cfg.model.parts} - idle)
+    reached = config_checks.reached_parts(cfg)
+    paths = tuple(p for p in cfg.train_parts if p.split("/")[0] in reached)
     return paths + lora.paths(cfg.lora)
 
 

@@ -15,9 +15,18 @@ from published import to_model
 from test_train import HUB, ROOT, config, fresh
 
 import janusflow_jax
-from janusflow_jax import checkpoint, hub_export, pipeline, run_state, sharding, train, train_step
+from janusflow_jax import (
+    checkpoint,
+    hub_export,
+    pipeline,
+    run_state,
+    sharding,
+    starts,
+    train,
+    train_step,
+)
 from janusflow_jax import config as c
-from janusflow_jax.data import chat_format, loader
+from janusflow_jax.data import chat_format, loader, sources
 
 store = test_train.store  # a fixture
 
@@ -116,14 +125,47 @@ def finetune(arg: str) -> c.TrainConfig:
 def test_folders_are_named_in_the_argument():
     cfg = finetune("paint,replay,mine=gs://b/cats/,kept=data/x")
     assert cfg.name == "finetune-cats-x-paint-replay"
-    for sources in (cfg.data.sources, cfg.evaluate.sources):  # the guard looks where training does
-        assert [s.path for s in sources] == ["gs://b/cats/", "data/x", "data/x"]
+    for listed in (cfg.data.sources, cfg.evaluate.sources):  # the guard looks where training does
+        assert [s.path for s in listed] == ["gs://b/cats/", "data/x", "data/x"]
     assert {"gs://b/cats/", "data/x"} <= dict(cfg.made_by).keys()
     assert finetune("paint,emoji,mine=data/cats").evaluate.sources[0].split == "heldout"
     assert finetune("paint,emoji").evaluate.sources[0].split == "heldout_pairs"
     for wrong in ("paint,min=data/x", "paint,mine="):
         with pytest.raises(c.ConfigError, match="expected mine=DIR or kept=DIR"):
             finetune(wrong)
+
+
+def test_the_twin_takes_given_folders():
+    cfg = finetune("paint,replay,mine=/nope,test")
+    for listed in (cfg.data.sources, cfg.evaluate.sources):
+        assert [s.path for s in listed] == ["/nope", "data/openmoji", "data/openmoji"]
+    with pytest.raises(c.ConfigError, match="/nope: expected a prepared data set"):
+        starts.check_needs(finetune("paint,mine=/nope,test"))
+    cfg = finetune("read,kept=data/x,test")
+    assert [s.path for s in cfg.evaluate.sources] == ["data/openmoji", "data/x", "data/x"]
+    assert [s.split for s in cfg.evaluate.sources] == ["heldout_pairs", "heldout", "heldout"]
+
+
+def test_sizes_that_exclude_each_other_are_refused():
+    with pytest.raises(c.ConfigError, match="expected emoji .* or 256 .*; got both"):
+        finetune("paint,emoji,256")
+    assert finetune("paint,256").model.image_size == 256
+
+
+def test_a_missing_held_out_split_is_told_with_what_makes_it(monkeypatch):
+    def opened(path, split):
+        if split == "heldout":
+            raise sources.SourceError(f"{path}: expected split one of ['train']; got 'heldout'")
+
+    monkeypatch.setattr(sources, "open_source", opened)
+    with pytest.raises(c.ConfigError, match=r"(?s)got 'heldout'.*--heldout 0\.2; with --overwrite"):
+        starts.check_needs(finetune("paint,emoji,mine=data/cats"))
+    # the drawings' folders have a split of another name, by whatever argument they are given
+    for arg in ("paint,mine=data/openmoji", "paint,emoji,mine=data/openmoji/", "read,emoji"):
+        cfg = finetune(arg)
+        split = {s.path: s.split for s in cfg.evaluate.sources}
+        assert split[cfg.data.sources[0].path] == "heldout_pairs"
+        assert "prepare_openmoji.py" in dict(cfg.made_by)["data/openmoji"]
 
 
 def test_a_source_of_a_list_can_be_set_by_a_flag():

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from janusflow_jax import config as c
-from janusflow_jax import config_checks, plan_compile, train_step
+from janusflow_jax import config_checks, heldout, plan_compile, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {
@@ -92,13 +92,49 @@ def test_what_an_argument_trains(arg, tasks, trained):
         kept = [s.weight for s in cfg.data.sources if s.name.startswith("replay")]
         assert sum(kept) / sum(shares) == pytest.approx(0.25)
         assert {s.task for s in cfg.evaluate.sources} == {"generate", "understand"}
-    if "test" not in arg:
-        assert cfg.evaluate.max_rise and len(cfg.evaluate.sources) >= 3
+    assert cfg.evaluate.max_rise and len(cfg.evaluate.sources) >= 3
 
 
 def test_what_is_fine_tuned_must_be_said():
     with pytest.raises(c.ConfigError, match="expected paint, read or both"):
         config("lora")
+
+
+def test_the_twin_has_the_guard_of_its_run():
+    for arg in ("paint,replay", "read,lora"):
+        run, twin = config(arg), config(f"{arg},test")
+        names = [[s.name for s in x.evaluate.sources] for x in (run, twin)]
+        assert names[0] == names[1] and run.evaluate.max_rise == twin.evaluate.max_rise
+        assert {(s.path, s.split) for s in twin.evaluate.sources} == {
+            ("data/openmoji", "heldout_pairs")
+        }
+        assert twin.evaluate.rows <= 8 and twin.evaluate.every_steps < twin.num_steps
+
+
+@pytest.mark.parametrize("parts", [("und_aligner",), ("und_aligner", "und_begin/embedding"), ()])
+def test_a_run_that_trains_nothing_is_refused(parts):
+    cfg = dataclasses.replace(config("paint,test"), train_parts=parts)
+    (said,) = config_checks.train_problems(cfg)
+    assert "would train nothing" in said and f"got {parts}" in said
+    assert "(generate) reach: llm, gen_encoder, gen_aligner, gen_norm, gen_head, gen_dec" in said
+    # a part that is not reached stands beside others, or beside adapters
+    for fine in (
+        dataclasses.replace(cfg, train_parts=(*parts, "gen_head/kernel")),
+        dataclasses.replace(cfg, lora=c.LoraConfig(rank=2)),
+    ):
+        assert not config_checks.train_problems(fine) and train_step.trained_paths(fine)
+    reads = dataclasses.replace(config("read,test"), train_parts=("gen_head",))
+    (said,) = config_checks.train_problems(reads)
+    assert "(understand) reach: llm, und_encoder, und_aligner, und_begin;" in said
+
+
+def test_held_out_rows_are_the_same_with_replay_and_without():
+    for task in ("paint", "read"):
+        for size in (",emoji", ",light", ""):
+            one, two = config(f"{task}{size}"), config(f"{task},replay{size}")
+            assert one.evaluate == two.evaluate and one.data.row_len == two.data.row_len
+            for kind in ("generate", "understand"):
+                assert heldout.slots_of(one, kind) == heldout.slots_of(two, kind)
 
 
 GEN = ("gen_encoder", "gen_aligner", "gen_norm", "gen_head", "gen_decoder")

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
-from test_train import HUB, config, fresh, lines
+from test_train import HUB, config, fresh, lines, record
 
 from janusflow_jax import (
     checkpoint,
     config_checks,
     evaluate,
     heldout,
+    heldout_guard,
     heldout_model,
     losses,
     run_state,
@@ -167,28 +170,81 @@ def test_a_config_file_that_raises_is_one_message(text, says, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rise_is_said_and_may_end_the_run(store, capsys):
-    cfg = evaluated("hurt", every_steps=1, max_rise=1e-6, stop_on_rise=True)
-    # far too fast
-    cfg.optim.lr, cfg.optim.warmup_steps, cfg.optim.ema, cfg.num_steps = 0.1, 1, 0.0, 50
-    with pytest.raises(heldout.RisenError, match=r"held_generate/loss_rf: \d"):
-        train.train(cfg)
+def test_a_rise_is_said_and_ends_the_run_until_it_may_go_on(store, capsys):
+    def hurt(**changes):
+        cfg = evaluated("hurt", every_steps=1, max_rise=1e-6, **changes)
+        # far too fast
+        cfg.optim.lr, cfg.optim.warmup_steps, cfg.optim.ema, cfg.num_steps = 0.1, 1, 0.0, 50
+        return cfg
+
+    with pytest.raises(heldout_guard.RisenError, match=r"held_generate/loss_rf: \d") as ended:
+        train.train(hurt(stop_on_rise=True))
     out = capsys.readouterr().out
     assert "WARNING: step" in out and "held-out losses have risen" in out
-    assert checkpoint.committed_steps("hurt")[-1] == lines("hurt")[-1]["step"]  # saved
-    assert lines("hurt")[-1]["step"] < 50
+    assert re.search(
+        r"held_generate \(generate\): \d+ pictures of 30 in split train, in 5 rows", out
+    )
+    step = lines("hurt")[-1]["step"]
+    assert checkpoint.committed_steps("hurt")[-1] == step < 48  # saved
+    # the same command: the same end, at once
+    with pytest.raises(heldout_guard.RisenError) as again:
+        train.train(hurt(stop_on_rise=True))
+    assert "so begin a new run: --config.workdir=NEW\n" in str(ended.value)
+    assert str(again.value) == str(ended.value) and lines("hurt")[-1]["step"] == step
+    # what the message says lets it go on
+    for number, lets in ((1, {"stop_on_rise": False}), (2, {"stop_on_rise": True})):
+        cfg = dataclasses.replace(hurt(**lets), num_steps=step + number)
+        if number == 2:
+            cfg.evaluate.max_rise = 1e9
+        train.train(cfg)
+        assert lines("hurt")[-1]["step"] == step + number
 
 
-def test_rises():
-    first = {"eval/a/loss_ar": 1.0, "eval_ema/a/loss_ar": 1.0, "eval/b/loss_rf": 2.0}
-    now = {"eval/a/loss_ar": 9.0, "eval_ema/a/loss_ar": 1.05, "eval/b/loss_rf": 2.5}
-    assert heldout.rises(now, first, 0.3) == []
-    assert heldout.rises(now, first, 0.1) == [
-        "eval/b/loss_rf: 2.0000 at the start, now 2.5000 (+25%; evaluate.max_rise 10%)"
-    ]
-    assert len(heldout.rises(now, first, 0.01)) == 2  # the average's, not the raw one beside it
-    quarters = {"eval/b/loss_rf/t0": 5.0}
-    assert heldout.rises(quarters, {"eval/b/loss_rf/t0": 1.0}, 0.1) == []
+@pytest.mark.slow
+def test_a_source_given_late_counts_from_where_it_came(store, capsys):
+    plain = config("late", num_steps=2)
+    train.train(plain)
+    cfg = evaluated("late", every_steps=1, max_rise=0.5)
+    cfg.num_steps = 3
+    train.train(cfg)
+    assert "held-out held_generate was not measured before: its rise counts from step 3" in (
+        capsys.readouterr().out
+    )
+    cfg = evaluated("late", every_steps=1, max_rise=0.5)
+    cfg.evaluate.rows = 4
+    train.train(cfg)
+    said = capsys.readouterr().out
+    assert "is measured on other rows than before (rows: 5 then, 4 now" in said
+    saved = json.loads(Path("late/checkpoints/4/run.json").read_text())["heldout"]
+    assert set(saved["steps"].values()) == {4} and saved["rows"]["held_generate"]["rows"] == 4
+
+
+def test_rows_of_a_task_do_not_depend_on_whether_it_is_replayed():
+    cfg = evaluated()
+    for gen, und in ((5, 0), (0, 5), (5, 5)):
+        cfg.data.gen_slots, cfg.data.und_slots = gen, und
+        assert heldout.slots_of(cfg, "generate") == (5, 0)
+        assert heldout.slots_of(cfg, "understand") == (0, 5)
+    cfg.data.gen_slots, cfg.data.und_slots = 5, 2
+    assert heldout.slots_of(cfg, "understand") == (0, 2)
+
+
+def test_few_pictures_are_said(store):
+    del store[9:]
+    cfg = evaluated(rows=1)
+    cfg.evaluate.sources = tuple(s for s in cfg.evaluate.sources if s.task == "generate")
+    mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
+    chat = chat_format.ChatFormat.load(str(HUB))
+    said = heldout.Heldout(cfg, mesh, chat).summary()
+    slots = cfg.data.gen_slots
+    assert f"{slots} pictures of 9 in split train, in 1 row" in said
+    assert "WARNING" in said and "raise --config.evaluate.rows (1)" in said
+    cfg.evaluate.rows = 99
+    said = heldout.Heldout(cfg, mesh, chat).summary()
+    assert "rest on 9 pictures" in said and "a larger --heldout" in said
+    store.extend(record(i) for i in range(9, 16))
+    cfg.evaluate.sources = (dataclasses.replace(cfg.evaluate.sources[0], path="other"),)
+    assert "WARNING" not in heldout.Heldout(cfg, mesh, chat).summary()
 
 
 def test_what_cannot_be_evaluated_is_said():

@@ -59,7 +59,7 @@ LAYERS = (
         "peft_config", "adapters", "identity",
         "eval.stats", "eval.sheet", "eval.partial", "eval.emoji", "eval.frechet", "eval.judge",
         "eval.judged", "pipeline", "eval.ready", "samples", "starts",
-        "guard", "heldout", "heldout_model", "latents",
+        "guard", "heldout_guard", "heldout", "heldout_model", "latents",
         "plan_topology", "plan_compile", "plan_flops", "plan_collectives", "plan_report",
         "plan_text", "plan_sampler",
     ),
