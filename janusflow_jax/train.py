@@ -357,10 +357,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config=FILE[:ARG]")
-    try:
-        cfg = _CONFIG.value
-    except OSError as error:
-        raise ConfigError(f"--config: {error}") from error
+    cfg = _CONFIG.value
     distributed.initialize(_DISTRIBUTED.value)
     if _REPLAY.value:
         sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
