@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from janusflow_jax import losses, train_step, trees
+from janusflow_jax import distributed, losses, train_step, trees
 from janusflow_jax.config import ModelConfig, TrainConfig
 from janusflow_jax.data import images, latent_cache, rows, samples, slots
 from janusflow_jax.data.latent_cache import CacheError, Manifest
@@ -265,15 +265,20 @@ def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_pa
     """Raises CacheError when the caches of an opened mixture are of other encoders than this
     run's, or of a SigLIP that this run trains.
 
-    Args: encoders: from `digests`; of parts that are not in it nothing is said: runs of older
-      versions did not keep them.
+    Args: encoders: from `digests`; a part that is not in it is not compared, and that is told:
+      runs of older versions did not keep them.
     """
     problems = []
     gen, und = made.slots.gen, made.slots.und
     folders = {s.cfg.task: s.cfg.cache for s in made.sources if s.cfg.cache}
 
-    def same(task: str, name: str, got: str, want: str) -> None:
-        if got != want:
+    def same(task: str, name: str, got: str, want: str | None) -> None:
+        if want is None:
+            distributed.say(
+                f"cache {folders[task]}: not compared with this run's {name}, which a run begun by "
+                "an older version did not note"
+            )
+        elif got != want:
             problems.append(
                 f"cache {folders[task]}: expected one made by this run's {name} ({want[:12]}); "
                 f"got {got[:12] or 'none'}: make it with tools/cache_latents.py from the model "
@@ -290,10 +295,10 @@ def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_pa
                 f"cache {folders['generate']}: holds features of a frozen SigLIP, and this run "
                 "trains it: expected --config.data.cached_features=False (the latents stay good)"
             )
-        elif part in encoders:
-            same("generate", "SigLIP", gen.siglip, encoders[part])
-    if und is not None and "und_encoder" in encoders:
-        same("understand", "SigLIP", und.siglip, encoders["und_encoder"])
+        else:
+            same("generate", "SigLIP", gen.siglip, encoders.get(part))
+    if und is not None:
+        same("understand", "SigLIP", und.siglip, encoders.get("und_encoder"))
     if problems:
         raise CacheError("\n".join(["caches:", *(f"  - {p}" for p in problems)]))
 

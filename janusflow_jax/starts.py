@@ -5,6 +5,7 @@ fresh; and what the run needs on disk, said before anything is loaded.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from etils import epath
 
 from janusflow_jax import checkpoint, distributed, optim, train_step, trees
 from janusflow_jax import config as config_lib
+from janusflow_jax import workdir as workdir_lib
 from janusflow_jax.config import ConfigError, ModelConfig, TrainConfig
 from janusflow_jax.data import sources
 from janusflow_jax.models import janusflow, lora, vae
@@ -44,12 +46,11 @@ def of_workdir(cfg: TrainConfig, workdir: epath.Path) -> tuple[TrainConfig, bool
       checkpoint will overwrite what is fresh by it.
     """
     base = workdir / "base"
-    if not (base / checkpoint.MODEL_FILE).exists():
+    if not checkpoint.is_model(base):
         return cfg, False
-    whole = set(checkpoint.read_json(base / checkpoint.MODEL_FILE)["parts"]) - {"vae"}
     resumed = bool(checkpoint.committed_steps(workdir))
     given = {"init": (), "start": str(base), "tokenizer": str(base / "hub")}
-    if not (whole or resumed):
+    if not (resumed or workdir_lib.start_of(workdir)):
         others = tuple((part, path) for part, path in cfg.init if part != "vae")
         given |= {"init": (*others, ("vae", str(base))), "start": cfg.start}
     return dataclasses.replace(cfg, **given, allow_fresh=cfg.allow_fresh or resumed), resumed
@@ -133,9 +134,10 @@ def _other_config(ours: ModelConfig, theirs: ModelConfig, part: str, path: str) 
         for name in here.keys() - {"image_size"}:
             if here[name] != there[name]:
                 field = f"model.{section}.{name}"
+                flag = shlex.quote(f"--config.{field}={there[name]!r}")
                 out.append(
                     f"{path}: its {part} was made with {field} = {there[name]!r}; got "
-                    f"{here[name]!r}: give --config.{field}={there[name]!r}"
+                    f"{here[name]!r}: give {flag}"
                 )
     return sorted(out)
 

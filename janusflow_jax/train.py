@@ -124,8 +124,10 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
         chat.check_vocab(cfg.model.llm.vocab_size)
         data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
-        digests = workdir_lib.encoders_of(workdir) if resumed else {}
-        digests = digests or latents.digests(cfg, data.rows, {} if resumed else params)
+        if resumed:  # `params` are the checkpoint's only later
+            digests = workdir_lib.encoders_of(workdir)
+        else:
+            digests = latents.digests(cfg, data.rows, params)
         latents.check(cfg, data.rows, digests, vae_params)
     distributed.say(data.summary())
     mesh = sharding.make_mesh(cfg.mesh)

@@ -184,7 +184,9 @@ def test_right_pictures_score_above_wrong_ones(referee, monkeypatch):
     json.dumps([right, near], allow_nan=False)
 
 
-def test_painting_is_scored_with_the_judge_and_the_same_twice(referee, monkeypatch, tmp_path):
+@pytest.fixture
+def shown(monkeypatch):
+    """A sheet of the first 24 pairs; 12 are left."""
     pictures, labels = _all()
     shown = tuple((x.colour, x.name, True) for x in labels[:24])
     prompts = tuple(openmoji_sheet.caption(c, n) for c, n, _ in shown)
@@ -192,6 +194,10 @@ def test_painting_is_scored_with_the_judge_and_the_same_twice(referee, monkeypat
     monkeypatch.setattr(openmoji_sheet, "PROMPTS", prompts)
     refs = evaluate.References(emoji.make_gallery(pictures, labels), labels, drawn(labels))
     monkeypatch.setattr(evaluate, "references", lambda path: refs)
+    return refs
+
+
+def test_painting_is_scored_with_the_judge_and_the_same_twice(referee, shown, tmp_path):
     args = evaluate.parse(["--model", "x", "--prompts", "8"])
     one, two = (evaluate.paint(_Model(), args, referee, tmp_path / f"{name}.png") for name in "ab")
     assert json.dumps(one) == json.dumps(two)

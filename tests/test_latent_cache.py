@@ -363,7 +363,7 @@ def test_a_cache_of_something_else_is_refused(stores, chat, encoders, encode):
         rows.Rows(cfg, model, big)
 
 
-def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode):
+def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode, capsys):
     build(stores["a"], encoders, encode, "gen")
     made = open_rows(chat, mixture(generate="gen"))
     cfg = test_train.config("x")
@@ -379,6 +379,8 @@ def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode):
     other = latents.digests(cfg, made, changed)
     with pytest.raises(CacheError, match="made by this run's SigLIP"):
         latents.check(cfg, made, other, encoders.vae)
+    latents.check(cfg, made, {}, encoders.vae)
+    assert "gen: not compared with this run's SigLIP" in capsys.readouterr().out
     cfg.train_parts = c.STAGE_PARTS
     with pytest.raises(CacheError, match="data.cached_features=False"):
         latents.check(cfg, made, ours, encoders.vae)

@@ -20,6 +20,7 @@ from published import to_model
 
 from janusflow_jax import checkpoint, train, workdir
 from janusflow_jax import config as c
+from janusflow_jax.data import latent_cache
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "cache_latents.py"
@@ -120,6 +121,11 @@ def test_training_with_caches_goes_on_where_it_stopped(monkeypatch, tmp_path):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     last = test_train.lines("parts")[-1]
     assert last["ok"] == 1 and last["bad_samples"] == 0 and last["loss_rf"] > 0
+    manifest = tmp_path / "und" / latent_cache.FILE
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "siglip": "another's"}))
+    with pytest.raises(latent_cache.CacheError, match="und: .* this run's SigLIP .* another's"):
+        run("parts", 4)  # what it began with is known, whatever lies there now
     folders["generate"] = ""
     with pytest.raises(checkpoint.CheckpointError, match="data.sources"):
         run("parts", 4)

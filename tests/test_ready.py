@@ -9,23 +9,10 @@ from test_eval import _all, _draw, _Model
 from test_judge import drawn
 
 from janusflow_jax import checkpoint, config, evaluate
-from janusflow_jax.data import openmoji_sheet
 from janusflow_jax.eval import emoji, judged, ready
 
 referee = test_judge.referee  # a fixture
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """A sheet of the first 24 pairs; 12 are left."""
-    pictures, labels = _all()
-    shown = tuple((x.colour, x.name, True) for x in labels[:24])
-    prompts = tuple(openmoji_sheet.caption(c, n) for c, n, _ in shown)
-    monkeypatch.setattr(openmoji_sheet, "SHEET", shown)
-    monkeypatch.setattr(openmoji_sheet, "PROMPTS", prompts)
-    refs = evaluate.References(emoji.make_gallery(pictures, labels), labels, drawn(labels))
-    monkeypatch.setattr(evaluate, "references", lambda path: refs)
-    return refs
+shown = test_judge.shown  # another
 
 
 class _Idle(_Model):
