@@ -17,8 +17,10 @@ import numpy as np
 
 import janusflow_jax
 from benchmarks import models, timing
-from janusflow_jax import checkpoint, flops, losses, run_state, sharding, train_step
 from janusflow_jax import config as c
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.parallel import sharding
+from janusflow_jax.training import flops, losses, run_state, step as train_step
 
 PEERS = ("torch, as published", "torch, prompt cached", "torch compiled, as published")
 
@@ -161,10 +163,14 @@ def answer(s: Setup) -> Iterator[Result]:
         weights = flops.llm_kernel(cfg) + cfg.llm.width * cfg.llm.vocab_size
         size = 2 if s.dtype == "bfloat16" else 4
         yield Result(
-            f"{s.new_tokens} tokens behind 64, batch {batch}", "tokens", batch * s.new_tokens,
-            timing.alternate(ways, s.rounds), 2e-12 * weights * batch * (s.new_tokens + 64),
-            gbytes=weights * size * s.new_tokens / 1e9, note=note,
-        )  # fmt: skip
+            f"{s.new_tokens} tokens behind 64, batch {batch}",
+            "tokens",
+            batch * s.new_tokens,
+            timing.alternate(ways, s.rounds),
+            2e-12 * weights * batch * (s.new_tokens + 64),
+            gbytes=weights * size * s.new_tokens / 1e9,
+            note=note,
+        )
     yield _first_token(s, model, peer)
 
 
@@ -191,8 +197,10 @@ def train_steps(s: Setup) -> Iterator[Result]:
     on_cpu = jax.default_backend() == "cpu"
     mixed = "ggu" if on_cpu else "gggggu"
     for name, tasks, text in (
-        ("understanding sample", "u", 200), ("generation sample", "g", 80), ("packed", mixed, 80)
-    ):  # fmt: skip
+        ("understanding sample", "u", 200),
+        ("generation sample", "g", 80),
+        ("packed", mixed, 80),
+    ):
         yield _train(s, name, tasks, text)
 
 
@@ -203,15 +211,20 @@ def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
     cfg = c.TrainConfig(
         model=model,
         data=c.DataConfig(
-            sources=(c.SourceConfig(name="rows"),), row_len=batch["tokens"].shape[1],
-            gen_slots=gen, und_slots=und,
+            sources=(c.SourceConfig(name="rows"),),
+            row_len=batch["tokens"].shape[1],
+            gen_slots=gen,
+            und_slots=und,
         ),
         loss=c.LossConfig(repa_weight=0.0),
         optim=c.OptimConfig(warmup_steps=1, ema=0.0),
-        train_parts=parts, batch_rows=1, dtype=s.dtype, remat=jax.default_backend() != "cpu",
-    )  # fmt: skip
+        train_parts=parts,
+        batch_rows=1,
+        dtype=s.dtype,
+        remat=jax.default_backend() != "cpu",
+    )
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
-    loaded = checkpoint.load_model(s.ours)
+    loaded = model_folder.load_model(s.ours)
     with jax.set_mesh(mesh):
         params = {**(loaded.params or {}), "repa_head": {}}  # idle: REPA is off
         state = {"state": run_state.make(cfg, mesh, params, loaded.vae)}

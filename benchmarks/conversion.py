@@ -26,7 +26,12 @@ import numpy as np
 from etils import epath
 
 from janusflow_jax import config as c
-from janusflow_jax import convert, hub_config, safetensor_files, torch_names
+from janusflow_jax.hub import (
+    configs as hub_configs,
+    names as tensor_names,
+    safetensors as safetensors_io,
+    tensors as convert,
+)
 from janusflow_jax.models import vae
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -45,7 +50,7 @@ def make(scratch: pathlib.Path) -> None:
     for folder in (model, autoencoder):
         folder.mkdir(parents=True, exist_ok=True)
     cfg = c.model_config("1p3b")
-    files = hub_config.model_config_to_hf(cfg, {})
+    files = hub_configs.model_config_to_hf(cfg, {})
     files["config.json"]["torch_dtype"] = "bfloat16"
     for name in ("config.json", "preprocessor_config.json"):
         (model / name).write_text(json.dumps(files[name]))
@@ -60,18 +65,18 @@ def make(scratch: pathlib.Path) -> None:
         (
             autoencoder,
             "diffusion_pytorch_model",
-            convert.torch_shapes(torch_names.vae_rules(cfg.vae), vae.param_shapes(cfg.vae)),
+            convert.torch_shapes(tensor_names.vae_rules(cfg.vae), vae.param_shapes(cfg.vae)),
             np.dtype(np.float32),
         ),
     )
     for folder, name, wanted, dtype in sides:
         tensors = {
-            n: safetensor_files.Made(
+            n: safetensors_io.Made(
                 tuple(s), dtype, lambda s=tuple(s), i=i, d=dtype: random_tensor(s, d, i)
             )
             for i, (n, s) in enumerate(wanted.items())
         }
-        safetensor_files.write_folder(epath.Path(folder), name, tensors, 1 << 40)
+        safetensors_io.write_folder(epath.Path(folder), name, tensors, 1 << 40)
 
 
 def status(pid: int, key: str) -> int:

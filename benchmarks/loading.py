@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from janusflow_jax import config as c
-from janusflow_jax.data import chat_format, latent_cache, rows, sources
+from janusflow_jax.data import cache as latent_cache, chat_format, rows, sources
 
 ROOT = pathlib.Path(__file__).parents[1]
 HUB = ROOT / "starts" / "emoji_llm" / "hub"
@@ -109,12 +109,21 @@ def made_up_cache(data: str, out: str, model: c.ModelConfig) -> None:
     """A cache of the right shapes: noise, because reading does not care."""
     records = sources.open_source(data, "train")
     manifest = latent_cache.Manifest(
-        task="generate", split="train", records=len(records),
-        pictures=latent_cache.fingerprint(records), image_size=model.image_size, crops=1, seed=0,
-        dtype="bfloat16", computed_in="bfloat16", shard_records=256, vae="none", siglip="none",
+        task="generate",
+        split="train",
+        records=len(records),
+        pictures=latent_cache.fingerprint(records),
+        image_size=model.image_size,
+        crops=1,
+        seed=0,
+        dtype="bfloat16",
+        computed_in="bfloat16",
+        shard_records=256,
+        vae="none",
+        siglip="none",
         latent_shape=model.latent_shape,
         feature_shape=(model.und.num_tokens, model.und.width),
-    )  # fmt: skip
+    )
     latent_cache.start(out, manifest)
     rng = np.random.default_rng(0)
     for k in range(manifest.num_shards):

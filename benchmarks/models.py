@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from janusflow_jax import checkpoint, hub_config, hub_export
 from janusflow_jax import config as c
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.hub import configs as hub_configs, export as hub_export
 from janusflow_jax.models import janusflow, vae
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "tests/data/golden/tiny/janusflow"
@@ -27,7 +28,7 @@ def folders(
     Args: peers: whether the published folder is needed; the size `emoji` has no published form.
     """
     ours, published = scratch / size, scratch / f"{size}-published"
-    if not checkpoint.is_model(ours):
+    if not model_folder.is_model(ours):
         cfg = c.model_config(size)
         key = jax.random.key(0)
         params = jax.jit(janusflow.init_params, static_argnums=0)(cfg, key)
@@ -36,13 +37,17 @@ def folders(
         processor = json.loads((GOLDEN / "processor_config.json").read_text())
         processor["num_image_tokens"] = cfg.num_image_tokens
         hub["processor_config.json"] = json.dumps(processor).encode()
-        files = hub_config.model_config_to_hf(cfg, {})
+        files = hub_configs.model_config_to_hf(cfg, {})
         hub["config.json"] = json.dumps(files["config.json"]).encode()
-        checkpoint.save_model(
-            ours, model_cfg=cfg, params=params, vae=jax.jit(vae.init_params, static_argnums=0)(
-                cfg.vae, key
-            ), hub_files=hub, extra={"made_by": "benchmarks"}, overwrite=True,
-        )  # fmt: skip
+        model_folder.save_model(
+            ours,
+            model_cfg=cfg,
+            params=params,
+            vae=jax.jit(vae.init_params, static_argnums=0)(cfg.vae, key),
+            hub_files=hub,
+            extra={"made_by": "benchmarks"},
+            overwrite=True,
+        )
     if peers and not published.exists():
         hub_export.export(ours, published, say=lambda line: None)
     return ours, published

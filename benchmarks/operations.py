@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from janusflow_jax import config as c
-from janusflow_jax import flops, pipeline, plan_flops, plan_report, sharding
+from janusflow_jax import config as c, pipeline
 from janusflow_jax.models import janusflow, llama, vae
+from janusflow_jax.parallel import sharding
+from janusflow_jax.planning import flops as plan_flops, report as plan_report
+from janusflow_jax.training import flops
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,17 +76,24 @@ def painting(cfg: c.ModelConfig, prompt: int, padded: int, steps: int) -> Line:
     rectangle = padded**2 + steps * 2 * slot * (slot + padded)
     needed = causal(prompt) + steps * (2 * causal(slot) + slot * (prompt + 1))
     return Line(
-        f"painting, {steps} steps, prompt {prompt}", asked,
+        f"painting, {steps} steps, prompt {prompt}",
+        asked,
         {
             "padding of the prompt": 2 * flops.llm_kernel(cfg) * (padded - prompt),
             "pairs that do not see each other": per_pair * (rectangle - needed),
         },
         counted(
-            pipeline._sample, model, params_of(cfg), shape(1, padded), shape(1),
-            shape(1, *cfg.latent_shape, dtype=jnp.float32), shape(dtype=jnp.float32),
-            num_steps=steps, guided=True,
+            pipeline._sample,
+            model,
+            params_of(cfg),
+            shape(1, padded),
+            shape(1),
+            shape(1, *cfg.latent_shape, dtype=jnp.float32),
+            shape(dtype=jnp.float32),
+            num_steps=steps,
+            guided=True,
         ),
-    )  # fmt: skip
+    )
 
 
 def decoding(cfg: c.ModelConfig) -> Line:
@@ -99,9 +108,15 @@ def reading(cfg: c.ModelConfig, question: int, room: int) -> tuple[Line, Any]:
     model, one = janusflow.JanusFlow(cfg), shape(1, 1)
     slots = shape(1, cfg.slot_len, cfg.llm.width, dtype=jnp.float32)
     args = (
-        params_of(cfg), shape(1, question), slots, one, one, one, shape(1),
+        params_of(cfg),
+        shape(1, question),
+        slots,
+        one,
+        one,
+        one,
+        shape(1),
         shape(1, dtype=jnp.uint32),
-    )  # fmt: skip
+    )
     head = 2.0 * cfg.llm.width * cfg.llm.vocab_size
     per_pair = flops.attention_per_pair(cfg)
     line = Line(
@@ -129,10 +144,17 @@ def answering(cfg: c.ModelConfig, question: int, room: int) -> Line:
         room * (2 * flops.llm_kernel(cfg) + head) + per_pair * seen,
         {"free room of the buffer": per_pair * (room * (question + room) - seen)},
         counted(
-            pipeline._advance, janusflow.JanusFlow(cfg), params_of(cfg), state, number, number,
-            trips=float(room), num_tokens=room, eos_id=-1,
+            pipeline._advance,
+            janusflow.JanusFlow(cfg),
+            params_of(cfg),
+            state,
+            number,
+            number,
+            trips=float(room),
+            num_tokens=room,
+            eos_id=-1,
         ),
-    )  # fmt: skip
+    )
 
 
 def training(name: str, arg: str | None) -> Line:
@@ -153,9 +175,12 @@ def lines(size: str) -> list[Line]:
     """The table."""
     cfg = c.model_config(size)
     out = [
-        painting(cfg, 40, 64, 30), painting(cfg, 100, 128, 30), decoding(cfg),
-        reading(cfg, 768, 128)[0], answering(cfg, 768, 128),
-    ]  # fmt: skip
+        painting(cfg, 40, 64, 30),
+        painting(cfg, 100, 128, 30),
+        decoding(cfg),
+        reading(cfg, 768, 128)[0],
+        answering(cfg, 768, 128),
+    ]
     stages = ("adaptation", "pretrain", "sft") if size == "1p3b" else ()
     return out + [training(name, None) for name in stages]
 

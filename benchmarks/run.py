@@ -34,10 +34,15 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
     if not args.no_peers:
         versions |= {n: importlib.metadata.version(n) for n in ("torch", "transformers")}
     return {
-        "size": args.size, "dtype": args.dtype, "rounds": args.rounds, "steps": args.steps,
-        "device": f"{device.platform} {device.device_kind}", "cores": os.cpu_count(),
-        "python": platform.python_version(), **versions,
-    }  # fmt: skip
+        "size": args.size,
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "device": f"{device.platform} {device.device_kind}",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def line(result: cases.Result) -> str:
@@ -82,9 +87,17 @@ def main() -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     ours, published = models.folders(scratch, args.size, not args.no_peers)
     setup = cases.Setup(
-        args.size, ours, published, args.dtype, args.rounds, args.steps, args.new_tokens,
-        args.max_batch or (2 if on_cpu else 16), args.compile, not args.no_peers,
-    )  # fmt: skip
+        args.size,
+        ours,
+        published,
+        args.dtype,
+        args.rounds,
+        args.steps,
+        args.new_tokens,
+        args.max_batch or (2 if on_cpu else 16),
+        args.compile,
+        not args.no_peers,
+    )
     about = settings(args)
     print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
     found = []

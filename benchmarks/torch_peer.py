@@ -50,9 +50,14 @@ class TorchPeer(torch_reference.Reference):
     # --- painting
 
     def branches(
-        self, x: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, tokens: int,
-        features: torch.Tensor, t_emb: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        tokens: int,
+        features: torch.Tensor,
+        t_emb: torch.Tensor,
+    ) -> torch.Tensor:
         """Rows with the prompt in front -> velocities of both branches."""
         out = self.llm.model(
             inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False
@@ -88,9 +93,12 @@ class TorchPeer(torch_reference.Reference):
             slot, features, t_emb = self._slot(z, k / steps)
             if cached:
                 out = self.llm.model(
-                    inputs_embeds=slot, attention_mask=mask, position_ids=positions[:, size:],
-                    past_key_values=cache, use_cache=True,
-                )  # fmt: skip
+                    inputs_embeds=slot,
+                    attention_mask=mask,
+                    position_ids=positions[:, size:],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
                 cache.crop(-slot_len)
                 v = self._velocity(out.last_hidden_state[:, 1:], features, t_emb)
             else:
@@ -232,9 +240,11 @@ class TorchTrainer:
         mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device)
         mask = mask.masked_fill(~seen, torch.finfo(x.dtype).min)
         return self.peer.llm.model(
-            inputs_embeds=x, attention_mask=mask, position_ids=row["positions"].long(),
+            inputs_embeds=x,
+            attention_mask=mask,
+            position_ids=row["positions"].long(),
             use_cache=False,
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
 
     def _noisy(self, image: torch.Tensor, draws: dict[str, np.ndarray]) -> tuple[Any, ...]:
         """A generation slot, what the decoder needs again, and the velocity's target."""

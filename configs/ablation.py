@@ -30,7 +30,7 @@ F. Packed rows are as long as at 384 px and hold 13 pictures of 256 px instead o
 import dataclasses
 
 from janusflow_jax import config as c
-from janusflow_jax import config_stages as stages
+from janusflow_jax.config import stages
 
 LETTERS = {
     "A": "without REPA",

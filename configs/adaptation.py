@@ -12,7 +12,7 @@ Arguments: 256, test.
 """
 
 from janusflow_jax import config as c
-from janusflow_jax import config_stages as stages
+from janusflow_jax.config import stages
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:

@@ -29,7 +29,7 @@ rows see about 190,000 pictures.
 import dataclasses
 
 from janusflow_jax import config as c
-from janusflow_jax import config_stages as stages
+from janusflow_jax.config import stages
 
 MINE, REPLAY = "data/mine", "data/replay"
 PARTS = tuple(p for p in c.STAGE_PARTS if p not in ("und_encoder", "repa_head", "repa_target"))
@@ -84,8 +84,11 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         made_by=(
             (mine, PREPARE.format(mine)),
             (replay, PREPARE.format(replay)),
-            ("models/janusflow", "python tools/convert_checkpoint.py --janusflow DIR --vae DIR "
-             "--out models/janusflow"),
+            (
+                "models/janusflow",
+                "python tools/convert_checkpoint.py --janusflow DIR --vae DIR "
+                "--out models/janusflow",
+            ),
         ),
         train_parts=PARTS,
         dtype="bfloat16",
@@ -93,7 +96,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         num_steps=2000,
         log_every_steps=10,
         save_every_steps=500,
-    )  # fmt: skip
+    )
     if "replay" in names:
         # most of it from the task that is not trained: that one is forgotten
         other = {"generate": 1.0, "understand": 1.0} | ({} if len(tasks) > 1 else {tasks[0]: 0.25})

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+from janusflow_jax.config import stages
+
+# Config files written before the packages import `janusflow_jax.config_stages`. Remove in 0.3.
+sys.modules[f"{__name__}.config_stages"] = stages
 
 
 def load(

@@ -8,8 +8,9 @@ import argparse
 import sys
 from typing import Any
 
-from janusflow_jax import command_line
-from janusflow_jax.data import images, requests
+from janusflow_jax import cli
+from janusflow_jax.data import images
+from janusflow_jax.sampling import inputs
 
 DESCRIPTION = "Answers one question, or (without --prompt) talks."
 COMMANDS = """\
@@ -31,7 +32,7 @@ yourself, write <image_placeholder> once for each picture; every other tag is pl
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = command_line.parser("chat", DESCRIPTION, EPILOG)
+    p = cli.parser("chat", DESCRIPTION, EPILOG)
     p.add_argument("--image", action="append", default=[], help="a picture's file; repeatable")
     p.add_argument("--prompt", help="the question; without it, a conversation")
     p.add_argument("--system", help="a system prompt instead of the model's own; '' for none")
@@ -72,14 +73,14 @@ class Conversation:
             return False
         if name == "/image":
             self.pending.append(images.read(rest.strip().strip("'\"")))
-            command_line.note(f"({len(self.pending)} picture(s) go with your next message)")
+            cli.note(f"({len(self.pending)} picture(s) go with your next message)")
         elif name == "/new":
             self.turns, self.pictures, self.pending = list(self.start), [], []
-            command_line.note("(a new conversation)")
+            cli.note("(a new conversation)")
         elif name == "/help":
-            command_line.note(COMMANDS)
+            cli.note(COMMANDS)
         else:
-            command_line.note(f"unknown command {name}; known are:\n{COMMANDS}")
+            cli.note(f"unknown command {name}; known are:\n{COMMANDS}")
         return True
 
     def talk(self) -> None:
@@ -91,7 +92,7 @@ class Conversation:
                 elif not self.command(line):
                     return
             except (ValueError, OSError) as error:  # one bad line does not end the conversation
-                command_line.note(f"error: {error}")
+                cli.note(f"error: {error}")
 
 
 def _read_line() -> str:
@@ -105,14 +106,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     pictures = [images.read(path) for path in args.image]  # a wrong path fails before loading
     options = {n: getattr(args, n) for n in ("max_new_tokens", "temperature", "top_p", "seed")}
-    requests.check_chat(args.max_new_tokens, args.temperature, args.top_p)
-    conversation = Conversation(command_line.load(args), pictures, args.system, options)
+    inputs.check_chat(args.max_new_tokens, args.temperature, args.top_p)
+    conversation = Conversation(cli.load(args), pictures, args.system, options)
     if args.prompt is not None:
         conversation.ask(args.prompt)
         return
-    command_line.note("Your message; /help for what else you can type, an empty line to end.")
+    cli.note("Your message; /help for what else you can type, an empty line to end.")
     conversation.talk()
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

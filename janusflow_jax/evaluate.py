@@ -23,11 +23,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from janusflow_jax import command_line, heldout_model, identity, pipeline, samples
-from janusflow_jax import config as config_lib
+from janusflow_jax import cli, config as config_lib, pipeline
 from janusflow_jax.config import SourceConfig
-from janusflow_jax.data import images, openmoji_sheet, requests, sources
-from janusflow_jax.eval import emoji, judge, judged, ready, sheet
+from janusflow_jax.data import images, sources
+from janusflow_jax.eval import losses as eval_losses, previews, provenance, sheet
+from janusflow_jax.openmoji import (
+    judge,
+    judged,
+    prompts as openmoji_prompts,
+    ready,
+    scores as emoji,
+)
+from janusflow_jax.sampling import inputs
 
 CAPTION_SPLITS = ("heldout_pairs", "heldout_views", "train")
 HUE_WANTED = 16
@@ -36,7 +43,7 @@ _MORE_SEED = 1000  # the extra prompts' noise is no sheet prompt's
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = command_line.parser(
+    p = cli.parser(
         "evaluate",
         "Paints and captions with a model, and scores both against baselines.",
         "The same model, data and options give the same report, times apart.",
@@ -47,7 +54,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
     p.add_argument("--out", default="eval.json", help="the report; the sheet goes beside it (.png)")
-    p.add_argument("--judge", default=judge.START, help="from tools/train_judge.py; '': without")
+    p.add_argument(
+        "--judge", default=judge.START, help="from experiments/starts/train_judge.py; '': without"
+    )
     p.add_argument(
         "--prompts",
         type=int,
@@ -67,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     began = time.time()
-    out = command_line.check_file(args.out, "--out")
+    out = cli.check_file(args.out, "--out")
     if args.suite == "losses":
         report = losses(args)
     else:
@@ -89,28 +98,28 @@ def sheet_beside(out: pathlib.Path) -> pathlib.Path:
             f"--out: expected the report's file, such as eval.json; got {str(out)!r}, which would "
             "be the sheet's"
         )
-    return command_line.check_file(str(file), "--out (the sheet)")
+    return cli.check_file(str(file), "--out (the sheet)")
 
 
 def losses(args: argparse.Namespace) -> dict[str, Any]:
     """The report of suite `losses`."""
-    cfg = heldout_model.read_config(args.config)
-    folder = identity.resolve(args.model)
-    found = heldout_model.measure(str(folder), cfg, args.weights, args.dtype, args.adapter)
+    cfg = eval_losses.read_config(args.config)
+    folder = provenance.resolve(args.model)
+    found = eval_losses.measure(str(folder), cfg, args.weights, args.dtype, args.adapter)
     print("\n".join(f"{name}: {value:.4f}" for name, value in found.items()))
     kept = ("suite", "config", "weights", "dtype", "adapter")
     return {
         "settings": {**{k: getattr(args, k) for k in kept}, "model": str(folder)},
         "evaluate": config_lib.to_dict(cfg.evaluate),
-        "model": identity.of(folder, args.adapter),
+        "model": provenance.of(folder, args.adapter),
         # not the records: they may be terabytes
         "data": {
             s.path: {
-                "dataset_info_sha256": identity.sha256(epath.Path(s.path) / "dataset_info.json")
+                "dataset_info_sha256": provenance.sha256(epath.Path(s.path) / "dataset_info.json")
             }
             for s in cfg.evaluate.sources
         },
-        "software": identity.software(),
+        "software": provenance.software(),
         "losses": found,
     }
 
@@ -118,15 +127,15 @@ def losses(args: argparse.Namespace) -> dict[str, Any]:
 def suite(args: argparse.Namespace, sheet_file: pathlib.Path | None) -> dict[str, Any]:
     """The report of suite `emoji`; the sheet goes to a file where anything is painted."""
     referee = judge.load(args.judge) if args.judge and args.prompts else None
-    folder = identity.resolve(args.model)
+    folder = provenance.resolve(args.model)
     model = pipeline.load(
         str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
     )
     report: dict[str, Any] = {
         "settings": {**vars(args), "model": str(folder)},
-        "model": identity.of(folder, args.adapter),
-        "data": identity.of_data(args.data),
-        "software": identity.software(),
+        "model": provenance.of(folder, args.adapter),
+        "data": provenance.of_data(args.data),
+        "software": provenance.software(),
     }
     if referee:
         report["judge"] = {"weights_sha256": referee.sha256, "accuracy": referee.about["accuracy"]}
@@ -157,7 +166,7 @@ def check(args: argparse.Namespace) -> None:
     if not (args.prompts or args.captions):
         raise ValueError("expected --prompts or --captions; got 0 of both: nothing to score")
     for first in (args.seed, args.seed + _MORE_SEED):
-        requests.picture_seeds(first, max(args.prompts, len(openmoji_sheet.PROMPTS)), 1)
+        inputs.picture_seeds(first, max(args.prompts, len(openmoji_prompts.PROMPTS)), 1)
 
 
 # --- the parts of the suite
@@ -203,31 +212,32 @@ def paint(
     """Paints the sheet and more trained pairs, and scores both: `sheet` and `trained_pairs`."""
     refs = references(args.data)
     settings = {"cfg_weight": args.cfg, "num_steps": args.steps, "output": "numpy"}
-    sheet_labels = [emoji.Label(name, colour) for colour, name, _ in openmoji_sheet.SHEET]
+    sheet_labels = [emoji.Label(name, colour) for colour, name, _ in openmoji_prompts.SHEET]
     more = pick(refs.trained, args.prompts, args.seed, leave_out=sheet_labels)
     ready.check_painting(model, sheet_labels, more, refs.gallery, refs.drawn, referee)
     no_distance = judged.too_few(more, refs.drawn) if referee else ""
     if no_distance:
         print(f"no Frechet distance: {no_distance}", flush=True)
-    pictures = model.generate(list(openmoji_sheet.PROMPTS), seed=args.seed, **settings)
-    sheet.make_sheet(list(pictures), openmoji_sheet.PROMPTS).save(sheet_file)
+    pictures = model.generate(list(openmoji_prompts.PROMPTS), seed=args.seed, **settings)
+    sheet.make_sheet(list(pictures), openmoji_prompts.PROMPTS).save(sheet_file)
     print(f"the sheet: {sheet_file}", flush=True)
-    prompts = [openmoji_sheet.caption(x.colour, x.name) for x in more]
+    prompts = [openmoji_prompts.caption(x.colour, x.name) for x in more]
     painted = model.generate(prompts, seed=args.seed + _MORE_SEED, **settings)
     out = {
         "sheet": painting(pictures, sheet_labels, refs.gallery),
         "trained_pairs": painting(painted, more, refs.gallery),
     }
     for picture, (colour, name, seen) in zip(
-        out["sheet"]["pictures"], openmoji_sheet.SHEET, strict=True
+        out["sheet"]["pictures"], openmoji_prompts.SHEET, strict=True
     ):
-        picture |= {"prompt": openmoji_sheet.caption(colour, name), "trained": seen}
+        picture |= {"prompt": openmoji_prompts.caption(colour, name), "trained": seen}
     for picture, prompt in zip(out["trained_pairs"]["pictures"], prompts, strict=True):
         picture["prompt"] = prompt
     if referee:
         for part, shown, labels in (
-            ("sheet", pictures, sheet_labels), ("trained_pairs", painted, more)
-        ):  # fmt: skip
+            ("sheet", pictures, sheet_labels),
+            ("trained_pairs", painted, more),
+        ):
             out[part]["alignment"] = judged.alignment(referee, list(shown), labels, refs.drawn)
         out["trained_pairs"] |= (
             {"frechet_left_out": no_distance}
@@ -262,7 +272,7 @@ def captioning(
 ) -> dict[str, Any]:
     """Captions `count` pictures of a split and scores them; the answers stand in `answers`."""
     source = SourceConfig(name=split, path=path, split=split, task="understand", format="chat")
-    said = samples.caption_source(model, source, count)
+    said = previews.caption_source(model, source, count)
     scores = emoji.score_captions(
         [x["answer"] for x in said],
         [x["captions"] for x in said],
@@ -355,4 +365,4 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

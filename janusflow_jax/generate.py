@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from janusflow_jax import command_line, identity, pipeline
-from janusflow_jax.data import requests
-from janusflow_jax.eval import sheet
+from janusflow_jax import cli, pipeline
+from janusflow_jax.eval import provenance, sheet
+from janusflow_jax.sampling import inputs
 
 DESCRIPTION = "Paints pictures for prompts."
 EPILOG = """\
@@ -29,7 +29,7 @@ The first picture waits for compilation; compiled programs are kept in ~/.cache/
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = command_line.parser("generate", DESCRIPTION, EPILOG)
+    p = cli.parser("generate", DESCRIPTION, EPILOG)
     p.add_argument("--prompt", action="append", default=[], help="what to paint; repeatable")
     p.add_argument("--prompts", metavar="FILE", help="a text file, one prompt a line")
     p.add_argument(
@@ -37,9 +37,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
     p.add_argument(
-        "--cfg", type=float, default=2.0, metavar="W",
+        "--cfg",
+        type=float,
+        default=2.0,
+        metavar="W",
         help="guidance: 1 is none (twice as fast), more follows the prompt more; default 2",
-    )  # fmt: skip
+    )
     p.add_argument("--steps", type=int, default=30, help="Euler steps; default 30")
     p.add_argument(
         "--seed", type=int, nargs="+", default=[0], metavar="S", help="one, or one for each prompt"
@@ -71,13 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     prompts, out = read_prompts(args), check_out(args.out)
     one_seed = args.seed[0] if len(args.seed) == 1 else args.seed
-    seeds = requests.picture_seeds(one_seed, len(prompts), args.images_per_prompt)
+    seeds = inputs.picture_seeds(one_seed, len(prompts), args.images_per_prompt)
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
-    requests.check_generate(prompts, args.steps, args.images_per_prompt, "pil")
+    inputs.check_generate(prompts, args.steps, args.images_per_prompt, "pil")
     if args.json:
-        command_line.check_file(args.json, "--json")
-    model = command_line.load(args)
-    adapter = identity.of_adapter(args.adapter) if args.adapter else ""  # as it was loaded
+        cli.check_file(args.json, "--json")
+    model = cli.load(args)
+    adapter = provenance.of_adapter(args.adapter) if args.adapter else ""  # as it was loaded
     (out.parent if out.suffix and not out.is_dir() else out).mkdir(parents=True, exist_ok=True)
     began = time.time()
     pictures: list[Any] = []
@@ -92,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
                 files.append(str(out / f"{n:04d}.png"))
                 pictures[n].save(files[n])
         done = f"{len(pictures)} of {len(labels)} pictures, {time.time() - began:.1f} s"
-        command_line.note(done + (" (with compilation)" if not at else ""))
+        cli.note(done + (" (with compilation)" if not at else ""))
     seconds = time.time() - began
     if not files:
         files = [str(out)]
@@ -113,8 +116,8 @@ def main(argv: list[str] | None = None) -> None:
                 "num_steps": args.steps,
                 "dtype": model.dtype,
                 "int8": args.int8,
-            },  # fmt: skip
-            "software": {"jax": jax.__version__, "device": command_line.accelerator()},
+            },
+            "software": {"jax": jax.__version__, "device": cli.accelerator()},
             "seconds": round(seconds, 2),
             "pictures": made,
         }
@@ -124,4 +127,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

@@ -20,11 +20,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from janusflow_jax import adapters, checkpoint, compile_cache, decode, losses, sampler, sharding
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import ModelConfig
-from janusflow_jax.data import chat_format, requests
-from janusflow_jax.data import images as pictures_lib
+from janusflow_jax.data import chat_format, images as pictures_lib
+from janusflow_jax.hub import adapters
 from janusflow_jax.models import janusflow, llama, quantize, vae
+from janusflow_jax.parallel import compile_cache, sharding
+from janusflow_jax.sampling import image as image_sampling, inputs, text as text_sampling
+from janusflow_jax.training import losses
 
 CHUNK_TOKENS = 16
 MAX_BATCH = 16
@@ -42,9 +45,13 @@ ImageLike = Any
 
 
 def load(
-    path: Any, dtype: str | None = None, mesh: Any = None, weights: str = "ema", int8: bool = False,
+    path: Any,
+    dtype: str | None = None,
+    mesh: Any = None,
+    weights: str = "ema",
+    int8: bool = False,
     adapter: Any = "",
-) -> JanusFlowPipeline:  # fmt: skip
+) -> JanusFlowPipeline:
     """Loads a model folder, a workdir or one of its checkpoints.
 
     A folder with some parts only does what those parts can do; the rest says what is missing.
@@ -67,7 +74,7 @@ def load(
             f"dtype: expected one of {DTYPES}; got {dtype!r} (the VAE overflows in float16)"
         )
     compile_cache.enable()
-    loaded = checkpoint.load_model(path, weights=weights)
+    loaded = model_folder.load_model(path, weights=weights)
     chat = None
     if loaded.params and "llm" in loaded.params:
         chat = chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens)
@@ -141,11 +148,11 @@ class JanusFlowPipeline:
           checkpoint.CheckpointError: the model has no parts that paint.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        requests.check_generate(prompts, num_steps, images_per_prompt, output)
+        inputs.check_generate(prompts, num_steps, images_per_prompt, output)
         self._need("painting", *PAINTS, *(["vae"] if output in ("pil", "numpy") else []))
         total = len(prompts) * images_per_prompt
         if noise is None:
-            seeds = requests.picture_seeds(seed, len(prompts), images_per_prompt)
+            seeds = inputs.picture_seeds(seed, len(prompts), images_per_prompt)
             noise = self._noise(np.asarray(seeds, np.uint32))
         noise = np.asarray(noise, np.float32)
         if noise.shape != (total, *self.cfg.latent_shape):
@@ -154,14 +161,20 @@ class JanusFlowPipeline:
                 f"got {noise.shape}"
             )
         ids = [self.text.generation_ids(p) for p in prompts for _ in range(images_per_prompt)]
-        tokens, lengths = requests.pad(ids, self.text.pad_id)
+        tokens, lengths = inputs.pad(ids, self.text.pad_id)
         fn = _trajectory if output == "trajectory" else _sample
 
         def paint(tokens: Any, lengths: Any, noise: Any) -> Any:
             return fn(
-                self.model, self.params, tokens, lengths, noise, jnp.float32(cfg_weight),
-                num_steps=num_steps, guided=cfg_weight != 1,
-            )  # fmt: skip
+                self.model,
+                self.params,
+                tokens,
+                lengths,
+                noise,
+                jnp.float32(cfg_weight),
+                num_steps=num_steps,
+                guided=cfg_weight != 1,
+            )
 
         axis = int(output == "trajectory")
         latents = self._batched(paint, tokens, lengths, noise, axis=axis)
@@ -216,9 +229,9 @@ class JanusFlowPipeline:
           ValueError: lists, turns, tags or options that do not fit.
         """
         options = (max_new_tokens, temperature, top_p)
-        requests.check_chat(*options)
+        inputs.check_chat(*options)
         self._need("answering", "llm")
-        many, given, single = requests.conversations(conversation, images, self.text.image_tag)
+        many, given, single = inputs.conversations(conversation, images, self.text.image_tag)
         answers: list[str] = []
         for at in range(0, len(many), MAX_BATCH):
             said = [""]
@@ -241,9 +254,9 @@ class JanusFlowPipeline:
         """Like `chat` for one conversation, as pieces of text as they come; joined, they are
         `chat`'s answer."""
         options = (max_new_tokens, temperature, top_p)
-        requests.check_chat(*options)
+        inputs.check_chat(*options)
         self._need("answering", "llm")
-        many, given, single = requests.conversations(conversation, images, self.text.image_tag)
+        many, given, single = inputs.conversations(conversation, images, self.text.image_tag)
         if not single:
             raise ValueError("stream: expected one conversation; got a list of them, use chat")
         return self._pieces(self._stream(many, given, *options, seed))
@@ -262,32 +275,43 @@ class JanusFlowPipeline:
             yield now[len(said) :]
 
     def _stream(
-        self, many: list, pictures: list, max_new_tokens: int, temperature: float, top_p: float,
+        self,
+        many: list,
+        pictures: list,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
         seed: int,
-    ) -> Iterator[list[str]]:  # fmt: skip
+    ) -> Iterator[list[str]]:
         """All text so far of every row, after each compiled chunk of tokens."""
         state = self._start_decode(many, pictures, max_new_tokens, seed)
         out = np.zeros((len(many), 0), np.int32)
         while out.shape[1] < max_new_tokens:
             state, tokens = self._run(
-                _advance, self.model, self.params, state, jnp.float32(temperature),
-                jnp.float32(top_p), num_tokens=CHUNK_TOKENS, eos_id=self.text.eos_id,
-            )  # fmt: skip
+                _advance,
+                self.model,
+                self.params,
+                state,
+                jnp.float32(temperature),
+                jnp.float32(top_p),
+                num_tokens=CHUNK_TOKENS,
+                eos_id=self.text.eos_id,
+            )
             out = np.concatenate([out, np.asarray(tokens)[: len(many)]], axis=1)
             out = out[:, :max_new_tokens]
-            yield [self.text.decode(requests.until(row, self.text.eos_id)) for row in out]
+            yield [self.text.decode(inputs.until(row, self.text.eos_id)) for row in out]
             if (out == self.text.eos_id).any(1).all():
                 return
 
     def _start_decode(self, many: list, pictures: list, max_new: int, seed: int) -> Any:
         prompts = [
             self.text.conversation(rest, len(p), closed=False, system=system)
-            for (system, rest), p in zip(map(requests.split_system, many), pictures, strict=True)
+            for (system, rest), p in zip(map(inputs.split_system, many), pictures, strict=True)
         ]
-        tokens, lengths = requests.pad([p.ids for p in prompts], self.text.pad_id)
-        rows = requests.batch_bucket(len(many))
+        tokens, lengths = inputs.pad([p.ids for p in prompts], self.text.pad_id)
+        rows = inputs.batch_bucket(len(many))
         most = max(len(p) for p in pictures)
-        shape = (rows, requests.batch_bucket(most) if most else 0)
+        shape = (rows, inputs.batch_bucket(most) if most else 0)
         start, task, which = (np.zeros(shape, np.int32) for _ in range(3))
         pixels: list[np.ndarray] = []
         for i, (prompt, given) in enumerate(zip(prompts, pictures, strict=True)):
@@ -299,24 +323,24 @@ class JanusFlowPipeline:
         slots = None
         if pixels:
             self._need("reading pictures", *READS[self.cfg.und_encoder])
-            flat = requests.fill(np.stack(pixels), requests.batch_bucket(len(pixels)))
+            flat = inputs.fill(np.stack(pixels), inputs.batch_bucket(len(pixels)))
             slots = self._run(_read, self.model, self.params, self.vae, self._place(flat))
         # Room in the buffer comes in whole chunks and doubles, so that few sizes compile.
-        room = CHUNK_TOKENS * requests.batch_bucket(-(-max_new // CHUNK_TOKENS))
-        seeds = ((np.arange(rows) + seed) % requests.SEED_LIMIT).astype(np.uint32)
-        tokens, lengths = requests.fill(tokens, rows), requests.fill(lengths, rows)
+        room = CHUNK_TOKENS * inputs.batch_bucket(-(-max_new // CHUNK_TOKENS))
+        seeds = ((np.arange(rows) + seed) % inputs.SEED_LIMIT).astype(np.uint32)
+        tokens, lengths = inputs.fill(tokens, rows), inputs.fill(lengths, rows)
         prompt = (tokens, slots, which, start, task, lengths, seeds)
         return self._run(_start, self.model, self.params, *prompt, max_new=room)
 
     def _noise(self, seeds: np.ndarray) -> np.ndarray:
         """float32[B, h, w, C], each row of its own seed alone."""
-        padded = requests.fill(seeds, requests.batch_bucket(len(seeds)))
+        padded = inputs.fill(seeds, inputs.batch_bucket(len(seeds)))
         return np.asarray(_draw_noise(padded, self.cfg.latent_shape))[: len(seeds)]
 
     def _need(self, what: str, *parts: str) -> None:
         has = set(self.params) | ({"vae"} if self.vae else set())
         if lacking := [p for p in parts if p not in has]:
-            raise checkpoint.CheckpointError(
+            raise model_folder.CheckpointError(
                 f"{what}: expected a model with all of {list(parts)}; {self.source or 'this one'} "
                 f"lacks {lacking}. Use a trained or converted model"
             )
@@ -326,8 +350,8 @@ class JanusFlowPipeline:
         parts = []
         for at in range(0, len(arrays[0]), MAX_BATCH):
             rows = [x[at : at + MAX_BATCH] for x in arrays]
-            size = requests.batch_bucket(len(rows[0]))
-            out = self._run(fn, *(self._place(requests.fill(x, size)) for x in rows))
+            size = inputs.batch_bucket(len(rows[0]))
+            out = self._run(fn, *(self._place(inputs.fill(x, size)) for x in rows))
             parts.append(np.take(np.asarray(out), np.arange(len(rows[0])), axis=axis))
         return np.concatenate(parts, axis=axis)
 
@@ -348,18 +372,18 @@ class JanusFlowPipeline:
 # --- what is compiled; buffers that are used up are donated
 
 _sample = jax.jit(
-    sampler.sample,
+    image_sampling.sample,
     static_argnums=0,
     static_argnames=("num_steps", "guided"),
     donate_argnames="noise",
 )
 _trajectory = jax.jit(
-    functools.partial(sampler.sample, trajectory=True),
+    functools.partial(image_sampling.sample, trajectory=True),
     static_argnums=0,
     static_argnames=("num_steps", "guided"),
 )
 _advance = jax.jit(
-    decode.advance,
+    text_sampling.advance,
     static_argnums=0,
     static_argnames=("num_tokens", "eos_id"),
     donate_argnames="state",
@@ -374,17 +398,25 @@ def _draw_noise(seeds: Any, shape: tuple[int, ...]) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _read(model: Any, params: Any, vae_params: Any, pixels: Any) -> Any:
     images = losses.understanding_input(vae_params, pixels, model.cfg, model.dtype)
-    return decode.read_pictures(model, params, images, MAX_BATCH)
+    return text_sampling.read_pictures(model, params, images, MAX_BATCH)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new")
 def _start(
-    model: Any, params: Any, tokens: Any, slots: Any, which: Any, start: Any, task: Any,
-    lengths: Any, seeds: Any, max_new: int,
-) -> Any:  # fmt: skip
+    model: Any,
+    params: Any,
+    tokens: Any,
+    slots: Any,
+    which: Any,
+    start: Any,
+    task: Any,
+    lengths: Any,
+    seeds: Any,
+    max_new: int,
+) -> Any:
     slots = None if slots is None else jnp.take(slots, which, axis=0)
-    x = decode.embed_prompt(model, params, tokens, slots, start, task)
-    return decode.start(model, params, x, lengths, jax.vmap(jax.random.key)(seeds), max_new)
+    x = text_sampling.embed_prompt(model, params, tokens, slots, start, task)
+    return text_sampling.start(model, params, x, lengths, jax.vmap(jax.random.key)(seeds), max_new)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

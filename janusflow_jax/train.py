@@ -19,30 +19,30 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from janusflow_jax import (
-    checkpoint,
-    config_checks,
-    distributed,
-    flag_parser,
+from janusflow_jax import config as config_lib
+from janusflow_jax.checkpoints import model_folder, run as run_checkpoints, workdir as workdir_lib
+from janusflow_jax.config import (
+    ConfigError,
+    TrainConfig,
+    checks as config_checks,
+    flags as flag_parser,
+)
+from janusflow_jax.data import cache as latent_cache, chat_format, lengths, loader, rows, sources
+from janusflow_jax.eval import previews
+from janusflow_jax.parallel import processes, sharding
+from janusflow_jax.training import (
+    encode_cache,
     flops,
-    goodput,
     guard,
+    health,
     heldout,
     heldout_guard,
-    latents,
+    init as initialization,
     metrics,
     preempt,
-    run_checkpoints,
     run_state,
-    samples,
-    sharding,
-    starts,
-    train_step,
+    step as train_step,
 )
-from janusflow_jax import config as config_lib
-from janusflow_jax import workdir as workdir_lib
-from janusflow_jax.config import ConfigError, TrainConfig
-from janusflow_jax.data import chat_format, latent_cache, lengths, loader, rows, sources
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an argument after a colon: configs/ablation.py:A,test"
@@ -56,17 +56,17 @@ _REPLAY = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
-    distributed.MODES,
+    processes.MODES,
     "whether this process is one of several: auto joins the others where it was started by Slurm, "
     "on a TPU pod, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set",
 )
 _USER_ERRORS = (
     ConfigError,
-    distributed.PeerError,
+    processes.PeerError,
     workdir_lib.WorkdirError,
     guard.DivergedError,
     heldout_guard.RisenError,
-    checkpoint.CheckpointError,
+    model_folder.CheckpointError,
     chat_format.FormatError,
     latent_cache.CacheError,
     lengths.LengthsError,
@@ -112,24 +112,24 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     Args: lock: what holds the workdir, on the first process. writes: False: only looks.
     """
     workdir = workdir_of(cfg)
-    with distributed.together("opening the run"):
+    with processes.together("opening the run"):
         workdir_lib.check(workdir, cfg)
-        begun, resumed = starts.of_workdir(cfg, workdir)
-        starts.check_needs(begun)
-    params, vae_params, hub, origins = starts.initial_params(begun)
+        begun, resumed = initialization.of_workdir(cfg, workdir)
+        initialization.check_needs(begun)
+    params, vae_params, hub, origins = initialization.initial_params(begun)
     if resumed:
         origins |= {n: "this run's checkpoint" for n, x in origins.items() if x != begun.start}
-    starts.print_origins(cfg, params, vae_params, origins)
-    with distributed.together("opening the data"):
+    initialization.print_origins(cfg, params, vae_params, origins)
+    with processes.together("opening the data"):
         chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
         chat.check_vocab(cfg.model.llm.vocab_size)
         data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
         if resumed:  # `params` are the checkpoint's only later
             digests = workdir_lib.encoders_of(workdir)
         else:
-            digests = latents.digests(cfg, data.rows, params)
-        latents.check(cfg, data.rows, digests, vae_params)
-    distributed.say(data.summary())
+            digests = encode_cache.digests(cfg, data.rows, params)
+        encode_cache.check(cfg, data.rows, digests, vae_params)
+    processes.say(data.summary())
     mesh = sharding.make_mesh(cfg.mesh)
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if cfg.batch_rows % (split * cfg.optim.accum_steps):
@@ -137,15 +137,15 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
             f"batch_rows: expected a multiple of data x fsdp x accum_steps = {split} x "
             f"{cfg.optim.accum_steps}; got {cfg.batch_rows}"
         )
-    of = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
-    distributed.say(
+    of = f" of {processes.count()} processes" if processes.count() > 1 else ""
+    processes.say(
         f"{jax.device_count()} {jax.default_backend()} device(s){of}, mesh {dict(mesh.shape)}"
     )
     if writes:
         kept = run_state.begun_with(cfg, params)
         about = {"made_by": "train", "encoders": digests}
         workdir_lib.make(workdir, cfg, params=kept, vae=vae_params, hub=hub, about=about)
-    apart = bool(distributed.from_main(workdir_lib.start_of(workdir)))
+    apart = bool(processes.from_main(workdir_lib.start_of(workdir)))
     with jax.set_mesh(mesh):
         state = run_state.make(cfg, mesh, params, vae_params)
         ckpts = run_checkpoints.RunCheckpoints(
@@ -156,10 +156,10 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
             writes=writes,
         )
         state, saved = run_state.restore(ckpts, state, apart)
-    with distributed.together("opening the held-out data"):
+    with processes.together("opening the held-out data"):
         held = heldout.Heldout(cfg, mesh, chat, saved.get("heldout", {}))
     if cfg.evaluate.sources:
-        distributed.say(held.summary())
+        processes.say(held.summary())
     return Run(cfg, workdir, mesh, data, chat, ckpts, state, saved, held, apart)
 
 
@@ -171,31 +171,31 @@ def workdir_of(cfg: TrainConfig) -> epath.Path:
 
 def train(cfg: TrainConfig) -> str:
     """Runs the config to its last step, or until told to stop. Returns the workdir."""
-    clock, lock = goodput.Clock(), None
+    clock, lock = health.Clock(), None
     workdir = workdir_of(cfg)
     with contextlib.ExitStack() as ends:
-        with distributed.together("opening the workdir"):
-            if distributed.is_main():
+        with processes.together("opening the workdir"):
+            if processes.is_main():
                 lock = ends.enter_context(workdir_lib.Lock(workdir))
         run = open_run(cfg, lock)
         stop = ends.enter_context(preempt.Stop())
         ends.enter_context(jax.set_mesh(run.mesh))
         if run.step:
-            distributed.say(f"resumed from step {run.step}")
-        with distributed.together("opening the workdir"), workdir_lib.explained(workdir):
+            processes.say(f"resumed from step {run.step}")
+        with processes.together("opening the workdir"), workdir_lib.explained(workdir):
             kept = run.step if run.saved else -1  # a new run measures step 0 itself
             writer = metrics.Writer(workdir, resume_step=kept, tensorboard=cfg.tensorboard)
             ends.callback(workdir_lib.explained(workdir)(writer.close))
-            record = goodput.Record(workdir, clock, run.step, run.saved.get("time"))
+            record = health.Record(workdir, clock, run.step, run.saved.get("time"))
         step = _loop(run, writer, clock, record, stop)
-        done = step == cfg.num_steps and not any(distributed.gather("!" if stop.signal else ""))
+        done = step == cfg.num_steps and not any(processes.gather("!" if stop.signal else ""))
         with workdir_lib.explained(workdir):
             if done:
                 with clock("samples"):
-                    samples.write(cfg, workdir, step, run.state, run.chat, writer)
+                    previews.write(cfg, workdir, step, run.state, run.chat, writer)
             record.write(step, ended=True)
-    distributed.say(f"{'done' if done else 'stopped'} at step {step}")
-    distributed.say(f"{record.summary()}\nworkdir {workdir}")
+    processes.say(f"{'done' if done else 'stopped'} at step {step}")
+    processes.say(f"{record.summary()}\nworkdir {workdir}")
     return str(workdir)
 
 
@@ -209,15 +209,15 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
     progress = metrics.Progress(cfg.num_steps, step, peak * jax.device_count())
     trained = train_step.trained_parts(cfg)
     watch = guard.Guard(run.workdir, cfg.max_bad_steps, step)
-    dog = goodput.Watchdog(cfg.watchdog_s, lambda: clock.phase, end=cfg.watchdog_exit)
+    dog = health.Watchdog(cfg.watchdog_s, lambda: clock.phase, end=cfg.watchdog_exit)
     compiled, late = None, []
     with clock("data"):
         feed = loader.Ahead(batches)
-    agreement = distributed.Agreement(run.mesh)
+    agreement = processes.Agreement(run.mesh)
 
     def state_of_process() -> int:
         broken = feed.error or run.trouble or run.ckpts.failed
-        return distributed.FAILED if broken else (distributed.STOP if stop.signal else 0)
+        return processes.FAILED if broken else (processes.STOP if stop.signal else 0)
 
     def log_late() -> None:
         while late:
@@ -264,13 +264,13 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
             saved = step
         if cfg.sheet_every_steps and step % cfg.sheet_every_steps == 0 and step < cfg.num_steps:
             with clock("samples"), run.writing():
-                samples.write(cfg, run.workdir, step, run.state, run.chat, writer)
+                previews.write(cfg, run.workdir, step, run.state, run.chat, writer)
     log_late()
     dog.close()
     batches.close()
     with clock("checkpoint"):
         error = _last_save(run, lambda: step != saved and _save(run, writer, clock, step, report))
-    distributed.raise_together(error or feed.error, "the run was ended")
+    processes.raise_together(error or feed.error, "the run was ended")
     if watch.tripped:
         raise guard.DivergedError(watch.message())
     run.heldout.check()
@@ -302,20 +302,27 @@ def _last_save(run: Run, save: Callable[[], Any]) -> Exception | None:
     """Saves what is not saved yet, unless a process cannot write; returns its own reason."""
     unable = run.trouble is not None or run.ckpts.failed
     try:
-        if not any(distributed.gather("!" if unable else "")):
+        if not any(processes.gather("!" if unable else "")):
             save()
             run.ckpts.wait()
         elif run.ckpts.failed:
             run.ckpts.wait()
-    except checkpoint.CheckpointError as error:
+    except model_folder.CheckpointError as error:
         return run.trouble or error
     return run.trouble
 
 
 def _log(
-    run: Run, writer: Any, progress: Any, record: Any, watch: guard.Guard, step: int, out: Any,
-    report: loader.Report, work: Any,
-) -> None:  # fmt: skip
+    run: Run,
+    writer: Any,
+    progress: Any,
+    record: Any,
+    watch: guard.Guard,
+    step: int,
+    out: Any,
+    report: loader.Report,
+    work: Any,
+) -> None:
     """Fetches a past step's metrics; counts steps whose losses are no numbers."""
     cfg, ok = run.cfg, bool(out["ok"])
     with run.writing():
@@ -328,7 +335,7 @@ def _log(
         values |= progress.rates() | record.values()
         writer.write(step, values)
         record.write(step)
-        distributed.say(progress.line(step, values))
+        processes.say(progress.line(step, values))
 
 
 def replay(cfg: TrainConfig, rows_asked: str) -> bool:
@@ -339,7 +346,7 @@ def replay(cfg: TrainConfig, rows_asked: str) -> bool:
     """
     first, end = guard.parse_rows(rows_asked)
     run = open_run(cfg, writes=False)
-    distributed.say(f"rows {first} to {end - 1} with the parameters of step {run.step}")
+    processes.say(f"rows {first} to {end - 1} with the parameters of step {run.step}")
     alone = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, accum_steps=1))
     copies = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     step = jax.jit(train_step.make_train_step(alone))
@@ -351,7 +358,7 @@ def replay(cfg: TrainConfig, rows_asked: str) -> bool:
             _, out = step(run.state, sharding.put_batch(batch, run.mesh, copies))
             values = {k: float(v) for k, v in jax.device_get(out).items()}
             fine &= bool(values["ok"])
-            distributed.say(guard.describe(number, run.data.rows.records(number), values, bad))
+            processes.say(guard.describe(number, run.data.rows.records(number), values, bad))
     return fine
 
 
@@ -360,7 +367,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config=FILE[:ARG]")
     cfg = _CONFIG.value
-    distributed.initialize(_DISTRIBUTED.value)
+    processes.initialize(_DISTRIBUTED.value)
     if _REPLAY.value:
         sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
     train(cfg)
@@ -374,8 +381,8 @@ def run() -> None:
     except _USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
-        if distributed.count() > 1:
-            distributed.leave_at_once(distributed.lost_peer(error))
+        if processes.count() > 1:
+            processes.leave_at_once(processes.lost_peer(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.exit(

@@ -84,25 +84,43 @@ PAIRS = [
     ("jpg_zero_bytes", files(b""), "picture: 0 bytes"),
     ("png_truncated", files(PNG[:-400], suffix=".png"), "picture: truncated or broken"),
     ("png_broken_crc", files(drawn.broken_crc(), suffix=".png"), "picture: truncated or broken"),
-    ("webp_truncated", files(drawn.encoded("WEBP")[:500], suffix=".webp"),
-     "picture: truncated or broken"),
+    (
+        "webp_truncated",
+        files(drawn.encoded("WEBP")[:500], suffix=".webp"),
+        "picture: truncated or broken",
+    ),
     ("bomb", files(drawn.bomb(20_000, 10_000), suffix=".png"), "picture: too many pixels"),
     ("too_many_bytes", files(JPG + bytes(MAX_BYTES)), "picture: too many bytes"),
     ("text_named_jpg", files(_TEXT), "picture: not JPEG, PNG or WebP"),
-    ("html_named_png", files(b"<!DOCTYPE html><p>404", suffix=".png"),
-     "picture: not JPEG, PNG or WebP"),
+    (
+        "html_named_png",
+        files(b"<!DOCTYPE html><p>404", suffix=".png"),
+        "picture: not JPEG, PNG or WebP",
+    ),
     ("gif_named_jpg", files(drawn.encoded("GIF")), "picture: not JPEG, PNG or WebP"),
     ("gif", files(drawn.encoded("GIF"), suffix=".gif"), "picture: not JPEG, PNG or WebP"),
     ("bmp", files(drawn.encoded("BMP"), suffix=".bmp"), "picture: not JPEG, PNG or WebP"),
     ("tiff", files(drawn.encoded("TIFF"), suffix=".tiff"), "picture: not JPEG, PNG or WebP"),
-    ("svg", files(b"<svg xmlns='http://www.w3.org/2000/svg'/>", suffix=".svg"),
-     "picture: not JPEG, PNG or WebP"),
-    ("thin_1x10000", files(drawn.encoded("PNG", Image.new("RGB", (1, 10_000))), suffix=".png"),
-     "picture: too small"),
-    ("thin_20x10000", files(drawn.encoded("PNG", Image.new("RGB", (20, 10_000))), suffix=".png"),
-     "picture: too long and thin"),
-    ("tracking_pixel", files(drawn.encoded("PNG", Image.new("RGB", (1, 1))), suffix=".png"),
-     "picture: too small"),
+    (
+        "svg",
+        files(b"<svg xmlns='http://www.w3.org/2000/svg'/>", suffix=".svg"),
+        "picture: not JPEG, PNG or WebP",
+    ),
+    (
+        "thin_1x10000",
+        files(drawn.encoded("PNG", Image.new("RGB", (1, 10_000))), suffix=".png"),
+        "picture: too small",
+    ),
+    (
+        "thin_20x10000",
+        files(drawn.encoded("PNG", Image.new("RGB", (20, 10_000))), suffix=".png"),
+        "picture: too long and thin",
+    ),
+    (
+        "tracking_pixel",
+        files(drawn.encoded("PNG", Image.new("RGB", (1, 1))), suffix=".png"),
+        "picture: too small",
+    ),
     ("no_caption", files(txt=None), "caption: missing"),
     ("no_picture", files(jpg=None), "picture: missing"),
     ("folder_as_picture", _folder_as_picture, "picture: not a file"),
@@ -110,8 +128,11 @@ PAIRS = [
     ("link_to_nothing", _link("nowhere.jpg"), "picture: missing"),
     ("link_to_itself", _link("{name}.jpg"), "picture: missing"),
     ("two_of_a_name", _two_of_a_name, [GOOD, "id: duplicate"]),
-    ("other_file", lambda folder, name: (folder / f"{name}.pdf").write_bytes(b"%PDF-1.7"),
-     "file: neither picture nor .txt"),
+    (
+        "other_file",
+        lambda folder, name: (folder / f"{name}.pdf").write_bytes(b"%PDF-1.7"),
+        "file: neither picture nor .txt",
+    ),
     ("caption_empty", files(txt=b""), "caption: empty"),
     ("caption_spaces", files(txt=b" \n\t \r\n"), "caption: empty"),
     ("caption_zero_width", files(txt="\u200b\ufeff\u2060".encode()), "caption: empty"),
@@ -143,7 +164,7 @@ PAIRS = [
     ("animated_webp", files(drawn.animated("WEBP"), suffix=".webp"), GOOD),
     ("animated_png", files(drawn.animated("PNG"), suffix=".png"), GOOD),
     ("loop_of_folders", _loop, GOOD),
-]  # fmt: skip
+]
 
 
 def row(**changes: object):
@@ -169,8 +190,11 @@ ROWS = [
     ("row_deep", line(b"[" * 100_000), "line: not JSON"),
     ("row_list", line(b'["good.jpg", "a wall"]'), "row: not an object"),
     ("row_number", line(b"17"), "row: not an object"),
-    ("row_latin1", line('{"image": "good.jpg", "caption": "Bär"}'.encode("latin-1")),
-     "line: not UTF-8"),
+    (
+        "row_latin1",
+        line('{"image": "good.jpg", "caption": "Bär"}'.encode("latin-1")),
+        "line: not UTF-8",
+    ),
     ("image_absent", row(image=...), "picture: missing"),
     ("image_null", row(image=None), "picture: missing"),
     ("image_empty", row(image=""), "picture: missing"),
@@ -206,17 +230,20 @@ ROWS = [
     ("id_bool", row(id=True), "id: neither text nor number"),
     ("id_empty", row(id=""), "id: empty"),
     ("id_again", row(id="row_good"), "id: duplicate"),
-]  # fmt: skip
+]
 
 CSV = [
     ("csv_good", b"csv_good,good.jpg,a wall", GOOD),
     ("csv_new_line", b'csv_new_line,good.jpg,"a wall,\nin ""red"""', GOOD),
-    ("csv_too_many", b"csv_too_many,good.jpg,a wall,and,more",
-     "line: more columns than the header"),
+    (
+        "csv_too_many",
+        b"csv_too_many,good.jpg,a wall,and,more",
+        "line: more columns than the header",
+    ),
     ("csv_too_few", b"csv_too_few,good.jpg", "caption: missing"),
     ("csv_empty_caption", b"csv_empty_caption,good.jpg,", "caption: empty"),
     ("csv_latin1", "csv_latin1,good.jpg,ein Bär".encode("latin-1"), "caption: not UTF-8"),
     ("csv_no_file", b"csv_no_file,gone.jpg,a wall", "picture: missing"),
     ("csv_traversal", b"csv_traversal,../secret.jpg,a wall", "picture: outside its folder"),
     ("csv_again", b"csv_good,good.jpg,a wall", "id: duplicate"),
-]  # fmt: skip
+]

@@ -87,8 +87,11 @@ TABLES = [
     ("pq_path_image", rows({"image": "a.jpg"}, image=pa.string()), "picture: no bytes"),
     ("pq_number_image", rows({"image": 3}, image=pa.int64()), "picture: no bytes"),
     ("pq_nan_image", rows({"image": float("nan")}, image=pa.float64()), "picture: missing"),
-    ("pq_two_images", rows({"image": [{"bytes": JPG, "path": "a"}] * 2}, image=pa.list_(IMAGE)),
-     "picture: more than one"),
+    (
+        "pq_two_images",
+        rows({"image": [{"bytes": JPG, "path": "a"}] * 2}, image=pa.list_(IMAGE)),
+        "picture: more than one",
+    ),
     ("pq_no_images", rows({"image": []}, image=pa.list_(IMAGE)), "picture: missing"),
     ("pq_null_in_images", rows({"image": [None]}, image=pa.list_(IMAGE)), "picture: missing"),
     ("pq_no_image_column", rows(image=...), "picture: missing"),
@@ -109,7 +112,7 @@ TABLES = [
     ("pq_no_parquet", lambda name: b"image,caption\na.jpg,a wall\n", BROKEN),
     ("pq_cut", _cut, BROKEN),
     ("pq_broken_page", _broken_page, [GOOD, GOOD, BROKEN, BROKEN]),
-]  # fmt: skip
+]
 CASES = [*TABLES, ("folder_as_parquet", None, "file: not a file")]
 
 

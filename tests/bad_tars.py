@@ -34,8 +34,15 @@ def tar(*members: tuple[str, object], mode: str = "w", form: int = tarfile.PAX_F
 
 def sample(key: str, **members: bytes) -> list[tuple[str, object]]:
     """A picture as img2dataset stores it; members replace or add (None: leave out)."""
-    about = {"caption": f"a wall, {key}", "url": "https://example.org/a.jpg", "key": key,
-             "status": "success", "width": 96, "height": 64, "original_width": 192}  # fmt: skip
+    about = {
+        "caption": f"a wall, {key}",
+        "url": "https://example.org/a.jpg",
+        "key": key,
+        "status": "success",
+        "width": 96,
+        "height": 64,
+        "original_width": 192,
+    }
     files = {"jpg": JPG, "json": json.dumps(about).encode(), "txt": f"a wall, {key}".encode()}
     return [(f"{key}.{e}", v) for e, v in (files | members).items() if v is not None]
 
@@ -110,35 +117,54 @@ TARS = [
     ("wds_neither", extra(("NAME_1.npy", b"x")), [GOOD, "sample: neither picture nor text"]),
     ("wds_picture_empty", only(jpg=b""), "picture: 0 bytes"),
     ("wds_picture_cut", only(jpg=JPG[:900]), "picture: truncated or broken"),
-    ("wds_picture_gif", only(jpg=None, gif=drawn.encoded("GIF")),
-     "picture: not JPEG, PNG or WebP"),
+    ("wds_picture_gif", only(jpg=None, gif=drawn.encoded("GIF")), "picture: not JPEG, PNG or WebP"),
     ("wds_two_pictures", only(png=drawn.encoded("PNG")), "picture: more than one"),
     ("wds_large_member", only(jpg=bytes(MAX_BYTES + 1)), "tar: member with too many bytes"),
-    ("wds_two_members", extra(("NAME_1.jpg", JPG), ("NAME_1.txt", b"a"), ("NAME_1.txt", b"b")),
-     [GOOD, "tar: two members of one name"]),
+    (
+        "wds_two_members",
+        extra(("NAME_1.jpg", JPG), ("NAME_1.txt", b"a"), ("NAME_1.txt", b"b")),
+        [GOOD, "tar: two members of one name"],
+    ),
     ("wds_same_key", _twice, [GOOD, GOOD, "id: duplicate"]),
-    ("wds_traversal", extra(("../NAME_1.jpg", JPG), ("../NAME_1.txt", b"a wall")),
-     [GOOD, "tar: name outside the tar"]),
-    ("wds_traversal_deep", extra(("a/../../NAME_1.jpg", JPG)),
-     [GOOD, "tar: name outside the tar"]),
+    (
+        "wds_traversal",
+        extra(("../NAME_1.jpg", JPG), ("../NAME_1.txt", b"a wall")),
+        [GOOD, "tar: name outside the tar"],
+    ),
+    ("wds_traversal_deep", extra(("a/../../NAME_1.jpg", JPG)), [GOOD, "tar: name outside the tar"]),
     ("wds_absolute", extra(("/nowhere/NAME_1.jpg", JPG)), [GOOD, "tar: name outside the tar"]),
-    ("wds_symlink", extra(("NAME_1.jpg", (LINK, "/etc/passwd")), ("NAME_1.txt", b"a wall")),
-     [GOOD, "tar: link or device, not a file"]),
-    ("wds_hard_link", extra(("NAME_1.jpg", (HARD, "NAME_0.jpg")), ("NAME_1.txt", b"a wall")),
-     [GOOD, "tar: link or device, not a file"]),
+    (
+        "wds_symlink",
+        extra(("NAME_1.jpg", (LINK, "/etc/passwd")), ("NAME_1.txt", b"a wall")),
+        [GOOD, "tar: link or device, not a file"],
+    ),
+    (
+        "wds_hard_link",
+        extra(("NAME_1.jpg", (HARD, "NAME_0.jpg")), ("NAME_1.txt", b"a wall")),
+        [GOOD, "tar: link or device, not a file"],
+    ),
     ("wds_fifo", extra(("NAME_1.jpg", (FIFO, ""))), [GOOD, "tar: link or device, not a file"]),
     ("wds_cut_in_member", _cut(3 * BLOCK, samples=1), BROKEN),
     ("wds_cut_in_second", _cut(-700), [GOOD, BROKEN]),
-    ("wds_cut_in_header", _cut(len(tar(*sample("wds_cut_in_header_0")).rstrip(b"\0")) // BLOCK
-                               * BLOCK + BLOCK + 100), BROKEN),
-    ("wds_cut_before_end", _cut(len(tar(*sample("wds_cut_before_end_0")).rstrip(b"\0")) // BLOCK
-                                * BLOCK + BLOCK, samples=1), BROKEN),
+    (
+        "wds_cut_in_header",
+        _cut(len(tar(*sample("wds_cut_in_header_0")).rstrip(b"\0")) // BLOCK * BLOCK + BLOCK + 100),
+        BROKEN,
+    ),
+    (
+        "wds_cut_before_end",
+        _cut(
+            len(tar(*sample("wds_cut_before_end_0")).rstrip(b"\0")) // BLOCK * BLOCK + BLOCK,
+            samples=1,
+        ),
+        BROKEN,
+    ),
     ("wds_broken_header", _broken_header, BROKEN),
     ("wds_empty_file", lambda name: b"", BROKEN),
     ("wds_no_tar", lambda name: b"<html>404 not found</html>" * 100, BROKEN),
     ("wds_no_members", lambda name: tar(), "file: empty"),
     ("wds_garbage", lambda name: bytes(range(256)) * 40, BROKEN),
-]  # fmt: skip
+]
 
 GZIPPED = [
     ("gz_good", lambda name: gzip.compress(tar(*sample(name))), GOOD),

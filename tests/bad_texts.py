@@ -41,29 +41,54 @@ TURNLESS = "conversation: turn without role and text"
 TALKS = [
     ("talk_llava", talk(), GOOD),
     ("talk_text_only", talk(PLAIN, SAY, image=...), GOOD),
-    ("talk_two_images", talk(says("human", "<image><image>\nSame?"), SAY,
-                             image=["good.jpg", "good.jpg"]), GOOD),
-    ("talk_openai", talk(conversations=..., messages=[
-        {"role": "user", "content": [{"type": "image", "text": None},
-                                     {"type": "text", "text": "What is it?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "A wall."}]}]), GOOD),
+    (
+        "talk_two_images",
+        talk(says("human", "<image><image>\nSame?"), SAY, image=["good.jpg", "good.jpg"]),
+        GOOD,
+    ),
+    (
+        "talk_openai",
+        talk(
+            conversations=...,
+            messages=[
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "text": None},
+                        {"type": "text", "text": "What is it?"},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": "A wall."}]},
+            ],
+        ),
+        GOOD,
+    ),
     ("talk_system", talk(says("system", "Be short."), ASK, SAY), GOOD),
     ("talk_system_empty", talk(says("system", ""), ASK, SAY), GOOD),
     ("talk_last_question", talk(ASK, SAY, PLAIN), GOOD),
-    ("talk_pairs", talk(conversations=..., texts=[{"user": "What is it?", "assistant": "A wall."}]),
-     GOOD),
+    (
+        "talk_pairs",
+        talk(conversations=..., texts=[{"user": "What is it?", "assistant": "A wall."}]),
+        GOOD,
+    ),
     ("talk_as_text", talk(conversations=json.dumps([ASK, SAY])), GOOD),
     ("talk_mark_in_answer", talk(ASK, says("gpt", "I see <image> and <image_placeholder>.")), GOOD),
     ("talk_begins_with_answer", talk(SAY, ASK, SAY), "conversation: begins with the assistant"),
     ("talk_more_images", talk(image=["good.jpg", "good.jpg"]), "pictures: more than their marks"),
     ("talk_unmarked_image", talk(PLAIN, SAY), "pictures: more than their marks"),
-    ("talk_more_marks", talk(says("human", "<image><image>"), SAY),
-     "pictures: fewer than their marks"),
+    (
+        "talk_more_marks",
+        talk(says("human", "<image><image>"), SAY),
+        "pictures: fewer than their marks",
+    ),
     ("talk_no_image", talk(image=...), "pictures: fewer than their marks"),
     ("talk_image_null", talk(image=None), "pictures: fewer than their marks"),
     ("talk_image_in_last_question", talk(PLAIN, SAY, ASK), "pictures: more than their marks"),
-    ("talk_our_tag", talk(says("human", "<image> is <image_placeholder>?"), SAY),
-     "text: holds the image tag"),
+    (
+        "talk_our_tag",
+        talk(says("human", "<image> is <image_placeholder>?"), SAY),
+        "text: holds the image tag",
+    ),
     ("talk_absent", talk(conversations=...), "conversation: missing"),
     ("talk_null", talk(conversations=None), "conversation: missing"),
     ("talk_empty", talk(conversations=[]), "conversation: empty"),
@@ -73,8 +98,11 @@ TALKS = [
     ("talk_of_words", talk("hello", "hi"), TURNLESS),
     ("talk_no_role", talk({"value": "hello"}, SAY), TURNLESS),
     ("talk_role_number", talk({"from": 1, "value": "hello"}, SAY), TURNLESS),
-    ("talk_role_unknown", talk(says("narrator", "Once upon a time"), SAY),
-     "conversation: unknown role"),
+    (
+        "talk_role_unknown",
+        talk(says("narrator", "Once upon a time"), SAY),
+        "conversation: unknown role",
+    ),
     ("talk_tool", talk(ASK, says("tool", "{}"), SAY), "conversation: unknown role"),
     ("talk_no_value", talk({"from": "human"}, SAY), "turn: missing"),
     ("talk_value_null", talk(ASK, says("gpt", None)), "turn: missing"),
@@ -85,15 +113,20 @@ TALKS = [
     ("talk_answer_huge", talk(ASK, says("gpt", "x" * (COUNT + 1))), "turn: too long"),
     ("talk_answer_control", talk(ASK, says("gpt", "a\u0000b")), "turn: control characters"),
     ("talk_half_character", talk(ASK, says("gpt", "\ud83d")), "turn: not UTF-8"),
-    ("talk_part_unknown", talk(conversations=[
-        {"role": "user", "content": [{"type": "audio", "audio": "x"}]}, SAY]),
-     "conversation: part that is neither text nor picture"),
+    (
+        "talk_part_unknown",
+        talk(conversations=[{"role": "user", "content": [{"type": "audio", "audio": "x"}]}, SAY]),
+        "conversation: part that is neither text nor picture",
+    ),
     ("talk_two_questions", talk(ASK, PLAIN, SAY), "conversation: turns do not alternate"),
     ("talk_two_answers", talk(ASK, SAY, SAY), "conversation: turns do not alternate"),
     ("talk_no_answer", talk(ASK), "conversation: no answer"),
     ("talk_only_system", talk(says("system", "Be short.")), "conversation: no answer"),
-    ("talk_late_system", talk(ASK, SAY, says("system", "Be short.")),
-     "conversation: system turn that is not the first"),
+    (
+        "talk_late_system",
+        talk(ASK, SAY, says("system", "Be short.")),
+        "conversation: system turn that is not the first",
+    ),
     ("talk_image_gone", talk(image="gone.jpg"), "picture: missing"),
     ("talk_image_cut", talk(image="half.jpg"), "picture: truncated or broken"),
     ("talk_traversal", talk(image="../secret.jpg"), "picture: outside its folder"),
@@ -101,11 +134,14 @@ TALKS = [
     ("talk_same_id", talk(id="talk_llava"), "id: duplicate"),
     ("talk_id_object", talk(id={"a": 1}), "id: neither text nor number"),
     ("talk_no_object", line("17"), "row: not an object"),
-    ("talk_broken", line('{"id": "NAME", "image": "good.jpg", "conversations": [{"from": "hu}'),
-     END),
+    (
+        "talk_broken",
+        line('{"id": "NAME", "image": "good.jpg", "conversations": [{"from": "hu}'),
+        END,
+    ),
     ("talk_behind_broken", talk(), GOOD),
     ("talk_no_comma", lambda name: talk()(name) + " " + talk(id=name + "_b")(name), [GOOD, GOOD]),
-]  # fmt: skip
+]
 
 JSON_FILES = [
     ("json_empty.json", b"", "file: empty"),
@@ -114,14 +150,22 @@ JSON_FILES = [
     ("json_cut.json", ("[" + talk()("json_cut") + ', {"id": "json_cut').encode(), [GOOD, END]),
     ("json_open.json", ("[" + talk()("json_open")).encode(), [GOOD, END]),
     ("json_deep.json", b"[" * 100_000, END),
-    ("json_latin1.json", ("[" + talk(ASK, says("gpt", "BAER"))("json_latin1") + "]").encode()
-     .replace(b"BAER", b"B\xe4r"), "turn: not UTF-8"),
+    (
+        "json_latin1.json",
+        ("[" + talk(ASK, says("gpt", "BAER"))("json_latin1") + "]")
+        .encode()
+        .replace(b"BAER", b"B\xe4r"),
+        "turn: not UTF-8",
+    ),
     ("json_lines.jsonl", (talk()("json_lines") + "\n{\n").encode(), [GOOD, "line: not JSON"]),
     ("json_lines_gz.jsonl.gz", gzip.compress(talk()("json_lines_gz").encode()), GOOD),
-    ("json_lines_cut.jsonl.gz", gzip.compress(talk()("json_lines_cut").encode())[:-20],
-     "file: truncated or broken"),
+    (
+        "json_lines_cut.jsonl.gz",
+        gzip.compress(talk()("json_lines_cut").encode())[:-20],
+        "file: truncated or broken",
+    ),
     ("json_no_gz.jsonl.gz", b"no gzip at all", "file: truncated or broken"),
-]  # fmt: skip
+]
 
 TEXTS = [
     ("text_lines.txt", b"one document\n\nanother\r\n", [GOOD, GOOD]),
@@ -136,13 +180,19 @@ TEXTS = [
     ("text_nul.txt", b"a\0b\nfox", ["text: control characters", GOOD]),
     ("text_huge.txt", b"x" * (COUNT + 1) + b"\nfox", ["text: too long", GOOD]),
     ("text_huge_line.txt", b"x" * (9 * COUNT) + b"\nfox", ["text: too long", GOOD]),
-    ("text_gz_cut.txt.gz", gzip.compress(b"fox\n" + NOISE)[:-30],
-     [GOOD, "file: truncated or broken"]),
+    (
+        "text_gz_cut.txt.gz",
+        gzip.compress(b"fox\n" + NOISE)[:-30],
+        [GOOD, "file: truncated or broken"],
+    ),
     ("text_no_gz.txt.gz", b"plain text", "file: truncated or broken"),
     ("lines_good.jsonl", b'{"text": "one"}\n{"text": "two", "meta": {}}', [GOOD, GOOD]),
     ("lines_gz.jsonl.gz", gzip.compress(b'{"text": "one"}'), GOOD),
-    ("lines_broken.jsonl", b'{"text": "one"}\n{"text": "t\n{"text": "three"}',
-     [GOOD, "line: not JSON", GOOD]),
+    (
+        "lines_broken.jsonl",
+        b'{"text": "one"}\n{"text": "t\n{"text": "three"}',
+        [GOOD, "line: not JSON", GOOD],
+    ),
     ("lines_list.jsonl", b'["one"]', "row: not an object"),
     ("lines_no_text.jsonl", b'{"title": "one"}', "text: missing"),
     ("lines_null.jsonl", b'{"text": null}', "text: missing"),
@@ -152,10 +202,13 @@ TEXTS = [
     ("lines_empty.jsonl", b'{"text": ""}', "text: empty"),
     ("lines_latin1.jsonl", b'{"text": "B\xe4r"}', "line: not UTF-8"),
     ("lines_half.jsonl", b'{"text": "\\ud83d"}', "text: not UTF-8"),
-    ("lines_ids.jsonl", b'{"id": "lines_ids", "text": "a"}\n{"id": "lines_ids", "text": "b"}',
-     [GOOD, "id: duplicate"]),
+    (
+        "lines_ids.jsonl",
+        b'{"id": "lines_ids", "text": "a"}\n{"id": "lines_ids", "text": "b"}',
+        [GOOD, "id: duplicate"],
+    ),
     ("folder_as_text.txt", None, "file: not a file"),
-]  # fmt: skip
+]
 
 
 def write(folder: Path, cases) -> None:

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from janusflow_jax import checkpoint, config, convert
+from janusflow_jax import config
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.hub import tensors
 from janusflow_jax.models import janusflow
 
 ROOT = pathlib.Path(__file__).parent / "data" / "golden"
@@ -38,10 +40,10 @@ def facts(name: str) -> dict[str, Any]:
 def model() -> tuple[janusflow.JanusFlow, dict[str, Any], dict[str, Any]]:
     """The tiny model, its parameters with the REPA head, and the VAE's."""
     cfg = config.model_config("test")
-    params, _ = convert.janusflow_from_torch(arrays("janusflow/model"), cfg)
+    params, _ = tensors.janusflow_from_torch(arrays("janusflow/model"), cfg)
     head = {n: x for n, x in arrays("train").items() if n.startswith("repa_head.")}
-    params["repa_head"] = convert.repa_from_torch(head, cfg)
-    vae = convert.vae_from_torch(arrays("vae/diffusion_pytorch_model"), cfg.vae)
+    params["repa_head"] = tensors.repa_from_torch(head, cfg)
+    vae = tensors.vae_from_torch(arrays("vae/diffusion_pytorch_model"), cfg.vae)
     with jax.ensure_compile_time_eval():  # the first caller may be inside a trace
         params, vae = jax.tree.map(jnp.asarray, (params, vae))
     return janusflow.JanusFlow(cfg), params, vae
@@ -50,7 +52,7 @@ def model() -> tuple[janusflow.JanusFlow, dict[str, Any], dict[str, Any]]:
 def save(folder: Any, hub: Any) -> Any:
     """The tiny model as a model folder; `hub` as `checkpoint.save_model` takes it."""
     tiny, params, vae = model()
-    checkpoint.save_model(
+    model_folder.save_model(
         folder, model_cfg=tiny.cfg, params=params, vae=vae, hub_files=hub, extra={}
     )
     return folder

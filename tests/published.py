@@ -4,7 +4,7 @@ import json
 
 from safetensors.numpy import load_file, save_file
 
-from janusflow_jax import hub_import
+from janusflow_jax.hub import import_janusflow as hub_import
 
 SILENT = {"say": lambda line: None}
 

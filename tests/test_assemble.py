@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from janusflow_jax import checkpoint, hub_assemble, hub_export, pipeline
-from janusflow_jax.convert import ConvertError
+from janusflow_jax import pipeline
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import chat_format
+from janusflow_jax.hub import assemble as hub_assemble, export as hub_export
+from janusflow_jax.hub.tensors import ConvertError
 from janusflow_jax.models import janusflow
 
 PARTS = golden.ROOT.parent / "torch_parts"
@@ -114,7 +116,7 @@ def logits(loaded, tokens):
 
 def test_the_language_model_computes_what_torch_does(start):
     """Grouped heads, tied embeddings, another theta and eps, and a table that grew."""
-    loaded = checkpoint.load_model(start)
+    loaded = model_folder.load_model(start)
     assert (loaded.cfg.llm.num_kv_heads, loaded.cfg.llm.rope_theta) == (2, 5000.0)
     assert (loaded.cfg.llm.norm_eps, loaded.cfg.llm.vocab_size) == (1e-5, 640)
     got, want = logits(loaded, jnp.asarray(expected("tokens"), jnp.int32)), expected("logits")
@@ -143,7 +145,7 @@ def test_the_start_runs_as_a_whole(start):
 
 @pytest.mark.slow
 def test_new_parts_are_fresh_and_the_pooling_head_is_kept(start, tmp_path):
-    loaded = checkpoint.load_model(start)
+    loaded = model_folder.load_model(start)
     init = jax.jit(janusflow.init_params, static_argnums=0)
     fresh = init(loaded.cfg, jax.random.key(0))
     assert loaded.params.keys() == fresh.keys()
@@ -186,7 +188,7 @@ def test_siglip_in_every_naming_computes_what_torch_does(form, tmp_path):
 
 def test_an_untied_head_stays_its_own():
     rng = np.random.default_rng(0)
-    cfg = checkpoint.config_lib.model_config("test")
+    cfg = model_folder.config_lib.model_config("test")
     cfg.llm.vocab_size = 8
     llm = {"embedding": rng.normal(size=(5, 3)), "head": {"kernel": rng.normal(size=(3, 5))}}
     got = hub_assemble.grow(llm, cfg)
@@ -211,8 +213,13 @@ def test_bad_parts_are_all_told(llm, tmp_path):
     save_file(weights, vae / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ConvertError) as error:
         hub_assemble.assemble(llm, tower, vae, tmp_path / "model", **OPTIONS)
-    for part in ("(4 problems)", "unknown: stranger", "missing: head.probe [1, 1, 32]",
-                 "norm.weight: expected [32]; got [5]", "missing: quant_conv.bias"):  # fmt: skip
+    for part in (
+        "(4 problems)",
+        "unknown: stranger",
+        "missing: head.probe [1, 1, 32]",
+        "norm.weight: expected [32]; got [5]",
+        "missing: quant_conv.bias",
+    ):
         assert part in str(error.value), part
     assert not (tmp_path / "model").exists()
 
@@ -232,6 +239,9 @@ def test_a_language_model_of_another_kind(change, says, llm, tmp_path):
     (llm / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConvertError, match=says):
         hub_assemble.assemble(
-            llm, siglip_folder("hf", tmp_path / "siglip"), golden.TINY / "vae",
-            tmp_path / "model", **OPTIONS,
-        )  # fmt: skip
+            llm,
+            siglip_folder("hf", tmp_path / "siglip"),
+            golden.TINY / "vae",
+            tmp_path / "model",
+            **OPTIONS,
+        )

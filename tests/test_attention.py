@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config as c
-from janusflow_jax import sharding
 from janusflow_jax.models import layers
+from janusflow_jax.parallel import sharding
 
 ROWS, LENGTH, HEADS, SIZE = 4, 256, 4, 32
 

@@ -20,8 +20,9 @@ def test_ours_and_the_peers_compute_the_same(tmp_path):
     cases = "paint,answer,train,vae"
     subprocess.run(
         [sys.executable, *command.split(), "--only", cases, "--scratch", tmp_path, "--json", out],
-        cwd=ROOT, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        check=True,
+    )
     found = {r["case"]: r for r in json.loads(out.read_text())["results"]}
     notes = {case: r["note"] for case, r in found.items()}
     assert {len(r["ways"]) for r in found.values()} >= {2, 3}

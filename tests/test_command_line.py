@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janusflow_jax import chat, command_line, compile_cache, evaluate, generate, pipeline
+from janusflow_jax import chat, cli, evaluate, generate, pipeline
+from janusflow_jax.parallel import compile_cache
 
 PICTURE = str(golden.TINY / "images" / "0.png")
 
@@ -30,8 +31,10 @@ def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
     generate.main([*args.split(), "--prompt", "a tree", "--seed", "1", "5", "9", "--out", str(out)])
     said = json.loads(report.read_text())
     assert [(x["prompt"], x["seed"]) for x in said["pictures"]] == [
-        ("a tree", 1), ("a red fox", 5), ("Two yellow taxis", 9),
-    ]  # fmt: skip
+        ("a tree", 1),
+        ("a red fox", 5),
+        ("Two yellow taxis", 9),
+    ]
     want = {"cfg_weight": 2.0, "num_steps": 2, "dtype": "float32", "int8": False}
     assert said["settings"] == want
     again = loaded.generate("Two yellow taxis", seed=9, num_steps=2, output="numpy")[0]
@@ -52,9 +55,10 @@ def test_chat_answers_and_talks(loaded, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == loaded.chat("What is it?", PICTURE, max_new_tokens=8)
     seen = []
     monkeypatch.setattr(
-        type(loaded), "stream", lambda self, turns, pictures, **_: seen.append((turns, pictures)) or
-        iter(("yes", " no")),
-    )  # fmt: skip
+        type(loaded),
+        "stream",
+        lambda self, turns, pictures, **_: seen.append((turns, pictures)) or iter(("yes", " no")),
+    )
     lines = [f"/image {PICTURE}", "One?", "/what", "/image no.png", "Two?", "/new", "Three?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     chat.main([*ask, "--system", "Be brief."])
@@ -89,21 +93,21 @@ def test_chat_answers_and_talks(loaded, monkeypatch, capsys):
 def test_bad_input_is_one_message(module, args, says, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=says):
-        command_line.run(lambda: module.main(args.split()))
+        cli.run(lambda: module.main(args.split()))
 
 
 def test_a_file_is_asked_for_and_left_as_it_was(tmp_path):
     file = tmp_path / "new" / "report.json"
-    assert command_line.check_file(str(file), "--out") == file
+    assert cli.check_file(str(file), "--out") == file
     assert file.parent.is_dir() and not list(file.parent.iterdir())
     file.write_text("old")
-    command_line.check_file(str(file), "--out")
+    cli.check_file(str(file), "--out")
     assert file.read_text() == "old"
 
 
 def test_what_is_no_users_mistake_keeps_its_stack():
     with pytest.raises(ZeroDivisionError):
-        command_line.run(lambda: 1 // 0)
+        cli.run(lambda: 1 // 0)
 
 
 @pytest.mark.parametrize("module", [generate, chat, evaluate])
@@ -115,10 +119,14 @@ def test_help_teaches(module, capsys):
 
 
 def test_the_cache_keeps_programs_and_can_be_turned_off(monkeypatch, tmp_path):
-    before = {n: getattr(jax.config, n) for n in (
-        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
-        "jax_compilation_cache_max_size",
-    )}  # fmt: skip
+    before = {
+        n: getattr(jax.config, n)
+        for n in (
+            "jax_compilation_cache_dir",
+            "jax_persistent_cache_min_compile_time_secs",
+            "jax_compilation_cache_max_size",
+        )
+    }
     assert compile_cache.enable() == before["jax_compilation_cache_dir"]  # JAX's own stays
     try:
         jax.config.update("jax_compilation_cache_dir", None)

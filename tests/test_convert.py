@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from janusflow_jax import config, convert, hub_config
+from janusflow_jax import config
+from janusflow_jax.hub import configs as hub_configs, tensors as convert
 from janusflow_jax.models import janusflow, vae
 
 
@@ -99,7 +100,7 @@ def test_layers_of_different_types_are_no_stack():
 
 
 def test_config_of_the_tiny_folder(recwarn):
-    got = hub_config.model_config_from_hf(*hub_files())
+    got = hub_configs.model_config_from_hf(*hub_files())
     want = config.model_config("test")
     got.name, got.repa = want.name, want.repa
     assert got == want
@@ -109,19 +110,25 @@ def test_config_of_the_tiny_folder(recwarn):
 def test_config_of_the_released_size():
     files = hub_files()
     files[0]["language_config"] = {
-        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632,
-        "num_attention_heads": 16, "num_hidden_layers": 24, "vocab_size": 102400,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "vocab_size": 102400,
+    }
     files[0]["vision_und_enc_config"]["params"] = {
-        "image_size": 384, "model_name": "siglip_large_patch16_384", "select_feature": "same",
+        "image_size": 384,
+        "model_name": "siglip_large_patch16_384",
+        "select_feature": "same",
         "select_layer": -1,
-    }  # fmt: skip
+    }
     for name in ("vision_gen_enc_config", "vision_gen_dec_config"):
         files[0][name]["params"] |= {"block_out_channels": [768], "hidden_size": 2048}
     files[0]["vision_gen_dec_config"]["params"]["in_channels"] = 768
     files[1]["image_size"] = 384
     files[2] |= {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32}
-    got = hub_config.model_config_from_hf(*files)
+    got = hub_configs.model_config_from_hf(*files)
     got.name = "1p3b"
     assert got == config.model_config("1p3b")
 
@@ -129,24 +136,24 @@ def test_config_of_the_released_size():
 @pytest.mark.parametrize(("size", "image_size"), [("1p3b", 384), ("1p3b", 256), ("small", 0)])
 def test_towers_take_the_name_that_the_published_code_knows(size, image_size):
     cfg = config.model_config(size, image_size)
-    files = hub_config.model_config_to_hf(cfg, {})
+    files = hub_configs.model_config_to_hf(cfg, {})
     params = files["config.json"]["vision_und_enc_config"]["params"]
     known = f"siglip_large_patch16_{image_size}"
     assert params["model_name"] == (known if size == "1p3b" else "siglip")
-    assert hub_config.model_config_from_hf(*files.values()) == cfg
+    assert hub_configs.model_config_from_hf(*files.values()) == cfg
 
 
 def test_unknown_keys_warn_and_unsupported_values_are_errors():
     files = hub_files()
     files[0]["language_config"]["novelty"] = 1
     with pytest.warns(UserWarning, match="language_config.novelty"):
-        hub_config.model_config_from_hf(*files)
+        hub_configs.model_config_from_hf(*files)
     del files[0]["language_config"]["novelty"]
     files[0]["language_config"]["tie_word_embeddings"] = True
     del files[0]["vision_gen_enc_config"]["params"]["kernel_size"]
     files[2]["shift_factor"] = 0.1
     with pytest.raises(config.ConfigError) as error:
-        hub_config.model_config_from_hf(*files)
+        hub_configs.model_config_from_hf(*files)
     for part in ("tie_word_embeddings", "kernel_size: expected 2; got 7", "shift_factor"):
         assert part in str(error.value)
 
@@ -154,4 +161,4 @@ def test_unknown_keys_warn_and_unsupported_values_are_errors():
 def test_select_layer_keeps_fewer_blocks():
     files = hub_files()
     files[0]["vision_und_enc_config"]["params"]["select_layer"] = -2
-    assert hub_config.model_config_from_hf(*files).und.num_layers == 1
+    assert hub_configs.model_config_from_hf(*files).und.num_layers == 1

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from janusflow_jax import config as c
-from janusflow_jax import cross_entropy, sharding
+from janusflow_jax.parallel import sharding
+from janusflow_jax.training import cross_entropy
 
 CFG = c.model_config("test")
 ROWS, LENGTH = 8, 24

@@ -16,8 +16,9 @@ import bad_texts
 import drawn
 import pytest
 
-from janusflow_jax.data import engines, images, prepare, prepare_report, sources
-from janusflow_jax.data.importers.raw import Options
+from janusflow_jax.data import images, sources
+from janusflow_jax.data.prepare import build, engines, report as prepare_report
+from janusflow_jax.data.prepare.raw import Options
 
 HUB = Path(__file__).parent / "data" / "golden" / "tiny" / "janusflow"
 
@@ -29,7 +30,7 @@ def run(monkeypatch, tmp_path, form: str, inputs: list[Path], **options):
     given |= {"max_chars": bad_folder.MAX_CHARS, **options}
     opts = Options(form, tuple(map(str, inputs)), **given)
     out = tmp_path / "out"
-    report = prepare.prepare(opts, out, engines.local(1))
+    report = build.prepare(opts, out, engines.local(1))
     source = sources.open_source(out, "train")
     records = {record["id"]: record for record in (source[i] for i in range(len(source)))}
     assert len(records) == len(source) == report.num_records
@@ -109,14 +110,17 @@ def test_folder_with_json_lines(monkeypatch, tmp_path):
     records, skips, report = run(monkeypatch, tmp_path, "folder", [folder], rows=str(rows))
     ids = {"17": "id_number"} | {f"rows.jsonl-{i}": c[0] for i, c in enumerate(cases, 1)}
     got = gathered(
-        records, skips, lambda where: cases[int(where.rpartition(":")[2]) - 1][0],
+        records,
+        skips,
+        lambda where: cases[int(where.rpartition(":")[2]) - 1][0],
         lambda record_id: ids.get(record_id, record_id),
-    )  # fmt: skip
+    )
     compare(cases, got)
     assert records["captions_some_bad"]["captions"] == ["a wall"]
     assert {r: f["count"] for r, f in report.dropped.items()} == {
-        "caption: empty": 1, "caption: missing": 1,
-    }  # fmt: skip
+        "caption: empty": 1,
+        "caption: missing": 1,
+    }
 
 
 @pytest.mark.parametrize("separator", [b",", b"\t"])
@@ -159,9 +163,10 @@ def test_parquet(monkeypatch, tmp_path):
     bad_tables.write(folder)
     records, skips, _ = run(monkeypatch, tmp_path, "parquet", [folder])
     got = gathered(
-        records, skips,
+        records,
+        skips,
         id_of=lambda i: {"123456789": "pq_number_id"}.get(i, i.rpartition("-")[0] or i),
-    )  # fmt: skip
+    )
     compare(bad_tables.CASES, got)
     assert records["pq_captions_nulls-0"]["captions"] == ["red"]
     for record in records.values():
@@ -178,15 +183,22 @@ def test_llava(monkeypatch, tmp_path):
         text += element + ","
     talks.write_text(text[:-1] + "\n]")
     records, skips, _ = run(
-        monkeypatch, tmp_path, "llava", [talks], kind="conversation", images=str(folder),
-        lengths=("understand:chat",), max_chars=bad_texts.COUNT,
-    )  # fmt: skip
+        monkeypatch,
+        tmp_path,
+        "llava",
+        [talks],
+        kind="conversation",
+        images=str(folder),
+        lengths=("understand:chat",),
+        max_chars=bad_texts.COUNT,
+    )
     starts = sorted(at)
     got = gathered(
-        records, skips,
+        records,
+        skips,
         lambda where: at[max(s for s in starts if s <= int(where.rpartition("@")[2]))],
         lambda i: i.removesuffix("_b"),
-    )  # fmt: skip
+    )
     compare(bad_texts.TALKS, got)
     tag, turns = "<image_placeholder>", {i: r["conversation"] for i, r in records.items()}
     question = f"{tag}\nWhat is it?"
@@ -205,9 +217,14 @@ def test_files_of_conversations(monkeypatch, tmp_path):
     talks.mkdir()
     bad_texts.write(talks, cases)
     records, skips, _ = run(
-        monkeypatch, tmp_path, "llava", [talks], kind="conversation", images=str(folder),
+        monkeypatch,
+        tmp_path,
+        "llava",
+        [talks],
+        kind="conversation",
+        images=str(folder),
         lengths=("understand:chat",),
-    )  # fmt: skip
+    )
     compare([(stem(name), data, want) for name, data, want in cases], gathered(records, skips))
 
 
@@ -217,9 +234,15 @@ def test_texts(monkeypatch, tmp_path, shard_bytes):
     folder.mkdir()
     bad_texts.write(folder, cases)
     records, skips, _ = run(
-        monkeypatch, tmp_path, "text", [folder], kind="text", lengths=("text:plain",),
-        max_document=bad_texts.COUNT, shard_bytes=shard_bytes,
-    )  # fmt: skip
+        monkeypatch,
+        tmp_path,
+        "text",
+        [folder],
+        kind="text",
+        lengths=("text:plain",),
+        max_document=bad_texts.COUNT,
+        shard_bytes=shard_bytes,
+    )
     compare([(stem(name), data, want) for name, data, want in cases], gathered(records, skips))
     assert records["text_lines.txt@14"]["text"] == "another"
     assert records["text_tags.txt@0"]["text"].startswith("<image_placeholder> <image>")
@@ -229,10 +252,16 @@ def test_the_tables_hold_a_hundred_kinds():
     names = [
         stem(name)
         for cases in (
-            bad_folder.PAIRS, bad_folder.ROWS, bad_folder.CSV, bad_tars.CASES, bad_tables.CASES,
-            bad_texts.TALKS, bad_texts.JSON_FILES, bad_texts.TEXTS,
+            bad_folder.PAIRS,
+            bad_folder.ROWS,
+            bad_folder.CSV,
+            bad_tars.CASES,
+            bad_tables.CASES,
+            bad_texts.TALKS,
+            bad_texts.JSON_FILES,
+            bad_texts.TEXTS,
         )
         for name, _, expected in cases
         if set(outcome(expected)) - {"good"}
-    ]  # fmt: skip
+    ]
     assert len(set(names)) >= 100, len(set(names))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config as config_lib
-from janusflow_jax import config_checks
+from janusflow_jax.config import checks as config_checks
 from janusflow_jax.data import chat_format, lengths, rows, sources
 
 HUB = Path(__file__).parent / "data" / "golden" / "tiny" / "janusflow"
@@ -45,8 +45,16 @@ def catalog(tmp_path_factory):
         def _generate_examples(self):
             for i in range(9):
                 said = [{"id": 7, "words": f"a wall, {i}"}, {"id": 8, "words": "red and blue"}]
-                yield i, {"picture": io.BytesIO(drawn.encoded()), "annotations": said,
-                          "text": f"text {i}", "label": i % 2, "area": 0.5}  # fmt: skip
+                yield (
+                    i,
+                    {
+                        "picture": io.BytesIO(drawn.encoded()),
+                        "annotations": said,
+                        "text": f"text {i}",
+                        "label": i % 2,
+                        "area": 0.5,
+                    },
+                )
 
     builder = Pictures(data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()):

@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from janusflow_jax.data import engines, prepare, sources
-from janusflow_jax.data.importers import parquet
-from janusflow_jax.data.importers.raw import Options
+from janusflow_jax.data import sources
+from janusflow_jax.data.prepare import build, engines, parquet
+from janusflow_jax.data.prepare.raw import Options
 
 TAG = "<image_placeholder>"
 TURNS = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "Yes."}]
 
 
 def prepared(form: str, path, out, **options) -> list[dict]:
-    prepare.prepare(Options(form, (str(path),), **options), out, engines.local(1))
+    build.prepare(Options(form, (str(path),), **options), out, engines.local(1))
     source = sources.open_source(out, "train")
     return [source[i] for i in range(len(source))]
 
@@ -50,20 +50,48 @@ IMAGE = {"bytes": drawn.encoded(), "path": None}
         ({"image": IMAGE, "text": ["a wall", "red"]}, "captions", {"captions": ["a wall", "red"]}),
         ({"text": "a long text", "url": "https://example.org"}, "text", {"text": "a long text"}),
         ({"images": [IMAGE, IMAGE], "conversations": TURNS}, "conversation", {}),
-        ({"images": [IMAGE, IMAGE], "messages": [
-            {"role": "user", "content": "<image><image>\nSame?"},
-            {"role": "assistant", "content": "Yes."}]}, "conversation", {}),
-        ({"images": [IMAGE, IMAGE], "messages": [
-            {"role": "user", "content": [{"type": "image", "text": None},
-                                         {"type": "image", "text": None},
-                                         {"type": "text", "text": "Same?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]},
-         "conversation", {}),
-        ({"images": [IMAGE], "texts": [{"user": "What?", "assistant": "A wall.", "source": "x"},
-                                       {"user": "Sure?", "assistant": "Yes.", "source": "x"}]},
-         "conversation", {}),
+        (
+            {
+                "images": [IMAGE, IMAGE],
+                "messages": [
+                    {"role": "user", "content": "<image><image>\nSame?"},
+                    {"role": "assistant", "content": "Yes."},
+                ],
+            },
+            "conversation",
+            {},
+        ),
+        (
+            {
+                "images": [IMAGE, IMAGE],
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image", "text": None},
+                            {"type": "image", "text": None},
+                            {"type": "text", "text": "Same?"},
+                        ],
+                    },
+                    {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+                ],
+            },
+            "conversation",
+            {},
+        ),
+        (
+            {
+                "images": [IMAGE],
+                "texts": [
+                    {"user": "What?", "assistant": "A wall.", "source": "x"},
+                    {"user": "Sure?", "assistant": "Yes.", "source": "x"},
+                ],
+            },
+            "conversation",
+            {},
+        ),
     ],
-)  # fmt: skip
+)
 def test_columns_of_hugging_face(row, kind, holds, tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     assert parquet.guess_kind(Options("parquet", (str(tmp_path),))) == kind
@@ -81,8 +109,12 @@ def test_columns_of_hugging_face(row, kind, holds, tmp_path):
 
 def test_documents_in_parts_as_obelics_has_them(tmp_path):
     row = {"images": [None, IMAGE, None, IMAGE], "texts": ["One", None, "two", None]}
-    schema = pa.schema([("images", pa.list_(pa.struct([("bytes", pa.binary())]))),
-                        ("texts", pa.list_(pa.string()))])  # fmt: skip
+    schema = pa.schema(
+        [
+            ("images", pa.list_(pa.struct([("bytes", pa.binary())]))),
+            ("texts", pa.list_(pa.string())),
+        ]
+    )
     rows = [row, {"images": [IMAGE], "texts": ["No", "place"]}]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
     (got,) = prepared("parquet", tmp_path, tmp_path / "out", kind="document")

@@ -127,8 +127,11 @@ def test_images_of_a_sample_stand_in_order_where_they_are_marked(stores, chat):
             record = stores["talks"][int(source.pieces.record[piece])]
             _, turns = samples.turns_of(record)
             groups = samples.exchanges(turns)
-            before = sum(t["content"].count(chat.image_tag) for g in groups[
-                : int(source.pieces.begin[piece])] for t in g)  # fmt: skip
+            before = sum(
+                t["content"].count(chat.image_tag)
+                for g in groups[: int(source.pieces.begin[piece])]
+                for t in g
+            )
             count = int(source.pieces.images[piece])
             several += count > 1
             held = np.flatnonzero(row["tokens"][where] == chat.image_start_id) + where[0]
@@ -193,10 +196,12 @@ def test_long_text_is_cut_into_even_pieces_and_every_token_is_learned_once(store
 
 def test_what_no_row_can_hold_is_left_out_and_counted():
     units = lengths.Lengths(
-        offsets=np.array([0, 3, 4]), text=np.zeros(2, bool),
-        first=np.array([30, 95, 20, 10], np.int32), more=np.array([25, 90, 15, 5], np.int32),
+        offsets=np.array([0, 3, 4]),
+        text=np.zeros(2, bool),
+        first=np.array([30, 95, 20, 10], np.int32),
+        more=np.array([25, 90, 15, 5], np.int32),
         images=np.array([1, 1, 0, 4], np.int32),
-    )  # fmt: skip
+    )
     table = pieces.cut(units, slot_len=17, row_len=100, slots=3, head=1)
     assert table.left_out == 2  # an exchange of 112 positions, and one with four images
     assert table.record.tolist() == [0, 0] and table.begin.tolist() == [0, 2]
@@ -211,15 +216,16 @@ def test_what_no_row_can_hold_is_left_out_and_counted():
         ({"conversation": [{"role": "tool", "content": "x"}]}, "roles user and assistant"),
         ({"conversation": [{"from": "human"}]}, "role and content"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_conversation_is_counted_and_named(stores, chat, change, reason):
     tag = chat.image_tag
     record = {
         "conversation": [
-            {"role": "user", "content": f"{tag} what?"}, {"role": "assistant", "content": "a fox"},
+            {"role": "user", "content": f"{tag} what?"},
+            {"role": "assistant", "content": "a fox"},
         ],
         "images": [png(1)],
-    }  # fmt: skip
+    }
     stores["talks"][:] = [record, record | change]
     made = open_rows(chat, "talks", "understand")
     bad = [b for r in range(2) for b in made.row(r)[1]]

@@ -14,18 +14,18 @@ import drawn
 import numpy as np
 import pytest
 
-from janusflow_jax.data import (
-    chat_format,
+from janusflow_jax.data import chat_format, images, lengths, sources
+from janusflow_jax.data.prepare import (
+    build,
     engines,
-    images,
-    lengths,
-    prepare,
-    prepare_report,
+    inputs,
+    parquet,
+    pictures,
     preview,
-    sources,
+    report as prepare_report,
+    transform,
 )
-from janusflow_jax.data.importers import inputs, parquet, pictures, transform
-from janusflow_jax.data.importers.raw import Options, Skipped
+from janusflow_jax.data.prepare.raw import Options, Skipped
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
@@ -54,7 +54,7 @@ def options(folder: Path, **changes: object) -> Options:
 
 
 def run(opts: Options, out: Path, engine: engines.Engine | None = None, **more):
-    return prepare.prepare(opts, out, engine or engines.local(1), **more)
+    return build.prepare(opts, out, engine or engines.local(1), **more)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -92,9 +92,10 @@ def test_report_lengths_and_splits(folder, tmp_path):
     stored = json.loads((out / "report.json").read_text())
     assert stored["skipped"] == {
         "picture: 0 bytes": {
-            "count": 1, "examples": [["zero.jpg", "expected a picture; got 0 bytes"]],
+            "count": 1,
+            "examples": [["zero.jpg", "expected a picture; got 0 bytes"]],
         }
-    }  # fmt: skip
+    }
     assert "zero.jpg" in prepare_report.table(report)
     chat = chat_format.ChatFormat.load(HUB)
     for split in ("train", "heldout"):
@@ -122,9 +123,24 @@ def test_any_number_of_workers_gives_the_same_bytes(folder, tmp_path):
     run(opts, tmp_path / "one")
     want = contents(tmp_path / "one")
     env = os.environ | {"PYTHONHASHSEED": "7"}
-    command = [*TOOL, "folder", str(folder), "--out", str(tmp_path / "three"), "--workers", "3",
-               "--heldout", "0.2", "--shard-records", "7", "--tokenizer", str(HUB),
-               "--lengths", "generate:chat", "understand:plain"]  # fmt: skip
+    command = [
+        *TOOL,
+        "folder",
+        str(folder),
+        "--out",
+        str(tmp_path / "three"),
+        "--workers",
+        "3",
+        "--heldout",
+        "0.2",
+        "--shard-records",
+        "7",
+        "--tokenizer",
+        str(HUB),
+        "--lengths",
+        "generate:chat",
+        "understand:plain",
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert contents(tmp_path / "three") == want
     assert "train: 3" in done.stdout and "zero.jpg" in done.stdout
@@ -157,9 +173,22 @@ def test_a_killed_run_goes_on(tmp_path):
     """SIGKILL of the whole process group while its workers write."""
     folder = make_folder(tmp_path / "in", 60, drawn.encoded("JPEG", drawn.scene((1800, 1200))))
     opts, out = options(folder, shard_records=4), tmp_path / "out"
-    command = [*TOOL, "folder", str(folder), "--out", str(out), "--workers", "2",
-               "--shard-records", "4", "--tokenizer", str(HUB),
-               "--lengths", "generate:chat", "understand:plain"]  # fmt: skip
+    command = [
+        *TOOL,
+        "folder",
+        str(folder),
+        "--out",
+        str(out),
+        "--workers",
+        "2",
+        "--shard-records",
+        "4",
+        "--tokenizer",
+        str(HUB),
+        "--lengths",
+        "generate:chat",
+        "understand:plain",
+    ]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         deadline = time.time() + 120
@@ -185,7 +214,7 @@ def test_what_stands_there_is_not_overwritten(folder, tmp_path):
     out = tmp_path / "out"
     run(options(folder), out)
     before = contents(out)
-    with pytest.raises(prepare.PrepareError, match="holds one: pass --overwrite"):
+    with pytest.raises(build.PrepareError, match="holds one: pass --overwrite"):
         run(options(folder), out)
     assert contents(out) == before
     run(options(folder, max_side=32), out, overwrite=True)
@@ -195,11 +224,11 @@ def test_what_stands_there_is_not_overwritten(folder, tmp_path):
     (other / "thesis.tex").write_text("years of work")
     (other / "report.json").write_text("{}")
     (other / "dataset_info.json").write_text('{"moduleName": "another"}')
-    with pytest.raises(prepare.PrepareError, match="holds one"):
+    with pytest.raises(build.PrepareError, match="holds one"):
         run(options(folder), other, overwrite=True)
     (other / "dataset_info.json").unlink()
     for overwrite in (False, True):
-        with pytest.raises(prepare.PrepareError, match="other files"):
+        with pytest.raises(build.PrepareError, match="other files"):
             run(options(folder), other, overwrite=overwrite)
     assert (other / "thesis.tex").exists()
 
@@ -210,10 +239,10 @@ def test_a_run_with_other_options_or_inputs_is_refused(tmp_path):
     opts = Options("text", (str(text),), kind="text")
     with pytest.raises(KeyboardInterrupt):
         run(opts, tmp_path / "out", Noted(stop_after=0, function="run_shard"))
-    with pytest.raises(prepare.PrepareError, match="other: heldout, max_chars: use the same"):
+    with pytest.raises(build.PrepareError, match="other: heldout, max_chars: use the same"):
         run(Options("text", (str(text),), kind="text", heldout=0.1, max_chars=9), tmp_path / "out")
     text.write_text("one\ntwo\nthree\n")
-    with pytest.raises(prepare.PrepareError, match=r"other: .*a\.txt"):
+    with pytest.raises(build.PrepareError, match=r"other: .*a\.txt"):
         run(opts, tmp_path / "out")
     assert run(opts, tmp_path / "out", overwrite=True).num_records == 3
 
@@ -221,7 +250,7 @@ def test_a_run_with_other_options_or_inputs_is_refused(tmp_path):
 def test_nothing_good_is_an_error_that_says_why(tmp_path):
     text = tmp_path / "a.txt"
     text.write_bytes(b"\xff\xfe\n\0")
-    with pytest.raises(prepare.PrepareError, match="(?s)not one record.*text: not UTF-8"):
+    with pytest.raises(build.PrepareError, match="(?s)not one record.*text: not UTF-8"):
         run(Options("text", (str(text),), kind="text"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset_info.json").exists()
 
@@ -243,7 +272,7 @@ def test_pictures_are_shrunk_upright_and_else_kept(tmp_path):
 def test_small_shards_are_put_together_and_large_ones_are_not(folder, tmp_path, monkeypatch):
     run(options(folder), tmp_path / "one")
     assert len(list((tmp_path / "one").glob("*.array_record*"))) == 1
-    monkeypatch.setattr(prepare, "_MERGE_BYTES", 12_000)
+    monkeypatch.setattr(build, "_MERGE_BYTES", 12_000)
     run(options(folder), tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.array_record*"))) > 2
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "many"), strict=True):
@@ -254,8 +283,14 @@ def test_duplicates_across_shards_leave_the_first(tmp_path):
     rows = [{"id": str(i % 30), "text": f"text {i}"} for i in range(50)]
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    opts = Options("text", (str(file),), kind="text", shard_bytes=200, tokenizer=str(HUB),
-                   lengths=("text:plain",))  # fmt: skip
+    opts = Options(
+        "text",
+        (str(file),),
+        kind="text",
+        shard_bytes=200,
+        tokenizer=str(HUB),
+        lengths=("text:plain",),
+    )
     report = run(opts, tmp_path / "out")
     assert [r["text"] for r in records(tmp_path / "out")] == [f"text {i}" for i in range(30)]
     assert report.skipped["id: duplicate"]["count"] == 20
@@ -330,8 +365,17 @@ def test_the_preview_shows_what_training_sees(folder):
 
 @pytest.mark.slow
 def test_the_dry_run_writes_a_sheet_and_nothing_else(folder, tmp_path):
-    command = [*TOOL, "folder", str(folder), "--out", str(tmp_path / "out"), "--tokenizer",
-               str(HUB), "--dry-run", str(tmp_path / "sheet.png")]  # fmt: skip
+    command = [
+        *TOOL,
+        "folder",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        str(HUB),
+        "--dry-run",
+        str(tmp_path / "sheet.png"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.count("--- ") == 2 * 10 and "«" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]

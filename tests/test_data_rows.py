@@ -288,8 +288,10 @@ def test_a_bad_record_is_named_and_nothing_shifts(stores, chat, damage):
         broken["captions"] = ["", " \n"]
     else:
         broken["image"] = {
-            "truncated": broken["image"][:999], "foreign": b"GIF89a123", "huge": huge_png(),
-        }[damage]  # fmt: skip
+            "truncated": broken["image"][:999],
+            "foreign": b"GIF89a123",
+            "huge": huge_png(),
+        }[damage]
     stores["b"][5] = broken
     made = rows.Rows(config(), MODEL, chat)
     hit = 0

@@ -10,9 +10,10 @@ import jobs
 import numpy as np
 import pytest
 
-from janusflow_jax import checkpoint, checksums, distributed
 from janusflow_jax import config as c
+from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.data import loader
+from janusflow_jax.parallel import processes as distributed
 
 BOUND_S = 120
 """A survivor ends within it (in seconds when alone on the machine)."""
@@ -57,7 +58,7 @@ def test_same_losses(data, alone, tmp_path, processes, devices, mesh):
     step = tmp_path / "run" / "checkpoints" / "3"
     written = {checksums.writer_of(str(p.relative_to(step))) for p in step.rglob("*")}
     assert written == set(range(processes))
-    assert checkpoint.load_model(tmp_path / "run").meta["step"] == 3
+    assert model_folder.load_model(tmp_path / "run").meta["step"] == 3
     if processes != 2:
         return
     # the checkpoint goes on elsewhere: all of it on one device, then shared again
@@ -75,8 +76,8 @@ def test_adapters_train_and_go_on_over_processes(data, alone, tmp_path):
     jobs.run(data, tmp_path / "two", "num_steps=2", *shared, processes=2)
     jobs.run(data, tmp_path / "two", "num_steps=3", *shared, processes=2)
     same_losses(tmp_path / "one", tmp_path / "two", range(1, 4))
-    one, two = (checkpoint.load_model(tmp_path / n, merged=False).params for n in ("one", "two"))
-    a, b = (checkpoint.flat(x) for x in (one, two))
+    one, two = (model_folder.load_model(tmp_path / n, merged=False).params for n in ("one", "two"))
+    a, b = (model_folder.flat(x) for x in (one, two))
     assert a.keys() == b.keys() and any("lora_a" in n for n in a)
     for name in a:
         np.testing.assert_allclose(b[name], a[name], rtol=0, atol=2e-5, err_msg=name)
@@ -138,7 +139,7 @@ def test_one_is_told_to_stop_and_all_save_the_same_step(data, alone, tmp_path):
     job[1].send_signal(signal.SIGTERM)
     (status, said), (other, _) = jobs.finish(job)
     assert (status, other) == (0, 0), said
-    step = checkpoint.committed_steps(workdir)[-1]
+    step = model_folder.committed_steps(workdir)[-1]
     assert step == jobs.metrics(workdir)[-1]["step"] and f"stopped at step {step}" in said
     if step < 6:
         same_losses(alone, workdir, range(1, step + 1))
@@ -156,12 +157,12 @@ def test_one_is_killed_and_the_other_ends_soon_and_the_run_goes_on(data, tmp_pat
     status, said = ended[1 - victim]
     assert status not in (0, None)
     assert re.search("one of them has died|another task died|distributed service", said), said
-    begun = checkpoint.committed_steps(workdir)[-1]
+    begun = model_folder.committed_steps(workdir)[-1]
     if victim == 0:
         return
     said = jobs.run(data, workdir, f"num_steps={begun + 1}", "mesh.fsdp=2", processes=2)
     assert f"resumed from step {begun}" in said
-    assert checkpoint.committed_steps(workdir)[-1] == begun + 1
+    assert model_folder.committed_steps(workdir)[-1] == begun + 1
 
 
 NO_DATA = """
@@ -199,8 +200,8 @@ def test_what_fails_on_one_ends_all_at_the_same_step(data, tmp_path, patch, why,
     flags = ("num_steps=1000", "mesh.data=1", "mesh.fsdp=2")
     job = jobs.start(data, tmp_path / "run", *flags, processes=2, patch=patch)
     (status, said), (other, own) = jobs.finish(job)
-    assert checkpoint.committed_steps(tmp_path / "run")[-1] == last
-    assert checkpoint.load_model(tmp_path / "run").meta["step"] == last
+    assert model_folder.committed_steps(tmp_path / "run")[-1] == last
+    assert model_folder.load_model(tmp_path / "run").meta["step"] == last
     assert (status, other) == (1, 1)
     assert "error: " in said and heard in said, said
     assert re.search(rf"^error: .*{why}", own, re.MULTILINE | re.DOTALL), own

@@ -8,7 +8,8 @@ import re
 import numpy as np
 
 from janusflow_jax import config as c
-from janusflow_jax import config_checks, flops
+from janusflow_jax.config import checks as config_checks
+from janusflow_jax.training import flops
 
 TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "data.md").read_text()
 

@@ -16,7 +16,8 @@ import jobs
 import pytest
 from etils import epath
 
-from janusflow_jax import checkpoint, goodput, workdir
+from janusflow_jax.checkpoints import model_folder, workdir
+from janusflow_jax.training import health
 
 SHORT = ("num_steps=1000", "save_every_steps=3")
 
@@ -64,7 +65,7 @@ def test_sigterm_saves_and_the_run_goes_on(data, tmp_path):
     wait_for(lambda: len(jobs.metrics(tmp_path / "run")) >= 4, job)
     job[0].send_signal(signal.SIGTERM)
     ((status, said),) = jobs.finish(job)
-    step = checkpoint.committed_steps(tmp_path / "run")[-1]
+    step = model_folder.committed_steps(tmp_path / "run")[-1]
     assert status == 0 and f"stopped at step {step}" in said and "time: " in said
     assert [x["step"] for x in jobs.metrics(tmp_path / "run")] == list(range(1, step + 1))
     again = jobs.run(data, tmp_path / "run", f"num_steps={step + 1}")
@@ -80,7 +81,7 @@ def test_a_second_run_refuses_and_a_killed_one_frees_the_folder(data, tmp_path):
     assert f"another run is writing here: process {job[0].pid} on " in said
     job[0].kill()
     job[0].wait()
-    step = checkpoint.committed_steps(tmp_path / "run")[-1]
+    step = model_folder.committed_steps(tmp_path / "run")[-1]
     said = jobs.run(data, tmp_path / "run", f"num_steps={step + 1}")
     lost = json.loads((tmp_path / "run" / "attempts.json").read_text())[0]
     assert lost["lost"] > 0 and not lost["ended"] and "in 2 attempts" in said
@@ -92,9 +93,13 @@ def in_a_mount_namespace(script: str) -> str:
     if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs root and `unshare -m`")
     done = subprocess.run(
-        ["unshare", "-m", "bash", "-c", script], cwd=jobs.ROOT, env=jobs.environment(1, 0, 1, 0),
-        capture_output=True, text=True, timeout=jobs.TIMEOUT_S,
-    )  # fmt: skip
+        ["unshare", "-m", "bash", "-c", script],
+        cwd=jobs.ROOT,
+        env=jobs.environment(1, 0, 1, 0),
+        capture_output=True,
+        text=True,
+        timeout=jobs.TIMEOUT_S,
+    )
     return done.stdout + done.stderr
 
 
@@ -173,7 +178,7 @@ rows.Rows.row = row
 def test_the_watchdog_shows_where_a_run_hangs_and_ends_it(data, tmp_path):
     flags = (*SHORT, "watchdog_s=5", "watchdog_exit=True")
     ((status, said),) = jobs.finish(jobs.start(data, tmp_path / "run", *flags, patch=HANG))
-    assert status == goodput.WATCHDOG_STATUS
+    assert status == health.WATCHDOG_STATUS
     assert "no step has ended for 5 s" in said and "the loop is in: data" in said
     assert "Stacks of all threads" in said and "in _fetch" in said and "in _loop" in said
 
@@ -213,17 +218,17 @@ def test_what_a_full_or_closed_disk_is_called(tmp_path):
 
 def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(goodput.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(goodput.time, "time", lambda: now[0])
+    monkeypatch.setattr(health.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(health.time, "time", lambda: now[0])
 
     def attempt(step, saved_at, *phases):
-        clock = goodput.Clock()
+        clock = health.Clock()
         record = None
         for phase, seconds in phases:
             with clock(phase):
                 now[0] += seconds
             if record is None:
-                record = goodput.Record(tmp_path, clock, step, saved_at)
+                record = health.Record(tmp_path, clock, step, saved_at)
                 clock.switch("step")
         record.write(step)
         return record
@@ -231,9 +236,15 @@ def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
     # killed 30 s after its checkpoint of 1060
     first = attempt(0, None, ("start", 10), ("compile", 20), ("step", 60))
     assert first.totals() == {
-        "start": 10, "compile": 20, "step": 60, "data": 0, "checkpoint": 0, "samples": 0,
-        "evaluation": 0, "lost": 0,
-    }  # fmt: skip
+        "start": 10,
+        "compile": 20,
+        "step": 60,
+        "data": 0,
+        "checkpoint": 0,
+        "samples": 0,
+        "evaluation": 0,
+        "lost": 0,
+    }
     assert first.values()["goodput"] == pytest.approx(60 / 90)
     now[0] += 500  # nobody's time
     second = attempt(5, 1060.0, ("start", 10), ("checkpoint", 2), ("step", 28))
@@ -253,7 +264,7 @@ def test_the_watchdog_is_quiet_while_steps_end(tmp_path):
     ended = []
     with (tmp_path / "out").open("w+") as out:
         phase = ["step"]
-        dog = goodput.Watchdog(0.4, lambda: phase[0], end=True, out=out, exit_with=ended.append)
+        dog = health.Watchdog(0.4, lambda: phase[0], end=True, out=out, exit_with=ended.append)
         time.sleep(0.8)  # compiling: nothing has ended yet
         for step in range(8):
             dog.beat(step)
@@ -266,6 +277,6 @@ def test_the_watchdog_is_quiet_while_steps_end(tmp_path):
         dog.close()
         out.seek(0)
         said = out.read()
-    assert ended == [goodput.WATCHDOG_STATUS]
+    assert ended == [health.WATCHDOG_STATUS]
     assert "no step has ended for 0.4 s since step 7" in said and "This process ends now" in said
     assert "test_the_watchdog_is_quiet" in said

@@ -7,8 +7,14 @@ import pytest
 from PIL import Image, ImageDraw
 
 from janusflow_jax import config, evaluate
-from janusflow_jax.data import openmoji, openmoji_sheet
-from janusflow_jax.eval import emoji, judged, sheet, stats
+from janusflow_jax.eval import sheet
+from janusflow_jax.openmoji import (
+    drawings as openmoji_drawings,
+    judged,
+    prompts as openmoji_prompts,
+    scores as emoji,
+    stats,
+)
 
 SHAPES = {
     f"{word} shape {sides}": (sides, thin)
@@ -26,7 +32,7 @@ def _draw(name, colour, turn=0.0, scale=1.0, shift=(0, 0)):
     image = Image.new("RGB", (256, 256), "white")
     pen = ImageDraw.Draw(image)
     points = [(4 * a, 4 * b) for a, b in zip(x, y, strict=True)]
-    pen.polygon(points, fill=openmoji.tone_hex(colour, 0), outline="black", width=8)
+    pen.polygon(points, fill=openmoji_drawings.tone_hex(colour, 0), outline="black", width=8)
     return np.asarray(image.resize((64, 64), Image.Resampling.BOX))
 
 
@@ -38,10 +44,10 @@ def _all(**view):
 # --- hue
 
 
-@pytest.mark.parametrize("colour", openmoji_sheet.PALETTE)
+@pytest.mark.parametrize("colour", openmoji_prompts.PALETTE)
 def test_hue_of_a_palette_colour(colour):
     found = emoji.dominant_hue(_draw("round shape 5", colour))
-    assert emoji.hue_distance(found, openmoji_sheet.PALETTE[colour]) < 3
+    assert emoji.hue_distance(found, openmoji_prompts.PALETTE[colour]) < 3
 
 
 def test_hue_follows_the_larger_area_and_wraps_around():
@@ -142,15 +148,15 @@ def test_parse_caption():
 
 def test_every_caption_of_the_data_parses_to_its_label():
     for name in ("race car", "T-shirt", "cat"):
-        for text in openmoji.captions("orange", name):
+        for text in openmoji_drawings.captions("orange", name):
             assert emoji.parse_caption(text) == emoji.Label(name.lower(), "orange")
 
 
 def _truth(count=40):
     names = ("cat", "dog", "race car", "key", "fish")
-    colours = tuple(openmoji_sheet.PALETTE)
+    colours = tuple(openmoji_prompts.PALETTE)
     labels = [emoji.Label(names[i % 5], colours[i % 8]) for i in range(count)]
-    return labels, [openmoji.captions(x.colour, x.name) for x in labels]
+    return labels, [openmoji_drawings.captions(x.colour, x.name) for x in labels]
 
 
 def test_right_captions_beat_both_baselines():
@@ -257,9 +263,9 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     pictures, labels = _all()
     trained = sorted(labels, key=lambda x: (x.name, x.colour))
     shown = tuple((x.colour, x.name, i % 3 < 2) for i, x in enumerate(labels[:24]))
-    prompts = tuple(openmoji_sheet.caption(c, n) for c, n, _ in shown)
-    monkeypatch.setattr(openmoji_sheet, "SHEET", shown)
-    monkeypatch.setattr(openmoji_sheet, "PROMPTS", prompts)
+    prompts = tuple(openmoji_prompts.caption(c, n) for c, n, _ in shown)
+    monkeypatch.setattr(openmoji_prompts, "SHEET", shown)
+    monkeypatch.setattr(openmoji_prompts, "PROMPTS", prompts)
     refs = evaluate.References(emoji.make_gallery(pictures, labels), trained, judged.Drawn({}, {}))
     monkeypatch.setattr(evaluate, "references", lambda path: refs)
     monkeypatch.setattr(evaluate.pipeline, "load", lambda path, **_: _Model())
@@ -270,8 +276,8 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
                 "id": str(i),
                 "class": x.name,
                 "colour": x.colour,
-                "captions": openmoji.captions(x.colour, x.name),
-                "answer": openmoji.captions(x.colour, x.name)[0],
+                "captions": openmoji_drawings.captions(x.colour, x.name),
+                "answer": openmoji_drawings.captions(x.colour, x.name)[0],
                 "image": b"",
             }
             for i, x in enumerate(labels[:count])

@@ -15,18 +15,12 @@ from published import to_model
 from test_train import HUB, ROOT, config, fresh
 
 import janusflow_jax
-from janusflow_jax import (
-    checkpoint,
-    hub_export,
-    pipeline,
-    run_state,
-    sharding,
-    starts,
-    train,
-    train_step,
-)
-from janusflow_jax import config as c
+from janusflow_jax import config as c, pipeline, train
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import chat_format, loader, sources
+from janusflow_jax.hub import export as hub_export
+from janusflow_jax.parallel import sharding
+from janusflow_jax.training import init as initialization, run_state, step as train_step
 
 store = test_train.store  # a fixture
 
@@ -86,16 +80,18 @@ def test_a_run_in_bfloat16_resumes_bit_for_bit_and_is_exported(store, tmp_path):
     trees = {}
     for run in ("whole", "parts"):
         read = {
-            n: checkpoint._load_tree(tmp_path / run / step / n) for n in ("params", "opt_state")
+            n: model_folder._load_tree(tmp_path / run / step / n) for n in ("params", "opt_state")
         }
-        trees[run] = checkpoint.flat(jax.device_get(read))
+        trees[run] = model_folder.flat(jax.device_get(read))
     a, b = trees["whole"], trees["parts"]
     assert a.keys() == b.keys() and len(a) > 100
     for name, x in a.items():
         assert x.dtype == b[name].dtype, name
         np.testing.assert_array_equal(np.asarray(x), np.asarray(b[name]), err_msg=name)
     kinds = {n: x.dtype for n, x in a.items() if np.ndim(x)}
-    base = checkpoint.flat(checkpoint.load_model("whole/base").params)  # what checkpoints leave out
+    base = model_folder.flat(
+        model_folder.load_model("whole/base").params
+    )  # what checkpoints leave out
     frozen = {x.dtype for n, x in base.items() if n.startswith("und_encoder")}
     moments = {t for n, t in kinds.items() if n.startswith("opt_state/")}
     assert frozen == moments == {jnp.dtype(jnp.bfloat16)}
@@ -103,10 +99,10 @@ def test_a_run_in_bfloat16_resumes_bit_for_bit_and_is_exported(store, tmp_path):
     losses = [x["loss"] for x in test_train.lines("whole")]
     assert len(losses) == 4 and np.isfinite(losses).all()
 
-    said = checkpoint.flat(checkpoint.load_model("whole").params)
+    said = model_folder.flat(model_folder.load_model("whole").params)
     hub_export.export("whole", "out", say=lambda _: None)
     to_model("out", "out/vae", "again")
-    again = checkpoint.flat(checkpoint.load_model("again").params)
+    again = model_folder.flat(model_folder.load_model("again").params)
     assert len(again) > 80
     for name, x in again.items():
         want = np.asarray(said[name], np.float32)
@@ -140,7 +136,7 @@ def test_the_twin_takes_given_folders():
     for listed in (cfg.data.sources, cfg.evaluate.sources):
         assert [s.path for s in listed] == ["/nope", "data/openmoji", "data/openmoji"]
     with pytest.raises(c.ConfigError, match="/nope: expected a prepared data set"):
-        starts.check_needs(finetune("paint,mine=/nope,test"))
+        initialization.check_needs(finetune("paint,mine=/nope,test"))
     cfg = finetune("read,kept=data/x,test")
     assert [s.path for s in cfg.evaluate.sources] == ["data/openmoji", "data/x", "data/x"]
     assert [s.split for s in cfg.evaluate.sources] == ["heldout_pairs", "heldout", "heldout"]
@@ -159,7 +155,7 @@ def test_a_missing_held_out_split_is_told_with_what_makes_it(monkeypatch):
 
     monkeypatch.setattr(sources, "open_source", opened)
     with pytest.raises(c.ConfigError, match=r"(?s)got 'heldout'.*--heldout 0\.2; with --overwrite"):
-        starts.check_needs(finetune("paint,emoji,mine=data/cats"))
+        initialization.check_needs(finetune("paint,emoji,mine=data/cats"))
     # the drawings' folders have a split of another name, by whatever argument they are given
     for arg in ("paint,mine=data/openmoji", "paint,emoji,mine=data/openmoji/", "read,emoji"):
         cfg = finetune(arg)

@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from janusflow_jax import config as c
-from janusflow_jax import config_checks, heldout, plan_compile, train_step
+from janusflow_jax.config import checks as config_checks
+from janusflow_jax.planning import compile as plan_compile
+from janusflow_jax.training import heldout, step as train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {
@@ -49,9 +51,12 @@ def test_the_commands_of_the_doc(tmp_path):
         assert words[0] == "python"
         short = next((SHORT[w] for w in words if w in SHORT), "").split()
         done = subprocess.run(
-            [sys.executable, *words[1:], *short], cwd=tmp_path, env=env, text=True,
+            [sys.executable, *words[1:], *short],
+            cwd=tmp_path,
+            env=env,
+            text=True,
             capture_output=True,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[1]
 def said(tmp_path: Path, *args: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "janusflow_jax.train", *args, f"--config.workdir={tmp_path}/run"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     assert "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip()
@@ -48,7 +50,9 @@ def test_a_config_file_with_a_mistake_shows_where(tmp_path):
     file.write_text("def get_config(arg=None):\n    return 1 + 'a'\n")
     done = subprocess.run(
         [sys.executable, "-m", "janusflow_jax.train", f"--config={file}"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "mine.py" in done.stderr and "line 2" in done.stderr
     assert "unsupported operand" in done.stderr

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config as c
-from janusflow_jax import flops
 from janusflow_jax.models import janusflow, vae
+from janusflow_jax.training import flops
 
 FULL = c.model_config("1p3b")
 TRAINED = set(c.STAGE_PARTS) - {"und_encoder"}

@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from janusflow_jax import checksums
-from tools import forgetting, small_scale
+from experiments import forgetting, small_scale
+from janusflow_jax.checkpoints import checksums
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORED = json.loads((ROOT / "docs" / "forgetting.json").read_text())
@@ -44,7 +44,7 @@ def _args(tmp_path):
 
 def test_the_document_has_the_stored_numbers():
     text = (ROOT / "docs" / "finetuning.md").read_text()
-    assert forgetting.fill(text, STORED) == text, "run `python tools/forgetting.py --redraw`"
+    assert forgetting.fill(text, STORED) == text, "run `python experiments/forgetting.py --redraw`"
     other = copy.deepcopy(STORED)
     other["runs"]["replay-1"]["captions"]["train"] += 0.1
     assert forgetting.fill(text, other) != text

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janusflow_jax import convert, decode, losses, sampler
 from janusflow_jax.config import LossConfig
 from janusflow_jax.data import chat_format, images
+from janusflow_jax.hub import tensors
 from janusflow_jax.models import convnext, janusflow, layers, vae
+from janusflow_jax.sampling import image as image_sampling, text as text_sampling
+from janusflow_jax.training import losses
 
 SLOT = 17  # positions an image takes in the tiny model
 
@@ -77,9 +79,11 @@ def test_understanding_reads_images_and_text():
     model, params, _ = golden.model()
     want = golden.arrays("expected")
     tokens, lengths, pixels, start, task = understanding_prompts()
-    slots = decode.read_pictures(model, params, pixels.reshape(-1, *pixels.shape[2:]), chunk=2)
+    slots = text_sampling.read_pictures(
+        model, params, pixels.reshape(-1, *pixels.shape[2:]), chunk=2
+    )
     slots = slots.reshape(*start.shape, *slots.shape[1:])
-    x = decode.embed_prompt(model, params, tokens, slots, start, task)
+    x = text_sampling.embed_prompt(model, params, tokens, slots, start, task)
     size = tokens.shape[1]
     segments = (jnp.arange(size) < lengths[:, None]).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(size), tokens.shape)
@@ -101,13 +105,19 @@ def test_greedy_answers():
     model, params, _ = golden.model()
     want = golden.arrays("expected")["und.greedy_tokens"]
     tokens, lengths, pixels, start, task = understanding_prompts()
-    slots = decode.read_pictures(model, params, pixels.reshape(-1, *pixels.shape[2:]), chunk=2)
+    slots = text_sampling.read_pictures(
+        model, params, pixels.reshape(-1, *pixels.shape[2:]), chunk=2
+    )
     slots = slots.reshape(*start.shape, *slots.shape[1:])
-    x = decode.embed_prompt(model, params, tokens, slots, start, task)
-    state = decode.start(model, params, x, lengths, jax.random.split(jax.random.key(0), 2), 24)
+    x = text_sampling.embed_prompt(model, params, tokens, slots, start, task)
+    state = text_sampling.start(
+        model, params, x, lengths, jax.random.split(jax.random.key(0), 2), 24
+    )
     eos = chat().eos_id
     zero, one = jnp.float32(0), jnp.float32(1)
-    run = jax.jit(lambda p, s: decode.advance(model, p, s, zero, one, num_tokens=24, eos_id=eos))
+    run = jax.jit(
+        lambda p, s: text_sampling.advance(model, p, s, zero, one, num_tokens=24, eos_id=eos)
+    )
     _, got = run(params, state)
     np.testing.assert_array_equal(got, want)
     texts = [chat().decode(row) for row in np.asarray(got)]
@@ -145,11 +155,18 @@ def test_sampler(index):
     noise, weight = jnp.asarray(path[0]), case["cfg_weight"]
 
     def run(p):
-        field = sampler.make_velocity(model, p, tokens, lengths, guided=True)
-        states = sampler.sample(
-            model, p, tokens, lengths, noise, weight,
-            num_steps=case["steps"], guided=weight != 1, trajectory=True,
-        )  # fmt: skip
+        field = image_sampling.make_velocity(model, p, tokens, lengths, guided=True)
+        states = image_sampling.sample(
+            model,
+            p,
+            tokens,
+            lengths,
+            noise,
+            weight,
+            num_steps=case["steps"],
+            guided=weight != 1,
+            trajectory=True,
+        )
         return jnp.concatenate(field(noise, jnp.float32(0))), states
 
     first, states = jax.jit(run)(params)
@@ -237,9 +254,16 @@ def train_numbers(in_one_row=False):
 
     def total(p):
         sums, extras = losses.loss_sums(
-            p, None, batch, draws, model=model, loss=loss, num_gen=slots, num_und=slots,
+            p,
+            None,
+            batch,
+            draws,
+            model=model,
+            loss=loss,
+            num_gen=slots,
+            num_und=slots,
             latents=latents,
-        )  # fmt: skip
+        )
         totals = losses.counts(batch, slots)
         ones = dict.fromkeys(losses.TASKS, 1.0)
         scale = losses.weights(loss, totals, ones)
@@ -247,8 +271,8 @@ def train_numbers(in_one_row=False):
         return sum(terms.values()), (terms, extras["velocity"], totals)
 
     (value, rest), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
-    torch = convert.janusflow_to_torch(grads, {}, model.cfg)
-    torch |= convert.repa_to_torch(grads["repa_head"], model.cfg)
+    torch = tensors.janusflow_to_torch(grads, {}, model.cfg)
+    torch |= tensors.repa_to_torch(grads["repa_head"], model.cfg)
     return value, rest, torch
 
 

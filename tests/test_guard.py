@@ -11,9 +11,10 @@ import pytest
 import test_train
 from test_train import store  # noqa: F401 - a fixture
 
-from janusflow_jax import checkpoint, guard, losses, train
-from janusflow_jax import config as c
+from janusflow_jax import config as c, train
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import loader
+from janusflow_jax.training import guard, losses
 
 
 def spoil(monkeypatch, bad_rows) -> None:
@@ -56,7 +57,9 @@ def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
     noted = [json.loads(x) for x in Path("run", guard.FILE).read_text().splitlines()]
     assert noted == [{"step": 2, "first_row": 8, "end_row": 16}]
     first, second = (
-        checkpoint.flat(checkpoint._load_tree(Path("run/checkpoints", str(n), "params").resolve()))
+        model_folder.flat(
+            model_folder._load_tree(Path("run/checkpoints", str(n), "params").resolve())
+        )
         for n in (1, 2)
     )
     for name, x in first.items():
@@ -75,10 +78,10 @@ def test_a_run_that_goes_on_badly_stops_saved(store, monkeypatch):  # noqa: F811
     cfg = test_train.config("run", num_steps=50, max_bad_steps=3, save_every_steps=0)
     with pytest.raises(guard.DivergedError, match=r"3 steps in a row.*--replay=40:48"):
         train.train(cfg)
-    step = checkpoint.committed_steps("run")[-1]
+    step = model_folder.committed_steps("run")[-1]
     assert 5 <= step <= 6  # metrics come a step late
-    params = checkpoint.load_model("run").params
-    assert all(np.isfinite(x).all() for x in checkpoint.flat(params).values())
+    params = model_folder.load_model("run").params
+    assert all(np.isfinite(x).all() for x in model_folder.flat(params).values())
 
 
 @pytest.mark.parametrize("text", ["", "x", "3:", ":3", "5:5", "-1", "3:2", "1:2:3"])

@@ -14,21 +14,13 @@ import pytest
 import test_train
 from test_train import HUB, config, fresh, lines, record
 
-from janusflow_jax import (
-    checkpoint,
-    config_checks,
-    evaluate,
-    heldout,
-    heldout_guard,
-    heldout_model,
-    losses,
-    run_state,
-    sharding,
-    train,
-    train_step,
-)
-from janusflow_jax import config as c
+from janusflow_jax import config as c, evaluate, train
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import checks as config_checks
 from janusflow_jax.data import chat_format, loader
+from janusflow_jax.eval import losses as eval_losses
+from janusflow_jax.parallel import sharding
+from janusflow_jax.training import heldout, heldout_guard, losses, run_state, step as train_step
 
 store = test_train.store  # a fixture
 
@@ -60,8 +52,9 @@ def test_the_same_parameters_give_the_same_numbers(store):
     one = measure(cfg)
     assert one == measure(cfg) and {n.split("/")[0] for n in one} == {"eval", "eval_ema"}
     assert {n for n in one if n.startswith("eval/") and n.count("/") == 2} == {
-        "eval/held_understand/loss_ar", "eval/held_generate/loss_rf",
-    }  # fmt: skip
+        "eval/held_understand/loss_ar",
+        "eval/held_generate/loss_rf",
+    }
     for name in ("held_understand/loss_ar", "held_generate/loss_rf"):
         assert one[f"eval/{name}"] != one[f"eval_ema/{name}"]
     still = measure(cfg, shift=0.0)
@@ -98,9 +91,15 @@ def test_it_is_the_training_loss_of_those_rows(store):
         loss = dataclasses.replace(cfg.loss, repa_weight=0.0, vae_mode=True)
         draws = losses.draw(jax.random.key(3), batch, cfg.model, loss, data.gen_slots)
         sums, _ = losses.loss_sums(
-            {**state["frozen"], **state["params"]}, state["vae"], batch, draws,
-            model=train_step.make_model(cfg), loss=loss, num_gen=data.gen_slots, num_und=0,
-        )  # fmt: skip
+            {**state["frozen"], **state["params"]},
+            state["vae"],
+            batch,
+            draws,
+            model=train_step.make_model(cfg),
+            loss=loss,
+            num_gen=data.gen_slots,
+            num_und=0,
+        )
         want = float(sums["rf"] / losses.counts(batch, data.gen_slots)["rf"])
     np.testing.assert_allclose(measure(cfg)["eval/held_generate/loss_rf"], want, rtol=1e-5)
 
@@ -130,7 +129,7 @@ def test_a_model_measured_afterwards_has_the_runs_last_losses(store, tmp_path, m
     train.train(cfg)
     last = [x for x in lines("whole") if x["step"] == 4 and "eval/held_generate/loss_rf" in x][-1]
     for weights, kind in (("params", "eval"), ("ema", "eval_ema")):
-        found = heldout_model.measure("whole", cfg, weights)
+        found = eval_losses.measure("whole", cfg, weights)
         assert {f"{kind}/{n}" for n in found} == {n for n in last if n.startswith(f"{kind}/")}
         for name, value in found.items():
             assert value == pytest.approx(last[f"{kind}/{name}"], rel=1e-5), name
@@ -142,10 +141,10 @@ def test_a_model_measured_afterwards_has_the_runs_last_losses(store, tmp_path, m
 
 def test_a_config_without_sources_and_one_that_is_none():
     with pytest.raises(c.ConfigError, match=r"evaluate\.sources"):
-        heldout_model.measure("x", config("x"))
+        eval_losses.measure("x", config("x"))
     for wrong in ("nothing.py", str(test_train.__file__)):
         with pytest.raises(c.ConfigError, match="expected a file such as"):
-            heldout_model.read_config(wrong)
+            eval_losses.read_config(wrong)
     with pytest.raises(ValueError, match="expected --config"):
         evaluate.main("--model x --suite losses".split())
 
@@ -158,15 +157,18 @@ def test_a_config_without_sources_and_one_that_is_none():
         ("def get_config(arg):\n    return {}[arg]\n", r"\(line 2: KeyError: 'F'"),
         ("def get_config():\n    return 1\n", "TypeError"),
         ("get_config = lambda arg: None\n", "a TrainConfig; .*returns NoneType"),
-        ("from janusflow_jax.config import ConfigError\n"
-         "def get_config(arg):\n    raise ConfigError('own words')\n", "^own words$"),
+        (
+            "from janusflow_jax.config import ConfigError\n"
+            "def get_config(arg):\n    raise ConfigError('own words')\n",
+            "^own words$",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_config_file_that_raises_is_one_message(text, says, tmp_path):
     file = tmp_path / "x.py"
     file.write_text(text)
     with pytest.raises(c.ConfigError, match=says):
-        heldout_model.read_config(f"{file}:F")
+        eval_losses.read_config(f"{file}:F")
 
 
 @pytest.mark.slow
@@ -185,7 +187,7 @@ def test_a_rise_is_said_and_ends_the_run_until_it_may_go_on(store, capsys):
         r"held_generate \(generate\): \d+ pictures of 30 in split train, in 5 rows", out
     )
     step = lines("hurt")[-1]["step"]
-    assert checkpoint.committed_steps("hurt")[-1] == step < 48  # saved
+    assert model_folder.committed_steps("hurt")[-1] == step < 48  # saved
     # the same command: the same end, at once
     with pytest.raises(heldout_guard.RisenError) as again:
         train.train(hurt(stop_on_rise=True))

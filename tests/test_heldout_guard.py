@@ -8,7 +8,7 @@ import math
 import pytest
 
 from janusflow_jax import config as c
-from janusflow_jax import heldout_guard
+from janusflow_jax.training import heldout_guard
 
 LIMITS = c.EvalConfig(max_rise=0.1)
 ROWS = {"a": {"path": "data/a", "rows": 4}, "b": {"path": "data/b", "rows": 4}}

@@ -17,18 +17,16 @@ import pytest
 from published import SILENT, edit, shard, to_model
 from safetensors.numpy import load_file, save_file
 
-from janusflow_jax import (
-    checkpoint,
-    config,
-    convert,
-    hub_config,
-    hub_export,
-    pipeline,
-    run_checkpoints,
-    safetensor_files,
-)
-from janusflow_jax.convert import ConvertError
+from janusflow_jax import config, pipeline
+from janusflow_jax.checkpoints import model_folder, run as run_checkpoints
 from janusflow_jax.data import chat_format
+from janusflow_jax.hub import (
+    configs as hub_configs,
+    export as hub_export,
+    safetensors as safetensors_io,
+    tensors as convert,
+)
+from janusflow_jax.hub.tensors import ConvertError
 
 
 def same_bits(got, want):
@@ -106,7 +104,7 @@ def test_bfloat16_shards_there_and_back(folder, vae_folder, tmp_path):
     files = sorted(p.name for p in (tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     same_bits({n: x for f in files for n, x in load_file(tmp_path / "back" / f).items()}, tensors)
-    opened = safetensor_files.open_folder(checkpoint.epath.Path(tmp_path / "back"))
+    opened = safetensors_io.open_folder(model_folder.epath.Path(tmp_path / "back"))
     assert not opened.problems and opened.tensors.keys() == tensors.keys()
     meta = json.loads((tmp_path / "model" / "model.json").read_text())
     assert meta["source_dtypes"]["janusflow"][name] == "float32"
@@ -119,7 +117,7 @@ def test_dtype_casts_and_an_export_remembers_the_source(folder, vae_folder, tmp_
     tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in golden.arrays("janusflow/model").items()}
     save_file(tensors, folder / "model.safetensors")
     to_model(folder, vae_folder, tmp_path / "model", dtype="float32")
-    got = checkpoint.load_model(tmp_path / "model")
+    got = model_folder.load_model(tmp_path / "model")
     assert {x.dtype for x in jax.tree.leaves([got.params, got.vae])} == {np.dtype("float32")}
     hub_export.export(tmp_path / "model", tmp_path / "back", **SILENT)
     same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
@@ -141,7 +139,7 @@ def test_select_layer_of_a_published_folder(folder, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     cfg = to_model(folder, golden.TINY / "vae", tmp_path / "model")
     assert cfg.und.num_layers == 1
-    params = checkpoint.load_model(tmp_path / "model").params
+    params = model_folder.load_model(tmp_path / "model").params
     assert params["und_encoder"]["layers"]["block"]["norm1"]["scale"].shape == (1, 48)
     hub_export.export(tmp_path / "model", tmp_path / "back", **SILENT)
     same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
@@ -175,13 +173,13 @@ def test_nothing_is_overwritten_unasked(model, tmp_path):
         lambda: to_model(golden.TINY / "janusflow", golden.TINY / "vae", model),
         lambda: hub_export.export(model, model, **SILENT),
     ):
-        with pytest.raises(checkpoint.CheckpointError, match="--overwrite"):
+        with pytest.raises(model_folder.CheckpointError, match="--overwrite"):
             run()
     assert (model / "checksums.json").read_bytes() == before
     (tmp_path / "there").mkdir()
     out = tmp_path / "there"
     to_model(golden.TINY / "janusflow", golden.TINY / "vae", out, overwrite=True)
-    checkpoint.load_model(out)
+    model_folder.load_model(out)
 
 
 def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
@@ -204,14 +202,23 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
 def test_a_killed_conversion_leaves_nothing_that_loads(number, tmp_path):
     source = golden.TINY
     command = [
-        sys.executable, "tools/convert_checkpoint.py", "--janusflow", str(source / "janusflow"),
-        "--vae", str(source / "vae"), "--out", str(tmp_path / "model"),
-    ]  # fmt: skip
+        sys.executable,
+        "tools/convert_checkpoint.py",
+        "--janusflow",
+        str(source / "janusflow"),
+        "--vae",
+        str(source / "vae"),
+        "--out",
+        str(tmp_path / "model"),
+    ]
     root = golden.ROOT.parents[2]
     process = subprocess.Popen(
-        command, cwd=root, stdout=subprocess.PIPE, text=True,
+        command,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("gen_encoder"):
@@ -223,14 +230,14 @@ def test_a_killed_conversion_leaves_nothing_that_loads(number, tmp_path):
     assert not (tmp_path / "model").exists()
     assert len(left) == (1 if number == signal.SIGKILL else 0)
     for path in left:
-        with pytest.raises(checkpoint.CheckpointError):
-            checkpoint.load_model(path)
+        with pytest.raises(model_folder.CheckpointError):
+            model_folder.load_model(path)
 
 
 def test_parts_are_read_one_after_another(tmp_path, monkeypatch):
     """No tensor of a part is read before the part before it was saved and dropped."""
     log, alive = [], []
-    real_read, real_save = safetensor_files.LazyTensor.__array__, checkpoint._save_tree
+    real_read, real_save = safetensors_io.LazyTensor.__array__, model_folder._save_tree
 
     def read(self, *args, **kwargs):
         log.append("read")
@@ -242,8 +249,8 @@ def test_parts_are_read_one_after_another(tmp_path, monkeypatch):
         log.append(path.name)
         real_save(path, tree)
 
-    monkeypatch.setattr(safetensor_files.LazyTensor, "__array__", read)
-    monkeypatch.setattr(checkpoint, "_save_tree", save)
+    monkeypatch.setattr(safetensors_io.LazyTensor, "__array__", read)
+    monkeypatch.setattr(model_folder, "_save_tree", save)
     to_model(golden.TINY / "janusflow", golden.TINY / "vae", tmp_path / "model")
     saves = [x for x in log if x != "read"]
     parts = convert.published_shapes(config.model_config("test"))
@@ -264,14 +271,16 @@ def test_old_model_folders_load(tmp_path):
     """Format 1: all parts in one Orbax folder."""
     model, params, vae = golden.model()
     out = tmp_path / "old"
-    checkpoint.save_model(
+    model_folder.save_model(
         out, model_cfg=model.cfg, params=params, vae=vae, hub_files=None, extra={}
     )
     shutil.rmtree(out / "params")
-    checkpoint._save_tree(checkpoint.epath.Path(out / "params"), jax.tree.map(np.asarray, params))
+    model_folder._save_tree(
+        model_folder.epath.Path(out / "params"), jax.tree.map(np.asarray, params)
+    )
     edit(out / "model.json", lambda m: m.update(format=1))
-    checkpoint.write_sums(checkpoint.epath.Path(out))
-    got = checkpoint.load_model(out)
+    model_folder.write_sums(model_folder.epath.Path(out))
+    got = model_folder.load_model(out)
     jax.tree.map(np.testing.assert_array_equal, got.params, params)
 
 
@@ -285,7 +294,7 @@ def born(tmp_path_factory):
     rng = np.random.default_rng(0)
     draw = lambda t: jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), t)  # noqa: E731
     names = ("tokenizer.json", "tokenizer_config.json", "processor_config.json")
-    checkpoint.save_model(
+    model_folder.save_model(
         out,
         model_cfg=cfg,
         params=draw(convert.janusflow.param_shapes(cfg)),
@@ -303,10 +312,10 @@ def test_a_model_born_here_comes_back_as_it_was(born, tmp_path):
     pool = {n: x for n, x in pool.items() if ".attn_pool." in n}
     assert len(pool) == 13 and not any(x.any() for x in pool.values())
     files = [json.loads((tmp_path / "out" / n).read_text()) for n in hub_export.CONFIGS]
-    assert hub_config.model_config_from_hf(*files) == cfg
+    assert hub_configs.model_config_from_hf(*files) == cfg
     assert "license: apache-2.0" in (tmp_path / "out" / "README.md").read_text()
     to_model(tmp_path / "out", tmp_path / "out" / "vae", tmp_path / "again")
-    a, b = checkpoint.load_model(model), checkpoint.load_model(tmp_path / "again")
+    a, b = model_folder.load_model(model), model_folder.load_model(tmp_path / "again")
     assert b.cfg == cfg
     del a.params["repa_head"]
     jax.tree.map(np.testing.assert_array_equal, (a.params, a.vae), (b.params, b.vae))
@@ -314,13 +323,17 @@ def test_a_model_born_here_comes_back_as_it_was(born, tmp_path):
 
 def test_what_the_published_format_cannot_say(tmp_path):
     cfg = config.model_config("emoji")
-    checkpoint.save_model(
+    model_folder.save_model(
         tmp_path / "model", model_cfg=cfg, params=None, vae=None, hub_files=None, extra={}
     )
     with pytest.raises(hub_export.ExportError) as error:
         hub_export.export(tmp_path / "model", tmp_path / "out", **SILENT)
-    for part in ("gen.patch_size: the published format knows only 2; got 4", "'llm'", "'vae'",
-                 "hub/tokenizer.json: missing"):  # fmt: skip
+    for part in (
+        "gen.patch_size: the published format knows only 2; got 4",
+        "'llm'",
+        "'vae'",
+        "hub/tokenizer.json: missing",
+    ):
         assert part in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -329,13 +342,17 @@ def test_what_the_published_format_cannot_say(tmp_path):
 @pytest.mark.parametrize("weights", ["ema", "params"])
 def test_a_training_run_is_exported(weights, model, tmp_path):
     """A run that began from a converted model: its files, its own numbers, float32."""
-    start = checkpoint.load_model(model)
+    start = model_folder.load_model(model)
     cfg = config.TrainConfig(name="run", model=start.cfg)
     cfg.model.name = "mine"
-    checkpoint.save_model(
-        tmp_path / "run" / "base", model_cfg=cfg.model, params=None, vae=start.vae,
-        hub_files=start.hub, extra={},
-    )  # fmt: skip
+    model_folder.save_model(
+        tmp_path / "run" / "base",
+        model_cfg=cfg.model,
+        params=None,
+        vae=start.vae,
+        hub_files=start.hub,
+        extra={},
+    )
     ema = {"und_begin": jax.tree.map(lambda x: x + 1, start.params["und_begin"])}
     run = {"step": 7, "config": config.to_dict(cfg)}
     saver = run_checkpoints.RunCheckpoints(tmp_path / "run")
@@ -347,5 +364,5 @@ def test_a_training_run_is_exported(weights, model, tmp_path):
         want["beg_of_und_embed"] = want["beg_of_und_embed"] + 1
     same_bits(load_file(tmp_path / "out" / "model.safetensors"), want)
     files = [json.loads((tmp_path / "out" / n).read_text()) for n in hub_export.CONFIGS]
-    assert hub_config.model_config_from_hf(*files) == cfg.model
+    assert hub_configs.model_config_from_hf(*files) == cfg.model
     assert f"to step 7, `{weights}` weights" in (tmp_path / "out" / "README.md").read_text()

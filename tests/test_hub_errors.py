@@ -8,7 +8,7 @@ import pytest
 from published import edit, shard, to_model
 from safetensors.numpy import load_file, save_file
 
-from janusflow_jax.convert import ConvertError
+from janusflow_jax.hub.tensors import ConvertError
 
 # Each entry breaks one thing; the message must say where and what.
 
@@ -154,7 +154,12 @@ def test_all_problems_of_both_folders_come_in_one_error(folder, vae_folder, tmp_
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ConvertError) as error:
         to_model(folder, vae_folder, tmp_path / "model")
-    for part in ("(5 problems)", "missing: vision_gen_dec", "unknown: stranger [3]",
-                 "shape of language_model.model.norm.weight", "VAE: unknown: odd",
-                 "missing tokenizer_config.json"):  # fmt: skip
+    for part in (
+        "(5 problems)",
+        "missing: vision_gen_dec",
+        "unknown: stranger [3]",
+        "shape of language_model.model.norm.weight",
+        "VAE: unknown: odd",
+        "missing tokenizer_config.json",
+    ):
         assert part in str(error.value), part

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import janusflow_jax
-from janusflow_jax import decode
 from janusflow_jax.models import layers, quantize
+from janusflow_jax.sampling import text as text_sampling
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ def test_decoding_keeps_int8_and_follows_the_wide_model(small, golden_model):
     ids = jax.random.randint(jax.random.key(0), (1, 12), 5, 500)
 
     def run(model):
-        x = decode.embed_prompt(model.model, model.params, ids, None, ids[:, :0], ids[:, :0])
+        x = text_sampling.embed_prompt(model.model, model.params, ids, None, ids[:, :0], ids[:, :0])
         keys = jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32))
-        state = decode.start(model.model, model.params, x, jnp.array([12]), keys, 8)
+        state = text_sampling.start(model.model, model.params, x, jnp.array([12]), keys, 8)
         zero = jnp.float32(0)
-        state, _ = decode.advance(
+        state, _ = text_sampling.advance(
             model.model, model.params, state, zero, zero, num_tokens=8, eos_id=-1
         )
         return state

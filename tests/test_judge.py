@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 from test_eval import _all, _draw, _Model
 
-from janusflow_jax import checksums, evaluate
-from janusflow_jax import config as c
-from janusflow_jax.data import openmoji, openmoji_sheet
-from janusflow_jax.eval import emoji, frechet, judge, judged, partial
+from janusflow_jax import config as c, evaluate
+from janusflow_jax.checkpoints import checksums
+from janusflow_jax.openmoji import (
+    drawings as openmoji_drawings,
+    frechet,
+    judge,
+    judged,
+    partial,
+    prompts as openmoji_prompts,
+    scores as emoji,
+)
 
 
 def normal(n, mean, cov, seed=0):
@@ -84,7 +91,7 @@ def test_words_in_common():
 def test_no_constant_answer_is_below_exchanged_ones():
     """In every KIND: the best constant is at least the mean of all exchanges."""
     _, labels = _all()
-    captions = [openmoji.captions(x.colour, x.name) for x in labels]
+    captions = [openmoji_drawings.captions(x.colour, x.name) for x in labels]
     answers = [c[i % 3] for i, c in enumerate(captions)]
     scores = emoji.score_captions(answers, captions, labels)
     for kind in ("colour", "name", "words", "edits"):
@@ -189,9 +196,9 @@ def shown(monkeypatch):
     """A sheet of the first 24 pairs; 12 are left."""
     pictures, labels = _all()
     shown = tuple((x.colour, x.name, True) for x in labels[:24])
-    prompts = tuple(openmoji_sheet.caption(c, n) for c, n, _ in shown)
-    monkeypatch.setattr(openmoji_sheet, "SHEET", shown)
-    monkeypatch.setattr(openmoji_sheet, "PROMPTS", prompts)
+    prompts = tuple(openmoji_prompts.caption(c, n) for c, n, _ in shown)
+    monkeypatch.setattr(openmoji_prompts, "SHEET", shown)
+    monkeypatch.setattr(openmoji_prompts, "PROMPTS", prompts)
     refs = evaluate.References(emoji.make_gallery(pictures, labels), labels, drawn(labels))
     monkeypatch.setattr(evaluate, "references", lambda path: refs)
     return refs

@@ -15,9 +15,18 @@ import test_train
 from test_data_rows import MODEL, Store, config, png, source, take
 
 from janusflow_jax import config as c
-from janusflow_jax import config_checks, flops, latents, losses, train_step
-from janusflow_jax.data import chat_format, images, latent_cache, loader, rows, samples, sources
-from janusflow_jax.data.latent_cache import CacheError
+from janusflow_jax.config import checks as config_checks
+from janusflow_jax.data import (
+    cache as latent_cache,
+    chat_format,
+    images,
+    loader,
+    rows,
+    samples,
+    sources,
+)
+from janusflow_jax.data.cache import CacheError
+from janusflow_jax.training import encode_cache, flops, losses, step as train_step
 
 ROOT = Path(__file__).parents[1]
 LOSS = c.LossConfig(ce_chunk=64)
@@ -56,28 +65,33 @@ def chat():
 @pytest.fixture(scope="module")
 def encoders():
     _, params, vae_params = golden.model()
-    return latents.Encoders(MODEL, vae_params, params["und_encoder"])
+    return encode_cache.Encoders(MODEL, vae_params, params["und_encoder"])
 
 
 @pytest.fixture(scope="module")
 def encode(encoders):
     """One compilation for all caches of this file; the dtype is applied afterwards."""
     manifest = plan(range(0), encoders, records=[])
-    return latents.make_encode(encoders, manifest, jax.devices()[:2])
+    return encode_cache.make_encode(encoders, manifest, jax.devices()[:2])
 
 
 def plan(_, encoders, *, records, **changes) -> latent_cache.Manifest:
     given = {
-        "task": "generate", "split": "train", "crops": 3, "seed": 4, "dtype": "float32",
-        "computed_in": "float32", "shard_records": 4,
-    }  # fmt: skip
-    return latents.plan(records, encoders, **(given | changes))
+        "task": "generate",
+        "split": "train",
+        "crops": 3,
+        "seed": 4,
+        "dtype": "float32",
+        "computed_in": "float32",
+        "shard_records": 4,
+    }
+    return encode_cache.plan(records, encoders, **(given | changes))
 
 
-def build(records, encoders, encode, folder, **changes) -> latents.Report:
+def build(records, encoders, encode, folder, **changes) -> encode_cache.Report:
     args = {n: changes.pop(n) for n in ("process", "num_processes") if n in changes}
     manifest = plan(None, encoders, records=records, **changes)
-    return latents.build(
+    return encode_cache.build(
         records, folder, manifest, encode, batch=4, workers=2, say=lambda _: None, **args
     )
 
@@ -138,7 +152,7 @@ def test_cached_equals_online(stores, chat, encoders, encode, what):
     caches = {"generate": "gen"}
     if what == "all":
         only = dataclasses.replace(encoders, vae=None)
-        run = latents.make_encode(
+        run = encode_cache.make_encode(
             only, plan(None, only, records=[], task="understand", crops=1), jax.devices()[:1]
         )
         build(stores["b"], only, run, "und", task="understand", crops=1)
@@ -247,9 +261,10 @@ def test_a_sample_costs_what_the_spec_says_with_caches():
     full = c.model_config("1p3b")
     trained = set(c.STAGE_PARTS) - {"und_encoder"}
     batch = {
-        "segment_ids": np.ones((1, 657), np.int32), "target_mask": np.zeros((1, 657), bool),
+        "segment_ids": np.ones((1, 657), np.int32),
+        "target_mask": np.zeros((1, 657), bool),
         "slot_task": np.array([[1]]),
-    }  # fmt: skip
+    }
     cached = batch | {n: np.zeros(1) for n in ("latent_mean", "latent_logvar", "repa_target")}
     costs = [flops.count(b, 1, 0).flops(full, trained, True) / 1e12 for b in (batch, cached)]
     np.testing.assert_allclose(costs, [6.2, 5.2], rtol=0.02)
@@ -291,9 +306,12 @@ def test_a_bad_picture_or_entry_is_a_bad_sample(stores, chat, encoders, encode):
     report = build(stores["a"], encoders, encode, "gen")
     assert len(report.bad) == 1 and "truncated" in report.bad[0]
     cfg = config(
-        sources=mixture(generate="gen"), row_len=192, gen_slots=GEN, und_slots=UND,
+        sources=mixture(generate="gen"),
+        row_len=192,
+        gen_slots=GEN,
+        und_slots=UND,
         max_bad_share=1.0,
-    )  # fmt: skip
+    )
     stores["a"][5]["image"] = png(99)  # the data set was changed behind the cache's back
     shard = Path("gen/latents-00001-of-00003.array_record")
     data = bytearray(shard.read_bytes())
@@ -367,29 +385,31 @@ def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode, ca
     build(stores["a"], encoders, encode, "gen")
     made = open_rows(chat, mixture(generate="gen"))
     cfg = test_train.config("x")
-    ours = latents.digests(cfg, made, {"und_encoder": encoders.siglip})
+    ours = encode_cache.digests(cfg, made, {"und_encoder": encoders.siglip})
     assert list(ours) == ["und_encoder"]
-    latents.check(cfg, made, ours, encoders.vae)
+    encode_cache.check(cfg, made, ours, encoders.vae)
     other = jax.tree.map(lambda x: x + 1e-3, encoders.vae)
     with pytest.raises(CacheError, match="made by this run's VAE"):
-        latents.check(cfg, made, ours, other)
+        encode_cache.check(cfg, made, ours, other)
     decoder = {**encoders.vae, "decoder": other["decoder"]}
-    latents.check(cfg, made, ours, decoder)
+    encode_cache.check(cfg, made, ours, decoder)
     changed = {"und_encoder": jax.tree.map(lambda x: x + 1e-3, encoders.siglip)}
-    other = latents.digests(cfg, made, changed)
+    other = encode_cache.digests(cfg, made, changed)
     with pytest.raises(CacheError, match="made by this run's SigLIP"):
-        latents.check(cfg, made, other, encoders.vae)
-    latents.check(cfg, made, {}, encoders.vae)
+        encode_cache.check(cfg, made, other, encoders.vae)
+    encode_cache.check(cfg, made, {}, encoders.vae)
     assert "gen: not compared with this run's SigLIP" in capsys.readouterr().out
     cfg.train_parts = c.STAGE_PARTS
     with pytest.raises(CacheError, match="data.cached_features=False"):
-        latents.check(cfg, made, ours, encoders.vae)
-    latents.check(
+        encode_cache.check(cfg, made, ours, encoders.vae)
+    encode_cache.check(
         cfg, open_rows(chat, mixture(generate="gen"), cached_features=False), other, encoders.vae
     )
-    latents.check(cfg, open_rows(chat, mixture(generate="gen"), repa=False), other, encoders.vae)
+    encode_cache.check(
+        cfg, open_rows(chat, mixture(generate="gen"), repa=False), other, encoders.vae
+    )
     # ablation C trains a VAE encoder of its own for understanding: generation's stays frozen
     own = runpy.run_path(str(ROOT / "configs" / "ablation.py"))["get_config"]("C,test")
-    target = latents.digests(own, made, {"repa_target": encoders.siglip, "und_encoder": {}})
+    target = encode_cache.digests(own, made, {"repa_target": encoders.siglip, "und_encoder": {}})
     assert list(target) == ["repa_target"]
-    latents.check(own, made, target, encoders.vae)
+    encode_cache.check(own, made, target, encoders.vae)

@@ -18,9 +18,9 @@ import test_train
 from etils import epath
 from published import to_model
 
-from janusflow_jax import checkpoint, train, workdir
-from janusflow_jax import config as c
-from janusflow_jax.data import latent_cache
+from janusflow_jax import config as c, train
+from janusflow_jax.checkpoints import model_folder, workdir
+from janusflow_jax.data import cache as latent_cache
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "cache_latents.py"
@@ -70,9 +70,18 @@ def test_processes_share_the_work_and_errors_are_one_line(tmp_path):
     to_model(golden.TINY / "janusflow", golden.TINY / "vae", model)
     cache(data, model, str(tmp_path / "whole"), "--crops", "2", "--features")
     command = [
-        sys.executable, str(TOOL), "--data", data, "--out", str(tmp_path / "parts"),
-        "--shard-records", "8", "--crops", "2", "--features",
-    ]  # fmt: skip
+        sys.executable,
+        str(TOOL),
+        "--data",
+        data,
+        "--out",
+        str(tmp_path / "parts"),
+        "--shard-records",
+        "8",
+        "--crops",
+        "2",
+        "--features",
+    ]
 
     def run(*args: str) -> subprocess.CompletedProcess:
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -127,7 +136,7 @@ def test_training_with_caches_goes_on_where_it_stopped(monkeypatch, tmp_path):
     with pytest.raises(latent_cache.CacheError, match="und: .* this run's SigLIP .* another's"):
         run("parts", 4)  # what it began with is known, whatever lies there now
     folders["generate"] = ""
-    with pytest.raises(checkpoint.CheckpointError, match="data.sources"):
+    with pytest.raises(model_folder.CheckpointError, match="data.sources"):
         run("parts", 4)
 
 
@@ -141,5 +150,5 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(given))
     workdir.check(epath.Path(tmp_path), cfg)
     cfg.data.sources[0].cache = "elsewhere"
-    with pytest.raises(checkpoint.CheckpointError, match="data.sources"):
+    with pytest.raises(model_folder.CheckpointError, match="data.sources"):
         workdir.check(epath.Path(tmp_path), cfg)

@@ -16,21 +16,13 @@ from etils import epath
 from published import to_model
 from test_train import config, fresh
 
-from janusflow_jax import (
-    adapters,
-    checkpoint,
-    config_checks,
-    hub_export,
-    pipeline,
-    run_state,
-    sharding,
-    starts,
-    train,
-    train_step,
-    trees,
-)
-from janusflow_jax import config as c
+from janusflow_jax import config as c, pipeline, train
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import checks as config_checks
+from janusflow_jax.hub import adapters, export as hub_export
 from janusflow_jax.models import janusflow, lora
+from janusflow_jax.parallel import sharding, trees
+from janusflow_jax.training import init as initialization, run_state, step as train_step
 from tools import export_checkpoint
 
 store = test_train.store  # a fixture
@@ -114,9 +106,9 @@ def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
     for name, x in a.items():
         np.testing.assert_array_equal(x, b[name], err_msg=name)
 
-    base = checkpoint.flat(checkpoint.load_model("base").params)
-    apart = checkpoint.flat(checkpoint.load_model("whole", merged=False).params)
-    merged = checkpoint.flat(checkpoint.load_model("whole").params)
+    base = model_folder.flat(model_folder.load_model("base").params)
+    apart = model_folder.flat(model_folder.load_model("whole", merged=False).params)
+    merged = model_folder.flat(model_folder.load_model("whole").params)
     assert merged.keys() == base.keys()
     for name, x in base.items():
         np.testing.assert_array_equal(apart[name], x, err_msg=name)  # the base has not moved
@@ -125,7 +117,7 @@ def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
 
     hub_export.export("whole", "exported", say=lambda line: None)
     to_model("exported", "exported/vae", "again")
-    again = checkpoint.flat(checkpoint.load_model("again").params)
+    again = model_folder.flat(model_folder.load_model("again").params)
     for name, x in again.items():
         np.testing.assert_array_equal(x, merged[name], err_msg=name)
     assert len(again) > 80
@@ -144,7 +136,7 @@ def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
     assert np.abs(np.asarray(plain - one.generate("a red fox", **args))).max() > 0
     with pytest.raises(adapters.AdapterError, match="beside other weights"):
         pipeline.load("whole", adapter="adapter")
-    with pytest.raises(checkpoint.CheckpointError, match="exists"):
+    with pytest.raises(model_folder.CheckpointError, match="exists"):
         adapters.save("whole", "adapter")
     with pytest.raises(adapters.AdapterError, match="no adapters"):
         adapters.save("base", "other")
@@ -157,7 +149,7 @@ def test_adapters_that_do_not_fit_are_all_named(tmp_path, golden_folder):
     pytest.importorskip("safetensors")
     from safetensors.numpy import load_file, save_file
 
-    params = checkpoint.load_model(golden_folder).params["llm"]
+    params = model_folder.load_model(golden_folder).params["llm"]
     cfg = c.LoraConfig(rank=2, targets=("q",))
     llm = lora.add(params, cfg, jax.random.key(0))
     folder = tmp_path / "adapter"
@@ -179,7 +171,7 @@ def test_adapters_that_do_not_fit_are_all_named(tmp_path, golden_folder):
 
     for change, says in (("{", "expected"), (json.dumps({"r": 2}), "lacks")):
         (folder / "adapter_config.json").write_text(change)
-        with pytest.raises((adapters.AdapterError, checkpoint.CheckpointError), match=says):
+        with pytest.raises((adapters.AdapterError, model_folder.CheckpointError), match=says):
             adapters.apply(params, folder)
     (folder / "adapter_config.json").write_text(json.dumps(about))
 
@@ -207,8 +199,8 @@ def test_a_file_says_which_weights_it_has(tmp_path, monkeypatch, ema, asked, sai
     cfg.optim.ema = ema
     _, params = adapted(cfg.model, cfg.lora.targets)
     meta = {"config": c.to_dict(cfg), "step": 1}
-    loaded = checkpoint.LoadedModel(cfg.model, params, None, epath.Path("hub"), "run", meta)
-    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **how: loaded)
+    loaded = model_folder.LoadedModel(cfg.model, params, None, epath.Path("hub"), "run", meta)
+    monkeypatch.setattr(model_folder, "load_model", lambda *args, **how: loaded)
     adapters.save("run", tmp_path / "adapter", weights=asked)
     about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert about["janusflow_jax"]["weights"] == said
@@ -229,7 +221,7 @@ def test_a_model_folder_has_no_adapters_to_export(tmp_path):
 def test_a_run_tells_what_of_its_adapters_trains(capsys):
     cfg = lora_config("x")
     plain, vae_params = jax.device_get(fresh(cfg.model, jax.random.key(0)))
-    starts.print_origins(cfg, plain, vae_params, dict.fromkeys([*plain, "vae"], "fresh"))
+    initialization.print_origins(cfg, plain, vae_params, dict.fromkeys([*plain, "vae"], "fresh"))
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("lora"))
     leaves = trees.flat({"llm": lora.add(plain["llm"], cfg.lora, jax.random.key(0))})
     count = sum(leaves[name].size for name in lora.paths(cfg.lora))

@@ -13,9 +13,10 @@ import test_train
 from etils import epath
 from test_train import config
 
-from janusflow_jax import checkpoint, run_state, train, workdir
-from janusflow_jax import config as c
-from janusflow_jax.checksums import DamagedError
+from janusflow_jax import config as c, train
+from janusflow_jax.checkpoints import model_folder, workdir
+from janusflow_jax.checkpoints.checksums import DamagedError
+from janusflow_jax.training import run_state
 
 store = test_train.store  # a fixture
 
@@ -27,7 +28,7 @@ def lora_config(folder, **changes) -> c.TrainConfig:
 
 
 def weights(folder, **how) -> dict:
-    return checkpoint.flat(jax.device_get(checkpoint.load_model(folder, **how).params))
+    return model_folder.flat(jax.device_get(model_folder.load_model(folder, **how).params))
 
 
 def same(a: dict, b: dict) -> bool:
@@ -95,6 +96,6 @@ def test_a_damaged_start_is_named(store):
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
     with pytest.raises(DamagedError, match="base"):
-        checkpoint.load_model("run")
+        model_folder.load_model("run")
     with pytest.raises(DamagedError, match="base"):
         train.train(lora_config("run", num_steps=2))

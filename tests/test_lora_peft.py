@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from janusflow_jax import adapters, checkpoint, safetensor_files
 from janusflow_jax import config as c
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.hub import adapters, safetensors as safetensors_io
 
 LAYERS, WIDTH, OUT = 2, 6, 5
 LLM = {
@@ -35,19 +36,45 @@ EVERY = [
 QV = [m for m in EVERY if m.endswith((".q_proj", ".v_proj"))]
 # As PEFT 0.21 writes them beside the ones that count, at their defaults.
 DEFAULTS = {
-    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
-    "auto_mapping": None, "base_model_name_or_path": "somebody/model", "bias": "none",
-    "corda_config": None, "ensure_weight_tying": False, "eva_config": None,
-    "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
-    "init_lora_weights": True, "kasa_config": None, "layer_replication": None,
-    "layers_pattern": None, "layers_to_transform": None, "loftq_config": {}, "lora_bias": False,
-    "lora_dropout": 0.05, "lora_ga_config": None, "megatron_config": None,
-    "megatron_core": "megatron.core", "modules_to_save": None, "monteclora_config": None,
-    "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "rank_pattern": {},
-    "revision": None, "target_parameters": None, "task_type": "CAUSAL_LM",
-    "trainable_token_indices": None, "use_bdlora": None, "use_dora": False, "use_qalora": False,
-    "use_rslora": False, "velora_config": None,
-}  # fmt: skip
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": "somebody/model",
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_dropout": 0.05,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "rank_pattern": {},
+    "revision": None,
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
 PLAIN = {**DEFAULTS, "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -61,7 +88,7 @@ def write(folder, about, modules=(), *, head=ALONE, ending="", ranks=None):
         tensors.append((f"{name}A{ending}.weight", np.full((rank, WIDTH), 1 / rank, np.float32)))
         tensors.append((f"{name}B{ending}.weight", np.ones((OUT, rank), np.float32)))
     (folder / "adapter_config.json").write_text(json.dumps(about))
-    (folder / "adapter_model.safetensors").write_bytes(safetensor_files.to_bytes(tensors))
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_io.to_bytes(tensors))
     return folder
 
 
@@ -83,7 +110,7 @@ def scales(folder) -> dict[str, float]:
 def refused(folder) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises((adapters.AdapterError, checkpoint.CheckpointError)) as error:
+        with pytest.raises((adapters.AdapterError, model_folder.CheckpointError)) as error:
             adapters.apply(LLM, folder)
     return str(error.value)
 
@@ -100,12 +127,15 @@ SCALES = {
     "the first counts": ({"alpha_pattern": {".*q_proj": 6, "q_proj": 8}}, {}, (3, 3, 2, 2)),
     "rank": ({"rank_pattern": {"q_proj": 4}}, {Q0: 4, Q1: 4}, (1, 1, 2, 2)),
     "all": (
-        {"rank_pattern": {"0.self_attn.v_proj": 9}, "alpha_pattern": {"v_proj": 6},
-         "use_rslora": True},
+        {
+            "rank_pattern": {"0.self_attn.v_proj": 9},
+            "alpha_pattern": {"v_proj": 6},
+            "use_rslora": True,
+        },
         {V0: 9},
         (4 / math.sqrt(2), 4 / math.sqrt(2), 2, 6 / math.sqrt(2)),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SCALES)
@@ -120,7 +150,7 @@ TARGETS = {
     "expression": (r".*\.1\.mlp\.[a-z]*_proj", [m for m in EVERY if "1.mlp." in m]),
     "paths": (["model.layers.0.self_attn.q_proj", "self_attn.v_proj"], [Q0, V0, V1]),
     "part and name": (["mlp.up_proj"], [m for m in EVERY if "up_proj" in m]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", TARGETS)
@@ -157,13 +187,25 @@ def test_what_is_not_checked_is_told(tmp_path):
 
 def test_what_is_not_supported_is_refused_by_name(tmp_path):
     wrong = {
-        "peft_type": "LOHA", "use_dora": True, "bias": "lora_only", "lora_bias": True,
-        "modules_to_save": ["lm_head"], "fan_in_fan_out": True, "layers_to_transform": [0],
-        "exclude_modules": ["v_proj"], "layer_replication": [[0, 1]], "use_qalora": True,
-        "target_parameters": ["x"], "trainable_token_indices": [1], "use_bdlora": {"a": 1},
-        "alora_invocation_tokens": [1], "arrow_config": {"top_k": 3}, "kasa_config": {"beta": 1},
-        "monteclora_config": {"n": 1}, "init_lora_weights": "pissa_niter_4",
-    }  # fmt: skip
+        "peft_type": "LOHA",
+        "use_dora": True,
+        "bias": "lora_only",
+        "lora_bias": True,
+        "modules_to_save": ["lm_head"],
+        "fan_in_fan_out": True,
+        "layers_to_transform": [0],
+        "exclude_modules": ["v_proj"],
+        "layer_replication": [[0, 1]],
+        "use_qalora": True,
+        "target_parameters": ["x"],
+        "trainable_token_indices": [1],
+        "use_bdlora": {"a": 1},
+        "alora_invocation_tokens": [1],
+        "arrow_config": {"top_k": 3},
+        "kasa_config": {"beta": 1},
+        "monteclora_config": {"n": 1},
+        "init_lora_weights": "pissa_niter_4",
+    }
     folder = tmp_path / "adapter"
     said = refused(write(folder, {**PLAIN, **wrong}, QV))
     for name, value in wrong.items():
@@ -178,16 +220,18 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
     [
         ([1], ["expected PEFT's fields, a JSON object; got [1]"]),
         ({"r": 2}, ["lacks ['lora_alpha', 'target_modules']"]),
-        ({**PLAIN, "r": "x", "lora_alpha": "y"}, ['r: expected a whole', 'got "x"', 'got "y"']),
+        ({**PLAIN, "r": "x", "lora_alpha": "y"}, ["r: expected a whole", 'got "x"', 'got "y"']),
         ({**PLAIN, "r": 0}, ["r: expected a whole number of 1 or more; got 0"]),
         ({**PLAIN, "r": -2}, ["r: expected a whole number of 1 or more; got -2"]),
         ({**PLAIN, "r": True}, ["r: expected", "got true"]),
         ({**PLAIN, "lora_alpha": -1}, ["lora_alpha: expected a number above 0; got -1"]),
         ({**PLAIN, "lora_alpha": math.nan}, ["lora_alpha: expected a number above 0; got NaN"]),
-        ({**PLAIN, "target_modules": "q_proj("}, ['target_modules: expected', 'got "q_proj("']),
+        ({**PLAIN, "target_modules": "q_proj("}, ["target_modules: expected", 'got "q_proj("']),
         ({**PLAIN, "target_modules": "a_proj"}, ["target_modules: a_proj is none of ours"]),
-        ({**PLAIN, "target_modules": ["q_proj", "v_proj", "qkv"]},
-         ["qkv is none of ours, such as model.layers.0.self_attn.q_proj"]),
+        (
+            {**PLAIN, "target_modules": ["q_proj", "v_proj", "qkv"]},
+            ["qkv is none of ours, such as model.layers.0.self_attn.q_proj"],
+        ),
         ({**PLAIN, "target_modules": [3]}, ["target_modules: expected", "got [3]"]),
         ({**PLAIN, "target_modules": []}, ["target_modules: expected", "got []"]),
         ({**PLAIN, "use_rslora": "yes"}, ['use_rslora: expected true or false; got "yes"']),
@@ -197,7 +241,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
         ({**PLAIN, "janusflow_jax": [1]}, ["janusflow_jax: expected", "got [1]"]),
         ({**PLAIN, "janusflow_jax": {"base_sha256": 3}}, ["base_sha256: expected", "got 3"]),
     ],
-)  # fmt: skip
+)
 def test_a_bad_config_is_one_clear_message(tmp_path, about, says):
     said = refused(write(tmp_path / "adapter", about, QV))
     for text in says:
@@ -228,9 +272,9 @@ def test_bad_weights_are_one_clear_message(tmp_path):
     tensors = {
         n: np.asarray(x)
         for f in (one, two)
-        for n, x in safetensor_files.open_folder(epath.Path(f), ("adapter_model",)).tensors.items()
+        for n, x in safetensors_io.open_folder(epath.Path(f), ("adapter_model",)).tensors.items()
     }
-    file.write_bytes(safetensor_files.to_bytes(tensors.items()))
+    file.write_bytes(safetensors_io.to_bytes(tensors.items()))
     assert "expected one adapter; got tensors of 2, named ['one', 'two']" in refused(folder)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janusflow_jax import metrics
+from janusflow_jax.training import metrics
 
 
 def _lines(workdir):
@@ -25,8 +25,11 @@ def test_resume_drops_steps_that_come_again(tmp_path):
     writer.write(30, {"loss": 0.5})
     writer.close()
     assert [(x["step"], x["loss"]) for x in _lines(tmp_path)] == [
-        (1, 1.0), (10, 10.0), (20, 20.0), (30, 0.5),
-    ]  # fmt: skip
+        (1, 1.0),
+        (10, 10.0),
+        (20, 20.0),
+        (30, 0.5),
+    ]
 
 
 def test_fresh_start_empties_the_file(tmp_path):

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janusflow_jax import config, decode, losses, sampler, sharding
+from janusflow_jax import config
 from janusflow_jax.config import LossConfig, MeshConfig
 from janusflow_jax.models import convnext, janusflow, layers
+from janusflow_jax.parallel import sharding
+from janusflow_jax.sampling import image as image_sampling, text as text_sampling
+from janusflow_jax.training import losses
 
 
 def close(got, want, tolerance=3e-6):
@@ -63,9 +66,9 @@ def test_token_by_token_equals_all_at_once():
     prompt = jnp.asarray([[0, 39, 568, 548, 569, 9]])
     x, lengths = run("embed_tokens", prompt), jnp.asarray([6])
     keys = jax.random.split(jax.random.key(0), 1)
-    state = decode.start(model, params, x, lengths, keys, 5)
+    state = text_sampling.start(model, params, x, lengths, keys, 5)
     zero, one = jnp.float32(0), jnp.float32(1)
-    _, tokens = decode.advance(model, params, state, zero, one, num_tokens=5, eos_id=-1)
+    _, tokens = text_sampling.advance(model, params, state, zero, one, num_tokens=5, eos_id=-1)
     ids = jnp.concatenate([prompt, tokens], axis=1)
     hidden, _, _ = run("run_llm", run("embed_tokens", ids), jnp.arange(11)[None], causal(11))
     want = jnp.argmax(run("logits", hidden), -1)[:, 5:-1]
@@ -78,10 +81,16 @@ def test_padding_a_prompt_changes_nothing():
     noise = jax.random.normal(jax.random.key(1), (2, *model.cfg.latent_shape))
 
     def sample(tokens, lengths, noise):
-        return sampler.sample(
-            model, params, jnp.asarray(tokens), jnp.asarray(lengths), noise, 2.0,
-            num_steps=2, guided=True,
-        )  # fmt: skip
+        return image_sampling.sample(
+            model,
+            params,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            noise,
+            2.0,
+            num_steps=2,
+            guided=True,
+        )
 
     alone = sample([ids], [4], noise[:1])
     together = sample([ids + [7] * 3, other], [4, 7], noise)

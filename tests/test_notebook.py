@@ -36,9 +36,13 @@ def test_every_cell_runs(tmp_path):
     env = {n: x for n, x in os.environ.items() if n not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     env |= {"JANUSFLOW_MODEL": str(tmp_path / "run"), "JANUSFLOW_STEPS": "2"}
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=FILE.parent, env=env, capture_output=True, text=True,
+        [sys.executable, str(script)],
+        cwd=FILE.parent,
+        env=env,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1 x cpu (cpu): float32, because there is no accelerator" in done.stdout
     assert "latents (3, 16, 16, 4)" in done.stdout

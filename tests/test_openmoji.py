@@ -10,17 +10,13 @@ import pytest
 from PIL import Image
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.data import (
-    chat_format,
-    images,
-    openmoji,
-    openmoji_build,
-    openmoji_classes,
-    openmoji_sheet,
-    rows,
-    samples,
-    sources,
-    train_tokenizer,
+from janusflow_jax.data import chat_format, images, rows, samples, sources
+from janusflow_jax.openmoji import (
+    build as openmoji_build,
+    classes as openmoji_classes,
+    drawings as openmoji_drawings,
+    prompts as openmoji_prompts,
+    tokenizer as openmoji_tokenizer,
 )
 
 NAMES = list(openmoji_classes.CLASSES.values())
@@ -28,21 +24,23 @@ NAMES = list(openmoji_classes.CLASSES.values())
 
 def few(monkeypatch) -> None:
     """Only the sheet's classes, and a few more, so that a build takes a second."""
-    wanted = {name for _, name, _ in openmoji_sheet.SHEET} | set(NAMES[:12])
+    wanted = {name for _, name, _ in openmoji_prompts.SHEET} | set(NAMES[:12])
     small = {p: n for p, n in openmoji_classes.CLASSES.items() if n in wanted}
     monkeypatch.setattr(openmoji_classes, "CLASSES", small)
 
 
 def test_the_sheet_is_what_the_task_asks():
-    sheet = openmoji_sheet.SHEET
+    sheet = openmoji_prompts.SHEET
     assert len(sheet) == 24 and len({name for _, name, _ in sheet}) == 24
-    assert collections.Counter(c for c, _, _ in sheet) == dict.fromkeys(openmoji_sheet.PALETTE, 3)
+    assert collections.Counter(c for c, _, _ in sheet) == dict.fromkeys(openmoji_prompts.PALETTE, 3)
     assert sum(not trained for _, _, trained in sheet) == 8
-    assert openmoji_sheet.PROMPTS[0] == "a red apple" and "an orange cat" in openmoji_sheet.PROMPTS
+    assert (
+        openmoji_prompts.PROMPTS[0] == "a red apple" and "an orange cat" in openmoji_prompts.PROMPTS
+    )
     assert len(NAMES) >= 200 and len(set(NAMES)) == len(NAMES)
     assert {name for _, name, _ in sheet} <= set(NAMES)
     words = {word for name in NAMES for word in name.split()}
-    assert not words & set(openmoji_sheet.PALETTE)
+    assert not words & set(openmoji_prompts.PALETTE)
 
 
 def test_held_out_pairs_are_never_trained():
@@ -50,10 +48,10 @@ def test_held_out_pairs_are_never_trained():
     pairs = {s: {(p.name, p.colour) for p in pictures} for s, pictures in splits.items()}
     assert not pairs["train"] & pairs["heldout_pairs"]
     assert pairs["heldout_views"] == pairs["train"]
-    for colour, name, trained in openmoji_sheet.SHEET:
+    for colour, name, trained in openmoji_prompts.SHEET:
         assert ((name, colour) in pairs["train"]) == trained
         assert ((name, colour) in pairs["heldout_pairs"]) != trained
-    everything = len(NAMES) * len(openmoji_sheet.PALETTE)
+    everything = len(NAMES) * len(openmoji_prompts.PALETTE)
     assert len(pairs["train"]) + len(pairs["heldout_pairs"]) == everything
     assert 0.09 < len(pairs["heldout_pairs"]) / everything < 0.12
     by_class = collections.Counter(name for name, _ in pairs["train"])
@@ -66,35 +64,37 @@ def test_held_out_pairs_are_never_trained():
     assert len(views) == len(ids)  # a held-out view is no training view
 
 
-@pytest.mark.parametrize("colour", openmoji_sheet.PALETTE)
+@pytest.mark.parametrize("colour", openmoji_prompts.PALETTE)
 def test_drawings_take_the_colour(colour):
     for point, name in list(openmoji_classes.CLASSES.items())[::12]:
-        drawing = openmoji.load_class(point, name)
+        drawing = openmoji_drawings.load_class(point, name)
         assert drawing is not None
-        png = openmoji.render(drawing.recoloured(colour), openmoji.View(5.0, 0.9, 1.0, -1.0), 64)
+        png = openmoji_drawings.render(
+            drawing.recoloured(colour), openmoji_drawings.View(5.0, 0.9, 1.0, -1.0), 64
+        )
         image = images.decode(png)
         assert image.shape == (64, 64, 3)
-        hue = openmoji.dominant_hue(image)
-        assert openmoji.hue_distance(hue, openmoji_sheet.PALETTE[colour]) <= 20, name
+        hue = openmoji_drawings.dominant_hue(image)
+        assert openmoji_drawings.hue_distance(hue, openmoji_prompts.PALETTE[colour]) <= 20, name
         assert (image[0, 0] == 255).all()
 
 
 def test_dominant_hue():
     image = np.full((8, 8, 3), 255, np.uint8)
-    assert openmoji.dominant_hue(image) == -1
+    assert openmoji_drawings.dominant_hue(image) == -1
     image[:5] = (230, 20, 30)
     image[6:] = (20, 200, 20)
-    assert openmoji.hue_distance(openmoji.dominant_hue(image), 357.0) < 2
-    assert openmoji.hue_distance(350.0, 10.0) == 20
+    assert openmoji_drawings.hue_distance(openmoji_drawings.dominant_hue(image), 357.0) < 2
+    assert openmoji_drawings.hue_distance(350.0, 10.0) == 20
 
 
 def test_a_grey_drawing_without_colour_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(openmoji, "svg_folder", lambda: tmp_path)
+    monkeypatch.setattr(openmoji_drawings, "svg_folder", lambda: tmp_path)
     (tmp_path / "0000.svg").write_text(
         '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">'
         '<path fill="#000000" d="M0 0h9v9z"/></svg>'
     )
-    assert openmoji.load_class("0000", "nothing") is None
+    assert openmoji_drawings.load_class("0000", "nothing") is None
     with pytest.raises(ValueError, match=r"0000 nothing: expected one dominant colour"):
         openmoji_build.load_drawings({"0000": "nothing"})
 
@@ -114,13 +114,13 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
         assert all(one[i] == two[i] for i in range(count))
     record = one[0]
     assert set(record) == {"id", "image", "captions", "class", "colour"}
-    assert record["captions"][0] == openmoji_sheet.caption(record["colour"], record["class"])
+    assert record["captions"][0] == openmoji_prompts.caption(record["colour"], record["class"])
     assert record["id"].startswith(record["class"].replace(" ", "_"))
     assert Image.open(io.BytesIO(record["image"])).mode == "RGB"
     with pytest.raises(sources.SourceError, match=r"one of \['heldout_pairs'.*got 'test'"):
         sources.open_source(tmp_path / "a", "test")
 
-    train_tokenizer.train_tokenizer(
+    openmoji_tokenizer.train_tokenizer(
         openmoji_build.tokenizer_texts(), 640, tmp_path / "hub", num_image_tokens=16, image_size=64
     )
     chat = chat_format.ChatFormat.load(tmp_path / "hub")
@@ -129,8 +129,10 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
             config_lib.SourceConfig(name=task, path=str(tmp_path / "a"), task=task)
             for task in ("generate", "understand")
         ),
-        row_len=160, gen_slots=4, und_slots=2,
-    )  # fmt: skip
+        row_len=160,
+        gen_slots=4,
+        und_slots=2,
+    )
     made = rows.Rows(cfg, config_lib.model_config("emoji"), chat)
     tasks = set()
     for r in range(6):
@@ -157,7 +159,7 @@ def test_an_interrupted_build_leaves_what_was_there(monkeypatch, tmp_path):
 
 def test_the_tokenizer_is_repeatable_and_fits(tmp_path):
     for name in ("a", "b"):
-        train_tokenizer.train_tokenizer(
+        openmoji_tokenizer.train_tokenizer(
             openmoji_build.tokenizer_texts(), 640, tmp_path / name, 16, 64
         )
     one, two = (chat_format.ChatFormat.load(tmp_path / name) for name in ("a", "b"))
@@ -167,4 +169,4 @@ def test_the_tokenizer_is_repeatable_and_fits(tmp_path):
     text = "a drawing of an orange wine glass, é 🙂"
     assert one.decode(one.generation_ids(text, form="plain")) == text
     with pytest.raises(ValueError, match="at least 263"):
-        train_tokenizer.train_tokenizer(["x"], 100, tmp_path / "c", 16, 64)
+        openmoji_tokenizer.train_tokenizer(["x"], 100, tmp_path / "c", 16, 64)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from test_data_rows import MODEL, config, source, stores  # noqa: F401 - stores is a fixture
 
-from janusflow_jax import flow, losses, sampler
 from janusflow_jax.config import LossConfig
 from janusflow_jax.data import chat_format, rows
+from janusflow_jax.sampling import flow, image as image_sampling
+from janusflow_jax.training import losses
 
 KEY = jax.random.key(5)
 LOSS = LossConfig(ce_chunk=64)
@@ -64,9 +65,15 @@ def stack(many: list[dict]) -> dict:
 def sums(params, vae_params, batch):
     draws = losses.draw(KEY, batch, MODEL, LOSS, GEN)
     return losses.loss_sums(
-        params, vae_params, batch, draws, model=golden.model()[0], loss=LOSS, num_gen=GEN,
+        params,
+        vae_params,
+        batch,
+        draws,
+        model=golden.model()[0],
+        loss=LOSS,
+        num_gen=GEN,
         num_und=UND,
-    )  # fmt: skip
+    )
 
 
 def find(made: rows.Rows, wanted) -> dict:
@@ -124,7 +131,7 @@ def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(mad
     for slot, (begin, _) in enumerate(starts(row)[: int((row["slot_task"] == 1).sum())]):
         length = row["slot_start"][slot] - begin
         tokens = jnp.asarray(row["tokens"][begin : begin + length])[None]
-        field = sampler.make_velocity(model, params, tokens, jnp.asarray([length]), True)
+        field = image_sampling.make_velocity(model, params, tokens, jnp.asarray([length]), True)
         conditional, unconditional = field(z[:, slot], draws["t"][0, slot])
         dropped = bool(row["segment_ids"][begin + 1] == 0)
         seen.add(dropped)

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from janusflow_jax import checkpoint, config
+from janusflow_jax import config
+from janusflow_jax.checkpoints import model_folder
 
 TOOLS = str(pathlib.Path(__file__).resolve().parents[1] / "tools")
 ARGS = ["--janusflow", str(golden.TINY / "janusflow"), "--vae", str(golden.TINY / "vae")]
@@ -36,10 +37,14 @@ def changed(tmp_path, part, name, factor):
     for key in parents:
         node = node[key]
     node[last] = node[last] * np.float32(factor)
-    checkpoint.save_model(
-        tmp_path / "model", model_cfg=config.model_config("test"), vae=trees.pop("vae"),
-        params=trees, hub_files=golden.TINY / "janusflow", extra={},
-    )  # fmt: skip
+    model_folder.save_model(
+        tmp_path / "model",
+        model_cfg=config.model_config("test"),
+        vae=trees.pop("vae"),
+        params=trees,
+        hub_files=golden.TINY / "janusflow",
+        extra={},
+    )
     return ["--model", str(tmp_path / "model"), "--steps", "2"]
 
 

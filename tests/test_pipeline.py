@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 import janusflow_jax
-from janusflow_jax import checkpoint, config, pipeline, sampler, sharding
+from janusflow_jax import config, pipeline
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import chat_format, images
+from janusflow_jax.parallel import sharding
+from janusflow_jax.sampling import image as image_sampling
 
 QUICK = {"num_steps": 2, "output": "latent"}
 PROMPTS = ["a red fox", "Two yellow taxis in the snow beside a quiet river", "a tree"]
@@ -125,7 +128,7 @@ def test_seeds_buckets_and_groups_change_nothing(model, monkeypatch):
     # Exact lengths, no bucket: the sampler itself.
     ids = jnp.asarray([model.text.generation_ids(LONG)])
     args = (model.model, model.params, ids, jnp.asarray([ids.shape[1]]), jnp.asarray(noise), 2.0)
-    close(sampler.sample(*args, num_steps=2, guided=True)[0], both[3])
+    close(image_sampling.sample(*args, num_steps=2, guided=True)[0], both[3])
 
 
 @pytest.mark.slow
@@ -144,7 +147,7 @@ def euler_steps(guided):
     """The jaxpr of the Euler loop's body, for one prompt of 40 tokens."""
     tiny, params, _ = golden.model()
     tokens, noise = jnp.zeros((1, 40), jnp.int32), jnp.zeros((1, *tiny.cfg.latent_shape))
-    run = functools.partial(sampler.sample, tiny, num_steps=7, guided=guided)
+    run = functools.partial(image_sampling.sample, tiny, num_steps=7, guided=guided)
     jaxpr = jax.make_jaxpr(run)(params, tokens, jnp.asarray([38]), noise, 2.0)
     (loop,) = (e for e in walk(jaxpr.jaxpr) if e.params.get("length") == 7)
     return loop.params["jaxpr"].jaxpr
@@ -234,9 +237,14 @@ def test_decoding_stops_at_eos(model, monkeypatch):
     monkeypatch.setattr(pipeline, "_advance", count)
     assert list(model.stream(turns, paths, max_new_tokens=512)) == [] and len(calls) == 1
     state, _ = advance(
-        model.model, model.params, model._start_decode([turns], [paths], 512, 0),
-        jnp.float32(0), jnp.float32(1), num_tokens=16, eos_id=model.text.eos_id,
-    )  # fmt: skip
+        model.model,
+        model.params,
+        model._start_decode([turns], [paths], 512, 0),
+        jnp.float32(0),
+        jnp.float32(1),
+        num_tokens=16,
+        eos_id=model.text.eos_id,
+    )
     assert int(state["step"]) == 1  # inside the compiled chunk too
 
 
@@ -318,10 +326,12 @@ def test_what_cannot_be_done_says_why(model, call, says):
 
 
 def test_a_folder_of_some_parts_does_what_they_can():
-    with pytest.raises(checkpoint.CheckpointError, match=r"painting: .* lacks \['llm', 'gen_enc"):
+    with pytest.raises(model_folder.CheckpointError, match=r"painting: .* lacks \['llm', 'gen_enc"):
         janusflow_jax.load("starts/emoji_vae").generate("a red apple")
     reader = janusflow_jax.load("starts/emoji_llm")
-    with pytest.raises(checkpoint.CheckpointError, match=r"encoding pictures: .* lacks \['vae'\]"):
+    with pytest.raises(
+        model_folder.CheckpointError, match=r"encoding pictures: .* lacks \['vae'\]"
+    ):
         reader.encode_image(np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="overflows in float16"):
         janusflow_jax.load("starts/emoji_llm", dtype="float16")

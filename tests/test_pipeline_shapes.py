@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janusflow_jax import config, decode, pipeline
+from janusflow_jax import config, pipeline
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.models import janusflow, layers, vae
+from janusflow_jax.sampling import text as text_sampling
 
 LONG = "a red fox, a blue whale and a green frog sit in the snow beside a quiet river " * 2
 
@@ -61,10 +62,10 @@ def test_other_shapes_answer_as_without_a_cache():
     picture = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     prompt = model.text.conversation([{"role": "user", "content": "<image_placeholder> Hm?"}], 1)
     pixels = jnp.asarray(images.to_float(picture))[None]
-    slots = decode.read_pictures(model.model, model.params, pixels)[None]
+    slots = text_sampling.read_pictures(model.model, model.params, pixels)[None]
     start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[janusflow.UNDERSTAND]])
     ids, want = jnp.asarray(prompt.ids)[None], []
-    x = decode.embed_prompt(model.model, model.params, ids, slots, start, task)
+    x = text_sampling.embed_prompt(model.model, model.params, ids, slots, start, task)
     for _ in range(6):
         mask = layers.segment_mask(jnp.ones((1, x.shape[1]), jnp.int32))
         hidden, _, _ = run(x, jnp.arange(x.shape[1])[None], mask, method="run_llm")

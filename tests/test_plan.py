@@ -14,20 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from janusflow_jax import config as c
-from janusflow_jax import (
-    plan_collectives,
-    plan_compile,
-    plan_flops,
-    plan_report,
-    plan_text,
-    plan_topology,
-    sharding,
-)
 from janusflow_jax.models import splash
+from janusflow_jax.parallel import sharding
+from janusflow_jax.planning import (
+    collectives as plan_collectives,
+    compile as plan_compile,
+    flops as plan_flops,
+    report as plan_report,
+    text as plan_text,
+    topology as plan_topology,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,8 +86,15 @@ def test_operations_of_a_jaxpr():
     assert counted(lambda x, w: x @ w, x, w) == once
     loop = lambda x, w: jax.lax.scan(lambda h, _: (h @ w, None), x, None, length=5)[0]  # noqa: E731
     assert counted(loop, x, w) == 5 * once
-    assert counted(lambda x, w: jax.lax.fori_loop(0, jnp.int32(x[0, 0]), lambda _, h: h @ w, x),
-                   x, w, while_trips=3.0) == 3 * once  # fmt: skip
+    assert (
+        counted(
+            lambda x, w: jax.lax.fori_loop(0, jnp.int32(x[0, 0]), lambda _, h: h @ w, x),
+            x,
+            w,
+            while_trips=3.0,
+        )
+        == 3 * once
+    )
     block = jax.checkpoint(lambda x, w: jnp.sin(jnp.sin(x @ w) @ w))
     grad = jax.value_and_grad(lambda x, w: jnp.sum(block(x, w)), (0, 1))
     assert counted(grad, x, w) == (2 + 2 + 4) * once  # forward, again, twice as much backward
@@ -111,8 +117,12 @@ def test_operations_of_branches_and_shards():
 
 def test_operations_of_convolutions():
     image = jnp.ones((2, 16, 16, 6))
-    conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME",
-                             dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
+    conv = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
     kernel = jnp.ones((3, 3, 6, 10))
     once = 2.0 * 2 * 16 * 16 * 9 * 6 * 10
     assert counted(conv, image, kernel) == once
@@ -265,8 +275,9 @@ def compiled_stack(keep_rows: bool, at_once: bool) -> list[plan_collectives.Coll
         return jax.lax.scan(body, x, w)[0]
 
     shape = jax.ShapeDtypeStruct
-    w = shape((LAYERS, WIDTH, WIDTH), jnp.float32,
-              sharding=NamedSharding(mesh, P(None, "fsdp", None)))  # fmt: skip
+    w = shape(
+        (LAYERS, WIDTH, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp", None))
+    )
     x = shape((ROWS, 3, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     with jax.set_mesh(mesh):
         text = jax.jit(run).lower(w, x).compile().as_text()

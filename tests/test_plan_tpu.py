@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import pytest
 
 from janusflow_jax import config as c
-from janusflow_jax import (
-    plan_collectives,
-    plan_compile,
-    plan_flops,
-    plan_report,
-    plan_topology,
-    sharding,
-)
 from janusflow_jax.models import llama
+from janusflow_jax.parallel import sharding
+from janusflow_jax.planning import (
+    collectives as plan_collectives,
+    compile as plan_compile,
+    flops as plan_flops,
+    report as plan_report,
+    topology as plan_topology,
+)
 
 ROOT = Path(__file__).parents[1]
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"

@@ -19,8 +19,9 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from janusflow_jax.data import engines, prepare, prepare_files, sources
-from janusflow_jax.data.importers.raw import Options
+from janusflow_jax.data import sources
+from janusflow_jax.data.prepare import build, engines, files
+from janusflow_jax.data.prepare.raw import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
@@ -73,8 +74,10 @@ def fill(folder) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A wall."}]
     talks = [{"id": str(i), "image": f"{i}.jpg", "conversations": turns} for i in range(12)]
     (folder / "talks.json").write_text(json.dumps(talks))
-    rows = [{"image": {"bytes": drawn.encoded(quality=40 + i)}, "caption": f"wall {i}"}
-            for i in range(10)]  # fmt: skip
+    rows = [
+        {"image": {"bytes": drawn.encoded(quality=40 + i)}, "caption": f"wall {i}"}
+        for i in range(10)
+    ]
     table = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), table, row_group_size=4)
     (folder / "a.parquet").write_bytes(table.getvalue())
@@ -85,12 +88,20 @@ def options(form: str, folder) -> Options:
     changes: dict = {
         "folder": {"inputs": (str(folder / "pairs"),)},
         "webdataset": {"inputs": (str(folder / "tars" / "*.tar"),)},
-        "llava": {"inputs": (str(folder / "talks.json"),), "images": str(folder / "pairs" / "sub"),
-                  "kind": "conversation", "lengths": ("understand:chat",)},
+        "llava": {
+            "inputs": (str(folder / "talks.json"),),
+            "images": str(folder / "pairs" / "sub"),
+            "kind": "conversation",
+            "lengths": ("understand:chat",),
+        },
         "parquet": {"inputs": (str(folder / "a.parquet"),)},
-        "text": {"inputs": (str(folder / "a.jsonl"),), "kind": "text", "lengths": ("text:plain",),
-                 "shard_bytes": 100},
-    }  # fmt: skip
+        "text": {
+            "inputs": (str(folder / "a.jsonl"),),
+            "kind": "text",
+            "lengths": ("text:plain",),
+            "shard_bytes": 100,
+        },
+    }
     given = {"tokenizer": str(HUB), "lengths": ("generate:chat",), "shard_records": 4}
     return Options(form, **(given | changes[form]))
 
@@ -108,10 +119,10 @@ def contents(out) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("form", ["folder", "webdataset", "parquet", "llava", "text"])
 def test_a_bucket_gives_the_same_bytes_as_this_machine(form, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_MERGE_BYTES", 4000)
+    monkeypatch.setattr(build, "_MERGE_BYTES", 4000)
     fill(tmp_path / "in")
     fill(bucket / "in")
-    local = prepare.prepare(options(form, tmp_path / "in"), tmp_path / "out", engines.local(1))
+    local = build.prepare(options(form, tmp_path / "in"), tmp_path / "out", engines.local(1))
     stops = iter(range(2))  # the first run stops in the middle; the second goes on
 
     def stopping(function, jobs):
@@ -124,9 +135,9 @@ def test_a_bucket_gives_the_same_bytes_as_this_machine(form, bucket, tmp_path, m
     stopped: list = []
     out = bucket / "out"
     with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(options(form, bucket / "in"), out, stopping)
+        build.prepare(options(form, bucket / "in"), out, stopping)
     assert stopped and (out / ".prepare_data" / "plan.json").exists()
-    report = prepare.prepare(options(form, bucket / "in"), out, engines.local(1))
+    report = build.prepare(options(form, bucket / "in"), out, engines.local(1))
     assert report.records == local.records and report.num_records > 6
     got, want = contents(out), contents(tmp_path / "out")
     if form == "folder":  # the report names the file in the details of what is missing
@@ -145,11 +156,11 @@ def test_a_data_set_in_a_store_that_array_record_cannot_read_is_told(bucket):
 
 def test_a_file_that_is_gone_or_short_is_not_taken_for_a_whole_one(tmp_path):
     with pytest.raises(OSError, match="gone"):
-        prepare_files.merge([(str(tmp_path / "gone"), [True, False])], str(tmp_path / "out"))
-    with prepare_files.writer(epath.Path(tmp_path / "short")) as file:
+        files.merge([(str(tmp_path / "gone"), [True, False])], str(tmp_path / "out"))
+    with files.writer(epath.Path(tmp_path / "short")) as file:
         file.write(b"a record")
     with pytest.raises(OSError, match="short: expected 2 records; got 1"):
-        prepare_files.merge([(str(tmp_path / "short"), [True, False])], str(tmp_path / "out"))
+        files.merge([(str(tmp_path / "short"), [True, False])], str(tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["short"]
 
 
@@ -158,19 +169,35 @@ def test_a_file_that_is_gone_or_short_is_not_taken_for_a_whole_one(tmp_path):
     "engine",
     [
         ["beam"],
-        ["beam", "--beam=--runner=DirectRunner", "--beam=--direct_num_workers=2",
-         "--beam=--direct_running_mode=multi_processing"],
+        [
+            "beam",
+            "--beam=--runner=DirectRunner",
+            "--beam=--direct_num_workers=2",
+            "--beam=--direct_running_mode=multi_processing",
+        ],
         ["ray", "--ray-address", "local"],
     ],
     ids=["beam", "beam_processes", "ray"],
-)  # fmt: skip
+)
 def test_other_engines_give_the_same_bytes(engine, tmp_path):
     pytest.importorskip({"beam": "apache_beam", "ray": "ray"}[engine[0]])
     fill(tmp_path / "in")
-    prepare.prepare(options("webdataset", tmp_path / "in"), tmp_path / "one", engines.local(1))
-    command = [*TOOL, "webdataset", str(tmp_path / "in" / "tars" / "*.tar"), "--out",
-               str(tmp_path / "out"), "--shard-records", "4", "--tokenizer", str(HUB),
-               "--lengths", "generate:chat", "--engine", *engine]  # fmt: skip
+    build.prepare(options("webdataset", tmp_path / "in"), tmp_path / "one", engines.local(1))
+    command = [
+        *TOOL,
+        "webdataset",
+        str(tmp_path / "in" / "tars" / "*.tar"),
+        "--out",
+        str(tmp_path / "out"),
+        "--shard-records",
+        "4",
+        "--tokenizer",
+        str(HUB),
+        "--lengths",
+        "generate:chat",
+        "--engine",
+        *engine,
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]

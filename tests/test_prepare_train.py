@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from janusflow_jax import config as c
-from janusflow_jax import train
+from janusflow_jax import config as c, train
 from janusflow_jax.data import lengths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,10 +69,12 @@ def webdataset(into: Path) -> list[str]:
 def parquet(into: Path) -> list[str]:
     """The Cauldron's columns: pictures, and turns in pairs without marks."""
     rows = [
-        {"images": [{"bytes": photo(i), "path": None}],
-         "texts": [{"user": "What is it?", "assistant": caption(i), "source": "made up"}]}
+        {
+            "images": [{"bytes": photo(i), "path": None}],
+            "texts": [{"user": "What is it?", "assistant": caption(i), "source": "made up"}],
+        }
         for i in range(COUNT)
-    ]  # fmt: skip
+    ]
     pq.write_table(pa.Table.from_pylist(rows), into / "train-00000-of-00001.parquet")
     return ["parquet", str(into)]
 

@@ -8,8 +8,9 @@ import test_judge
 from test_eval import _all, _draw, _Model
 from test_judge import drawn
 
-from janusflow_jax import checkpoint, config, evaluate
-from janusflow_jax.eval import emoji, judged, ready
+from janusflow_jax import config, evaluate
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.openmoji import judged, ready, scores
 
 referee = test_judge.referee  # a fixture
 shown = test_judge.shown  # another
@@ -61,8 +62,8 @@ def test_nothing_is_painted_that_cannot_be_scored(shown, referee, tmp_path):
 
     assert "beside the sheet's; got 1" in said(trained=shown.trained[:25])
     first = shown.trained[0]
-    strange = emoji.Label("dragon", "pink")
-    some = emoji.make_gallery([_draw(first.name, first.colour)], [first])
+    strange = scores.Label("dragon", "pink")
+    some = scores.make_gallery([_draw(first.name, first.colour)], [first])
     text = said(gallery=some, trained=[*shown.trained[:24], strange, strange])
     for part in (
         "a drawing of each prompt; got none of ['blue flat shape 3'",
@@ -80,7 +81,7 @@ def test_what_captions_need(monkeypatch):
     monkeypatch.setattr(ready.sources, "open_source", lambda path, split: [0] * len(split))
     ready.check_captions(model, "data", splits, 200)
     model.params.pop("und_aligner")
-    with pytest.raises(checkpoint.CheckpointError, match=r"lacks .*und_aligner"):
+    with pytest.raises(model_folder.CheckpointError, match=r"lacks .*und_aligner"):
         ready.check_captions(model, "data", splits, 200)
     monkeypatch.setattr(ready.sources, "open_source", lambda path, split: [0])
     with pytest.raises(ValueError, match=r"two or more pictures in every split.*'train': 1"):

@@ -12,8 +12,9 @@ import pytest
 from etils import epath
 from test_train import HUB, config, final, fresh, store  # noqa: F401
 
-from janusflow_jax import checkpoint, starts, train
-from janusflow_jax import config as c
+from janusflow_jax import config as c, train
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.training import init as initialization
 
 
 def start(path: str, seed: int = 0, **fields) -> str:
@@ -23,10 +24,15 @@ def start(path: str, seed: int = 0, **fields) -> str:
         section, field = name.split("__")
         setattr(getattr(model, section), field, value)
     params, vae = jax.device_get(fresh(model, jax.random.key(seed)))
-    checkpoint.save_model(
-        path, model_cfg=model, params=params, vae=vae, hub_files=epath.Path(HUB),
-        extra={}, overwrite=True,
-    )  # fmt: skip
+    model_folder.save_model(
+        path,
+        model_cfg=model,
+        params=params,
+        vae=vae,
+        hub_files=epath.Path(HUB),
+        extra={},
+        overwrite=True,
+    )
     return path
 
 
@@ -34,7 +40,7 @@ def test_a_start_of_another_config_is_refused_field_by_field(tmp_path):
     other = {"vae__scaling_factor": 0.5, "llm__rope_theta": 5e5, "und__norm_eps": 1e-5}
     path = start(str(tmp_path / "other"), **other)
     with pytest.raises(c.ConfigError) as error:
-        starts.initial_params(config("x", start=path, tokenizer=""))
+        initialization.initial_params(config("x", start=path, tokenizer=""))
     said = str(error.value)
     for field, value in other.items():
         flag = f"--config.model.{field.replace('__', '.')}={value!r}"
@@ -44,16 +50,16 @@ def test_a_start_of_another_config_is_refused_field_by_field(tmp_path):
     cfg = config("x", start=path, tokenizer="")
     cfg.model.vae.scaling_factor, cfg.model.llm.rope_theta = 0.5, 5e5
     cfg.model.und.norm_eps = 1e-5
-    params, _, hub, origins = starts.initial_params(cfg)
+    params, _, hub, origins = initialization.initial_params(cfg)
     assert set(origins.values()) == {path} and "llm" in params and Path(hub).exists()
 
 
 def test_only_what_a_start_gives_must_agree(tmp_path):
     """Its language model's fields say nothing where only its VAE is taken."""
     path = start(str(tmp_path / "other"), llm__rope_theta=5e5, gen__norm_eps=1e-5)
-    starts.initial_params(config("x", init=(("vae", path),)))
+    initialization.initial_params(config("x", init=(("vae", path),)))
     with pytest.raises(c.ConfigError, match=r"gen_decoder was made with model.gen.norm_eps"):
-        starts.initial_params(config("x", init=(("vae", path), ("gen_decoder", path))))
+        initialization.initial_params(config("x", init=(("vae", path), ("gen_decoder", path))))
 
 
 @pytest.mark.slow
@@ -77,7 +83,9 @@ def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys):  # noqa: F
             np.testing.assert_array_equal(x, whole[name], err_msg=f"{run} {name}")
 
     start("models/b", seed=1)
-    with pytest.raises(checkpoint.CheckpointError, match=r"start: 'models/a' then, 'models/b' now"):
+    with pytest.raises(
+        model_folder.CheckpointError, match=r"start: 'models/a' then, 'models/b' now"
+    ):
         train.train(config("gone", start="models/b", tokenizer="", num_steps=6))
 
 
@@ -89,7 +97,9 @@ def test_a_run_that_saved_nothing_yet_keeps_its_vae(store):  # noqa: F811
     train.train(config("whole", **settings))
     shutil.copytree("whole", "killed")
     shutil.rmtree("killed/checkpoints")
-    begun, resumed = starts.of_workdir(config("killed", **settings), epath.Path("killed").resolve())
+    begun, resumed = initialization.of_workdir(
+        config("killed", **settings), epath.Path("killed").resolve()
+    )
     assert not resumed and begun.start == "models/a"
     assert dict(begun.init) == {"vae": str(Path("killed/base").resolve())}
     train.train(config("killed", **settings))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config as c
-from janusflow_jax import sharding
+from janusflow_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,13 @@ class Chip:
 
 def grid(slices: int, cores: int = 1, kind: str = "TPU v5 lite") -> list[Chip]:
     """4 x 4 chips a slice."""
-    places = [(s, y, x, i) for s in range(slices) for y in range(4) for x in range(4)
-              for i in range(cores)]  # fmt: skip
+    places = [
+        (s, y, x, i)
+        for s in range(slices)
+        for y in range(4)
+        for x in range(4)
+        for i in range(cores)
+    ]
     return [
         Chip(n, "tpu", s, 4 * s + 2 * (y // 2) + x // 2, (x, y, 0), i, kind)
         for n, (s, y, x, i) in enumerate(places)

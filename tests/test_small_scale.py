@@ -8,9 +8,10 @@ import types
 
 import pytest
 
-from janusflow_jax import checksums, evaluate, identity
-from tools import small_scale
-from tools import small_scale_tables as tables
+from experiments import small_scale, small_scale_tables as tables
+from janusflow_jax import evaluate
+from janusflow_jax.checkpoints import checksums
+from janusflow_jax.eval import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORED = json.loads((ROOT / "docs" / "small_scale.json").read_text())
@@ -65,7 +66,7 @@ def _run(folder, name, done=True):
 def test_the_document_has_the_stored_numbers(name):
     text = (ROOT / "docs" / "small_scale.md").read_text()
     part = text.split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0]
-    assert part == tables.blocks(STORED)[name], "run `python tools/small_scale.py --redraw`"
+    assert part == tables.blocks(STORED)[name], "run `python experiments/small_scale.py --redraw`"
 
 
 def test_a_number_changed_is_a_table_changed():
@@ -91,7 +92,7 @@ def test_a_document_without_its_markers_is_refused():
 
 def test_plots_are_drawn_and_small(tmp_path):
     pytest.importorskip("matplotlib")  # of the extra plots, which is part of the extra test
-    from tools import small_scale_plots as plots
+    from experiments import small_scale_plots as plots
 
     files = plots.draw(STORED, tmp_path)
     stored = sorted(x.name for x in (ROOT / "docs").glob("small_scale_*.png"))
@@ -111,8 +112,11 @@ def test_what_a_letter_was_not_taught_is_left_out():
     found = _found(D1=_report("D"), E1=_report("E"), F1=_report())
     rows = {x.split(" | ")[0].strip("| "): x for x in tables.letters_table(found).splitlines()}
     assert rows["painted: hue right"].split(" | ")[1:] == [
-        "20.0%", "-", "90.0% (one run)", "90.0% (one run) |",
-    ]  # fmt: skip
+        "20.0%",
+        "-",
+        "90.0% (one run)",
+        "90.0% (one run) |",
+    ]
     assert rows["captions, unseen pairs: exact"].split(" | ")[3] == "-"
     assert "painted: judge's alignment (cosine)" not in rows  # no report has it
 
@@ -158,8 +162,10 @@ def test_curves_hold_what_was_trained(tmp_path):
     assert curves["F"]["step"] == [80, 100, 120, 140]
     assert curves["F"]["loss_rf"] == [8.0, 7.0, 6.0, 5.0]
     assert [set(curves[x]) - {"step"} for x in "ADE"] == [
-        {"loss_rf", "loss_ar"}, {"loss_ar"}, {"loss_rf", "loss_repa"},
-    ]  # fmt: skip
+        {"loss_rf", "loss_ar"},
+        {"loss_ar"},
+        {"loss_rf", "loss_repa"},
+    ]
 
 
 def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkeypatch):
@@ -170,9 +176,10 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
         made.append(options)
         kind = {"cfg": float, "judge": str, "data": str}
         settings = {
-            k[2:]: kind.get(k[2:], int)(v) for k, v in options.items() if k not in ("--model",)
-            and k != "--out"
-        }  # fmt: skip
+            k[2:]: kind.get(k[2:], int)(v)
+            for k, v in options.items()
+            if k not in ("--model",) and k != "--out"
+        }
         report = _report() | {"settings": settings, "model": {"model.json": "b"}} | here
         if options["--judge"]:
             report["judge"] = {"weights_sha256": sha[options["--judge"]]}
@@ -180,12 +187,12 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
 
     here = {"software": {"jax": "1"}, "data": {"files_sha256": "a"}}
     monkeypatch.setattr(small_scale, "data_of", lambda path: here["data"])
-    monkeypatch.setattr(identity, "software", lambda: here["software"])
+    monkeypatch.setattr(provenance, "software", lambda: here["software"])
     sha = {"j": "1", "moved": "1", "other": "2"}
     referee = types.SimpleNamespace
     monkeypatch.setattr(small_scale.judge, "load", lambda x: referee(sha256=sha[x]))
     monkeypatch.setattr(evaluate, "main", fake)
-    monkeypatch.setattr(identity, "of", lambda folder: {"model.json": "b"})
+    monkeypatch.setattr(provenance, "of", lambda folder: {"model.json": "b"})
     run = _run(tmp_path, "F-1")
     args = argparse.Namespace(data="d", judge="j", reports=str(tmp_path))
     file = small_scale.report_file(args, "F-1")
@@ -195,11 +202,11 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     for args.judge, count in (("moved", 1), ("other", 2), ("", 3)):
         small_scale.score(run, file, args, **small_scale.asked("F-1"))
         assert len(made) == count
-    monkeypatch.setattr(identity, "of", lambda folder: {"model.json": "trained on"})
+    monkeypatch.setattr(provenance, "of", lambda folder: {"model.json": "trained on"})
     small_scale.score(run, file, args, **small_scale.asked("F-1"))
     assert len(made) == 4
 
-    monkeypatch.setattr(identity, "of", lambda folder: {"model.json": "b"})
+    monkeypatch.setattr(provenance, "of", lambda folder: {"model.json": "b"})
     for point in small_scale.sweep_points():
         small_scale.score(run, small_scale.report_file(args, "F-1", point), args, **point)
     assert len(made) == 4 + 11  # both sweeps share the usual point

@@ -14,20 +14,14 @@ import pytest
 import test_train
 from published import to_model
 
-from janusflow_jax import (
-    checkpoint,
-    config_checks,
-    config_stages,
-    hub_export,
-    losses,
-    pipeline,
-    train,
-    train_step,
-    trees,
-)
-from janusflow_jax import config as c
+from janusflow_jax import config as c, pipeline, train
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import checks as config_checks, stages as config_stages
 from janusflow_jax.data import packing, sources
+from janusflow_jax.hub import export as hub_export
 from janusflow_jax.models import janusflow, vae
+from janusflow_jax.parallel import trees
+from janusflow_jax.training import losses, step as train_step
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("adaptation", "pretrain", "sft")
@@ -154,7 +148,7 @@ def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_pat
     again; what is frozen stays bit for bit, and what comes out is what was trained."""
     start = str(tmp_path / "start")
     to_model(golden.TINY / "janusflow", golden.TINY / "vae", start)
-    params = checkpoint.load_model(start).params
+    params = model_folder.load_model(start).params
     assert params is not None and "repa_head" not in params
     for stage in STAGES:
         cfg = twin(stage, "test", start=start, allow_fresh=False)
@@ -163,18 +157,18 @@ def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_pat
         assert [x["step"] for x in metrics] == [1, 2, 3, 4] and metrics[-1]["ok"] == 1
         for name in ("loss_ar", "loss_rf", "loss_repa"):
             assert any(x[name] for x in metrics), name  # a step of 8 rows may lack a task
-        now = checkpoint.load_model(start, weights="params")
+        now = model_folder.load_model(start, weights="params")
         assert now.vae is not None and now.params is not None
-        for name, before in checkpoint.flat(params).items():
+        for name, before in model_folder.flat(params).items():
             frozen = name.split("/")[0] not in cfg.train_parts
-            same = np.array_equal(before, checkpoint.flat(now.params)[name])
+            same = np.array_equal(before, model_folder.flat(now.params)[name])
             assert same == frozen or not np.any(before), (stage, name)
         params = now.params
     hub_export.export(start, tmp_path / "published", licence="mit", say=lambda _: None)
     to_model(tmp_path / "published", tmp_path / "published" / "vae", tmp_path / "again")
-    trained, again = checkpoint.load_model(start), checkpoint.load_model(tmp_path / "again")
-    want = checkpoint.flat({n: x for n, x in (trained.params or {}).items() if n != "repa_head"})
-    got = checkpoint.flat(again.params)
+    trained, again = model_folder.load_model(start), model_folder.load_model(tmp_path / "again")
+    want = model_folder.flat({n: x for n, x in (trained.params or {}).items() if n != "repa_head"})
+    got = model_folder.flat(again.params)
     assert want.keys() == got.keys()
     for name, x in want.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)
@@ -238,14 +232,14 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
     idle = {"A": {"repa"}, "D": {"rf", "repa"}, "E": {"ar"}}.get(letter, set())
     for name in ("ar", "rf", "repa"):
         assert any(x[f"loss_{name}"] for x in metrics) == (name not in idle), name
-    given = checkpoint.load_model(start)
-    now = checkpoint.load_model(workdir, weights="params")
+    given = model_folder.load_model(start)
+    now = model_folder.load_model(workdir, weights="params")
     before = {**(given.params or {}), "repa_target": (given.params or {})["und_encoder"]}
     if letter == "C":
         before["und_encoder"] = {"vae": given.vae}
-    after, trained = checkpoint.flat(now.params), train_step.trained_paths(cfg)
+    after, trained = model_folder.flat(now.params), train_step.trained_paths(cfg)
     compared = 0
-    for name, x in checkpoint.flat(before).items():
+    for name, x in model_folder.flat(before).items():
         if name not in after or x.shape != after[name].shape:
             continue  # a part that this letter has not, or has fresh
         same, compared = np.array_equal(x, after[name]), compared + 1
@@ -306,9 +300,15 @@ def test_small_pictures_taken_at_once_train_as_one_by_one(monkeypatch):
 
     def gradient():  # not the VAE's own: one by one that is what is slow
         read = lambda aligner: losses.loss_sums(  # noqa: E731
-            {**params, "und_aligner": aligner}, vae_params, batch, {}, model=model,
-            loss=c.LossConfig(), num_gen=0, num_und=2,
-        )[0]["ar"]  # fmt: skip
+            {**params, "und_aligner": aligner},
+            vae_params,
+            batch,
+            {},
+            model=model,
+            loss=c.LossConfig(),
+            num_gen=0,
+            num_und=2,
+        )[0]["ar"]
         return jax.device_get(jax.jit(jax.grad(read))(params["und_aligner"]))
 
     together = gradient()

@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janusflow_jax import checkpoint, pipeline
-from janusflow_jax.data import chat_format, images, openmoji, openmoji_classes, openmoji_sheet
-from janusflow_jax.eval import emoji, judge
+from janusflow_jax import pipeline
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.data import chat_format, images
+from janusflow_jax.openmoji import (
+    classes as openmoji_classes,
+    drawings as openmoji_drawings,
+    judge,
+    prompts as openmoji_prompts,
+    scores,
+)
 
 STARTS = Path(__file__).parents[1] / "starts"
 PARTS = {
@@ -29,7 +36,7 @@ def test_the_judge_knows_drawings_and_says_how_well(drawings):
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 2.5e6
     assert set(loaded.cfg.classes) == set(openmoji_classes.CLASSES.values())
     every = judge.all_labels(loaded.cfg)
-    labels = [emoji.Label(name, colour) for colour, name, _ in drawings]
+    labels = [scores.Label(name, colour) for colour, name, _ in drawings]
     likeness = loaded.pictures([x for _, _, x in drawings]) @ loaded.texts(every).T
     right = np.mean([every[i] == x for i, x in zip(likeness.argmax(1), labels, strict=True)])
     assert right > 0.8  # of 1,864, in a view that it was not trained on
@@ -42,9 +49,9 @@ def drawings() -> list[tuple[str, str, np.ndarray]]:
     """(colour, name, uint8[64, 64, 3]) in a view that no split has."""
     out = []
     for i, (point, name) in enumerate(list(openmoji_classes.CLASSES.items())[::16]):
-        colour = list(openmoji_sheet.PALETTE)[i % 8]
-        svg = openmoji.load_class(point, name).recoloured(colour)
-        png = openmoji.render(svg, openmoji.View(3.3, 0.93, -0.7, 0.4), 64)
+        colour = list(openmoji_prompts.PALETTE)[i % 8]
+        svg = openmoji_drawings.load_class(point, name).recoloured(colour)
+        png = openmoji_drawings.render(svg, openmoji_drawings.View(3.3, 0.93, -0.7, 0.4), 64)
         out.append((colour, name, images.decode(png)))
     return out
 
@@ -55,7 +62,7 @@ def test_size_parts_and_licence():
     assert sum(p.stat().st_size for p in files) <= 8e6
     assert {p.name for p in STARTS.iterdir()} == {*PARTS, "emoji_judge"}
     for name, parts in PARTS.items():
-        loaded = checkpoint.load_model(STARTS / name)
+        loaded = model_folder.load_model(STARTS / name)
         assert set(loaded.meta["parts"]) == parts
         notice = (STARTS / name / "README.md").read_text()
         assert "CC BY-SA 4.0" in notice and "openmoji.org" in notice
@@ -65,7 +72,7 @@ def test_size_parts_and_licence():
 
 
 def test_the_vae_gives_a_drawing_back(drawings):
-    loaded = checkpoint.load_model(STARTS / "emoji_vae")
+    loaded = model_folder.load_model(STARTS / "emoji_vae")
     model = pipeline.JanusFlowPipeline(loaded.cfg, {}, loaded.vae, None)
     x = np.stack([picture for _, _, picture in drawings])
     latents = model.encode_image(list(x))
@@ -77,7 +84,7 @@ def test_the_vae_gives_a_drawing_back(drawings):
 
 
 def test_the_language_model_names_colour_and_object(drawings):
-    loaded = checkpoint.load_model(STARTS / "emoji_llm")
+    loaded = model_folder.load_model(STARTS / "emoji_llm")
     chat = chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens)
     model = pipeline.JanusFlowPipeline(loaded.cfg, loaded.params, {}, chat)
     given = []
@@ -87,7 +94,7 @@ def test_the_language_model_names_colour_and_object(drawings):
         given.append([data.getvalue()])
     answers = model.chat(["Describe the picture."] * len(given), images=given, max_new_tokens=16)
     right = [
-        answer in openmoji.captions(colour, name)
+        answer in openmoji_drawings.captions(colour, name)
         for answer, (colour, name, _) in zip(answers, drawings, strict=True)
     ]
     assert np.mean(right) > 0.5, answers

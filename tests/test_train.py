@@ -15,20 +15,14 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from janusflow_jax import (
-    checkpoint,
-    pipeline,
-    plan_compile,
-    run_state,
-    sharding,
-    train,
-    train_step,
-    trees,
-)
-from janusflow_jax import config as c
+from experiments import small_scale
+from janusflow_jax import config as c, pipeline, train
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import chat_format, loader, rows, sources
 from janusflow_jax.models import janusflow, vae
-from tools import small_scale
+from janusflow_jax.parallel import sharding, trees
+from janusflow_jax.planning import compile as plan_compile
+from janusflow_jax.training import run_state, step as train_step
 
 ROOT = Path(__file__).parents[1]
 HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
@@ -72,10 +66,10 @@ def config(workdir, **changes) -> c.TrainConfig:
 
 
 def final(workdir) -> dict:
-    step = checkpoint.committed_steps(workdir)[-1]
+    step = model_folder.committed_steps(workdir)[-1]
     folder = Path(workdir) / "checkpoints" / str(step)
-    trees = {n: checkpoint._load_tree(folder / n) for n in ("params", "ema", "opt_state")}
-    return checkpoint.flat(jax.device_get(trees))
+    trees = {n: model_folder._load_tree(folder / n) for n in ("params", "ema", "opt_state")}
+    return model_folder.flat(jax.device_get(trees))
 
 
 def lines(workdir) -> list[dict]:
@@ -184,7 +178,7 @@ def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
     saved = final("frozen")
     moments = [n for n in saved if n.startswith("opt_state") and "/mu/" in n]
     assert moments and all("/gen_encoder/" in n or "/gen_decoder/" in n for n in moments)
-    start = checkpoint.flat(jax.device_get(fresh(cfg.model, jax.random.key(cfg.seed))[0]))
+    start = model_folder.flat(jax.device_get(fresh(cfg.model, jax.random.key(cfg.seed))[0]))
     name = "llm/layers/block/mlp/up/kernel"
     np.testing.assert_allclose(saved[f"params/{name}"], start[name], atol=1e-7)
     name = "gen_decoder/out_conv/kernel"
@@ -240,7 +234,7 @@ def test_refuses_what_cannot_work(store, tmp_path):
     with pytest.raises(c.ConfigError, match="train_parts: 'llm/layer' is no path"):
         train.train(config("a", train_parts=("gen_head", "llm/layer")))
     train.train(config("a", num_steps=1))
-    with pytest.raises(checkpoint.CheckpointError, match="seed: 1 then, 2 now"):
+    with pytest.raises(model_folder.CheckpointError, match="seed: 1 then, 2 now"):
         train.train(config("a", num_steps=2, seed=2))
     other = config("b", num_steps=1, init=(("llm", str(tmp_path / "a")),))
     other.model.llm.mlp_width = 64
@@ -283,9 +277,9 @@ def test_a_damaged_checkpoint_is_named(store):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(checkpoint.CheckpointError, match=file.name):
+    with pytest.raises(model_folder.CheckpointError, match=file.name):
         pipeline.load("run")
-    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+    with pytest.raises(model_folder.CheckpointError, match="damaged"):
         train.train(config("run", num_steps=2))
 
 

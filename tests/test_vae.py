@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janusflow_jax import checkpoint, config
+from experiments.starts import train_vae
+from janusflow_jax import config
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.models import vae
-from tools import train_vae
 
 CFG = config.VaeConfig(channels=(8, 16), layers_per_block=1, norm_groups=4)
 
@@ -134,10 +135,10 @@ def test_training_saves_a_start_that_loads(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "heldout_pairs: PSNR" in printed and "heldout_views: PSNR" in printed
     assert preview.is_file()
-    loaded = checkpoint.load_model(out)
+    loaded = model_folder.load_model(out)
     assert loaded.params is None and loaded.meta["parts"] == ["vae"]
     assert {x.dtype for x in jax.tree.leaves(loaded.vae)} == {jnp.dtype(jnp.bfloat16)}
-    with pytest.raises(checkpoint.CheckpointError, match="--overwrite"):
+    with pytest.raises(model_folder.CheckpointError, match="--overwrite"):
         train_vae.main(argv)
 
 

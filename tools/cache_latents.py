@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 
-from janusflow_jax import checkpoint, latents
-from janusflow_jax.data import latent_cache, sources
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.data import cache as latent_cache, sources
+from janusflow_jax.training import encode_cache
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,23 +37,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--data", required=True, help="folder of the prepared data set")
     p.add_argument("--split", default="train")
     p.add_argument(
-        "--field", action="append", default=[], metavar="OURS=THEIRS",
+        "--field",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
         help="a field of the source's `fields` in the config",
-    )  # fmt: skip
+    )
     p.add_argument("--task", default="generate", choices=("generate", "understand"))
     p.add_argument(
-        "--model", required=True, nargs="+",
+        "--model",
+        required=True,
+        nargs="+",
         help="model folders or runs, as `start` and `init` of a config name them: each part comes\n"
         "from the first that has it",
-    )  # fmt: skip
+    )
     p.add_argument("--out", required=True, help="folder of the cache")
     p.add_argument("--crops", type=int, default=1, help="of each picture; square ones have one")
     p.add_argument("--features", action="store_true", help="SigLIP's too, for REPA")
     p.add_argument("--dtype", default="bfloat16", choices=tuple(latent_cache.DTYPES))
     p.add_argument(
-        "--compute-dtype", default="", choices=("", *latent_cache.DTYPES),
+        "--compute-dtype",
+        default="",
+        choices=("", *latent_cache.DTYPES),
         help="of the encoders; default float32 on a CPU, bfloat16 elsewhere",
-    )  # fmt: skip
+    )
     p.add_argument("--seed", type=int, default=0, help="of the crops")
     p.add_argument("--batch", type=int, default=8, help="pictures a device takes at a time")
     p.add_argument("--shard-records", type=int, default=1024, help="records of a shard")
@@ -73,12 +81,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_encoders(args: argparse.Namespace) -> latents.Encoders:
+def load_encoders(args: argparse.Namespace) -> encode_cache.Encoders:
     """The encoders that the cache needs, each from the first model that has it.
 
     Raises: CheckpointError, CacheError: none has it, or the models are of different sizes.
     """
-    loaded = [checkpoint.load_model(path) for path in args.model]
+    loaded = [model_folder.load_model(path) for path in args.model]
     found: dict[str, Any] = {}
     for model in loaded:
         params = model.params or {}
@@ -101,7 +109,7 @@ def load_encoders(args: argparse.Namespace) -> latents.Encoders:
     if "siglip" in cfgs:
         cfg = dataclasses.replace(cfg, und=cfgs["siglip"].und)
     trees = {n: found[n][0] if n in wanted else None for n in ("vae", "siglip")}
-    return latents.Encoders(cfg, **trees)
+    return encode_cache.Encoders(cfg, **trees)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,10 +123,17 @@ def main(argv: list[str] | None = None) -> int:
     fields = tuple(tuple(pair.split("=", 1)) for pair in args.field)
     records = sources.mapped(sources.open_source(args.data, args.split), fields, "")
     encoders = load_encoders(args)
-    manifest = latents.plan(
-        records, encoders, task=args.task, split=args.split, crops=args.crops, seed=args.seed,
-        dtype=args.dtype, computed_in=compute, shard_records=args.shard_records,
-    )  # fmt: skip
+    manifest = encode_cache.plan(
+        records,
+        encoders,
+        task=args.task,
+        split=args.split,
+        crops=args.crops,
+        seed=args.seed,
+        dtype=args.dtype,
+        computed_in=compute,
+        shard_records=args.shard_records,
+    )
     size = manifest.bytes_per_entry
     print(
         f"process {args.process} of {args.num_processes}, {len(devices)} {devices[0].platform} "
@@ -127,11 +142,11 @@ def main(argv: list[str] | None = None) -> int:
         f"of {' and '.join(manifest.shapes)}",
         flush=True,
     )
-    report = latents.build(
+    report = encode_cache.build(
         records,
         args.out,
         manifest,
-        latents.make_encode(encoders, manifest, devices),
+        encode_cache.make_encode(encoders, manifest, devices),
         batch=args.batch * len(devices),
         process=args.process,
         num_processes=args.num_processes,
@@ -151,5 +166,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (checkpoint.CheckpointError, latent_cache.CacheError, sources.SourceError) as error:
+    except (model_folder.CheckpointError, latent_cache.CacheError, sources.SourceError) as error:
         sys.exit(f"error: {error}")

@@ -29,9 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from janusflow_jax import checkpoint, convert, decode, hub_config, pipeline, sampler
+from janusflow_jax import pipeline
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import chat_format, images
+from janusflow_jax.hub import configs as hub_configs, tensors as convert
 from janusflow_jax.models import janusflow, siglip, vae
+from janusflow_jax.sampling import image as image_sampling, text as text_sampling
 
 PART, WHOLE = 1e-5, 5e-5
 """Largest relative differences (max |a - b| / max |b|). Anything above is a bug, not rounding."""
@@ -72,7 +75,7 @@ def load_ours(args: argparse.Namespace) -> pipeline.JanusFlowPipeline:
     tensors = lambda path: {n: x.numpy() for n, x in torch_reference.read_tensors(path).items()}  # noqa: E731
     folder, vae_folder = pathlib.Path(args.janusflow), pathlib.Path(args.vae)
     read = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
-    cfg = hub_config.model_config_from_hf(
+    cfg = hub_configs.model_config_from_hf(
         read(folder / "config.json"),
         read(folder / "preprocessor_config.json"),
         read(vae_folder / "config.json"),
@@ -114,9 +117,12 @@ class Table:
 
 
 def compare_understanding(
-    table: Table, ours: pipeline.JanusFlowPipeline, want: dict[str, Any], args: argparse.Namespace,
+    table: Table,
+    ours: pipeline.JanusFlowPipeline,
+    want: dict[str, Any],
+    args: argparse.Namespace,
     image: Image.Image,
-) -> None:  # fmt: skip
+) -> None:
     model, params, cfg = ours.model, ours.params, ours.cfg
     run = lambda method, *a, **k: jax.jit(  # noqa: E731
         lambda p, a: model.apply({"params": p}, *a, method=method, **k)
@@ -134,10 +140,10 @@ def compare_understanding(
         got = jax.jit(siglip.Siglip(part).apply)({"params": tower}, pixels)
         table.add(f"SigLIP: block {count}", got, want["siglip"][count], PART)
     table.add("SigLIP: features", run("siglip", pixels), want["siglip"][-1], PART)
-    slots = jax.jit(lambda p, x: decode.read_pictures(model, p, x))(params, pixels)[None]
+    slots = jax.jit(lambda p, x: text_sampling.read_pictures(model, p, x))(params, pixels)[None]
     ids = jnp.asarray(want["ids"])[None]
     start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[janusflow.UNDERSTAND]])
-    x = decode.embed_prompt(model, params, ids, slots, start, task)
+    x = text_sampling.embed_prompt(model, params, ids, slots, start, task)
     table.add("LLM: input", x, want["embeds"], PART)
     mask = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
     given = jnp.asarray(want["embeds"])
@@ -148,13 +154,20 @@ def compare_understanding(
     table.add("LLM: last block and final norm", hidden, want["hidden"][-1], PART)
     table.add("LLM: logits", run("logits", hidden), want["logits"], PART)
     lengths, keys = jnp.asarray([x.shape[1]]), jax.random.split(jax.random.key(0), 1)
-    state = jax.jit(lambda p, x: decode.start(model, p, x, lengths, keys, args.tokens))(params, x)
+    state = jax.jit(lambda p, x: text_sampling.start(model, p, x, lengths, keys, args.tokens))(
+        params, x
+    )
     _, tokens = jax.jit(
-        lambda p, s: decode.advance(
-            model, p, s, jnp.float32(0), jnp.float32(1), num_tokens=args.tokens,
+        lambda p, s: text_sampling.advance(
+            model,
+            p,
+            s,
+            jnp.float32(0),
+            jnp.float32(1),
+            num_tokens=args.tokens,
             eos_id=ours.text.eos_id,
         )
-    )(params, state)  # fmt: skip
+    )(params, state)
     table.same(
         "answer: greedy tokens", np.asarray(tokens)[0][: len(want["tokens"])], want["tokens"]
     )
@@ -177,7 +190,7 @@ def compare_painting(
         twice = [jnp.concatenate([x, x]) for x in (features, t_emb)]
         part = model.apply(run, hidden, *twice, method="velocity")
         tokens, lengths = jnp.asarray([want["ids"]]), jnp.asarray([len(want["ids"])])
-        field = sampler.make_velocity(model, p, tokens, lengths, guided=True)
+        field = image_sampling.make_velocity(model, p, tokens, lengths, guided=True)
         return features, t_emb, part, field(noise, jnp.float32(0))
 
     features, t_emb, part, (cond, uncond) = first(params, jnp.asarray(want["hidden"]))
@@ -240,6 +253,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (checkpoint.CheckpointError, ValueError, OSError, KeyError) as error:
+    except (model_folder.CheckpointError, ValueError, OSError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

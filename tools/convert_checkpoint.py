@@ -20,8 +20,9 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from janusflow_jax import checkpoint, convert, hub_assemble, hub_import
 from janusflow_jax import config as c
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.hub import assemble as hub_assemble, import_janusflow as hub_import, tensors
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,9 +35,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--out", required=True, help="model folder to make")
     p.add_argument(
-        "--dtype", default="", choices=("bfloat16", "float32"),
+        "--dtype",
+        default="",
+        choices=("bfloat16", "float32"),
         help="default: each tensor's own; only then does an export give every bit back",
-    )  # fmt: skip
+    )
     p.add_argument(
         "--gen-width", type=int, default=768, help="with --llm: of the new ConvNeXt parts"
     )
@@ -86,14 +89,19 @@ def main(argv: list[str] | None = None) -> None:
         hub_import.convert_janusflow(args.janusflow, args.vae, args.out, **options)
     else:
         hub_assemble.assemble(
-            args.llm, args.siglip, args.vae, args.out, gen_width=args.gen_width, seed=args.seed,
+            args.llm,
+            args.siglip,
+            args.vae,
+            args.out,
+            gen_width=args.gen_width,
+            seed=args.seed,
             **options,
-        )  # fmt: skip
+        )
     print(f"saved to {args.out} after {time.time() - began:.1f} s")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (c.ConfigError, checkpoint.CheckpointError, convert.ConvertError, OSError) as error:
+    except (c.ConfigError, model_folder.CheckpointError, tensors.ConvertError, OSError) as error:
         sys.exit(f"error: {error}")

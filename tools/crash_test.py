@@ -139,8 +139,10 @@ def child(data: str, workdir: str, events: int, hold: str) -> None:
     <clock>' a line. `hold` is the name and number of an event that never returns."""
     import jax
 
-    from janusflow_jax import run_checkpoints, train, train_step
+    from janusflow_jax import train
+    from janusflow_jax.checkpoints import run as run_checkpoints
     from janusflow_jax.data import rows
+    from janusflow_jax.training import step as train_step
 
     def tell(name: str, number: int) -> None:
         os.write(events, f"{name} {number} {time.monotonic()}\n".encode())
@@ -263,15 +265,15 @@ def differences(one: pathlib.Path, two: pathlib.Path) -> list[str]:
     """How two finished runs differ, bit for bit: arrays, `run.json` and metrics; [] if not."""
     import numpy as np
 
-    from janusflow_jax import checkpoint, checksums
+    from janusflow_jax.checkpoints import checksums, model_folder
 
     steps = newest(one), newest(two)
     if len(set(steps)) > 1 or not all(steps):
         return [f"last checkpoints: {steps}"]
-    folders = [checkpoint.epath.Path(w / "checkpoints" / str(steps[0])) for w in (one, two)]
+    folders = [model_folder.epath.Path(w / "checkpoints" / str(steps[0])) for w in (one, two)]
     out = [f"{f}: {d}" for f in folders if (d := checksums.damage(f))]
     for name in ("params", "ema", "opt_state"):
-        a, b = (checkpoint.flat(checkpoint._load_tree(f / name)) for f in folders)
+        a, b = (model_folder.flat(model_folder._load_tree(f / name)) for f in folders)
         out += [f"{name}: {sorted(a.keys() ^ b.keys())}"] if a.keys() != b.keys() else []
         same = lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes()  # noqa: E731
         out += [f"{name}/{n}" for n in a.keys() & b.keys() if not same(a[n], b[n])]

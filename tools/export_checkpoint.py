@@ -16,8 +16,9 @@ import sys
 
 from absl import logging
 
-from janusflow_jax import adapters, checkpoint, convert, hub_export
 from janusflow_jax import config as c
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.hub import adapters, export as hub_export, tensors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,16 +27,19 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", required=True, help="folder to make")
     p.add_argument("--weights", default="ema", choices=("ema", "params"))
     p.add_argument(
-        "--dtype", default="", choices=("bfloat16", "float32"),
+        "--dtype",
+        default="",
+        choices=("bfloat16", "float32"),
         help="default: the types that the converted files had, else the arrays' own",
-    )  # fmt: skip
+    )
     p.add_argument("--license", default="", help="for the card, where no source names its own")
     p.add_argument("--shard-gb", type=float, default=5.0, help="largest file of weights")
     p.add_argument("--overwrite", action="store_true")
     p.add_argument(
-        "--adapter-only", action="store_true",
+        "--adapter-only",
+        action="store_true",
         help="a LoRA run's adapters alone, in PEFT's layout (without it they are merged)",
-    )  # fmt: skip
+    )
     args = p.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a folder is removed
@@ -57,9 +61,13 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     errors = (
-        c.ConfigError, checkpoint.CheckpointError, convert.ConvertError, hub_export.ExportError,
-        adapters.AdapterError, OSError,
-    )  # fmt: skip
+        c.ConfigError,
+        model_folder.CheckpointError,
+        tensors.ConvertError,
+        hub_export.ExportError,
+        adapters.AdapterError,
+        OSError,
+    )
     try:
         main()
     except errors as error:

@@ -25,9 +25,12 @@ def main() -> int:
     parser.add_argument("--format", required=True, choices=("chat", "plain"))
     parser.add_argument("--tokenizer", required=True, help="folder with tokenizer files")
     parser.add_argument(
-        "--field", action="append", default=[], metavar="OURS=THEIRS",
+        "--field",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
         help="a field of the source's `fields` in the config",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     fields = tuple(tuple(pair.split("=", 1)) for pair in args.field)
     try:

@@ -24,13 +24,13 @@ from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from janusflow_jax import config as config_lib  # noqa: E402
-from janusflow_jax import (  # noqa: E402
-    flag_parser,
-    plan_compile,
-    plan_report,
-    plan_sampler,
-    plan_text,
-    plan_topology,
+from janusflow_jax.config import flags as flag_parser  # noqa: E402
+from janusflow_jax.planning import (  # noqa: E402
+    compile as plan_compile,
+    report as plan_report,
+    sampler as plan_sampler,
+    text as plan_text,
+    topology as plan_topology,
 )
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as for training")

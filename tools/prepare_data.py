@@ -28,9 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from etils import epath
 from PIL import Image
 
-from janusflow_jax.data import chat_format, engines, prepare, prepare_report, preview, sources
-from janusflow_jax.data.importers import inputs, parquet
-from janusflow_jax.data.importers.raw import KINDS, Options
+from janusflow_jax.data import chat_format, sources
+from janusflow_jax.data.prepare import (
+    build,
+    engines,
+    inputs,
+    parquet,
+    preview,
+    report as prepare_report,
+)
+from janusflow_jax.data.prepare.raw import KINDS, Options
 
 _BOTH = ("understand:chat", "understand:plain")
 LENGTHS = {
@@ -49,7 +56,7 @@ KINDS_OF = {
 }
 """What a form can hold; the first is meant where --kind does not say (parquet: by its columns)."""
 ERRORS = (
-    prepare.PrepareError,
+    build.PrepareError,
     inputs.InputError,
     engines.EngineError,
     chat_format.FormatError,
@@ -62,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("form", choices=list(prepare.FORMS))
+    p.add_argument("form", choices=list(build.FORMS))
     p.add_argument("inputs", nargs="+", help="files, patterns with * (quoted), or folders")
     p.add_argument("--out", required=True, help="folder to make")
     p.add_argument("--overwrite", action="store_true", help="make it anew where this tool made it")
@@ -154,7 +161,7 @@ def options_of(args: argparse.Namespace) -> Options:
     if args.classes and not epath.Path(args.classes).exists():
         problems.append(f"--classes: expected a file of names; no such file: {args.classes}")
     if problems:
-        raise prepare.PrepareError("arguments:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise build.PrepareError("arguments:\n" + "\n".join(f"  - {p}" for p in problems))
     names = {field.name for field in dataclasses.fields(Options)}
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
     given["classes"] = ()
@@ -180,7 +187,7 @@ def main() -> int:
         options = options_of(args)
         if args.dry_run:
             return dry_run(options, args.dry_run)
-        report = prepare.prepare(options, args.out, _engine(args), progress(start), args.overwrite)
+        report = build.prepare(options, args.out, _engine(args), progress(start), args.overwrite)
     except ERRORS as e:
         print(e, file=sys.stderr)
         return 1
@@ -239,8 +246,12 @@ def progress(start: float) -> Callable[[int, int, int, int], None]:
             f"shard {done:,} of {count:,}; {records:,} records, {skipped:,} skipped, "
             f"{(records + skipped) / max(passed, 1e-9):,.0f} a second, {left / 60:.1f} min left"
         )
-        print(f"\r{line}\033[K" if in_place else line, end="" if in_place else "\n",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"\r{line}\033[K" if in_place else line,
+            end="" if in_place else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
         if in_place and done == count:
             print(file=sys.stderr)
 

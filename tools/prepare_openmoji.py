@@ -17,13 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from janusflow_jax.data import (
-    chat_format,
-    lengths,
-    openmoji_build,
-    sources,
-    train_tokenizer,
-)
+from janusflow_jax.data import chat_format, lengths, sources
+from janusflow_jax.openmoji import build as openmoji_build, tokenizer as openmoji_tokenizer
 
 
 def main() -> int:
@@ -32,9 +27,10 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of the views and held-out pairs")
     parser.add_argument(
-        "--new-classes", action="store_true",
+        "--new-classes",
+        action="store_true",
         help="40 drawings that the quick start does not have, for fine-tuning it",
-    )  # fmt: skip
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     parser.add_argument("--contact-sheet", type=Path, help="only draw every class into this PNG")
     parser.add_argument("--tokenizer", help="also store lengths for this tokenizer folder")
@@ -46,10 +42,13 @@ def main() -> int:
     start = time.time()
     if args.train_tokenizer:
         tokens = (args.size // 16) ** 2  # SigLIP's patches are 16 pixels wide
-        train_tokenizer.train_tokenizer(
-            openmoji_build.tokenizer_texts(), args.vocab_size, args.train_tokenizer, tokens,
+        openmoji_tokenizer.train_tokenizer(
+            openmoji_build.tokenizer_texts(),
+            args.vocab_size,
+            args.train_tokenizer,
+            tokens,
             args.size,
-        )  # fmt: skip
+        )
         print(f"{args.train_tokenizer}: a tokenizer of at most {args.vocab_size} tokens")
         return 0
     if args.contact_sheet:

@@ -217,9 +217,14 @@ class Reference:
             out = self.llm(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
         numpy = lambda many: [y.numpy() for y in many]  # noqa: E731
         return {
-            "pixels": pixels, "ids": ids, "siglip": numpy(states), "embeds": x.numpy(),
-            "hidden": numpy(hidden), "logits": logits.numpy(), "tokens": tokens,
-        }  # fmt: skip
+            "pixels": pixels,
+            "ids": ids,
+            "siglip": numpy(states),
+            "embeds": x.numpy(),
+            "hidden": numpy(hidden),
+            "logits": logits.numpy(),
+            "tokens": tokens,
+        }
 
     @torch.no_grad()
     def paint(self, prompt: str, noise: np.ndarray, steps: int, weight: float) -> dict[str, Any]:
@@ -245,9 +250,11 @@ class Reference:
             z = z + (weight * v[:1] - (weight - 1) * v[1:]) / steps
             states.append(z)
         return {
-            "ids": ids, "trajectory": np.stack([nhwc(s) for s in states]), **first,
+            "ids": ids,
+            "trajectory": np.stack([nhwc(s) for s in states]),
+            **first,
             "image": self.decode(nhwc(z)),
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
     def encode(self, pixels: np.ndarray) -> np.ndarray:

@@ -14,8 +14,7 @@ import numpy as np
 from absl import logging
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.data import chat_format
-from janusflow_jax.data import rows as rows_lib
+from janusflow_jax.data import chat_format, rows as rows_lib
 
 MIN_BAD = 20
 """So many bad samples are forgiven whatever their share."""

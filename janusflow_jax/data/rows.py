@@ -15,16 +15,16 @@ import numpy as np
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.data import (
+    cache as latent_cache,
     chat_format,
     images,
-    latent_cache,
     lengths,
     packing,
+    pieces as pieces_lib,
     samples,
+    slots as slots_lib,
     sources,
 )
-from janusflow_jax.data import pieces as pieces_lib
-from janusflow_jax.data import slots as slots_lib
 
 _CAPTION, _DROP, _, _FILLER = range(4)  # slots.CROP is the third
 _MIN_FILLER = 16  # positions; a shorter tail stays padding
@@ -321,9 +321,13 @@ class Rows:
             end, place = end + n, place + 1
 
     def _sample(
-        self, source: Source, data: dict[str, Any], key: tuple[int, ...], begin: int = 0,
+        self,
+        source: Source,
+        data: dict[str, Any],
+        key: tuple[int, ...],
+        begin: int = 0,
         end: int = -1,
-    ) -> samples.Sample:  # fmt: skip
+    ) -> samples.Sample:
         choose = lambda n: int(_rng(key, _CAPTION).integers(n)) if n > 1 else 0  # noqa: E731
         cfg = source.cfg
         return samples.make(data, cfg.task, cfg.format, self.chat, choose, begin, end)

@@ -64,9 +64,11 @@ class Sample:
         mask[head + end - 1 :] = False
         keep = np.r_[0:head, head + begin : head + end]
         return dataclasses.replace(
-            self, tokens=self.tokens[keep], target_mask=mask[keep],
+            self,
+            tokens=self.tokens[keep],
+            target_mask=mask[keep],
             prompt_mask=self.prompt_mask[keep],
-        )  # fmt: skip
+        )
 
 
 def captions_of(record: dict[str, Any]) -> list[str]:
@@ -279,11 +281,13 @@ def _pieces(record: dict[str, Any], what: str, chat: chat_format.ChatFormat) -> 
         raise BadRecord(f"conversation: expected roles user and assistant; got {wrong}")
     return [
         _Exchange(
-            chat, system, group,
+            chat,
+            system,
+            group,
             sum(t["content"].count(tag) for t in group if t["role"] == "user"),
         )
         for group in exchanges(turns)
-    ]  # fmt: skip
+    ]
 
 
 def _check_images(marked: int, given: int, task: str) -> None:

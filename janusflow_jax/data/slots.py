@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from janusflow_jax.config import DataConfig, ModelConfig
-from janusflow_jax.data import images, latent_cache, samples
+from janusflow_jax.data import cache as latent_cache, images, samples
 
 CROP = 2  # purpose of a random number; `rows` has the others
 Values = dict[str, np.ndarray]
@@ -74,9 +74,13 @@ class Slots:
         return out | {n: np.zeros(shape, dtype) for n, (shape, dtype) in self.cached.items()}
 
     def load(
-        self, task: int, cache: latent_cache.Cache | None, record: int, encoded: Sequence[Any],
+        self,
+        task: int,
+        cache: latent_cache.Cache | None,
+        record: int,
+        encoded: Sequence[Any],
         key: tuple[int, int, int],
-    ) -> list[Values]:  # fmt: skip
+    ) -> list[Values]:
         """What one slot each of a sample's pictures holds.
 
         Args:

@@ -15,9 +15,9 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from janusflow_jax import sharding
 from janusflow_jax.config import GenConfig
 from janusflow_jax.models import layers
+from janusflow_jax.parallel import sharding
 
 KERNEL = 7
 MAX_PERIOD = 10000.0

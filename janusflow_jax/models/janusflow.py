@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from janusflow_jax import flow, sharding
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.models import convnext, layers, llama, siglip, vae
+from janusflow_jax.parallel import sharding
+from janusflow_jax.sampling import flow
 
 NONE, GENERATE, UNDERSTAND = 0, 1, 2
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Int8
 
-from janusflow_jax import sharding
 from janusflow_jax.models import blocks, quantize, splash
+from janusflow_jax.parallel import sharding
 
 Init = Callable[..., Any]
 

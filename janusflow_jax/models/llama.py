@@ -18,9 +18,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from janusflow_jax import sharding
 from janusflow_jax.config import LlamaConfig
 from janusflow_jax.models import layers, quantize
+from janusflow_jax.parallel import sharding
 
 Cache = Any
 """{'k', 'v'}: [L, B, S, K, H], rotary positions already applied to k. Of unstacked layers: a tuple
@@ -43,9 +43,11 @@ class Attention(nn.Module):
         q, k, v = (
             sharding.constrain(project(name, heads), "batch", None, "tensor", None)
             for name, heads in (
-                ("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads)
+                ("q", cfg.num_heads),
+                ("k", cfg.num_kv_heads),
+                ("v", cfg.num_kv_heads),
             )
-        )  # fmt: skip
+        )
         q = layers.rope(q, positions, cfg.rope_theta)
         k = layers.rope(k, positions, cfg.rope_theta)
         new = {"k": k, "v": v}

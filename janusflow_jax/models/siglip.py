@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from janusflow_jax import sharding
 from janusflow_jax.config import SiglipConfig
 from janusflow_jax.models import layers
+from janusflow_jax.parallel import sharding
 
 
 class Attention(nn.Module):

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from janusflow_jax import sharding
+from janusflow_jax.parallel import sharding
 
 BLOCK = 512
 """Positions of a block of queries or keys; shorter rows use their own length."""
@@ -72,8 +72,6 @@ def _local(q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool) ->
 def _kernel(length: int, heads: int, interpret: bool) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask as masks,
     )
 
@@ -83,9 +81,14 @@ def _kernel(length: int, heads: int, interpret: bool) -> Any:
         head_shards=1,
         q_seq_shards=1,
         block_sizes=kernels.BlockSizes(
-            block_q=block, block_kv=block, block_kv_compute=block,
-            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-            block_q_dq=block, block_kv_dq=block,
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
         ),
         interpret=interpret,
-    )  # fmt: skip
+    )

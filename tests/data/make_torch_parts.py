@@ -35,10 +35,16 @@ def save(model: torch.nn.Module, name: str, config: dict, drop: str = "") -> Non
 def main() -> None:
     torch.manual_seed(0)
     sizes = {
-        "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 616,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 128,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 616,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 128,
+    }
     theta = 5000.0
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -51,10 +57,15 @@ def main() -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": theta}
     save(llama, "llama", config | sizes, drop="lm_head.weight")
     sizes = {
-        "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 32, "patch_size": 16, "hidden_act": "gelu",
+        "hidden_size": 32,
+        "intermediate_size": 72,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+        "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
-    }  # fmt: skip
+    }
     siglip = SiglipVisionModel(SiglipVisionConfig(**sizes, attn_implementation="eager")).eval()
     randomise(siglip)
     save(siglip, "siglip", {"model_type": "siglip_vision_model"} | sizes)

@@ -1,0 +1,137 @@
+"""Plots of docs/small_scale.md and docs/finetuning.md from their stored numbers (extra plots)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib  # pyright: ignore[reportMissingImports]
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
+from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
+from experiments import small_scale_tables as tables
+
+COLOURS = {letter: f"C{i}" for i, letter in enumerate(tables.LETTERS)}
+DPI = 80
+DOTS = (
+    "percentile",
+    "hue",
+    "heldout_pairs_exact",
+    "alignment",
+    "frechet",
+    "heldout_pairs_words",
+)
+COLUMNS = 3
+SWEPT = {"percentile": "o-", "hue": "s--", "alignment": "^:"}
+LOSSES = {"loss_rf": "flow loss (RF)", "loss_ar": "caption loss (AR)"}
+
+
+def draw(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes all plots as PNG; the files."""
+    made = {"letters": letters(found), "curves": curves(found), "sweeps": sweeps(found)}
+    files = []
+    for name, figure in made.items():
+        files.append(folder / f"small_scale_{name}.png")
+        save(figure, files[-1])
+    return files
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a plot as PNG without time or version in it: drawn again it is the same."""
+    figure.savefig(file, dpi=DPI, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def letters(found: dict[str, Any]) -> Figure:
+    """A dot for every run, a line for the mean of a letter, a panel for every score."""
+    keys = [k for k in DOTS if any(tables.of_letter(found, x, k) for x in tables.LETTERS)]
+    figure, axes = _panels(len(keys))
+    for axis, key in zip(axes, keys, strict=True):
+        score = tables.BY_KEY[key]
+        for x, letter in enumerate(tables.LETTERS):
+            values = tables.of_letter(found, letter, key)
+            if values:
+                mean = sum(values) / len(values)
+                axis.hlines(mean, x - 0.25, x + 0.25, color=COLOURS[letter], linewidth=2)
+                axis.plot([x] * len(values), values, "o", color=COLOURS[letter], markersize=5)
+        axis.set_xticks(range(len(tables.LETTERS)), list(tables.LETTERS))
+        axis.set_xlim(-0.6, len(tables.LETTERS) - 0.4)
+        axis.set_title(score.words, fontsize=9)
+    return figure
+
+
+def curves(found: dict[str, Any]) -> Figure:
+    """Losses by share of the run, a line for every run."""
+    figure, axes = _panels(len(LOSSES))
+    for axis, (loss, title) in zip(axes, LOSSES.items(), strict=True):
+        labelled = set()
+        for name, curve in found["curves"].items():
+            if loss not in curve:
+                continue
+            share = [x / curve["step"][-1] for x in curve["step"]]
+            label = None if name[0] in labelled else name[0]
+            labelled.add(name[0])
+            colour = COLOURS[name[0]]
+            axis.plot(share, curve[loss], color=colour, linewidth=0.8, label=label)
+        axis.set_title(f"{title}, running mean", fontsize=9)
+        axis.set_xlabel("share of the run")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def sweeps(found: dict[str, Any]) -> Figure:
+    """Painting scores of F by guidance and by steps."""
+    figure, axes = _panels(2)
+    for axis, (sweep, title) in zip(
+        axes, {"guidance": "guidance w", "steps": "Euler steps"}.items(), strict=True
+    ):
+        points = found["sweeps"][sweep]
+        places = sorted({x["value"] for x in points})
+        there = [k for k in SWEPT if any(k in x["scores"] for x in points)]
+        for key in there:
+            per_place = [
+                [x["scores"][key]["score"] for x in points if x["value"] == place]
+                for place in places
+            ]
+            means = [sum(x) / len(x) for x in per_place]
+            axis.plot(places, means, SWEPT[key], label=tables.BY_KEY[key].words, markersize=4)
+            low, high = [min(x) for x in per_place], [max(x) for x in per_place]
+            axis.fill_between(places, low, high, alpha=0.15)
+        axis.set_xlabel(title)
+        axis.set_ylim(0.4, 1.3)  # shares and cosines; the legend above them
+        if points:
+            axis.legend(fontsize=7, loc="upper center")
+    return figure
+
+
+def forgetting(found: dict[str, Any], kinds: dict[str, str], losses: dict[str, str]) -> Figure:
+    """Held-out losses of fine-tuning by step, a line for every run (experiments/forgetting.py)."""
+    figure, axes = _panels(len(losses))
+    for axis, (loss, title) in zip(axes, losses.items(), strict=True):
+        for colour, (kind, words) in enumerate(kinds.items()):
+            runs = [x["curve"] for name, x in found["runs"].items() if name.startswith(kind)]
+            for i, curve in enumerate(runs):
+                label = None if i else words
+                axis.plot(curve["step"], curve[loss], color=f"C{colour}", label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of COLUMNS."""
+    rows, columns = -(-count // COLUMNS), min(count, COLUMNS)
+    size = (3.4 * columns + 0.5, 2.9 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="tight", squeeze=False)
+    axes = list(grid.ravel())
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes[:count]:
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=8)
+    return figure, axes[:count]

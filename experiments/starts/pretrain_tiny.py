@@ -1,0 +1,159 @@
+"""Pretrains the quick start's SigLIP and LLM by captioning OpenMoji, and saves them as a start.
+
+    python experiments/starts/pretrain_tiny.py --data data/openmoji --out starts/emoji_llm
+
+Real runs start from SigLIP and an LLM that others trained. At this size nobody has any, so this
+tool makes them with the project's own train step: understanding rows only, next-token loss on the
+captions, everything between pixels and words trained. A drawing takes SigLIP many more looks than
+the LLM needs captions, so a first run teaches it under a much smaller LLM, which is five times as
+fast; a second run teaches the LLM, and both go on. The result is a model folder with the parts
+llm, und_encoder, und_aligner and und_begin (bfloat16) and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from janusflow_jax import config as c, pipeline, train
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.data import chat_format
+from janusflow_jax.eval import previews
+from janusflow_jax.openmoji import build as openmoji_build, tokenizer as openmoji_tokenizer
+
+PARTS = ("llm", "und_encoder", "und_aligner", "und_begin")
+
+
+def small_reader() -> c.ModelConfig:
+    """The quick start's SigLIP under a language model with an eleventh of its parameters."""
+    model = c.model_config("emoji")
+    model.name = "emoji-reader"
+    model.llm = dataclasses.replace(
+        model.llm, width=64, mlp_width=176, num_layers=2, num_heads=2, num_kv_heads=2
+    )
+    model.repa = dataclasses.replace(model.repa, layer=1)
+    return model
+
+
+def make_config(
+    args: argparse.Namespace, hub: str, name: str, model: c.ModelConfig, form: str, steps: int
+) -> c.TrainConfig:
+    """An understanding-only run. Fresh parts are the point of it, hence `allow_fresh`."""
+    source = c.SourceConfig(name="describe", path=args.data, task="understand", format=form)
+    row_len, slots = {"plain": (144, 4), "chat": (160, 2)}[form]  # whole samples, little padding
+    return c.TrainConfig(
+        name=name,
+        workdir=f"{args.workdir}/{name}",
+        model=model,
+        data=c.DataConfig(
+            sources=(source,), row_len=row_len, gen_slots=0, und_slots=slots, seed=args.seed
+        ),
+        optim=c.OptimConfig(
+            name="muon",
+            lr=args.lr,
+            warmup_steps=50,
+            decay_steps=steps // 2,
+            ema=0.995,
+            weight_decay=0.05,
+        ),
+        loss=c.LossConfig(rf_weight=0.0, repa_weight=0.0),
+        tokenizer=hub,
+        allow_fresh=True,
+        train_parts=PARTS,
+        batch_rows=args.batch_rows,
+        num_steps=steps,
+        seed=args.seed,
+        remat=False,
+        log_every_steps=50,
+        save_every_steps=1000,
+    )
+
+
+def make_tokenizer(out: str) -> None:
+    """Trains the tokenizer on the captions and the fixed words of the chat, into `out`."""
+    model = c.model_config("emoji")
+    openmoji_tokenizer.train_tokenizer(
+        openmoji_build.tokenizer_texts(),
+        model.llm.vocab_size,
+        out,
+        model.num_image_tokens,
+        model.image_size,
+    )
+
+
+def run(cfg: c.TrainConfig) -> str:
+    """Trains to the last step and returns the workdir; ends the tool when told to stop before."""
+    workdir = train.train(cfg)
+    if model_folder.committed_steps(workdir)[-1] < cfg.num_steps:
+        sys.exit("stopped before the last step: run the same command again to go on")
+    return workdir
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--data", default="data/openmoji")
+    p.add_argument("--out", default="starts/emoji_llm")
+    p.add_argument("--workdir", default="runs/pretrain_tiny")
+    p.add_argument("--encoder-steps", type=int, default=2400, help="with the small LLM")
+    p.add_argument("--steps", type=int, default=500, help="with the quick start's LLM")
+    p.add_argument("--batch-rows", type=int, default=16)
+    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--overwrite", action="store_true")
+    args = p.parse_args(argv)
+    began = time.time()
+    hub = epath.Path(args.workdir).resolve() / "tokenizer"
+    if not (hub / "tokenizer.json").exists():
+        make_tokenizer(str(hub))
+    reader = make_config(args, str(hub), "encoder", small_reader(), "plain", args.encoder_steps)
+    first = run(reader)
+    cfg = make_config(args, str(hub), "llm", c.model_config("emoji"), "chat", args.steps)
+    cfg.init = (("und_encoder", first),)
+    workdir = run(cfg)
+    loaded = model_folder.load_model(workdir, weights="ema")
+    chat = chat_format.ChatFormat.load(str(hub))
+    small = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)  # noqa: E731
+    parts = {n: small(tree) for n, tree in (loaded.params or {}).items() if n in PARTS}
+    model = pipeline.JanusFlowPipeline(cfg.model, loaded.params, {}, chat)
+    scores = {}
+    for split in ("heldout_pairs", "heldout_views"):
+        source = c.SourceConfig(name=split, path=args.data, split=split)
+        lines = previews.caption_source(model, source, 200)
+        scores[split] = sum(x["answer"] in x["captions"] for x in lines) / len(lines)
+        print(f"{split}: {scores[split]:.3f} of captions exact (200 pictures)")
+    extra = {
+        "made_by": "experiments/starts/pretrain_tiny.py",
+        "exact_captions": scores,
+        "steps": args.steps,
+    }
+    model_folder.save_model(
+        args.out,
+        model_cfg=cfg.model,
+        params=parts,
+        vae=None,
+        hub_files=hub,
+        extra=extra,
+        overwrite=args.overwrite,
+    )
+    options = f"--encoder-steps {args.encoder_steps} --steps {args.steps}"
+    options += f" --batch-rows {args.batch_rows} --lr {args.lr}"
+    command = f"python experiments/starts/pretrain_tiny.py {options} --out starts/emoji_llm"
+    notice = openmoji_build.START_NOTICE.format(
+        title="The quick start's SigLIP and language model", command=command
+    )
+    (epath.Path(args.out) / "README.md").write_text(notice)
+    print(json.dumps(extra), f"{(time.time() - began) / 60:.1f} min, saved to {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (c.ConfigError, model_folder.CheckpointError) as error:
+        sys.exit(f"error: {error}")

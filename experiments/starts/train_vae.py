@@ -1,0 +1,210 @@
+"""Trains the quick start's VAE on OpenMoji, and saves it as a start.
+
+    python experiments/starts/train_vae.py --data data/openmoji --out starts/emoji_vae
+
+The architecture is SDXL's at small widths. Loss: L1 and squared error of pixels, L1 of their local
+means (colour) and of their differences between neighbours (edges), and a small KL term. JanusFlow
+multiplies latents by SDXL's 0.13025, so at the end the latent basis is changed exactly (an affine
+map per channel, folded into quant_conv and undone in post_quant_conv) to make the scaled latents
+of the training pictures zero-mean and of unit variance; reconstructions do not change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from PIL import Image
+
+from janusflow_jax import config as c
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.data import images, sources
+from janusflow_jax.models import vae
+from janusflow_jax.openmoji import build as openmoji_build
+from janusflow_jax.training import losses, optim
+
+EMA = 0.995
+
+
+def load_split(data: str, split: str, size: int) -> np.ndarray:
+    """All pictures of a split, uint8[N, size, size, 3]."""
+    source = sources.open_source(data, split)
+    pictures = (images.decode(source[i]["image"]) for i in range(len(source)))
+    return np.stack([images.for_generation(p, size) for p in pictures])
+
+
+def augment(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Mirrors half of the pictures."""
+    return jnp.where(jax.random.bernoulli(key, 0.5, (len(x), 1, 1, 1)), x[:, :, ::-1], x)
+
+
+def pool(x: jax.Array, size: int) -> jax.Array:
+    """Means over size x size squares."""
+    b, h, w, n = x.shape
+    return jnp.mean(x.reshape(b, h // size, size, w // size, size, n), axis=(2, 4))
+
+
+def loss_fn(
+    params: Any, x: jax.Array, key: jax.Array, cfg: c.VaeConfig, kl_weight: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """L1 + MSE + L1 of 4x4 and 8x8 means + edge L1 + KL. x: float32[B, H, W, 3] in [-1, 1].
+
+    With L1 on pixels alone, colours are learned long after outlines: a grey picture is its median.
+    """
+    module, variables = vae.Vae(cfg), {"params": params}
+    mean, logvar = module.apply(variables, x, method="encode")
+    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    error = module.apply(variables, z, method="decode") - x
+    edges = jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error, axis=2)))
+    kl = 0.5 * jnp.mean(jnp.sum(mean**2 + jnp.exp(logvar) - 1 - logvar, axis=(1, 2, 3)))
+    kl = kl / np.prod(x.shape[1:])
+    l1, mse = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
+    colour = jnp.mean(jnp.abs(pool(error, 4))) + jnp.mean(jnp.abs(pool(error, 8)))
+    loss = l1 + mse + colour + 0.25 * edges + kl_weight * kl
+    return loss, {"l1": l1, "mse": mse, "colour": colour, "edges": edges, "kl": kl}
+
+
+def standardise(params: Any, cfg: c.VaeConfig, pixels: np.ndarray) -> Any:
+    """Changes the latent basis so that scaled latents of `pixels` have mean 0 and std 1.
+
+    z' = (z - m) / (s * factor) for each channel; the posterior's std is divided as well. The
+    inverse goes into post_quant_conv, so decode(encode(x)) stays what it was.
+    """
+    encode = jax.jit(lambda p, x: vae.Vae(cfg).apply({"params": p}, x, method="encode"))
+    parts = [
+        encode(params, losses.to_float(jnp.asarray(pixels[i : i + 32]), jnp.float32))
+        for i in range(0, len(pixels), 32)
+    ]
+    mean = np.concatenate([np.asarray(p[0]) for p in parts]).reshape(-1, cfg.latent_channels)
+    var = np.concatenate([np.exp(p[1]) for p in parts]).reshape(-1, cfg.latent_channels)
+    shift = jnp.asarray(mean.mean(0))
+    scale = jnp.asarray(np.sqrt(mean.var(0) + var.mean(0))) * cfg.scaling_factor
+    params = jax.tree.map(lambda x: x, params)
+    quant, post = params["quant_conv"], params["post_quant_conv"]
+    n = cfg.latent_channels
+    kernel, bias = quant["kernel"], quant["bias"]
+    params["quant_conv"] = {
+        "kernel": kernel.at[:, :n].set(kernel[:, :n] / scale),
+        "bias": jnp.concatenate([(bias[:n] - shift) / scale, bias[n:] - 2 * jnp.log(scale)]),
+    }
+    params["post_quant_conv"] = {
+        "kernel": post["kernel"] * scale[:, None],
+        "bias": post["bias"] + shift @ post["kernel"],
+    }
+    return params
+
+
+def psnr(params: Any, cfg: c.VaeConfig, pixels: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean PSNR in dB of reconstructions (posterior mean), and the reconstructions uint8."""
+    run = jax.jit(lambda p, x: vae.Vae(cfg).apply({"params": p}, x))
+    out, ratio = [], []
+    for i in range(0, len(pixels), 32):
+        x = losses.to_float(jnp.asarray(pixels[i : i + 32]), jnp.float32)
+        y = jnp.clip(run(params, x), -1, 1)
+        mse = np.asarray(jnp.mean((x - y) ** 2, axis=(1, 2, 3))) / 4
+        ratio.append(-10 * np.log10(np.maximum(mse, 1e-10)))
+        out.append(np.asarray(jnp.round((y + 1) * 127.5)).astype(np.uint8))
+    return float(np.concatenate(ratio).mean()), np.concatenate(out)
+
+
+def save_comparison(path: epath.Path, pixels: np.ndarray, again: np.ndarray) -> None:
+    """A PNG: rows of originals over rows of their reconstructions."""
+    rows = []
+    for i in range(0, min(len(pixels), 48), 16):
+        rows += [np.concatenate(list(a[i : i + 16]), axis=1) for a in (pixels, again)]
+    with path.open("wb") as f:
+        Image.fromarray(np.concatenate(rows)).save(f, "PNG")
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--data", default="data/openmoji")
+    p.add_argument("--out", default="starts/emoji_vae")
+    p.add_argument("--steps", type=int, default=3400)
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--kl-weight", type=float, default=5e-4)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--preview", default="runs/train_vae/preview.png")
+    p.add_argument("--overwrite", action="store_true")
+    args = p.parse_args(argv)
+    began = time.time()
+    model = c.model_config("emoji")
+    cfg = model.vae
+    pixels = load_split(args.data, "train", model.image_size)
+    print(f"{len(pixels)} training pictures, {time.time() - began:.1f} s", flush=True)
+    key = jax.random.key(args.seed)
+    params = vae.init_params(cfg, key)
+    # Muon is 4 dB ahead of Adam after the same minute: Adam learns outlines first, and hundreds of
+    # steps of grey pictures pass before colours (docs/decisions.md).
+    tx = optim.make_optimizer(
+        c.OptimConfig(
+            name="muon", lr=args.lr, b2=0.99, warmup_steps=60, decay_steps=args.steps - 60
+        ),
+        args.steps,
+    )
+
+    @jax.jit
+    def step(params: Any, ema: Any, opt: Any, x: jax.Array, n: jax.Array) -> Any:
+        a, b = jax.random.split(jax.random.fold_in(key, n))
+        x = augment(a, losses.to_float(x, jnp.float32))
+        grads, out = jax.grad(loss_fn, has_aux=True)(params, x, b, cfg, args.kl_weight)
+        updates, opt = tx.update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda e, q: EMA * e + (1 - EMA) * q, ema, params)
+        return params, ema, opt, out
+
+    ema, opt = params, tx.init(params)
+    rng = np.random.default_rng(args.seed)
+    order = np.concatenate(
+        [rng.permutation(len(pixels)) for _ in range(args.steps * args.batch // len(pixels) + 1)]
+    )
+    for n in range(args.steps):
+        x = pixels[order[n * args.batch : (n + 1) * args.batch]]
+        params, ema, opt, out = step(params, ema, opt, x, jnp.int32(n))
+        if (n + 1) % 50 == 0 or n == 0:
+            line = " ".join(f"{k} {float(v):.4f}" for k, v in out.items())
+            left = (time.time() - began) / (n + 1) * (args.steps - n - 1) / 60
+            print(f"step {n + 1}/{args.steps} {line} {left:.1f} min left", flush=True)
+    ema = standardise(ema, cfg, pixels[:: max(1, len(pixels) // 512)])
+    ema = jax.tree.map(lambda x: x.astype(jnp.bfloat16), ema)  # scored as shipped
+    shipped = jax.tree.map(lambda x: x.astype(jnp.float32), ema)
+    scores = {}
+    for split in ("heldout_pairs", "heldout_views"):
+        held = load_split(args.data, split, model.image_size)[::7]
+        scores[split], again = psnr(shipped, cfg, held)
+        print(f"{split}: PSNR {scores[split]:.2f} dB on {len(held)} pictures")
+    preview = epath.Path(args.preview)
+    preview.parent.mkdir(parents=True, exist_ok=True)
+    save_comparison(preview, held, again)
+    model_folder.save_model(
+        args.out,
+        model_cfg=model,
+        params=None,
+        vae=ema,
+        hub_files=None,
+        extra={
+            "made_by": "experiments/starts/train_vae.py",
+            "steps": args.steps,
+            "psnr_db": scores,
+        },
+        overwrite=args.overwrite,
+    )
+    command = f"python experiments/starts/train_vae.py --steps {args.steps} --out starts/emoji_vae"
+    notice = openmoji_build.START_NOTICE.format(title="The quick start's VAE", command=command)
+    (epath.Path(args.out) / "README.md").write_text(notice)
+    print(f"saved to {args.out} after {(time.time() - began) / 60:.1f} min; see {preview}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (c.ConfigError, model_folder.CheckpointError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,215 @@
+"""What a model is: the types of its parts, and the sizes by name. Standard library only.
+
+Read through `janusflow_jax.config`, which has all of it.
+"""
+
+import dataclasses
+from typing import Any
+
+STAGE_PARTS = (
+    "llm",
+    "und_encoder",
+    "und_aligner",
+    "und_begin",
+    "gen_encoder",
+    "gen_aligner",
+    "gen_norm",
+    "gen_head",
+    "gen_decoder",
+    "repa_head",
+    "repa_target",
+)
+"""The parts of the JanusFlow parameter tree, by top-level key. The VAE is a tree of its own. A
+model has no `und_encoder` where it shares the generation's, and a `repa_target` only where that
+is a SigLIP of its own (ablations B and C)."""
+
+PRETRAINED_PARTS = ("vae", "und_encoder", "llm", "repa_target")
+"""Parts that must have learned something before training starts (unless `allow_fresh`)."""
+
+UND_ENCODERS = ("siglip", "shared", "own")
+REPA_TARGETS = ("und_encoder", "siglip")
+
+
+class ConfigError(ValueError):
+    """A config that cannot work: the message names every problem and what to do."""
+
+
+def dataclass(cls: type) -> Any:
+    return dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)(cls)
+
+
+@dataclass
+class LlamaConfig:
+    vocab_size: int = 102400
+    width: int = 2048
+    mlp_width: int = 5632
+    num_layers: int = 24
+    num_heads: int = 16
+    num_kv_heads: int = 16
+    head_dim: int = 128
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+@dataclass
+class SiglipConfig:
+    image_size: int = 384
+    patch_size: int = 16
+    width: int = 1024
+    num_layers: int = 24  # blocks that are kept (select_layer already applied)
+    num_heads: int = 16
+    mlp_width: int = 4096
+    norm_eps: float = 1e-6
+    final_norm: bool = True
+    pixel_mean: tuple[float, ...] = ()
+    pixel_std: tuple[float, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass
+class GenConfig:
+    """The ConvNeXt encoder and decoder around the LLM, and the time embedding."""
+
+    width: int = 768
+    num_blocks: int = 2
+    patch_size: int = 2
+    norm_eps: float = 1e-6
+
+
+@dataclass
+class VaeConfig:
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    latent_channels: int = 4
+    scaling_factor: float = 0.13025
+    norm_eps: float = 1e-6
+
+    @property
+    def downscale(self) -> int:
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass
+class RepaConfig:
+    layer: int = 6  # LLM features after this many blocks
+    width: int = 2048
+
+
+@dataclass
+class ModelConfig:
+    name: str = "1p3b"
+    image_size: int = 384
+    llm: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+    und: SiglipConfig = dataclasses.field(default_factory=SiglipConfig)
+    gen: GenConfig = dataclasses.field(default_factory=GenConfig)
+    vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
+    repa: RepaConfig = dataclasses.field(default_factory=RepaConfig)
+    und_encoder: str = "siglip"  # | shared: VAE and generation encoder | own: a VAE and ConvNeXt
+    repa_target: str = "und_encoder"  # whose features REPA aligns with | siglip: one of its own
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent, in latent pixels."""
+        return self.image_size // self.vae.downscale
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.latent_size, self.latent_size, self.vae.latent_channels)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return (self.latent_size // self.gen.patch_size) ** 2
+
+    @property
+    def slot_len(self) -> int:
+        """Positions that an image takes: one begin (or time) embedding and its features."""
+        return 1 + self.num_image_tokens
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of STAGE_PARTS that this model has."""
+        lacks = set()
+        if self.und_encoder == "shared":
+            lacks.add("und_encoder")
+        if self.repa_target != "siglip":
+            lacks.add("repa_target")
+        return tuple(p for p in STAGE_PARTS if p not in lacks)
+
+
+def model_config(name: str, image_size: int = 0) -> ModelConfig:
+    """A model size by name.
+
+    Args:
+      name: one of MODEL_SIZES.
+      image_size: in pixels; 0 keeps the size's own.
+    Raises:
+      ConfigError: unknown name (lists the known).
+    """
+    if name not in MODEL_SIZES:
+        known = ", ".join(MODEL_SIZES)
+        raise ConfigError(f"model size: expected one of {known}; got {name!r}")
+    cfg = MODEL_SIZES[name]()
+    if image_size:
+        cfg.image_size = image_size
+        cfg.und.image_size = image_size
+    return cfg
+
+
+MODEL_SIZES = {
+    "test": lambda: ModelConfig(
+        name="test",
+        image_size=64,
+        llm=LlamaConfig(
+            vocab_size=640,
+            width=64,
+            mlp_width=176,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=16,
+        ),
+        und=SiglipConfig(image_size=64, width=48, num_layers=2, num_heads=3, mlp_width=192),
+        gen=GenConfig(width=32),
+        vae=VaeConfig(channels=(16, 16, 32, 32), norm_groups=8),
+        repa=RepaConfig(layer=2, width=96),
+    ),
+    "emoji": lambda: ModelConfig(
+        name="emoji",
+        image_size=64,
+        llm=LlamaConfig(
+            vocab_size=640,
+            width=192,
+            mlp_width=512,
+            num_layers=4,
+            num_heads=6,
+            num_kv_heads=6,
+            head_dim=32,
+        ),
+        und=SiglipConfig(
+            image_size=64, patch_size=16, width=96, num_layers=4, num_heads=3, mlp_width=384
+        ),
+        gen=GenConfig(width=192, patch_size=4),
+        vae=VaeConfig(channels=(16, 32, 64), layers_per_block=1, norm_groups=4),
+        repa=RepaConfig(layer=2, width=192),
+    ),
+    "small": lambda: ModelConfig(
+        name="small",
+        llm=LlamaConfig(
+            vocab_size=32000,
+            width=768,
+            mlp_width=2048,
+            num_layers=12,
+            num_heads=12,
+            num_kv_heads=12,
+            head_dim=64,
+        ),
+        und=SiglipConfig(width=384, num_layers=12, num_heads=6, mlp_width=1536),
+        gen=GenConfig(width=256),
+        repa=RepaConfig(layer=3, width=768),
+    ),
+    "1p3b": ModelConfig,
+}

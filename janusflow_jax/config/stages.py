@@ -1,0 +1,140 @@
+"""What the paper's three stages and six ablations share: sizes, sources, and their test twins.
+
+Source: arXiv 2411.07975 section 4 and SPEC section 4. Where the paper is silent (packed rows of
+4,096 positions, which shares the ratios are of) the choice is ours and said so there.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from janusflow_jax import config as c
+
+ADAPTED = tuple(p for p in c.STAGE_PARTS if p not in ("llm", "und_encoder"))
+"""What adaptation trains: all that is new. The language model and SigLIP stay as they came."""
+
+TEST = "seconds on a CPU: a tiny model on the quick start's data, through the same code"
+SIZE_256 = "256 px pictures instead of 384"
+ROW_LEN = 4096
+Shares = tuple[float | int, float | int]
+START = "models/start"
+OPENMOJI, OPENMOJI_HELDOUT = "data/openmoji", "heldout_pairs"
+"""What tools/prepare_openmoji.py makes, and the split of it that training does not see."""
+DATA = {"understand": "data/understand", "generate": "data/generate", "text": "data/text"}
+_FEATURES = {
+    "understand": "id, image, captions",
+    "generate": "id, image, captions",
+    "text": "id, text",
+}
+
+
+def sources(weights: Mapping[str, Shares], form: str) -> tuple[c.SourceConfig, ...]:
+    """One source a task, with its shares of positions before and after `data.change_row`."""
+    return tuple(
+        c.SourceConfig(
+            name=task,
+            path=DATA[task],
+            task=task,
+            format="plain" if task == "text" else form,
+            weight=float(before),
+            weight_after=float(after),
+        )
+        for task, (before, after) in weights.items()
+        if before or after > 0
+    )
+
+
+def stage(
+    names: set[str], weights: Mapping[str, Shares], form: str, **fields: object
+) -> c.TrainConfig:
+    """A 1.3B run on packed rows, with the values that all stages share.
+
+    Args:
+      names: config arguments that were given; '256' changes the size.
+      weights: task -> shares of positions (before, after the change; -1: the same).
+      form: chat | plain, of the sources with pictures.
+      fields: of TrainConfig.
+    """
+    model = c.model_config("1p3b", 256 if "256" in names else 384)
+    slots = ROW_LEN // (model.slot_len + 40)  # 40: a short prompt
+    generates, understands = (any(weights.get(t, (0, 0))) for t in ("generate", "understand"))
+    cfg = c.TrainConfig(
+        model=model,
+        data=c.DataConfig(
+            sources=sources(weights, form),
+            row_len=ROW_LEN,
+            gen_slots=slots if generates else 0,
+            und_slots=slots if understands else 0,
+        ),
+        mesh=c.MeshConfig(data=-1, fsdp=8, tensor=1),
+        made_by=made_by(),
+        dtype="bfloat16",
+        batch_rows=512,
+        log_every_steps=20,
+        save_every_steps=1000,
+        keep_checkpoints=3,
+    )
+    for name, value in fields.items():
+        setattr(cfg, name, value)
+    return cfg
+
+
+def made_by() -> tuple[tuple[str, str], ...]:
+    """For the paths above: what makes them."""
+    data = [
+        (
+            path,
+            f"python tools/prepare_data.py FORM INPUT --out {path} --tokenizer {START}/hub, "
+            f"to the features {_FEATURES[task]} (docs/data.md)",
+        )
+        for task, path in DATA.items()
+    ]
+    return (*data, (START, assemble(START)))
+
+
+def assemble(out: str) -> str:
+    """The command that makes a start from what people can download."""
+    return f"python tools/convert_checkpoint.py --llm DIR --siglip DIR --vae DIR --out {out}"
+
+
+def test_twin(cfg: c.TrainConfig, given: tuple[str, ...] = ()) -> c.TrainConfig:
+    """The same run at the size of a test: everything that is no size stays.
+
+    Steps, warm-up and the change of the mixture shrink to 4, 2 and the third step; the parts that
+    `start` would give are fresh, unless `--config.start` names a run. Held-out sources are measured
+    on few rows, in the middle too.
+
+    Args: given: folders that were asked for; all others become the quick start's.
+    """
+
+    def small(source: c.SourceConfig) -> c.SourceConfig:
+        if source.path in given:
+            return source
+        split = source.split if source.split == "train" else OPENMOJI_HELDOUT
+        return dataclasses.replace(source, path=OPENMOJI, split=split)
+
+    slots = 2
+    model = c.model_config("test")
+    cfg.model = dataclasses.replace(
+        model,
+        name=f"{cfg.model.name}-test",
+        und_encoder=cfg.model.und_encoder,
+        repa_target=cfg.model.repa_target,
+    )
+    cfg.data = dataclasses.replace(
+        cfg.data,
+        sources=tuple(small(s) for s in cfg.data.sources),
+        row_len=192,
+        gen_slots=slots if cfg.data.gen_slots else 0,
+        und_slots=slots if cfg.data.und_slots else 0,
+        change_row=16 if cfg.data.change_row else 0,
+    )
+    held = tuple(small(s) for s in cfg.evaluate.sources)
+    cfg.evaluate = dataclasses.replace(cfg.evaluate, sources=held, rows=8, every_steps=2)
+    cfg.optim = dataclasses.replace(cfg.optim, warmup_steps=2)
+    cfg.num_steps, cfg.batch_rows = 4, 8
+    cfg.log_every_steps = cfg.save_every_steps = 1
+    cfg.mesh = c.MeshConfig()
+    cfg.dtype = "float32"
+    cfg.start, cfg.allow_fresh, cfg.tokenizer = "", True, "starts/emoji_llm/hub"
+    cfg.prompts, cfg.sheet_num_steps = ("a red apple",), 2
+    return cfg

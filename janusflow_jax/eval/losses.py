@@ -1,0 +1,108 @@
+"""The held-out losses that a run measures on its way, of any model that is there."""
+
+from __future__ import annotations
+
+import copy
+import runpy
+import traceback
+from typing import Any
+
+import jax
+
+from janusflow_jax import config as config_lib
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import ConfigError, TrainConfig, checks as config_checks
+from janusflow_jax.data import chat_format
+from janusflow_jax.hub import adapters
+from janusflow_jax.parallel import sharding
+from janusflow_jax.training import heldout
+
+
+def read_config(path: str) -> TrainConfig:
+    """The config of 'configs/emoji.py:F', as for training.
+
+    Raises:
+      ConfigError: no such file, one that raises, no `get_config` in it, or a config that cannot
+        work.
+    """
+    file, _, arg = path.partition(":")
+    try:
+        cfg = runpy.run_path(file)["get_config"](arg or None)
+    except ConfigError:
+        raise  # says more than we could: an unknown argument
+    except Exception as error:  # anything: it is somebody's program
+        raised = traceback.extract_tb(error.__traceback__)
+        lines = [f"line {x.lineno}: " for x in raised if x.filename == file]
+        raise ConfigError(
+            f"--config: expected a file such as configs/emoji.py:F; got {path!r} "
+            f"({(lines or [''])[-1]}{type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(cfg, TrainConfig):
+        raise ConfigError(
+            f"--config: expected a file whose get_config returns a TrainConfig; {path!r} returns "
+            f"{type(cfg).__name__}"
+        )
+    config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
+    return cfg
+
+
+def measure(
+    path: str,
+    cfg: TrainConfig,
+    weights: str = "ema",
+    dtype: str | None = None,
+    adapter: str = "",
+) -> dict[str, float]:
+    """Held-out losses of a model on the sources of `cfg.evaluate`: 'paint_unseen/loss_rf' ...
+
+    Rows, noise, times, the row's length and the slots are the config's; the model's sizes and the
+    tokenizer are its own.
+
+    Args:
+      weights: of a run, 'ema' or 'params'.
+      dtype: of activations; None: the config's.
+      adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
+    Raises:
+      ConfigError: a config without held-out sources.
+      checkpoint.CheckpointError: no model, or one that lacks a part that a source's loss needs.
+      adapters.AdapterError: adapters of another base, or none there.
+    """
+    if not cfg.evaluate.sources:
+        raise ConfigError(
+            f"config {cfg.name!r}: expected evaluate.sources to measure on; got none "
+            "(docs/training.md, Held-out losses)"
+        )
+    loaded = model_folder.load_model(path, weights=weights)
+    _check_parts(path, loaded, cfg)
+    params = loaded.params or {}
+    if adapter:
+        params = {**params, "llm": adapters.apply(params.get("llm"), adapter)}
+    cfg = copy.deepcopy(cfg)
+    cfg.model = loaded.cfg
+    cfg.dtype = dtype or cfg.dtype
+    cfg.mesh = config_lib.MeshConfig()
+    chat = chat_format.ChatFormat.load(loaded.hub, num_image_tokens=cfg.model.num_image_tokens)
+    mesh = sharding.make_mesh(cfg.mesh)
+    to_host: Any = jax.device_get((params, loaded.vae or {}))
+    with jax.set_mesh(mesh):
+        params, vae = sharding.put_tree(to_host, sharding.tree_shardings(to_host, mesh))
+        state = {"params": params, "frozen": {}, "vae": vae, "ema": {}}
+        found = heldout.Heldout(cfg, mesh, chat).measure(state)
+    return {name.removeprefix(f"{heldout.RAW}/"): value for name, value in found.items()}
+
+
+def _check_parts(path: str, loaded: model_folder.LoadedModel, cfg: TrainConfig) -> None:
+    tasks = {s.task for s in cfg.evaluate.sources}
+    need = {"llm"}
+    if "generate" in tasks:
+        need |= {"vae", "gen_encoder", "gen_aligner", "gen_norm", "gen_head", "gen_decoder"}
+    if "understand" in tasks:
+        shared = loaded.cfg.und_encoder == "shared"
+        need |= {"und_aligner", "und_begin"}
+        need |= {"vae", "gen_encoder"} if shared else {"und_encoder"}
+    lacking = sorted(need - set(loaded.parts))
+    if lacking:
+        raise model_folder.CheckpointError(
+            f"{path}: held-out losses of {sorted(tasks)} need the parts {lacking}; it has "
+            f"{loaded.parts}"
+        )

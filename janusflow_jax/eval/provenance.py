@@ -1,0 +1,85 @@
+"""What was measured, as a report holds it: checksums of model and data, and the software."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from etils import epath
+
+from janusflow_jax.checkpoints import checksums, model_folder
+from janusflow_jax.hub import adapters, safetensors as safetensors_io
+
+
+def resolve(path: Any) -> epath.Path:
+    """The one folder that will be loaded: a run that trains on must not change it under us."""
+    folder = epath.Path(path)
+    if (folder / model_folder.MODEL_FILE).exists() or not (folder / "checkpoints").exists():
+        return folder
+    steps = model_folder.committed_steps(folder)
+    return folder / "checkpoints" / str(steps[-1]) if steps else folder
+
+
+def of(path: Any, adapter: Any = "") -> dict[str, str]:
+    """SHA-256 of everything that is loaded from a folder of `resolve`, and of an adapter.
+
+    `checksums.json` covers every file of a model or a checkpoint, `model.json` and `run.json` are
+    their configs, `base/checksums.json` covers what a checkpoint takes from its run's `base/` (VAE,
+    tokenizer, parts that were not trained), `adapter` an adapter's config and weights.
+    """
+    folder = epath.Path(path).resolve()
+    out = {}
+    for name in (checksums.SUMS_FILE, model_folder.MODEL_FILE, "run.json"):
+        if (folder / name).exists():
+            out[name] = sha256(folder / name)
+    base = folder.parent.parent / "base" / checksums.SUMS_FILE
+    if model_folder.MODEL_FILE not in out and base.exists():
+        out[f"base/{checksums.SUMS_FILE}"] = sha256(base)
+    return out | ({"adapter": of_adapter(adapter)} if adapter else {})
+
+
+def of_adapter(path: Any) -> str:
+    """SHA-256 over the config and the weights of an adapter's folder, in one file or in shards.
+
+    Raises:
+      OSError: a file is missing.
+    """
+    folder = epath.Path(path)
+    weights = safetensors_io.open_folder(folder, (adapters.WEIGHTS,)).files
+    return _hash([folder / adapters.CONFIG, *weights])
+
+
+def of_data(path: Any) -> dict[str, str]:
+    """SHA-256 over the names and contents of a data set's files, as `files_sha256`.
+
+    Raises:
+      ValueError: no such folder.
+    """
+    folder = epath.Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"--data: expected a folder of tools/prepare_openmoji.py; got {str(path)!r}, where "
+            "there is none"
+        )
+    files = sorted((x for x in folder.iterdir() if x.is_file()), key=lambda x: x.name)
+    return {"files_sha256": _hash(files)}
+
+
+def software() -> dict[str, str]:
+    """What numbers may depend on beside model, data and settings."""
+    return {"jax": jax.__version__, "backend": jax.default_backend()}
+
+
+def sha256(file: epath.Path) -> str:
+    """Of a small file; '' where there is none."""
+    return checksums.file_sha256(file) if file.exists() else ""
+
+
+def _hash(files: Iterable[epath.Path]) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode() + b"\0")
+        total.update(bytes.fromhex(checksums.file_sha256(file)))
+    return total.hexdigest()

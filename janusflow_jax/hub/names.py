@@ -1,0 +1,255 @@
+"""The published checkpoints' names and layouts, as tables of rules that are read both ways.
+
+Names: those of the released JanusFlow-1.3B, of diffusers' AutoencoderKL, of Hugging Face's Llama,
+and of SigLIP in timm's and in transformers' naming. `convert` moves the arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from janusflow_jax.config import ModelConfig, SiglipConfig, VaeConfig
+
+TOWER = "vision_und_enc_model.vision_tower."
+POOL = "attn_pool."
+"""SigLIP's pooling head: in the published files, used by nothing, kept for export."""
+
+OLD_VAE_NAMES = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
+"""Names of the VAE's attention before diffusers 0.17, which some files still have."""
+
+LLM_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$"
+"""Not weights: computed from the config; in some old files."""
+
+SIGLIP_OTHERS = (
+    r"(text\.|text_model\.|logit_(scale|bias)$|(vision_model\.)?embeddings\.position_ids$)"
+)
+"""The other half of a SigLIP folder: the text tower and the loss. The model has no use for it."""
+
+
+class Layout(NamedTuple):
+    """torch's array <-> ours."""
+
+    ours: Callable[[Any], Any]
+    torch: Callable[[Any], Any]
+
+
+LAYOUTS = {
+    "same": Layout(lambda x: x, lambda x: x),
+    "linear": Layout(lambda x: x.T, lambda x: x.T),  # [out, in]
+    "conv": Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW
+    "pointwise": Layout(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
+    "lead1": Layout(lambda x: x[0], lambda x: x[None]),  # [1, ...]
+    "lead3": Layout(lambda x: x[0, 0, 0], lambda x: x[None, None, None]),  # [1, 1, 1, C]
+}
+
+
+class Rule(NamedTuple):
+    """One published tensor: `name` has '{}' for the layer where ours is stacked over layers.
+
+    Several `paths` mean that the tensor is our arrays joined on its first axis (a fused qkv).
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    layout: str = "same"
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.name
+
+
+def _affine(name: str, path: str, layout: str = "linear") -> list[Rule]:
+    return [
+        Rule(f"{name}.weight", (f"{path}/kernel",), layout),
+        Rule(f"{name}.bias", (f"{path}/bias",)),
+    ]
+
+
+def _norm(name: str, path: str) -> list[Rule]:
+    return [Rule(f"{name}.weight", (f"{path}/scale",)), Rule(f"{name}.bias", (f"{path}/bias",))]
+
+
+def llm_rules(prefix: str = "", tied: bool = False) -> list[Rule]:
+    """A Llama of Hugging Face; JanusFlow's has the prefix 'language_model.'.
+
+    Args: tied: the head is the embedding table; the file has none, or one that does not count.
+    """
+    block, ours = f"{prefix}model.layers.{{}}", "llm/layers/block"
+    rules = [
+        Rule(f"{prefix}model.embed_tokens.weight", ("llm/embedding",)),
+        Rule(f"{prefix}model.norm.weight", ("llm/norm/scale",)),
+        Rule(f"{block}.input_layernorm.weight", (f"{ours}/attn_norm/scale",)),
+        Rule(f"{block}.post_attention_layernorm.weight", (f"{ours}/mlp_norm/scale",)),
+    ]
+    if not tied:
+        rules.append(Rule(f"{prefix}lm_head.weight", ("llm/head/kernel",), "linear"))
+    for part, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+        for n in names:
+            path = f"{ours}/{'attn' if part == 'self_attn' else part}/{n}/kernel"
+            rules.append(Rule(f"{block}.{part}.{n}_proj.weight", (path,), "linear"))
+    return rules
+
+
+def siglip_rules(prefix: str) -> list[Rule]:
+    """SigLIP in timm's naming; open_clip's has the prefix 'visual.trunk.', JanusFlow's TOWER."""
+    ours = "und_encoder"
+    block, our_block = f"{prefix}blocks.{{}}", f"{ours}/layers/block"
+    qkv = [f"{our_block}/attn/{n}" for n in "qkv"]
+    return [
+        Rule(f"{prefix}pos_embed", (f"{ours}/pos_embedding",), "lead1"),
+        *_affine(f"{prefix}patch_embed.proj", f"{ours}/patch_embed", "conv"),
+        *_norm(f"{block}.norm1", f"{our_block}/norm1"),
+        Rule(f"{block}.attn.qkv.weight", tuple(f"{p}/kernel" for p in qkv), "linear"),
+        Rule(f"{block}.attn.qkv.bias", tuple(f"{p}/bias" for p in qkv)),
+        *_affine(f"{block}.attn.proj", f"{our_block}/attn/o"),
+        *_norm(f"{block}.norm2", f"{our_block}/norm2"),
+        *_affine(f"{block}.mlp.fc1", f"{our_block}/mlp/fc1"),
+        *_affine(f"{block}.mlp.fc2", f"{our_block}/mlp/fc2"),
+        *_norm(f"{prefix}norm", f"{ours}/norm"),
+    ]
+
+
+def siglip_hf_rules(prefix: str) -> list[Rule]:
+    """SigLIP in transformers' naming; the prefix is 'vision_model.' or ''."""
+    ours = "und_encoder"
+    block, our_block = f"{prefix}encoder.layers.{{}}", f"{ours}/layers/block"
+    rules = [
+        Rule(f"{prefix}embeddings.position_embedding.weight", (f"{ours}/pos_embedding",)),
+        *_affine(f"{prefix}embeddings.patch_embedding", f"{ours}/patch_embed", "conv"),
+        *_norm(f"{prefix}post_layernorm", f"{ours}/norm"),
+    ]
+    for i in (1, 2):
+        rules += _norm(f"{block}.layer_norm{i}", f"{our_block}/norm{i}")
+        rules += _affine(f"{block}.mlp.fc{i}", f"{our_block}/mlp/fc{i}")
+    for n, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
+        rules += _affine(f"{block}.self_attn.{name}", f"{our_block}/attn/{n}")
+    return rules
+
+
+def pool_shapes(cfg: SiglipConfig, prefix: str = TOWER) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the pooling head's tensors, in timm's naming."""
+    width, mlp = cfg.width, cfg.mlp_width
+    shapes = {
+        "latent": (1, 1, width),
+        "q.weight": (width, width),
+        "q.bias": (width,),
+        "kv.weight": (2 * width, width),
+        "kv.bias": (2 * width,),
+        "proj.weight": (width, width),
+        "proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "mlp.fc1.weight": (mlp, width),
+        "mlp.fc1.bias": (mlp,),
+        "mlp.fc2.weight": (width, mlp),
+        "mlp.fc2.bias": (width,),
+    }
+    return {f"{prefix}{POOL}{n}": s for n, s in shapes.items()}
+
+
+HF_POOL = {
+    "head.probe": ("latent",),
+    "head.attention.in_proj_weight": ("q.weight", "kv.weight"),
+    "head.attention.in_proj_bias": ("q.bias", "kv.bias"),
+    "head.attention.out_proj.weight": ("proj.weight",),
+    "head.attention.out_proj.bias": ("proj.bias",),
+    **{
+        f"head.{theirs}.{n}": (f"{timm}.{n}",)
+        for theirs, timm in (("layernorm", "norm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))
+        for n in ("weight", "bias")
+    },
+}
+"""transformers' pooling head -> timm's names; two names are the tensor's rows, a third and two."""
+
+
+def _und_rules() -> list[Rule]:
+    return [
+        Rule("beg_of_und_embed", ("und_begin/embedding",), "lead1"),
+        *siglip_rules(TOWER),
+        *_affine("vision_und_enc_aligner", "und_aligner"),
+    ]
+
+
+def _gen_rules(num_blocks: int) -> list[Rule]:
+    enc, dec = "vision_gen_enc_model", "vision_gen_dec_model"
+    rules = [
+        *_affine(f"{enc}.in_conv", "gen_encoder/in_conv", "conv"),
+        *_affine(f"{enc}.time_embed.linear_1", "gen_encoder/time_embed/linear_1"),
+        *_affine(f"{enc}.time_embed.linear_2", "gen_encoder/time_embed/linear_2"),
+        *_affine("vision_gen_enc_aligner", "gen_aligner"),
+        Rule("vision_gen_dec_aligner_norm.weight", ("gen_norm/scale",)),
+        *_affine("vision_gen_dec_aligner", "gen_head"),
+        Rule(f"{dec}.input_norm.weight", ("gen_decoder/input_norm/scale",)),
+        Rule(f"{dec}.out_convs.0.norm.weight", ("gen_decoder/out_norm/scale",)),
+        *_affine(f"{dec}.out_convs.0.unpatch_conv", "gen_decoder/out_conv", "pointwise"),
+    ]
+    for module, part in ((enc, "gen_encoder"), (dec, "gen_decoder")):
+        for i in range(num_blocks):
+            name, path = f"{module}.mid_block.res_blocks.{i}", f"{part}/block_{i}"
+            rules += [
+                *_affine(f"{name}.depthwise", f"{path}/depthwise", "conv"),
+                Rule(f"{name}.norm.weight", (f"{path}/norm/scale",)),
+                *_affine(f"{name}.channelwise_linear_1", f"{path}/linear_1"),
+                Rule(f"{name}.channelwise_norm.weight", (f"{path}/grn/scale",), "lead3"),
+                Rule(f"{name}.channelwise_norm.bias", (f"{path}/grn/bias",), "lead3"),
+                *_affine(f"{name}.channelwise_linear_2", f"{path}/linear_2"),
+                *_affine(f"{name}.cond_embeds_mapper", f"{path}/film"),
+            ]
+    return rules
+
+
+def repa_rules() -> list[Rule]:
+    return [r for i in range(3) for r in _affine(f"repa_head.{2 * i}", f"linear_{i}")]
+
+
+def _resnet_rules(name: str, path: str, shortcut: bool) -> list[Rule]:
+    rules = []
+    for i in (1, 2):
+        rules += _norm(f"{name}.norm{i}", f"{path}/norm{i}")
+        rules += _affine(f"{name}.conv{i}", f"{path}/conv{i}", "conv")
+    if shortcut:
+        rules += _affine(f"{name}.conv_shortcut", f"{path}/shortcut", "pointwise")
+    return rules
+
+
+def vae_rules(cfg: VaeConfig) -> list[Rule]:
+    last = len(cfg.channels) - 1
+    rules = [
+        *_affine("quant_conv", "quant_conv", "pointwise"),
+        *_affine("post_quant_conv", "post_quant_conv", "pointwise"),
+    ]
+    sides = (
+        ("encoder", "down", "down_blocks", "downsample", cfg.channels, cfg.layers_per_block),
+        ("decoder", "up", "up_blocks", "upsample", cfg.channels[::-1], cfg.layers_per_block + 1),
+    )
+    for side, ours, theirs, resample, channels, layers in sides:
+        rules += _affine(f"{side}.conv_in", f"{side}/conv_in", "conv")
+        rules += _norm(f"{side}.conv_norm_out", f"{side}/norm_out")
+        rules += _affine(f"{side}.conv_out", f"{side}/conv_out", "conv")
+        for i in (0, 1):
+            name = f"{side}.mid_block.resnets.{i}"
+            rules += _resnet_rules(name, f"{side}/mid/resnet_{i}", False)
+        attn, our_attn = f"{side}.mid_block.attentions.0", f"{side}/mid/attn"
+        rules += _norm(f"{attn}.group_norm", f"{our_attn}/norm")
+        for n in ("to_q", "to_k", "to_v", "to_out.0"):
+            rules += _affine(f"{attn}.{n}", f"{our_attn}/{n[3]}")
+        for i, width in enumerate(channels):
+            before = channels[max(i - 1, 0)]
+            name, path = f"{side}.{theirs}.{i}", f"{side}/{ours}_{i}"
+            for j in range(layers):
+                shortcut = j == 0 and before != width
+                rules += _resnet_rules(f"{name}.resnets.{j}", f"{path}/resnet_{j}", shortcut)
+            if i < last:
+                rules += _affine(f"{name}.{resample}rs.0.conv", f"{path}/{resample}", "conv")
+    return rules
+
+
+def janusflow_rules(cfg: ModelConfig) -> list[Rule]:
+    """The table for the JanusFlow checkpoint: every name but the unused pooling head's."""
+    return llm_rules("language_model.") + _und_rules() + _gen_rules(cfg.gen.num_blocks)

@@ -1,0 +1,316 @@
+"""Makes caches of latents and SigLIP features, and checks that a run may use one.
+
+The form on disk is `data/latent_cache.py`'s. Every process takes shards of its own and runs the
+encoders on its own devices, so processes need not know of each other, and a killed one goes on
+where it stood: a shard that is there is done.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from janusflow_jax.config import ModelConfig, TrainConfig
+from janusflow_jax.data import cache as latent_cache, images, rows, samples, slots
+from janusflow_jax.data.cache import CacheError, Manifest
+from janusflow_jax.models import siglip, vae
+from janusflow_jax.parallel import processes, trees
+from janusflow_jax.training import losses, step as train_step
+
+Encode = Callable[[Any], dict[str, jax.Array]]
+VAE_ENCODER = ("encoder", "quant_conv")
+"""What of a VAE decides about latents: another decoder keeps a cache good."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """Parameters that encode; None: not asked for."""
+
+    cfg: ModelConfig
+    vae: Any
+    siglip: Any
+
+
+@dataclasses.dataclass
+class Report:
+    """What a process did."""
+
+    shards: int = 0
+    skipped_shards: int = 0  # were there
+    pictures: int = 0  # encoded
+    bad: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A crop, or a record: pixels that wait for the encoders, or the reason why there are none."""
+
+    crcs: list[int]
+    pixels: list[np.ndarray]
+    done: bytes = b""
+
+
+def plan(
+    records: Any,
+    encoders: Encoders,
+    *,
+    task: str,
+    split: str,
+    crops: int,
+    seed: int,
+    dtype: str,
+    computed_in: str,
+    shard_records: int,
+) -> Manifest:
+    """The manifest of a cache that these encoders would make."""
+    cfg, und = encoders.cfg, encoders.cfg.und
+    has_vae, has_siglip = encoders.vae is not None, encoders.siglip is not None
+    return Manifest(
+        task=task,
+        split=split,
+        records=len(records),
+        pictures=latent_cache.fingerprint(records),
+        image_size=cfg.image_size,
+        crops=crops,
+        seed=seed,
+        dtype=dtype,
+        computed_in=computed_in,
+        shard_records=shard_records,
+        vae=vae_digest(encoders.vae) if has_vae else "",
+        siglip=trees.digest(encoders.siglip) if has_siglip else "",
+        latent_shape=cfg.latent_shape if has_vae else (),
+        feature_shape=(und.num_tokens, und.width) if has_siglip else (),
+    )
+
+
+def vae_digest(params: Any) -> str:
+    """Digest of the parameters that a VAE's latents depend on."""
+    return trees.digest({name: params[name] for name in VAE_ENCODER})
+
+
+def make_encode(encoders: Encoders, manifest: Manifest, devices: list[Any]) -> Encode:
+    """The encoders, jitted: uint8[B, H, W, 3] split over `devices` -> {kind: [B, ...]}.
+
+    Values are 'latents' [B, 2, h, w, C] (mean, log-variance) and 'features' [B, S, E].
+    """
+    compute, stored = jnp.dtype(manifest.computed_in), latent_cache.DTYPES[manifest.dtype]
+    mesh = Mesh(np.array(devices), ("batch",))
+    whole = NamedSharding(mesh, P())
+    params = jax.device_put({"vae": encoders.vae, "siglip": encoders.siglip}, whole)
+
+    def encode(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
+        x, out = losses.to_float(pixels, compute), {}
+        if encoders.vae is not None:
+            module = vae.Vae(encoders.cfg.vae, compute)
+            both = module.apply({"params": params["vae"]}, x, method="encode")
+            out["latents"] = jnp.stack(both, axis=1).astype(stored)
+        if encoders.siglip is not None:
+            module = siglip.Siglip(encoders.cfg.und, compute)
+            out["features"] = module.apply({"params": params["siglip"]}, x).astype(stored)
+        return out
+
+    split = NamedSharding(mesh, P("batch"))
+    run = jax.jit(encode, in_shardings=(whole, split), out_shardings=split)
+    return lambda pixels: run(params, jax.device_put(pixels, split))
+
+
+def build(
+    records: Any,
+    folder: Any,
+    manifest: Manifest,
+    encode: Encode,
+    *,
+    batch: int,
+    process: int = 0,
+    num_processes: int = 1,
+    workers: int = 4,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Makes the shards of one process that are not there yet.
+
+    Args:
+      records: the open data set.
+      batch: pictures that `encode` takes at a time.
+      process: takes shards process, process + num_processes, ...
+      workers: threads that decode.
+    Raises:
+      CacheError: the folder holds another cache.
+      sources.SourceError: the store cannot be read.
+    """
+    latent_cache.start(folder, manifest)
+    mine = range(process, manifest.num_shards, num_processes)
+    todo = [k for k in mine if not latent_cache.is_done(folder, manifest, k)]
+    report = Report(skipped_shards=len(mine) - len(todo))
+    total = sum(len(manifest.shard_range(k)) for k in todo)
+    if report.skipped_shards:
+        say(f"{report.skipped_shards} of {len(mine)} shards are there already")
+    began = said = time.perf_counter()
+    done = before = 0
+    with futures.ThreadPoolExecutor(workers) as pool:
+        for k in todo:
+            found = _in_order(
+                pool, lambda i: _entries(records, manifest, i), manifest.shard_range(k), 2 * workers
+            )
+            with latent_cache.shard_writers(folder, manifest, k) as writers:
+                for entries in _encoded(found, encode, batch, manifest, report):
+                    for kind, writer in writers.items():
+                        for entry in entries:
+                            writer.write(entry[kind])
+                    done += 1
+                    now = time.perf_counter()
+                    if done == 1:  # what was compiled until then is no speed
+                        began, before = now, report.pictures
+                    if now - said > 10:
+                        said, seconds = now, max(now - began, 1e-9)
+                        speed = (report.pictures - before) / seconds
+                        left = seconds / max(done - 1, 1) * (total - done)
+                        say(
+                            f"{done:,} of {total:,} records, {speed:.1f} pictures/s, "
+                            f"{len(report.bad)} bad, {left / 60:.0f} min left"
+                        )
+            report.shards += 1
+    return report
+
+
+def _in_order(pool: Any, fn: Any, items: Iterable[int], ahead: int) -> Iterator[Any]:
+    """`pool.map` that keeps only so many results waiting."""
+    waiting: collections.deque[Any] = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(fn, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _entries(records: Any, manifest: Manifest, i: int) -> list[_Entry]:
+    """A record's entries: each of its crops, or one of all its pictures."""
+    try:
+        encoded = samples.images_of(records[i])
+        if not encoded:
+            raise samples.BadRecord("expected a picture; the record has none")
+        if manifest.task == "understand":
+            seen = [slots.whole(x, manifest.image_size) for x in encoded]
+            return [_Entry([zlib.crc32(x) for x in encoded], seen)]
+        crc, picture = zlib.crc32(encoded[0]), slots.to_crop(encoded[0], manifest.image_size)
+    except (images.BadImage, samples.BadRecord) as e:
+        return [_Entry([], [], latent_cache.bad_entry(str(e)))] * manifest.crops
+    out = []
+    for crop in range(manifest.crops):
+        if crop and picture.width == picture.height:
+            out.append(_Entry([], [], latent_cache.same_entry()))
+            continue
+        key = latent_cache.crop_key(manifest.seed, i, crop)
+        out.append(_Entry([crc], [images.for_generation(picture, manifest.image_size, key)]))
+    return out
+
+
+def _encoded(
+    found: Iterator[list[_Entry]], encode: Encode, batch: int, manifest: Manifest, report: Report
+) -> Iterator[list[dict[str, bytes]]]:
+    """Records' entries as they are written: kind -> bytes, for each entry of a record."""
+    first, second = itertools.tee(found)  # what batches read ahead waits in the second
+    values = _in_batches((x for r in first for e in r for x in e.pixels), encode, batch)
+    for record in second:
+        out = []
+        for entry in record:
+            got = [next(values) for _ in entry.pixels]
+            report.pictures += len(got)
+            out.append(
+                {
+                    kind: entry.done
+                    or latent_cache.entry(entry.crcs, [x[kind] for x in got], manifest.dtype)
+                    for kind in manifest.shapes
+                }
+            )
+        if record[0].done:
+            report.bad.append(latent_cache.reason(record[0].done))
+        yield out
+
+
+def _in_batches(
+    pixels: Iterator[np.ndarray], encode: Encode, batch: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Each picture's values, in order. One batch is on the device while the next is decoded."""
+    running: collections.deque[Any] = collections.deque()
+
+    def finish() -> Iterator[dict[str, np.ndarray]]:
+        count, out = running.popleft()
+        host = {kind: np.asarray(x) for kind, x in out.items()}
+        for i in range(count):
+            yield {kind: x[i] for kind, x in host.items()}
+
+    while some := list(itertools.islice(pixels, batch)):
+        padded = np.zeros((batch, *some[0].shape), np.uint8)  # always one shape
+        padded[: len(some)] = some
+        running.append((len(some), encode(padded)))
+        if len(running) > 1:
+            yield from finish()
+    while running:
+        yield from finish()
+
+
+def digests(cfg: TrainConfig, made: rows.Rows, params: Any) -> dict[str, str]:
+    """Digests of the SigLIPs that stand behind the caches of an opened mixture, by part."""
+    parts = {"und_encoder"} if made.slots.und is not None else set()
+    if made.slots.repa_cached:
+        parts.add(_target(cfg))
+    return {part: trees.digest(params[part]) for part in sorted(parts) if part in params}
+
+
+def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_params: Any) -> None:
+    """Raises CacheError when the caches of an opened mixture are of other encoders than this
+    run's, or of a SigLIP that this run trains.
+
+    Args: encoders: from `digests`; a part that is not in it is not compared, and that is told:
+      runs of older versions did not keep them.
+    """
+    problems = []
+    gen, und = made.slots.gen, made.slots.und
+    folders = {s.cfg.task: s.cfg.cache for s in made.sources if s.cfg.cache}
+
+    def same(task: str, name: str, got: str, want: str | None) -> None:
+        if want is None:
+            processes.say(
+                f"cache {folders[task]}: not compared with this run's {name}, which a run begun by "
+                "an older version did not note"
+            )
+        elif got != want:
+            problems.append(
+                f"cache {folders[task]}: expected one made by this run's {name} ({want[:12]}); "
+                f"got {got[:12] or 'none'}: make it with tools/cache_latents.py from the model "
+                "that this run starts from"
+            )
+
+    if gen is not None:
+        same("generate", "VAE", gen.vae, vae_digest(vae_params))
+    if made.slots.repa_cached:
+        assert gen is not None
+        part = _target(cfg)
+        if any(p.split("/")[0] == part for p in train_step.trained_paths(cfg)):
+            problems.append(
+                f"cache {folders['generate']}: holds features of a frozen SigLIP, and this run "
+                "trains it: expected --config.data.cached_features=False (the latents stay good)"
+            )
+        else:
+            same("generate", "SigLIP", gen.siglip, encoders.get(part))
+    if und is not None:
+        same("understand", "SigLIP", und.siglip, encoders.get("und_encoder"))
+    if problems:
+        raise CacheError("\n".join(["caches:", *(f"  - {p}" for p in problems)]))
+
+
+def _target(cfg: TrainConfig) -> str:
+    """The part whose features REPA aligns with."""
+    return "repa_target" if cfg.model.repa_target == "siglip" else "und_encoder"

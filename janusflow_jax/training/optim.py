@@ -1,0 +1,104 @@
+"""The optimizer and what is trainable: AdamW or Muon, clipping and warm-up by optax; EMA; freezing.
+
+A frozen part is an argument of the step, not a masked gradient: it takes no gradient and no
+optimizer memory (PROTOTYPES section 5).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from janusflow_jax.config import OptimConfig
+from janusflow_jax.parallel import sharding
+
+Tree = dict[str, Any]
+
+
+def schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up, then constant, then (if decay_steps) linear to 0 at the last step."""
+    parts = [optax.linear_schedule(cfg.lr / max(cfg.warmup_steps, 1), cfg.lr, cfg.warmup_steps)]
+    bounds = [cfg.warmup_steps]
+    parts.append(optax.constant_schedule(cfg.lr))
+    if cfg.decay_steps:
+        parts.append(optax.linear_schedule(cfg.lr, 0.0, cfg.decay_steps))
+        bounds.append(max(num_steps - cfg.decay_steps, cfg.warmup_steps))
+    return optax.join_schedules(parts, bounds)
+
+
+def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW or Muon.
+
+    Muon takes the kernels inside the parts; embeddings, the LLM's head, depthwise kernels, norms
+    and biases stay with AdamW at the same rate (`consistent_rms` gives both updates the same size).
+    """
+    rate = schedule(cfg, num_steps)
+    if cfg.name == "muon":
+        update = contrib.muon(
+            rate,
+            consistent_rms=1.0,
+            eps=cfg.eps,
+            weight_decay=cfg.weight_decay,
+            adam_b1=cfg.b1,
+            adam_b2=cfg.b2,
+            adam_weight_decay=cfg.weight_decay,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=cast(Any, muon_dimensions),
+        )
+    else:
+        update = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
+        if cfg.moments_dtype != "float32":
+            update = stored_as(update, cfg.moments_dtype)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
+
+
+def stored_as(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """The same optimizer with its moments kept in `dtype` between steps, rounded to nearest.
+
+    A moment that moves by less than half of bfloat16's last bit (2^-9 of it) stands still. At
+    b2 = 0.95 that is where squared gradients stay within 4 % of their average, 2 % of a step's
+    size; at 0.999 they would have to change threefold. optax's own `mu_dtype` is the first alone.
+    """
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(
+            lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        )
+
+    def init(params: Any) -> Any:
+        return cast(tx.init(params), dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new = tx.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(new, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def muon_dimensions(params: Tree) -> Tree:
+    """For every parameter its inputs and outputs as axes, or None where Muon is not meant."""
+
+    def dimensions(path: Any, x: Any) -> contrib.MuonDimensionNumbers | None:
+        name = sharding.path_name(path)
+        if not name.endswith("kernel") or name.endswith("llm/head/kernel") or x.ndim < 2:
+            return None
+        if x.ndim == 4:  # convolution: height, width and inputs to outputs; depthwise: none
+            return contrib.MuonDimensionNumbers((0, 1, 2), 3) if x.shape[2] > 1 else None
+        return contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)  # stacked layers lead
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def update_ema(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
+    """`ema + (1-d)(params-ema)` with d warmed up as (1+n)/(10+n), so early averages are not stuck
+    at the start."""
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1 - d) * (p - e), ema, params)
+
+
+def count_params(tree: Tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
