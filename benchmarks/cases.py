@@ -19,6 +19,7 @@ import janusflow_jax
 from benchmarks import models, timing
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.parallel import sharding
 from janusflow_jax.training import flops, losses, run_state, step as train_step
 
@@ -207,7 +208,7 @@ def train_steps(s: Setup) -> Iterator[Result]:
 def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
     model = c.model_config(s.size)
     batch, gen, und = models.rows(model, tasks, text)
-    parts = tuple(p for p in c.STAGE_PARTS if p != "und_encoder")
+    parts = tuple(p for p in c.MODEL_PARTS if p != "und_encoder")
     cfg = c.TrainConfig(
         model=model,
         data=c.DataConfig(
@@ -246,7 +247,7 @@ def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
         ways["torch"] = lambda: trainer.step(batch, gen, und, draws)
         mine, theirs = float(ours()["loss"]), ways["torch"]()
         note = f"first losses {mine:.4f}, {theirs:.4f}"
-    work = flops.count(batch, gen, und).flops(model, set(train_step.trained_paths(cfg)), False)
+    work = flops.count(batch, gen, und).flops(model, set(parts_lib.trained_paths(cfg)), False)
     positions = int((batch["segment_ids"] > 0).sum())
     case = f"train: {name}, {positions} positions"
     return Result(case, "rows", 1, timing.alternate(ways, s.rounds), work / 1e12, note=note)

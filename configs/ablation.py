@@ -66,7 +66,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         name="-".join(["ablation", *sorted(names)]),
         start=START,
         made_by=(*stages.made_by(), MADE_BY),
-        train_parts=tuple(p for p in c.STAGE_PARTS if p != "und_encoder" or letter == "C"),
+        train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder" or letter == "C"),
         optim=c.OptimConfig(lr=1e-4, warmup_steps=2000),
         num_steps=steps,
     )

@@ -96,7 +96,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
             ("und_encoder", "starts/emoji_llm"),
             ("llm", "starts/emoji_llm"),
         ),
-        train_parts=tuple(p for p in c.STAGE_PARTS if p != "und_encoder"),
+        train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder"),
         batch_rows=8,
         num_steps=steps,
         seed=1,  # 0 made the starts, and with it a fresh und_aligner would be half theirs
@@ -132,7 +132,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
             ("repa_target" if part == "und_encoder" else part, path) for part, path in cfg.init
         )
     if letter == "C":
-        cfg.train_parts = c.STAGE_PARTS
+        cfg.train_parts = c.MODEL_PARTS
     if letter == "D":
         cfg.data.sources, cfg.data.gen_slots, cfg.prompts = (understand,), 0, ()
         cfg.evaluate.sources = cfg.evaluate.sources[:1]

@@ -32,7 +32,7 @@ from janusflow_jax import config as c
 from janusflow_jax.config import stages
 
 MINE, REPLAY = "data/mine", "data/replay"
-PARTS = tuple(p for p in c.STAGE_PARTS if p not in ("und_encoder", "repa_head", "repa_target"))
+PARTS = tuple(p for p in c.MODEL_PARTS if p not in ("und_encoder", "repa_head", "repa_target"))
 PREPARE = (
     "python tools/prepare_data.py FORM INPUT --out {} --tokenizer START/hub --heldout 0.02 (of few "
     "pictures a larger share, so that split heldout has 16 or more: --heldout 0.2; with "

@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         form="plain",
         name="-".join(["pretrain", *sorted(names)]),
         start="-".join(["runs/adaptation", *sorted(names)]),
-        train_parts=tuple(p for p in c.STAGE_PARTS if p != "und_encoder"),
+        train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder"),
         optim=c.OptimConfig(lr=1e-4, warmup_steps=2000),
         num_steps=390_000,
     )

@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         form="chat",
         name="-".join(["sft", *sorted(names)]),
         start="-".join(["runs/pretrain", *sorted(names)]),
-        train_parts=c.STAGE_PARTS,
+        train_parts=c.MODEL_PARTS,
         optim=c.OptimConfig(lr=2e-5, warmup_steps=1000),
         batch_rows=256,
         num_steps=26_000,

@@ -21,23 +21,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import ModelConfig
+from janusflow_jax.config import ModelConfig, parts as parts_lib
 from janusflow_jax.data import chat_format, images as pictures_lib
 from janusflow_jax.hub import adapters
-from janusflow_jax.models import janusflow, llama, quantize, vae
+from janusflow_jax.models import encode, janusflow, llama, quantize, vae
 from janusflow_jax.parallel import compile_cache, sharding
 from janusflow_jax.sampling import image as image_sampling, inputs, text as text_sampling
-from janusflow_jax.training import losses
 
 CHUNK_TOKENS = 16
 MAX_BATCH = 16
 DTYPES = ("float32", "bfloat16")
-PAINTS = ("llm", "gen_encoder", "gen_aligner", "gen_norm", "gen_head", "gen_decoder")
-READS = {
-    "siglip": ("llm", "und_encoder", "und_aligner", "und_begin"),
-    "own": ("llm", "und_encoder", "und_aligner", "und_begin"),
-    "shared": ("llm", "vae", "gen_encoder", "und_aligner", "und_begin"),
-}
 """The parts that painting, and answering about pictures by each understanding encoder, need."""
 
 ImageLike = Any
@@ -149,7 +142,11 @@ class JanusFlowPipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         inputs.check_generate(prompts, num_steps, images_per_prompt, output)
-        self._need("painting", *PAINTS, *(["vae"] if output in ("pil", "numpy") else []))
+        self._need(
+            "painting",
+            *parts_lib.needed_to_generate(),
+            *(["vae"] if output in ("pil", "numpy") else []),
+        )
         total = len(prompts) * images_per_prompt
         if noise is None:
             seeds = inputs.picture_seeds(seed, len(prompts), images_per_prompt)
@@ -322,7 +319,7 @@ class JanusFlowPipeline:
                 pixels.append(pictures_lib.for_understanding(image, self.cfg.image_size))
         slots = None
         if pixels:
-            self._need("reading pictures", *READS[self.cfg.und_encoder])
+            self._need("reading pictures", *parts_lib.needed_to_understand(self.cfg))
             flat = inputs.fill(np.stack(pixels), inputs.batch_bucket(len(pixels)))
             slots = self._run(_read, self.model, self.params, self.vae, self._place(flat))
         # Room in the buffer comes in whole chunks and doubles, so that few sizes compile.
@@ -397,7 +394,7 @@ def _draw_noise(seeds: Any, shape: tuple[int, ...]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _read(model: Any, params: Any, vae_params: Any, pixels: Any) -> Any:
-    images = losses.understanding_input(vae_params, pixels, model.cfg, model.dtype)
+    images = encode.understanding_input(vae_params, pixels, model.cfg, model.dtype)
     return text_sampling.read_pictures(model, params, images, MAX_BATCH)
 
 
@@ -429,4 +426,4 @@ def _decode_vae(cfg: ModelConfig, dtype: str, params: Any, latents: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encode_vae(cfg: ModelConfig, dtype: str, params: Any, pixels: Any) -> Any:
-    return losses.encode_latents(params, pixels[:, None], None, cfg, jnp.dtype(dtype))[:, 0]
+    return encode.encode_latents(params, pixels[:, None], None, cfg, jnp.dtype(dtype))[:, 0]

@@ -26,6 +26,7 @@ from janusflow_jax.config import (
     TrainConfig,
     checks as config_checks,
     flags as flag_parser,
+    parts as parts_lib,
 )
 from janusflow_jax.data import cache as latent_cache, chat_format, lengths, loader, rows, sources
 from janusflow_jax.eval import previews
@@ -207,7 +208,7 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
     batches = run.data.batches(step * cfg.batch_rows, mine, counted)
     peak = cfg.peak_tflops or flops.peak_tflops(jax.devices()[0].device_kind)
     progress = metrics.Progress(cfg.num_steps, step, peak * jax.device_count())
-    trained = train_step.trained_parts(cfg)
+    trained = parts_lib.trained_parts(cfg)
     watch = guard.Guard(run.workdir, cfg.max_bad_steps, step)
     dog = health.Watchdog(cfg.watchdog_s, lambda: clock.phase, end=cfg.watchdog_exit)
     compiled, late = None, []

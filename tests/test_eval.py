@@ -248,7 +248,7 @@ class _Model(evaluate.pipeline.JanusFlowPipeline):
     """Paints the right drawing of every prompt."""
 
     def __init__(self):
-        parts = (*evaluate.pipeline.PAINTS, *evaluate.pipeline.READS["siglip"])
+        parts = config.MODEL_PARTS
         self.params, self.vae, self.source = dict.fromkeys(parts), {"decoder": None}, "it"
         self.cfg = config.model_config("emoji")
 

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from janusflow_jax import config as c
-from janusflow_jax.config import checks as config_checks
+from janusflow_jax.config import checks as config_checks, parts as parts_lib
 from janusflow_jax.planning import compile as plan_compile
-from janusflow_jax.training import heldout, step as train_step
+from janusflow_jax.training import heldout
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {
@@ -88,10 +88,10 @@ def test_what_an_argument_trains(arg, tasks, trained):
     cfg = config(arg)
     assert not config_checks.train_problems(cfg)
     assert [s.task for s in cfg.data.sources] == tasks
-    assert trained <= train_step.trained_parts(cfg) and (
-        "lora" not in arg or train_step.trained_parts(cfg) == set()
+    assert trained <= parts_lib.trained_parts(cfg) and (
+        "lora" not in arg or parts_lib.trained_parts(cfg) == set()
     )
-    assert "und_encoder" not in train_step.trained_parts(cfg)
+    assert "und_encoder" not in parts_lib.trained_parts(cfg)
     shares = [s.weight for s in cfg.data.sources]
     if "replay" in arg:
         kept = [s.weight for s in cfg.data.sources if s.name.startswith("replay")]
@@ -127,7 +127,7 @@ def test_a_run_that_trains_nothing_is_refused(parts):
         dataclasses.replace(cfg, train_parts=(*parts, "gen_head/kernel")),
         dataclasses.replace(cfg, lora=c.LoraConfig(rank=2)),
     ):
-        assert not config_checks.train_problems(fine) and train_step.trained_paths(fine)
+        assert not config_checks.train_problems(fine) and parts_lib.trained_paths(fine)
     reads = dataclasses.replace(config("read,test"), train_parts=("gen_head",))
     (said,) = config_checks.train_problems(reads)
     assert "(understand) reach: llm, und_encoder, und_aligner, und_begin;" in said

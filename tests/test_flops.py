@@ -14,7 +14,7 @@ from janusflow_jax.models import janusflow, vae
 from janusflow_jax.training import flops
 
 FULL = c.model_config("1p3b")
-TRAINED = set(c.STAGE_PARTS) - {"und_encoder"}
+TRAINED = set(c.MODEL_PARTS) - {"und_encoder"}
 
 
 def sample(positions: int, targets: int, gen: int, und: int) -> flops.Work:

@@ -262,7 +262,7 @@ def test_parts_are_read_one_after_another(tmp_path, monkeypatch):
             at += 1
         else:
             counts[x], at = at, 0
-    assert list(counts) == [*(p for p in config.STAGE_PARTS if p in parts), "vae"]
+    assert list(counts) == [*(p for p in config.MODEL_PARTS if p in parts), "vae"]
     assert counts["llm"] == 13 + 3 + 3 * 9  # the pooling head, which is small, comes first
     assert counts["und_begin"] == 1 and counts["vae"] == 244
 

@@ -259,7 +259,7 @@ def test_the_step_runs_only_the_encoders_that_no_cache_stands_for(cached):
 
 def test_a_sample_costs_what_the_spec_says_with_caches():
     full = c.model_config("1p3b")
-    trained = set(c.STAGE_PARTS) - {"und_encoder"}
+    trained = set(c.MODEL_PARTS) - {"und_encoder"}
     batch = {
         "segment_ids": np.ones((1, 657), np.int32),
         "target_mask": np.zeros((1, 657), bool),
@@ -356,7 +356,7 @@ def test_what_cannot_be_cached_is_refused():
         cfg.data, sources=(dataclasses.replace(cfg.data.sources[0], task="understand"),)
     )
     assert not problems(cfg)
-    cfg.train_parts = c.STAGE_PARTS
+    cfg.train_parts = c.MODEL_PARTS
     assert "where SigLIP trains" in problems(cfg)
     cfg.model = dataclasses.replace(cfg.model, und_encoder="own", repa_target="siglip")
     assert "model.und_encoder is 'own'" in problems(cfg)
@@ -399,7 +399,7 @@ def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode, ca
         encode_cache.check(cfg, made, other, encoders.vae)
     encode_cache.check(cfg, made, {}, encoders.vae)
     assert "gen: not compared with this run's SigLIP" in capsys.readouterr().out
-    cfg.train_parts = c.STAGE_PARTS
+    cfg.train_parts = c.MODEL_PARTS
     with pytest.raises(CacheError, match="data.cached_features=False"):
         encode_cache.check(cfg, made, ours, encoders.vae)
     encode_cache.check(

@@ -18,11 +18,11 @@ from test_train import config, fresh
 
 from janusflow_jax import config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import checks as config_checks
+from janusflow_jax.config import checks as config_checks, parts as parts_lib
 from janusflow_jax.hub import adapters, export as hub_export
 from janusflow_jax.models import janusflow, lora
 from janusflow_jax.parallel import sharding, trees
-from janusflow_jax.training import init as initialization, run_state, step as train_step
+from janusflow_jax.training import init as initialization, run_state
 from tools import export_checkpoint
 
 store = test_train.store  # a fixture
@@ -84,7 +84,7 @@ def test_the_base_takes_no_memory_of_the_optimizer():
         for part in ("attn/q", "attn/v", "mlp/down")
         for leaf in ("lora_a", "lora_b")
     }
-    assert train_step.trained_parts(cfg) == set()
+    assert parts_lib.trained_parts(cfg) == set()
     moments = [x for x in jax.tree.leaves(state["opt_state"]) if x.ndim]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in trained.values())
     assert {x.dtype for x in moments} == {jnp.dtype(jnp.bfloat16)}
@@ -224,7 +224,7 @@ def test_a_run_tells_what_of_its_adapters_trains(capsys):
     initialization.print_origins(cfg, plain, vae_params, dict.fromkeys([*plain, "vae"], "fresh"))
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("lora"))
     leaves = trees.flat({"llm": lora.add(plain["llm"], cfg.lora, jax.random.key(0))})
-    count = sum(leaves[name].size for name in lora.paths(cfg.lora))
+    count = sum(leaves[name].size for name in parts_lib.lora_paths(cfg.lora))
     assert line.split()[1:3] == [f"{count:,}"] * 2
 
 

@@ -12,6 +12,7 @@ from test_data_rows import MODEL, config, source, stores  # noqa: F401 - stores 
 
 from janusflow_jax.config import LossConfig
 from janusflow_jax.data import chat_format, rows
+from janusflow_jax.models import encode
 from janusflow_jax.sampling import flow, image as image_sampling
 from janusflow_jax.training import losses
 
@@ -123,7 +124,7 @@ def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(mad
     batch = stack([row])
     draws = losses.draw(KEY, batch, MODEL, LOSS, GEN)
     _, extras = jax.jit(sums)(params, vae_params, batch)
-    latents = losses.encode_latents(
+    latents = encode.encode_latents(
         vae_params, batch["images"][:, :GEN], draws["posterior"], MODEL, jnp.float32
     )
     z = flow.interpolate(latents, draws["noise"], draws["t"])

@@ -12,10 +12,10 @@ from test_train import config
 
 from janusflow_jax import cli, evaluate, generate
 from janusflow_jax.checkpoints import checksums, model_folder
+from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.eval import losses as eval_losses, provenance
 from janusflow_jax.hub import adapters
 from janusflow_jax.hub.safetensors import Made, write_folder
-from janusflow_jax.models import lora
 from janusflow_jax.training import heldout
 
 
@@ -110,7 +110,7 @@ def test_held_out_losses_are_those_of_the_adapter(golden_folder, tmp_path, monke
 
         def measure(self, state):
             q = state["params"]["llm"]["layers"]["block"]["attn"]["q"]
-            assert not any(lora.is_path(name) for name in q)
+            assert not any(parts_lib.is_lora_path(name) for name in q)
             kernels.append(np.asarray(q["kernel"]))
             return {"eval/a/loss_ar": float(np.abs(kernels[-1]).sum())}
 

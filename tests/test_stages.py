@@ -16,10 +16,14 @@ from published import to_model
 
 from janusflow_jax import config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import checks as config_checks, stages as config_stages
+from janusflow_jax.config import (
+    checks as config_checks,
+    parts as parts_lib,
+    stages as config_stages,
+)
 from janusflow_jax.data import packing, sources
 from janusflow_jax.hub import export as hub_export
-from janusflow_jax.models import janusflow, vae
+from janusflow_jax.models import encode, janusflow, vae
 from janusflow_jax.parallel import trees
 from janusflow_jax.training import losses, step as train_step
 
@@ -56,7 +60,7 @@ def test_a_stage_has_the_papers_values(stage, lr, warmup, steps, rows, frozen, m
     assert (cfg.optim.b1, cfg.optim.b2, cfg.optim.weight_decay) == (0.9, 0.95, 0)
     assert (cfg.optim.clip_norm, cfg.optim.ema, cfg.optim.decay_steps) == (1.0, 0.99, 0)
     assert (cfg.batch_rows, cfg.data.row_len, cfg.data.drop_prompt) == (rows, 4096, 0.1)
-    assert set(c.STAGE_PARTS) - set(cfg.train_parts) == frozen
+    assert set(c.MODEL_PARTS) - set(cfg.train_parts) == frozen
     assert [w for _, w in cfg.data.phases()] == mixture
     assert [s.task for s in cfg.data.sources] == ["understand", "generate", "text"][
         : len(mixture[0])
@@ -190,12 +194,12 @@ def test_an_ablation_has_the_papers_values(letter):
     )
     weights = {"D": [[30, 20], [14, 6]], "E": [[1]]}
     assert [w for _, w in cfg.data.phases()] == weights.get(letter, [[30, 50, 20], [14, 80, 6]])
-    trained = {p.split("/")[0] for p in train_step.trained_paths(cfg)}
+    trained = {p.split("/")[0] for p in parts_lib.trained_paths(cfg)}
     assert ("repa_head" in trained) == (letter not in "AD")
     assert ("und_encoder" in trained) == (letter == "C") and "repa_target" not in trained
     assert ("gen_decoder" in trained) == (letter != "D")
     assert ("und_aligner" in trained) == (letter != "E")
-    assert ("llm" in train_step.trained_paths(cfg)) == (letter != "E")
+    assert ("llm" in parts_lib.trained_paths(cfg)) == (letter != "E")
     shapes = janusflow.param_shapes(cfg.model)
     assert ("und_encoder" in shapes) == (letter != "B")
     assert ("repa_target" in shapes) == (letter in "BC")
@@ -209,8 +213,8 @@ def test_an_ablation_has_the_papers_values(letter):
 def test_the_quick_start_has_the_letters_too(letter):
     for cfg in (config("emoji", letter), config("emoji", f"{letter},test")):
         assert not config_checks.train_problems(cfg)
-        paper = {p.split("/")[0] for p in train_step.trained_paths(config("ablation", letter))}
-        assert {p.split("/")[0] for p in train_step.trained_paths(cfg)} == paper
+        paper = {p.split("/")[0] for p in parts_lib.trained_paths(config("ablation", letter))}
+        assert {p.split("/")[0] for p in parts_lib.trained_paths(cfg)} == paper
         assert cfg.model.parts == config("ablation", letter).model.parts
     cfg, whole = config("emoji", letter), config("emoji")
     wanted = {"D": ["understand"], "E": ["generate"]}.get(letter, ["understand", "generate"])
@@ -237,7 +241,7 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
     before = {**(given.params or {}), "repa_target": (given.params or {})["und_encoder"]}
     if letter == "C":
         before["und_encoder"] = {"vae": given.vae}
-    after, trained = model_folder.flat(now.params), train_step.trained_paths(cfg)
+    after, trained = model_folder.flat(now.params), parts_lib.trained_paths(cfg)
     compared = 0
     for name, x in model_folder.flat(before).items():
         if name not in after or x.shape != after[name].shape:
@@ -293,7 +297,7 @@ def test_small_pictures_taken_at_once_train_as_one_by_one(monkeypatch):
     }
 
     slots = []
-    over_slots = losses.over_slots
+    over_slots = encode.over_slots
     monkeypatch.setattr(
         losses, "over_slots", lambda fn, x, n=1: slots.append(n) or over_slots(fn, x, n)
     )
@@ -321,13 +325,13 @@ def test_small_pictures_taken_at_once_train_as_one_by_one(monkeypatch):
 
 
 def test_slots_at_once_keep_a_device_small():
-    assert losses.slots_at_once(8, 2, 16) == 2
-    assert losses.slots_at_once(8, 4, 16) == 2
-    assert losses.slots_at_once(8, 2, 15) == 1
-    assert losses.slots_at_once(1, 6, 0) == 1
-    own = losses.PIXELS_AT_ONCE // 384**2  # a VAE at full size: one slot of every row
-    assert losses.slots_at_once(1, 6, own) == 1
+    assert encode.slots_at_once(8, 2, 16) == 2
+    assert encode.slots_at_once(8, 4, 16) == 2
+    assert encode.slots_at_once(8, 2, 15) == 1
+    assert encode.slots_at_once(1, 6, 0) == 1
+    own = encode.PIXELS_AT_ONCE // 384**2  # a VAE at full size: one slot of every row
+    assert encode.slots_at_once(1, 6, own) == 1
 
 
 def test_the_parts_of_adaptation_are_all_but_the_pretrained():
-    assert set(config_stages.ADAPTED) == set(c.STAGE_PARTS) - {"llm", "und_encoder"}
+    assert set(config_stages.ADAPTED) == set(c.MODEL_PARTS) - {"llm", "und_encoder"}

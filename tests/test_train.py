@@ -18,6 +18,7 @@ from PIL import Image
 from experiments import small_scale
 from janusflow_jax import config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.data import chat_format, loader, rows, sources
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.parallel import sharding, trees
@@ -201,10 +202,10 @@ def test_the_compiled_step_holds_nothing_for_what_is_frozen():
     once; without the LLM's weight gradients it computes a quarter less."""
     size = lambda t: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t))  # noqa: E731
     flops = []
-    for train_parts in (c.STAGE_PARTS, ("gen_decoder", "llm/norm")):
+    for train_parts in (c.MODEL_PARTS, ("gen_decoder", "llm/norm")):
         cfg = config("x", train_parts=train_parts, remat=False)
         compiled, params, rest = compile_step(cfg)
-        trained, frozen = trees.split(params, train_step.trained_paths(cfg))
+        trained, frozen = trees.split(params, parts_lib.trained_paths(cfg))
         expected = 4 * size(trained) + size(frozen) + size(rest)
         got = compiled.memory_analysis().argument_size_in_bytes
         assert expected <= got < expected + 1024  # counters and alignment

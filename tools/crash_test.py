@@ -69,7 +69,7 @@ def tiny_config(data: str, workdir: str) -> Any:
         optim=c.OptimConfig(lr=1e-3, warmup_steps=2, ema=0.995),
         loss=c.LossConfig(time_shift=3.0),
         allow_fresh=True,
-        train_parts=tuple(p for p in c.STAGE_PARTS if p != "und_encoder"),
+        train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder"),
         tokenizer=str(ROOT / "starts" / "emoji_llm" / "hub"),
         batch_rows=BATCH_ROWS,
         num_steps=NUM_STEPS,

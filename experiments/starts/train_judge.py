@@ -25,14 +25,14 @@ from etils import epath
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import images, sources
-from janusflow_jax.models import vae
+from janusflow_jax.models import encode, vae
 from janusflow_jax.openmoji import (
     build as openmoji_build,
     judge,
     prompts as openmoji_prompts,
     scores as emoji,
 )
-from janusflow_jax.training import losses, optim
+from janusflow_jax.training import optim
 
 EMA = 0.995
 SHIFT = 4  # pixels
@@ -56,7 +56,7 @@ def round_trip(path: str, pictures: np.ndarray) -> np.ndarray:
     out = []
     for i in range(0, len(pictures), 32):
         x = np.pad(pictures[i : i + 32], ((0, max(0, i + 32 - len(pictures))), *[(0, 0)] * 3))
-        y = jnp.clip(run(params, losses.to_float(jnp.asarray(x), jnp.float32)), -1, 1)
+        y = jnp.clip(run(params, encode.to_float(jnp.asarray(x), jnp.float32)), -1, 1)
         out.append(np.asarray(jnp.round((y + 1) * 127.5)).astype(np.uint8))
     return np.concatenate(out)[: len(pictures)]
 
@@ -135,7 +135,7 @@ def train(
 
     @jax.jit
     def step(params: Any, ema: Any, opt: Any, x: jax.Array, want: jax.Array, n: jax.Array) -> Any:
-        x = augment(jax.random.fold_in(key, n), losses.to_float(x, jnp.float32))
+        x = augment(jax.random.fold_in(key, n), encode.to_float(x, jnp.float32))
         (loss, right), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x, want)
         updates, opt = tx.update(grads, opt, params)
         params = optax.apply_updates(params, updates)
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     views, view_labels, _ = load(args.data, "heldout_views", tower.image_size)
     new = [x for x, k in zip(pair_labels, known, strict=True) if not k]
     soft = np.asarray(
-        jnp.round((blurred(losses.to_float(jnp.asarray(views), jnp.float32)) + 1) * 127.5)
+        jnp.round((blurred(encode.to_float(jnp.asarray(views), jnp.float32)) + 1) * 127.5)
     )
     scores = {
         "heldout_views": accuracy(loaded, views, view_labels),

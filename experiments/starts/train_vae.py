@@ -26,9 +26,9 @@ from PIL import Image
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import images, sources
-from janusflow_jax.models import vae
+from janusflow_jax.models import encode, vae
 from janusflow_jax.openmoji import build as openmoji_build
-from janusflow_jax.training import losses, optim
+from janusflow_jax.training import optim
 
 EMA = 0.995
 
@@ -77,9 +77,9 @@ def standardise(params: Any, cfg: c.VaeConfig, pixels: np.ndarray) -> Any:
     z' = (z - m) / (s * factor) for each channel; the posterior's std is divided as well. The
     inverse goes into post_quant_conv, so decode(encode(x)) stays what it was.
     """
-    encode = jax.jit(lambda p, x: vae.Vae(cfg).apply({"params": p}, x, method="encode"))
+    run = jax.jit(lambda p, x: vae.Vae(cfg).apply({"params": p}, x, method="encode"))
     parts = [
-        encode(params, losses.to_float(jnp.asarray(pixels[i : i + 32]), jnp.float32))
+        run(params, encode.to_float(jnp.asarray(pixels[i : i + 32]), jnp.float32))
         for i in range(0, len(pixels), 32)
     ]
     mean = np.concatenate([np.asarray(p[0]) for p in parts]).reshape(-1, cfg.latent_channels)
@@ -106,7 +106,7 @@ def psnr(params: Any, cfg: c.VaeConfig, pixels: np.ndarray) -> tuple[float, np.n
     run = jax.jit(lambda p, x: vae.Vae(cfg).apply({"params": p}, x))
     out, ratio = [], []
     for i in range(0, len(pixels), 32):
-        x = losses.to_float(jnp.asarray(pixels[i : i + 32]), jnp.float32)
+        x = encode.to_float(jnp.asarray(pixels[i : i + 32]), jnp.float32)
         y = jnp.clip(run(params, x), -1, 1)
         mse = np.asarray(jnp.mean((x - y) ** 2, axis=(1, 2, 3))) / 4
         ratio.append(-10 * np.log10(np.maximum(mse, 1e-10)))
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     @jax.jit
     def step(params: Any, ema: Any, opt: Any, x: jax.Array, n: jax.Array) -> Any:
         a, b = jax.random.split(jax.random.fold_in(key, n))
-        x = augment(a, losses.to_float(x, jnp.float32))
+        x = augment(a, encode.to_float(x, jnp.float32))
         grads, out = jax.grad(loss_fn, has_aux=True)(params, x, b, cfg, args.kl_weight)
         updates, opt = tx.update(grads, opt, params)
         params = optax.apply_updates(params, updates)

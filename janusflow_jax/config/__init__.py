@@ -6,10 +6,10 @@ files use are here: `from janusflow_jax import config as c`.
 """
 
 from janusflow_jax.config.model import (
+    MODEL_PARTS,
     MODEL_SIZES,
     PRETRAINED_PARTS,
     REPA_TARGETS,
-    STAGE_PARTS,
     UND_ENCODERS,
     ConfigError,
     GenConfig,
@@ -40,6 +40,8 @@ from janusflow_jax.config.run import (
     to_dict,
 )
 
+STAGE_PARTS = MODEL_PARTS  # the name of 0.1; remove in 0.3
+
 __all__ = [
     "LORA_TARGETS",
     "MODEL_SIZES",
@@ -48,6 +50,7 @@ __all__ = [
     "REPA_TARGETS",
     "SOURCE_FIELDS",
     "STAGE_PARTS",
+    "MODEL_PARTS",
     "UND_ENCODERS",
     "ConfigError",
     "DataConfig",

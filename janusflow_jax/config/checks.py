@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from janusflow_jax.config import (
     LORA_TARGETS,
+    MODEL_PARTS,
     OPTIMIZERS,
     REPA_TARGETS,
-    STAGE_PARTS,
     UND_ENCODERS,
     ModelConfig,
     TrainConfig,
+    parts as parts_lib,
 )
 
 
@@ -135,8 +136,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
     )
     bad += lora_problems(cfg)
     bad += nothing_trained(cfg)
-    unknown = sorted(p for p in cfg.train_parts if p.split("/")[0] not in STAGE_PARTS)
-    check(not unknown, f"train_parts: expected {STAGE_PARTS} or paths below; got {unknown}")
+    unknown = sorted(p for p in cfg.train_parts if p.split("/")[0] not in MODEL_PARTS)
+    check(not unknown, f"train_parts: expected {MODEL_PARTS} or paths below; got {unknown}")
     parts = (*cfg.model.parts, "vae")
     unknown = sorted({p for p, _ in cfg.init} - {*parts})
     check(not unknown, f"init: expected names of {parts}; got {unknown}")
@@ -178,28 +179,13 @@ def train_problems(cfg: TrainConfig) -> list[str]:
     return bad + cache_problems(cfg)
 
 
-def reached_parts(cfg: TrainConfig) -> set[str]:
-    """The model's parts that the run's tasks and losses reach: no other can be trained."""
-    reads, makes = bool(cfg.data.und_slots), bool(cfg.data.gen_slots)
-    idle = {"repa_target"}  # a target is never trained by its own loss
-    if not (makes and cfg.loss.repa_weight):
-        idle.add("repa_head")
-    if not reads:
-        idle |= {"und_encoder", "und_aligner", "und_begin"}
-    if not makes:
-        idle |= {"gen_aligner", "gen_norm", "gen_head", "gen_decoder"}
-        if not (reads and cfg.model.und_encoder == "shared"):
-            idle.add("gen_encoder")
-    return {*cfg.model.parts} - idle
-
-
 def nothing_trained(cfg: TrainConfig) -> list[str]:
     """Why the run would train nothing; a part that is not reached may stand beside others."""
-    reached = reached_parts(cfg)
+    reached = parts_lib.reached_parts(cfg)
     if cfg.lora.rank or any(p.split("/")[0] in reached for p in cfg.train_parts):
         return []
     tasks = ", ".join(dict.fromkeys(s.task for s in cfg.data.sources)) or "none"
-    known = ", ".join(p for p in STAGE_PARTS if p in reached)
+    known = ", ".join(p for p in MODEL_PARTS if p in reached)
     return [
         f"train_parts: the run would train nothing: expected at least one part that its tasks "
         f"({tasks}) reach: {known}; or adapters (lora.rank above 0); got {cfg.train_parts}"

@@ -6,7 +6,7 @@ Read through `janusflow_jax.config`, which has all of it.
 import dataclasses
 from typing import Any
 
-STAGE_PARTS = (
+MODEL_PARTS = (
     "llm",
     "und_encoder",
     "und_aligner",
@@ -131,13 +131,13 @@ class ModelConfig:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of STAGE_PARTS that this model has."""
+        """The parts of MODEL_PARTS that this model has."""
         lacks = set()
         if self.und_encoder == "shared":
             lacks.add("und_encoder")
         if self.repa_target != "siglip":
             lacks.add("repa_target")
-        return tuple(p for p in STAGE_PARTS if p not in lacks)
+        return tuple(p for p in MODEL_PARTS if p not in lacks)
 
 
 def model_config(name: str, image_size: int = 0) -> ModelConfig:

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from janusflow_jax.config.model import (
-    STAGE_PARTS,
+    MODEL_PARTS,
     ConfigError,
     GenConfig,
     LlamaConfig,
@@ -151,7 +151,7 @@ class TrainConfig:
     made_by: tuple[tuple[str, str], ...] = ()  # (path, command that makes it), for messages
     tokenizer: str = ""  # folder with tokenizer and processor files; '': from init's model folder
     allow_fresh: bool = False
-    train_parts: tuple[str, ...] = STAGE_PARTS  # or paths below them: llm/layers/block/attn
+    train_parts: tuple[str, ...] = MODEL_PARTS  # or paths below them: llm/layers/block/attn
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     frozen_dtype: str = "float32"  # | bfloat16: what is not trained, in half the memory
     batch_rows: int = 512

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from janusflow_jax import config as c
 
-ADAPTED = tuple(p for p in c.STAGE_PARTS if p not in ("llm", "und_encoder"))
+ADAPTED = tuple(p for p in c.MODEL_PARTS if p not in ("llm", "und_encoder"))
 """What adaptation trains: all that is new. The language model and SigLIP stay as they came."""
 
 TEST = "seconds on a CPU: a tiny model on the quick start's data, through the same code"

@@ -11,7 +11,12 @@ import jax
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import ConfigError, TrainConfig, checks as config_checks
+from janusflow_jax.config import (
+    ConfigError,
+    TrainConfig,
+    checks as config_checks,
+    parts as parts_lib,
+)
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import adapters
 from janusflow_jax.parallel import sharding
@@ -95,11 +100,9 @@ def _check_parts(path: str, loaded: model_folder.LoadedModel, cfg: TrainConfig) 
     tasks = {s.task for s in cfg.evaluate.sources}
     need = {"llm"}
     if "generate" in tasks:
-        need |= {"vae", "gen_encoder", "gen_aligner", "gen_norm", "gen_head", "gen_decoder"}
+        need |= {"vae", *parts_lib.needed_to_generate()}
     if "understand" in tasks:
-        shared = loaded.cfg.und_encoder == "shared"
-        need |= {"und_aligner", "und_begin"}
-        need |= {"vae", "gen_encoder"} if shared else {"und_encoder"}
+        need |= {*parts_lib.needed_to_understand(loaded.cfg)}
     lacking = sorted(need - set(loaded.parts))
     if lacking:
         raise model_folder.CheckpointError(

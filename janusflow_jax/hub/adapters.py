@@ -22,12 +22,11 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums, model_folder
-from janusflow_jax.config import LORA_TARGETS, TrainConfig
+from janusflow_jax.config import LORA_TARGETS, TrainConfig, parts as parts_lib
 from janusflow_jax.hub import names as tensor_names, peft_config
 from janusflow_jax.hub.safetensors import LazyTensor, Made, open_folder, write_folder
 from janusflow_jax.models import lora
 from janusflow_jax.parallel import trees
-from janusflow_jax.training import step as train_step
 
 WEIGHTS, CONFIG = "adapter_model", peft_config.CONFIG
 BASE = "base_model.model."
@@ -66,7 +65,7 @@ def save(run: Any, out: Any, weights: str = "ema") -> str:
             f"{loaded.source}: expected a run with --config.lora.rank above 0; this one has no "
             "adapters: export the model itself"
         )
-    if more := sorted(train_step.trained_parts(cfg)):
+    if more := sorted(parts_lib.trained_parts(cfg)):
         raise AdapterError(
             f"{loaded.source}: has trained {more} too, which adapters alone do not hold; export "
             "the model itself (without --adapter-only)"
@@ -157,7 +156,7 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
             "kernel": kernels[i],
             "lora_a": a,
             "lora_b": b,
-            lora.SCALE: about.scale_of(module),
+            parts_lib.LORA_SCALE: about.scale_of(module),
         }
         kernels[i] = lora.merge(adapted)["kernel"]
     return trees.nested(leaves)
@@ -238,7 +237,7 @@ def _node(llm: dict[str, Any], target: str) -> dict[str, Any]:
 def _module(target: str, head: str = HEADS[0]) -> str:
     """The published path of a target, with '{}' for the layer."""
     named = {r.paths[0]: r.name for r in tensor_names.llm_rules()}
-    name = named[f"{lora.BLOCK}/{LORA_TARGETS[target]}/{target}/kernel"]
+    name = named[f"{parts_lib.LORA_BLOCK}/{LORA_TARGETS[target]}/{target}/kernel"]
     return head + name.removeprefix("model.").removesuffix(".weight")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import STAGE_PARTS, ConfigError, ModelConfig
+from janusflow_jax.config import MODEL_PARTS, ConfigError, ModelConfig
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import (
     configs as hub_configs,
@@ -186,7 +186,7 @@ def _parts(
 ) -> Iterator[tuple[str, Any]]:
     """One part after another, each read when it is asked for."""
     rules, shapes = convert.janusflow_rules(cfg), convert.published_shapes(cfg)
-    for part in (p for p in STAGE_PARTS if p in shapes):
+    for part in (p for p in MODEL_PARTS if p in shapes):
         say(f"{part} ...")
         expected = {part: shapes[part]}
         yield (

@@ -21,6 +21,7 @@ from janusflow_jax.parallel import sharding
 
 KERNEL = 7
 MAX_PERIOD = 10000.0
+TIMESTEP_SCALE = 1000.0
 
 
 def _shift_add(x: Array, kernel: Array) -> Array:
@@ -122,17 +123,17 @@ class Block(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoid (cosine half first) of the time step -> linear -> SiLU -> linear."""
+    """Sinusoid (cosine half first) of 1000 t -> linear -> SiLU -> linear, for t in [0, 1]."""
 
     sin_width: int
     width: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, timesteps: Float[Array, " B"]) -> Float[Array, "B D"]:
+    def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B D"]:
         half = self.sin_width // 2
         freq = jnp.exp(-math.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
-        angle = timesteps.astype(jnp.float32)[:, None] * freq
+        angle = (TIMESTEP_SCALE * t.astype(jnp.float32))[:, None] * freq
         x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1).astype(self.dtype)
         x = jax.nn.silu(layers.Linear(self.width, name="linear_1")(x))
         return layers.Linear(self.width, name="linear_2")(x)
@@ -147,11 +148,11 @@ class GenEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: Float[Array, "B H W C"], timesteps: Float[Array, " B"]
+        self, z: Float[Array, "B H W C"], t: Float[Array, " B"]
     ) -> tuple[Float[Array, "B h w G"], Float[Array, "B D"]]:
-        """Args: z: noisy latents; timesteps: 1000 * t. Returns: features, time embedding."""
+        """Args: z: noisy latents; t: times in [0, 1]. Returns: features, time embedding."""
         cfg = self.cfg
-        t_emb = TimeEmbedding(cfg.width, self.llm_width, self.dtype, name="time_embed")(timesteps)
+        t_emb = TimeEmbedding(cfg.width, self.llm_width, self.dtype, name="time_embed")(t)
         x = PatchConv(cfg.width, cfg.patch_size, name="in_conv")(z.astype(self.dtype))
         for i in range(cfg.num_blocks):
             x = Block(cfg, name=f"block_{i}")(x, t_emb)

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.models import convnext, layers, llama, siglip, vae
 from janusflow_jax.parallel import sharding
-from janusflow_jax.sampling import flow
 
 NONE, GENERATE, UNDERSTAND = 0, 1, 2
 
@@ -65,8 +64,7 @@ class LatentEncoder(nn.Module):
 
 def encode_clean(encoder: Any, latents: Float[Array, "B H W C"]) -> Float[Array, "B S G"]:
     """Features, row-major, of scaled latents without noise."""
-    times = jnp.full((len(latents),), flow.TIMESTEP_SCALE, jnp.float32)
-    features, _ = encoder(latents, times)
+    features, _ = encoder(latents, jnp.ones((len(latents),)))
     return features.reshape(len(latents), -1, features.shape[-1])
 
 
@@ -126,14 +124,14 @@ class JanusFlow(nn.Module):
         return jnp.concatenate([begin, features], axis=1)
 
     def generation_slot(
-        self, z: Float[Array, "B H W C"], timesteps: Float[Array, " B"]
+        self, z: Float[Array, "B H W C"], t: Float[Array, " B"]
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B h w G"], Float[Array, "B D"]]:
         """A slot's vectors for noisy latents, with what the decoder needs again.
 
-        Args: z: noisy latents; timesteps: 1000 * t.
+        Args: z: noisy latents; t: times in [0, 1].
         Returns: `[t_emb, aligned features]`, the encoder's features, t_emb.
         """
-        features, t_emb = self.gen_encoder(z, timesteps)
+        features, t_emb = self.gen_encoder(z, t)
         aligned = self.gen_aligner(features.reshape(len(z), -1, features.shape[-1]))
         return jnp.concatenate([t_emb[:, None], aligned], axis=1), features, t_emb
 

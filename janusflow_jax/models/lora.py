@@ -14,24 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janusflow_jax.config import LORA_TARGETS, LoraConfig
+from janusflow_jax.config import LORA_TARGETS, LoraConfig, parts
 
 Tree = dict[str, Any]
-TRAINED = ("lora_a", "lora_b")
-SCALE = "lora_scale"
-BLOCK = "llm/layers/block"
-
-
-def paths(cfg: LoraConfig) -> tuple[str, ...]:
-    """The leaves that training moves; none where there is no LoRA."""
-    if not cfg.rank:
-        return ()
-    return tuple(f"{BLOCK}/{LORA_TARGETS[t]}/{t}/{leaf}" for t in cfg.targets for leaf in TRAINED)
-
-
-def is_path(name: str) -> bool:
-    """Whether a leaf is an adapter's."""
-    return name.rpartition("/")[2] in (*TRAINED, SCALE)
 
 
 def add(llm: Tree, cfg: LoraConfig, key: jax.Array) -> Tree:
@@ -45,7 +30,7 @@ def add(llm: Tree, cfg: LoraConfig, key: jax.Array) -> Tree:
         adapter = {
             "lora_a": a,
             "lora_b": jnp.zeros((layers, cfg.rank, out)),
-            SCALE: jnp.full((layers,), cfg.alpha / cfg.rank),
+            parts.LORA_SCALE: jnp.full((layers,), cfg.alpha / cfg.rank),
         }
         block[part] = {**block[part], target: {**block[part][target], **adapter}}
     return {**llm, "layers": {**llm["layers"], "block": block}}
@@ -58,7 +43,8 @@ def merge(tree: Any) -> Any:
     if "lora_a" not in tree:
         return {name: merge(x) for name, x in tree.items()}
     kernel, a, b, scale = (
-        np.asarray(tree[n]).astype(np.float32) for n in ("kernel", *TRAINED, SCALE)
+        np.asarray(tree[n]).astype(np.float32)
+        for n in ("kernel", *parts.LORA_TRAINED, parts.LORA_SCALE)
     )
-    rest = {n: x for n, x in tree.items() if not is_path(n)}
+    rest = {n: x for n, x in tree.items() if not parts.is_lora_path(n)}
     return {**rest, "kernel": kernel + scale[..., None, None] * (a @ b)}

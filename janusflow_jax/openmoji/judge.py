@@ -27,10 +27,9 @@ from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import SiglipConfig
 from janusflow_jax.hub import safetensors as safetensors_io
-from janusflow_jax.models import layers, siglip
+from janusflow_jax.models import encode, layers, siglip
 from janusflow_jax.openmoji.scores import Label
 from janusflow_jax.parallel import trees
-from janusflow_jax.training import losses
 
 START = "starts/emoji_judge"
 FILE = "judge.json"
@@ -117,7 +116,7 @@ def indices(cfg: JudgeConfig, labels: Sequence[Label]) -> tuple[np.ndarray, np.n
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed_images(cfg: JudgeConfig, params: Any, images: Array) -> Array:
-    x = losses.to_float(images, jnp.float32)
+    x = encode.to_float(images, jnp.float32)
     return Judge(cfg).apply({"params": params}, x, method="embed_image")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from janusflow_jax import pipeline
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.data import sources
 from janusflow_jax.openmoji import judge, judged
 from janusflow_jax.openmoji.scores import Gallery, Label
@@ -22,7 +23,7 @@ def check_captions(
       ValueError: a split has fewer than two pictures.
     """
     has = {*model.params, *(["vae"] if model.vae else [])}
-    if lacking := sorted({*pipeline.READS[model.cfg.und_encoder]} - has):
+    if lacking := sorted({*parts_lib.needed_to_understand(model.cfg)} - has):
         raise model_folder.CheckpointError(
             f"captions: expected a model that reads pictures; {model.source or 'this one'} lacks "
             f"{lacking}: give --captions 0"

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from jax.interpreters import partial_eval
 
-from janusflow_jax.config import TrainConfig
+from janusflow_jax.config import TrainConfig, parts as parts_lib
 from janusflow_jax.models import splash
-from janusflow_jax.training import flops, step as train_step
+from janusflow_jax.training import flops
 
 
 def count(closed: Any, while_trips: float = 1.0, platform: str = "tpu") -> float:
@@ -145,7 +145,7 @@ def budget(cfg: TrainConfig, jaxpr: Any, head_positions: int, trips: float) -> B
       jaxpr: of the step with XLA's attention.
       head_positions: on which the head runs, over all devices: `trips` of its loop.
     """
-    trained = train_step.trained_parts(cfg)
+    trained = parts_lib.trained_parts(cfg)
     work = typical(cfg)
     rows, length = cfg.batch_rows, cfg.data.row_len
 

@@ -16,8 +16,6 @@ from jaxtyping import Array, Float
 Velocity = Callable[[Array, Array], tuple[Array, Array | None]]
 """(z [B,h,w,C], t []) -> conditional velocity, unconditional velocity or None."""
 
-TIMESTEP_SCALE = 1000.0
-
 
 def sample_time(key: Array, kind: str = "logit_normal", shift: float = 1.0) -> Float[Array, ""]:
     """One training time in (0, 1): logit-normal(0, 1) or uniform, then shifted.

@@ -75,7 +75,7 @@ def make_velocity(
     positions = repeat(positions)
 
     def velocity(z: Array, t: Array) -> tuple[Array, Array | None]:
-        times = jnp.full((len(z),), t * flow.TIMESTEP_SCALE, jnp.float32)
+        times = jnp.full((len(z),), t, jnp.float32)
         slot, features, t_emb = model.apply(run, z, times, method="generation_slot")
         hidden, _, _ = model.apply(
             run, repeat(slot), positions, mask, cache=cache, method="run_llm"

@@ -21,12 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from janusflow_jax.config import ModelConfig, TrainConfig
+from janusflow_jax.config import ModelConfig, TrainConfig, parts as parts_lib
 from janusflow_jax.data import cache as latent_cache, images, rows, samples, slots
 from janusflow_jax.data.cache import CacheError, Manifest
 from janusflow_jax.models import siglip, vae
 from janusflow_jax.parallel import processes, trees
-from janusflow_jax.training import losses, step as train_step
 
 Encode = Callable[[Any], dict[str, jax.Array]]
 VAE_ENCODER = ("encoder", "quant_conv")
@@ -110,7 +109,7 @@ def make_encode(encoders: Encoders, manifest: Manifest, devices: list[Any]) -> E
     params = jax.device_put({"vae": encoders.vae, "siglip": encoders.siglip}, whole)
 
     def encode(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-        x, out = losses.to_float(pixels, compute), {}
+        x, out = encode.to_float(pixels, compute), {}
         if encoders.vae is not None:
             module = vae.Vae(encoders.cfg.vae, compute)
             both = module.apply({"params": params["vae"]}, x, method="encode")
@@ -298,7 +297,7 @@ def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_pa
     if made.slots.repa_cached:
         assert gen is not None
         part = _target(cfg)
-        if any(p.split("/")[0] == part for p in train_step.trained_paths(cfg)):
+        if any(p.split("/")[0] == part for p in parts_lib.trained_paths(cfg)):
             problems.append(
                 f"cache {folders['generate']}: holds features of a frozen SigLIP, and this run "
                 "trains it: expected --config.data.cached_features=False (the latents stay good)"

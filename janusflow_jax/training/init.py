@@ -14,11 +14,11 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder, workdir as workdir_lib
-from janusflow_jax.config import ConfigError, ModelConfig, TrainConfig
+from janusflow_jax.config import ConfigError, ModelConfig, TrainConfig, parts as parts_lib
 from janusflow_jax.data import sources
 from janusflow_jax.models import janusflow, lora, vae
 from janusflow_jax.parallel import processes, trees
-from janusflow_jax.training import optim, step as train_step
+from janusflow_jax.training import optim
 
 
 def origins_of(cfg: TrainConfig, loaded: dict[str, model_folder.LoadedModel]) -> dict[str, str]:
@@ -202,7 +202,7 @@ def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[
     """A line a part: parameters, how many of them this run trains, where they come from."""
     if not processes.is_main():
         return
-    trained, _ = trees.split(params, train_step.trained_paths(cfg))
+    trained, _ = trees.split(params, parts_lib.trained_paths(cfg))
     print(f"{'part':12} {'parameters':>14} {'trained':>14}  origin")
     for part, tree in [*params.items(), ("vae", vae_params)]:
         count = optim.count_params(trained.get(part, {}))
@@ -212,7 +212,7 @@ def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[
         adapted = jax.eval_shape(
             lambda t, k: lora.add(t, cfg.lora, k), params["llm"], jax.random.key(0)
         )
-        moved, _ = trees.split({"llm": adapted}, lora.paths(cfg.lora))
+        moved, _ = trees.split({"llm": adapted}, parts_lib.lora_paths(cfg.lora))
         count = optim.count_params(moved)
         what = f"adapters of rank {cfg.lora.rank} on {', '.join(cfg.lora.targets)}"
         print(f"{'lora':12} {count:>14,} {count:>14,}  {what}")

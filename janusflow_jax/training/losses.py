@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from janusflow_jax.config import LossConfig, ModelConfig
-from janusflow_jax.models import janusflow, layers, vae
+from janusflow_jax.models import encode, janusflow, layers
 from janusflow_jax.parallel import sharding
 from janusflow_jax.sampling import flow
 from janusflow_jax.training import cross_entropy
@@ -23,10 +23,6 @@ Batch = dict[str, Array]
 Sums = dict[str, Array]
 TASKS = ("ar", "rf", "repa")
 T_BUCKETS = 4
-IMAGES_AT_ONCE = 16
-PIXELS_AT_ONCE = 256 * 256
-"""Of a VAE that understanding sees through: its activations are many. More than one slot of small
-pictures: XLA's gradient of a convolution inside a loop takes 16 times as long on CPU."""
 
 
 def draw(key: Array, batch: Batch, cfg: ModelConfig, loss: LossConfig, num_gen: int) -> Batch:
@@ -60,72 +56,6 @@ def weights(loss: LossConfig, totals: Sums, shares: dict[str, Any]) -> Sums:
     given = {"ar": loss.ar_weight, "rf": loss.rf_weight, "repa": loss.repa_weight}
     share = shares if loss.norm == "per_sample" else dict.fromkeys(TASKS, 1.0)
     return {n: given[n] * share[n] / jnp.maximum(totals[n], 1.0) for n in TASKS}
-
-
-def to_float(images: Array, dtype: Any) -> Array:
-    """uint8 -> [-1, 1]."""
-    return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)
-
-
-def over_slots(fn: Any, x: Shaped[Array, "B K ..."], at_once: int = 1) -> Any:
-    """Applies an image encoder to `at_once` slots of every row at a time (`lax.map`): less memory,
-    and rows stay where they are."""
-    rows, slots = x.shape[:2]
-    x = jnp.moveaxis(x.reshape(rows, slots // at_once, at_once, *x.shape[2:]), 1, 0)
-    x = x.reshape(-1, rows * at_once, *x.shape[3:])
-    out = lax.map(fn, x) if len(x) > 1 else jax.tree.map(lambda y: y[None], fn(x[0]))
-
-    def back(y: Array) -> Array:
-        y = y.reshape(slots // at_once, rows, at_once, *y.shape[2:])
-        return jnp.moveaxis(y, 0, 1).reshape(rows, slots, *y.shape[3:])
-
-    return jax.tree.map(back, out)
-
-
-def slots_at_once(rows: int, slots: int, images: int = IMAGES_AT_ONCE) -> int:
-    """Slots that an encoder takes together: as many as keep a device at `images` or below.
-
-    On a mesh SigLIP's parameters are gathered for every pass, which for one slot at a time is most
-    of what pre-training would send.
-    """
-    here = max(rows // sharding.batch_size(), 1)
-    fits = (n for n in range(2, slots + 1) if slots % n == 0 and n * here <= images)
-    return max(fits, default=1)
-
-
-def encode_latents(
-    vae_params: Any, images: Array, posterior: Array | None, cfg: ModelConfig, dtype: Any
-) -> Float[Array, "B K h w C"]:
-    """Scaled latents of uint8[B, K, H, W, 3]: the posterior's mean plus std times `posterior`."""
-    module = vae.Vae(cfg.vae, dtype)
-
-    def encode(pixels: Array) -> tuple[Array, Array]:
-        return module.apply({"params": vae_params}, to_float(pixels, dtype), method="encode")
-
-    mean, logvar = over_slots(encode, images)
-    return scaled_latents(mean, logvar, posterior, cfg)
-
-
-def scaled_latents(
-    mean: Float[Array, "*b h w C"],
-    logvar: Float[Array, "*b h w C"],
-    posterior: Array | None,
-    cfg: ModelConfig,
-) -> Float[Array, "*b h w C"]:
-    """Scaled latents, float32, of a posterior (of the VAE, or cached); no gradient."""
-    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-    if posterior is not None:
-        mean = mean + jnp.exp(0.5 * logvar) * posterior
-    return lax.stop_gradient(mean * cfg.vae.scaling_factor)
-
-
-def understanding_input(
-    vae_params: Any, images: Array, cfg: ModelConfig, dtype: Any
-) -> Float[Array, "B ..."]:
-    """What `JanusFlow.understanding_slot` takes of images uint8[B, H, W, 3]."""
-    if cfg.und_encoder != "shared":
-        return to_float(images, dtype)
-    return encode_latents(vae_params, images[:, None], None, cfg, dtype)[:, 0]
 
 
 def cosine(a: Float[Array, "*b D"], b: Float[Array, "*b D"]) -> Float[Array, "*b"]:
@@ -177,29 +107,29 @@ def loss_sums(
         if latents is None:
             noise = None if loss.vae_mode else draws["posterior"]
             if "latent_mean" in batch:
-                latents = scaled_latents(batch["latent_mean"], batch["latent_logvar"], noise, cfg)
+                latents = encode.scaled_latents(
+                    batch["latent_mean"], batch["latent_logvar"], noise, cfg
+                )
             else:
-                latents = encode_latents(vae_params, gen_images, noise, cfg, dtype)
+                latents = encode.encode_latents(vae_params, gen_images, noise, cfg, dtype)
         z = flow.interpolate(latents, draws["noise"], draws["t"])
         velocity_target = latents - draws["noise"]
         flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        gen_slots, features, t_emb = run(
-            "generation_slot", flat(z), flow.TIMESTEP_SCALE * flat(draws["t"])
-        )
+        gen_slots, features, t_emb = run("generation_slot", flat(z), flat(draws["t"]))
         gen_slots = gen_slots.reshape(rows, num_gen, *gen_slots.shape[1:])
     if num_und and "und_features" in batch:
         read = lambda seen: run("features_slot", seen.astype(dtype))  # noqa: E731
-        und_slots = over_slots(read, batch["und_features"])
+        und_slots = encode.over_slots(read, batch["und_features"])
     elif num_und:
         und_images = batch["images"][:, -num_und:]
-        through_vae = PIXELS_AT_ONCE // cfg.image_size**2
-        und_slots = over_slots(
+        through_vae = encode.PIXELS_AT_ONCE // cfg.image_size**2
+        und_slots = encode.over_slots(
             lambda pixels: run(
-                "understanding_slot", understanding_input(vae_params, pixels, cfg, dtype)
+                "understanding_slot", encode.understanding_input(vae_params, pixels, cfg, dtype)
             ),
             und_images,
-            slots_at_once(
-                rows, num_und, IMAGES_AT_ONCE if cfg.und_encoder == "siglip" else through_vae
+            encode.slots_at_once(
+                rows, num_und, encode.IMAGES_AT_ONCE if cfg.und_encoder == "siglip" else through_vae
             ),
         )
     x = janusflow.place_slots(text, gen_slots, und_slots, start, task)
@@ -228,10 +158,10 @@ def loss_sums(
     if use_repa:
         target = batch.get("repa_target") if repa_target is None else repa_target
         if target is None:
-            target = over_slots(
-                lambda pixels: run("siglip", to_float(pixels, dtype)),
+            target = encode.over_slots(
+                lambda pixels: run("siglip", encode.to_float(pixels, dtype)),
                 gen_images,
-                slots_at_once(rows, num_gen),
+                encode.slots_at_once(rows, num_gen),
             )
         seen = janusflow.take_slots(seen, start[:, :num_gen], cfg.num_image_tokens)
         similar = cosine(run("project_repa", seen), lax.stop_gradient(target))

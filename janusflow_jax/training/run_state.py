@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from janusflow_jax.checkpoints import run as run_checkpoints
-from janusflow_jax.config import TrainConfig
-from janusflow_jax.models import lora
+from janusflow_jax.config import TrainConfig, parts as parts_lib
 from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.training import step as train_step
 
@@ -18,7 +17,7 @@ from janusflow_jax.training import step as train_step
 def make(cfg: TrainConfig, mesh: Any, params: Any, vae_params: Any) -> Any:
     """The sharded start state, from whole trees that every process has."""
     if cfg.frozen_dtype != "float32":  # on the host: a device may not hold both
-        train, frozen = trees.split(params, train_step.trained_paths(cfg))
+        train, frozen = trees.split(params, parts_lib.trained_paths(cfg))
         params = trees.merge(train, _cast(frozen, cfg.frozen_dtype))
         vae_params = _cast(vae_params, cfg.frozen_dtype)
     create = lambda p, v: train_step.create_state(cfg, p, v)  # noqa: E731
@@ -32,7 +31,7 @@ def to_save(state: Any, apart: bool) -> Any:
     """The parameters that a checkpoint holds: all; `apart`: the trained and the adapters only,
     because the run's `base/` has the rest, which never changes."""
     frozen = trees.flat(state["frozen"]) if apart else {}
-    scales = trees.nested({n: x for n, x in frozen.items() if lora.is_path(n)})
+    scales = trees.nested({n: x for n, x in frozen.items() if parts_lib.is_lora_path(n)})
     return trees.merge(scales if apart else state["frozen"], state["params"])
 
 
@@ -65,7 +64,7 @@ def begun_with(cfg: TrainConfig, params: Any) -> Any:
     where adapters train, in the types that the run holds it in; None for other runs."""
     if not cfg.lora.rank:
         return None
-    train, frozen = trees.split(params, train_step.trained_paths(cfg))
+    train, frozen = trees.split(params, parts_lib.trained_paths(cfg))
     return trees.merge(_cast(frozen, cfg.frozen_dtype), train)
 
 

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
-from janusflow_jax.config import TrainConfig, checks as config_checks
+from janusflow_jax.config import TrainConfig, parts as parts_lib
 from janusflow_jax.models import janusflow, lora
 from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.training import losses, optim
@@ -39,7 +39,7 @@ def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
     """
     if cfg.lora.rank:
         params = {**params, "llm": lora.add(params["llm"], cfg.lora, jax.random.key(cfg.seed))}
-    train, frozen = trees.split(params, trained_paths(cfg))
+    train, frozen = trees.split(params, parts_lib.trained_paths(cfg))
     frozen, vae_params = (
         jax.tree.map(lambda x: x.astype(cfg.frozen_dtype), t) for t in (frozen, vae_params)
     )
@@ -52,18 +52,6 @@ def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
         "step": jnp.int32(0),
         "bad_steps": jnp.int32(0),
     }
-
-
-def trained_paths(cfg: TrainConfig) -> tuple[str, ...]:
-    """The paths that this run trains: of `train_parts`, those that its tasks and losses reach."""
-    reached = config_checks.reached_parts(cfg)
-    paths = tuple(p for p in cfg.train_parts if p.split("/")[0] in reached)
-    return paths + lora.paths(cfg.lora)
-
-
-def trained_parts(cfg: TrainConfig) -> set[str]:
-    """The parts that this run trains, by top-level key; adapters do not make theirs one."""
-    return {p.split("/")[0] for p in trained_paths(cfg) if not lora.is_path(p)}
 
 
 def state_shardings(state: State, mesh: Mesh) -> State:
