@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from janusflow_jax import pipeline
-from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError
 
 
 def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -97,7 +97,7 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (model_folder.CheckpointError, ValueError, OSError, ImportError) as error:
+    except (CheckpointError, ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

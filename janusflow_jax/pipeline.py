@@ -22,6 +22,7 @@ from PIL import Image
 
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import ModelConfig, parts as parts_lib
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, images as pictures_lib
 from janusflow_jax.hub import adapters
 from janusflow_jax.models import encode, janusflow, llama, quantize, vae
@@ -57,7 +58,7 @@ def load(
         (`models/quantize.py`; benchmarks/RESULTS.md has what it costs in accuracy).
       adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
     Raises:
-      checkpoint.CheckpointError: nothing there that loads.
+      CheckpointError: nothing there that loads.
       ValueError: another dtype, a tokenizer that is not this model's, or adapters of another base.
     """
     if dtype is None:
@@ -138,7 +139,7 @@ class JanusFlowPipeline:
         Raises:
           ValueError: an empty prompt, a wrong noise shape, a seed out of range or an unknown
             output (all in one message).
-          checkpoint.CheckpointError: the model has no parts that paint.
+          CheckpointError: the model has no parts that paint.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         inputs.check_generate(prompts, num_steps, images_per_prompt, output)
@@ -337,7 +338,7 @@ class JanusFlowPipeline:
     def _need(self, what: str, *parts: str) -> None:
         has = set(self.params) | ({"vae"} if self.vae else set())
         if lacking := [p for p in parts if p not in has]:
-            raise model_folder.CheckpointError(
+            raise CheckpointError(
                 f"{what}: expected a model with all of {list(parts)}; {self.source or 'this one'} "
                 f"lacks {lacking}. Use a trained or converted model"
             )

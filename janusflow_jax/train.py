@@ -20,15 +20,21 @@ from etils import epath
 from ml_collections import config_flags
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints import model_folder, run as run_checkpoints, workdir as workdir_lib
+from janusflow_jax.checkpoints import run as run_checkpoints, workdir as workdir_lib
 from janusflow_jax.config import (
-    ConfigError,
     TrainConfig,
     checks as config_checks,
     flags as flag_parser,
     parts as parts_lib,
 )
-from janusflow_jax.data import cache as latent_cache, chat_format, lengths, loader, rows, sources
+from janusflow_jax.config.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    JanusFlowError,
+)
+from janusflow_jax.data import chat_format, loader
 from janusflow_jax.eval import previews
 from janusflow_jax.parallel import processes, sharding
 from janusflow_jax.training import (
@@ -37,7 +43,6 @@ from janusflow_jax.training import (
     guard,
     health,
     heldout,
-    heldout_guard,
     init as initialization,
     metrics,
     preempt,
@@ -63,17 +68,17 @@ _DISTRIBUTED = flags.DEFINE_enum(
 )
 _USER_ERRORS = (
     ConfigError,
-    processes.PeerError,
-    workdir_lib.WorkdirError,
-    guard.DivergedError,
-    heldout_guard.RisenError,
-    model_folder.CheckpointError,
-    chat_format.FormatError,
-    latent_cache.CacheError,
-    lengths.LengthsError,
-    loader.BadDataError,
-    rows.DataError,
-    sources.SourceError,
+    JanusFlowError,
+    CheckpointError,
+    DivergedError,
+    DivergedError,
+    CheckpointError,
+    DataError,
+    DataError,
+    DataError,
+    DataError,
+    DataError,
+    DataError,
 )
 
 
@@ -104,7 +109,7 @@ class Run:
         try:
             yield
         except OSError as error:
-            self.trouble = workdir_lib.WorkdirError(workdir_lib.explain(error, self.workdir))
+            self.trouble = CheckpointError(workdir_lib.explain(error, self.workdir))
 
 
 def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: bool = True) -> Run:
@@ -273,7 +278,7 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
         error = _last_save(run, lambda: step != saved and _save(run, writer, clock, step, report))
     processes.raise_together(error or feed.error, "the run was ended")
     if watch.tripped:
-        raise guard.DivergedError(watch.message())
+        raise DivergedError(watch.message())
     run.heldout.check()
     return step
 
@@ -308,7 +313,7 @@ def _last_save(run: Run, save: Callable[[], Any]) -> Exception | None:
             run.ckpts.wait()
         elif run.ckpts.failed:
             run.ckpts.wait()
-    except model_folder.CheckpointError as error:
+    except CheckpointError as error:
         return run.trouble or error
     return run.trouble
 

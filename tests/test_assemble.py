@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import pipeline
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import assemble as hub_assemble, export as hub_export
-from janusflow_jax.hub.tensors import ConvertError
 from janusflow_jax.models import janusflow
 
 PARTS = golden.ROOT.parent / "torch_parts"
@@ -166,7 +166,7 @@ def test_new_parts_are_fresh_and_the_pooling_head_is_kept(start, tmp_path):
 @pytest.mark.parametrize("form", ["hf", "hf-model", "timm", "open_clip"])
 def test_siglip_in_every_naming_computes_what_torch_does(form, tmp_path):
     source = hub_assemble.Source(siglip_folder(form, tmp_path / form), "siglip")
-    source.drop(hub_assemble.torch_names.SIGLIP_OTHERS, "other")
+    source.drop(hub_assemble.tensor_names.SIGLIP_OTHERS, "other")
     problems = list(source.problems)
     cfg = hub_assemble.siglip_config(source, problems)
     assert not problems and cfg is not None
@@ -176,7 +176,7 @@ def test_siglip_in_every_naming_computes_what_torch_does(form, tmp_path):
     want = {"und_encoder": shapes}
     assert hub_assemble.siglip_problems(source, cfg, want, None) == []
     rules = hub_assemble.siglip_rules(source)
-    params = hub_assemble.convert.from_torch(source.tensors, rules, want)["und_encoder"]
+    params = hub_assemble.tensors.from_torch(source.tensors, rules, want)["und_encoder"]
     got = module.apply({"params": params}, pixels)
     assert golden.error(got, expected("features")) < golden.PART
     pool = hub_assemble.pooling_head(source, cfg)

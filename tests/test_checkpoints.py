@@ -17,6 +17,7 @@ from test_train import store  # noqa: F401 - a fixture
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import checksums, model_folder, run as run_checkpoints
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import sharding
 
 OLD_RUN = Path(__file__).parent / "data" / "run_format_2"
@@ -125,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, capsys, harm, part
 def test_nothing_whole_left_is_an_error_and_not_a_new_run(tmp_path):
     ckpts = filled(tmp_path, [1])
     flip(largest(tmp_path / "checkpoints" / "1"))
-    with pytest.raises(model_folder.DamagedError, match="No older checkpoint is left"):
+    with pytest.raises(CheckpointError, match="No older checkpoint is left"):
         ckpts.restore_newest(abstract())
     assert run_checkpoints.RunCheckpoints(tmp_path / "new").restore_newest(abstract()) is None
 
@@ -151,7 +152,7 @@ def test_a_save_that_fails_is_told_and_leaves_what_was(tmp_path, monkeypatch):
     assert ckpts.failed and ckpts.steps() == [1]
     ckpts.save(3, **trees(3), run={"step": 3})  # nothing is started on a disk that failed
     assert not (tmp_path / "checkpoints" / "3").exists()
-    with pytest.raises(model_folder.CheckpointError, match=r"No space left.*\n.*safe: steps \[1\]"):
+    with pytest.raises(CheckpointError, match=r"No space left.*\n.*safe: steps \[1\]"):
         ckpts.wait()
     assert ckpts.restore_newest(abstract())[1]["step"] == 1
 
@@ -162,7 +163,7 @@ def test_a_run_that_may_not_write_any_more_commits_nothing(tmp_path):
 
     ckpts = run_checkpoints.RunCheckpoints(tmp_path, before_commit=taken)
     ckpts.save(1, **trees(1), run={"step": 1})
-    with pytest.raises(model_folder.CheckpointError, match="taken over"):
+    with pytest.raises(CheckpointError, match="taken over"):
         ckpts.wait()
     assert not ckpts.steps()
 
@@ -172,7 +173,7 @@ def test_arrays_that_do_not_fit_are_all_named(tmp_path):
     want = abstract()
     want["params"]["llm"]["bias"] = jax.ShapeDtypeStruct((3,), jnp.float32)
     del want["ema"]["llm"]["kernel"]
-    with pytest.raises(model_folder.CheckpointError) as error:
+    with pytest.raises(CheckpointError) as error:
         ckpts.restore_newest(want)
     assert "params/llm/bias: expected shape (3,); got (64,)" in str(error.value)
     assert "ema/llm/kernel: unknown" in str(error.value)
@@ -187,7 +188,7 @@ def test_sums_of_several_writers(tmp_path):
     folder = epath.Path(tmp_path)
     for process in (0, 1):
         checksums.write_share(folder, process)
-    with pytest.raises(model_folder.CheckpointError, match="process_12/d/3.*without a checksum"):
+    with pytest.raises(CheckpointError, match="process_12/d/3.*without a checksum"):
         checksums.merge_shares(folder, 2)
     checksums.write_share(folder, 12)
     checksums.write_share(folder, 2)
@@ -211,7 +212,7 @@ def test_a_model_is_read_without_the_optimizer(tmp_path):
     assert model_folder.load_model(run).params is not None
     flip(largest(run / "checkpoints" / "4" / "ema"))
     assert model_folder.load_model(run, weights="params").params is not None
-    with pytest.raises(model_folder.DamagedError, match=r"damaged: .*changed \['ema.*here: none"):
+    with pytest.raises(CheckpointError, match=r"damaged: .*changed \['ema.*here: none"):
         model_folder.load_model(run)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config
+from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.hub import configs as hub_configs, tensors as convert
 from janusflow_jax.models import janusflow, vae
 
@@ -80,7 +81,7 @@ def test_all_problems_are_told_at_once():
     del tensors["vision_gen_dec_aligner.bias"]
     tensors["stranger"] = np.zeros(3)
     tensors["language_model.model.norm.weight"] = np.zeros(5)
-    with pytest.raises(convert.ConvertError) as error:
+    with pytest.raises(ConvertError) as error:
         convert.janusflow_from_torch(tensors, config.model_config("test"))
     for part in (
         "3 problems",
@@ -95,7 +96,7 @@ def test_layers_of_different_types_are_no_stack():
     tensors = dict(golden.arrays("janusflow/model"))
     name = "language_model.model.layers.1.input_layernorm.weight"
     tensors[name] = tensors[name].astype(np.float16)
-    with pytest.raises(convert.ConvertError, match="one type in all layers"):
+    with pytest.raises(ConvertError, match="one type in all layers"):
         convert.janusflow_from_torch(tensors, config.model_config("test"))
 
 

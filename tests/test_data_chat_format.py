@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "tiny"
@@ -105,12 +106,12 @@ def test_plain_forms(chat):
 
 def test_image_count_and_role_are_checked(chat):
     turns = [{"role": "user", "content": "no image"}, {"role": "robot", "content": "?"}]
-    with pytest.raises(chat_format.FormatError, match="(?s)robot.*each of the 2 images; got 0"):
+    with pytest.raises(DataError, match="(?s)robot.*each of the 2 images; got 0"):
         chat.conversation(turns, 2)
 
 
 def test_a_missing_folder_says_what_is_missing(tmp_path):
-    with pytest.raises(chat_format.FormatError, match=r"missing tokenizer\.json"):
+    with pytest.raises(DataError, match=r"missing tokenizer\.json"):
         chat_format.ChatFormat.load(tmp_path)
 
 
@@ -125,7 +126,7 @@ def test_missing_tags_take_the_next_ids_and_the_table_is_checked(tmp_path):
     assert (chat.image_id, chat.gen_id, chat.image_end_id) == (616, 617, 618)
     assert chat.image_start_id == 3 and chat.vocab_needed == 619
     chat.check_vocab(640)
-    with pytest.raises(chat_format.FormatError, match="below 618"):
+    with pytest.raises(DataError, match="below 618"):
         chat.check_vocab(618)
 
 

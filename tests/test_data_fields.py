@@ -13,6 +13,7 @@ import pytest
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import checks as config_checks
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, lengths, rows, sources
 
 HUB = Path(__file__).parent / "data" / "golden" / "tiny" / "janusflow"
@@ -97,9 +98,7 @@ def test_fields_have_our_names(catalog):
     ],
 )
 def test_wrong_fields_are_told(catalog, fields, task, says):
-    with pytest.raises(
-        sources.SourceError, match="annotations/words, area, label, picture, text"
-    ) as e:
+    with pytest.raises(DataError, match="annotations/words, area, label, picture, text") as e:
         opened(catalog, fields, task)
     assert says in str(e.value)
 
@@ -112,7 +111,7 @@ def test_other_file_formats_are_told(catalog, tmp_path):
         if file.name == "dataset_info.json":
             text = text.replace(b'"array_record"', b'"tfrecord"')
         (copy / file.name).write_bytes(text)
-    with pytest.raises(sources.SourceError, match="array_record; got tfrecord: prepare it again"):
+    with pytest.raises(DataError, match="array_record; got tfrecord: prepare it again"):
         sources.open_source(copy, "train")
 
 

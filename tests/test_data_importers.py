@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import sources
 from janusflow_jax.data.prepare import build, engines, parquet
 from janusflow_jax.data.prepare.raw import Options
@@ -132,5 +133,5 @@ def test_named_columns_go_before_the_usual_names(tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_told():
-    with pytest.raises(engines.EngineError, match="fewer --workers goes on"):
+    with pytest.raises(DataError, match="fewer --workers goes on"):
         list(engines.local(2)(os._exit, [1, 1]))

@@ -14,11 +14,11 @@ import drawn
 import numpy as np
 import pytest
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, images, lengths, sources
 from janusflow_jax.data.prepare import (
     build,
     engines,
-    inputs,
     parquet,
     pictures,
     preview,
@@ -153,7 +153,7 @@ def test_a_stopped_run_goes_on_with_what_is_not_done(folder, tmp_path):
     first = Noted(stop_after=2, function="run_shard")
     with pytest.raises(KeyboardInterrupt):
         run(opts, out, first)
-    with pytest.raises(sources.SourceError, match="expected a prepared data set"):
+    with pytest.raises(DataError, match="expected a prepared data set"):
         sources.open_source(out, "train")
     made = {p.name: p.stat().st_mtime_ns for p in (out / ".prepare_data").iterdir() if p.is_file()}
     second = Noted(stop_after=1, function="merge")
@@ -214,7 +214,7 @@ def test_what_stands_there_is_not_overwritten(folder, tmp_path):
     out = tmp_path / "out"
     run(options(folder), out)
     before = contents(out)
-    with pytest.raises(build.PrepareError, match="holds one: pass --overwrite"):
+    with pytest.raises(DataError, match="holds one: pass --overwrite"):
         run(options(folder), out)
     assert contents(out) == before
     run(options(folder, max_side=32), out, overwrite=True)
@@ -224,11 +224,11 @@ def test_what_stands_there_is_not_overwritten(folder, tmp_path):
     (other / "thesis.tex").write_text("years of work")
     (other / "report.json").write_text("{}")
     (other / "dataset_info.json").write_text('{"moduleName": "another"}')
-    with pytest.raises(build.PrepareError, match="holds one"):
+    with pytest.raises(DataError, match="holds one"):
         run(options(folder), other, overwrite=True)
     (other / "dataset_info.json").unlink()
     for overwrite in (False, True):
-        with pytest.raises(build.PrepareError, match="other files"):
+        with pytest.raises(DataError, match="other files"):
             run(options(folder), other, overwrite=overwrite)
     assert (other / "thesis.tex").exists()
 
@@ -239,10 +239,10 @@ def test_a_run_with_other_options_or_inputs_is_refused(tmp_path):
     opts = Options("text", (str(text),), kind="text")
     with pytest.raises(KeyboardInterrupt):
         run(opts, tmp_path / "out", Noted(stop_after=0, function="run_shard"))
-    with pytest.raises(build.PrepareError, match="other: heldout, max_chars: use the same"):
+    with pytest.raises(DataError, match="other: heldout, max_chars: use the same"):
         run(Options("text", (str(text),), kind="text", heldout=0.1, max_chars=9), tmp_path / "out")
     text.write_text("one\ntwo\nthree\n")
-    with pytest.raises(build.PrepareError, match=r"other: .*a\.txt"):
+    with pytest.raises(DataError, match=r"other: .*a\.txt"):
         run(opts, tmp_path / "out")
     assert run(opts, tmp_path / "out", overwrite=True).num_records == 3
 
@@ -250,7 +250,7 @@ def test_a_run_with_other_options_or_inputs_is_refused(tmp_path):
 def test_nothing_good_is_an_error_that_says_why(tmp_path):
     text = tmp_path / "a.txt"
     text.write_bytes(b"\xff\xfe\n\0")
-    with pytest.raises(build.PrepareError, match="(?s)not one record.*text: not UTF-8"):
+    with pytest.raises(DataError, match="(?s)not one record.*text: not UTF-8"):
         run(Options("text", (str(text),), kind="text"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset_info.json").exists()
 
@@ -331,17 +331,17 @@ def test_documents_with_pictures(folder, tmp_path):
 
 def test_inputs_that_are_not_there_are_told_at_once(tmp_path):
     opts = Options("webdataset", (str(tmp_path / "*.tar"), str(tmp_path / "no.tar")))
-    with pytest.raises(inputs.InputError) as e:
+    with pytest.raises(DataError) as e:
         run(opts, tmp_path / "out")
     assert str(e.value).count("it stands for none") == 2
-    with pytest.raises(inputs.InputError, match="expected one folder"):
+    with pytest.raises(DataError, match="expected one folder"):
         run(Options("folder", (str(tmp_path / "gone"),)), tmp_path / "out")
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(inputs.InputError, match=r"pip install 'janusflow_jax\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install 'janusflow_jax\[data\]'"):
         parquet.guess_kind(Options("parquet", (str(tmp_path),)))
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from janusflow_jax import config as config_lib
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, lengths, loader, rows, samples, sources
 
 HUB = Path(__file__).parent / "data" / "golden" / "tiny" / "janusflow"
@@ -329,7 +330,7 @@ def test_too_many_bad_records_stop_the_run(stores, chat):
     for i in range(20):
         stores["a"][i] = stores["a"][i] | {"image": b""}
     made = loader.Loader(config(sources=MIX[:1]), MODEL, chat, batch_rows=4)
-    with pytest.raises(loader.BadDataError, match=r"(?s)at most 1\.0%.*record.*max_bad_share"):
+    with pytest.raises(DataError, match=r"(?s)at most 1\.0%.*record.*max_bad_share"):
         take(made.batches(0), 50)
     lenient = loader.Loader(config(sources=MIX[:1], max_bad_share=0.9), MODEL, chat, batch_rows=4)
     reports = [report for _, report in take(lenient.batches(0), 20)]
@@ -349,7 +350,7 @@ def test_io_errors_are_tried_again_then_stop(monkeypatch):
 
     assert sources.retry(lambda: read(2), "x") == "record"
     attempts.clear()
-    with pytest.raises(sources.SourceError, match="x: cannot be read after 3 attempts.*away"):
+    with pytest.raises(DataError, match="x: cannot be read after 3 attempts.*away"):
         sources.retry(lambda: read(9), "x")
 
 
@@ -357,11 +358,11 @@ def test_every_problem_of_a_mixture_is_said_at_once(stores, chat):
     bad = config(sources=(source("a", task="understand"), source("a", task="draw")), und_slots=0)
     model = config_lib.model_config("test", image_size=128)
     model.llm.vocab_size = 600
-    with pytest.raises(rows.DataError) as e:
+    with pytest.raises(DataError) as e:
         rows.Rows(bad, model, chat)
     for part in ("64 positions an image", "below 600", "got 0", "'draw'"):
         assert part in str(e.value)
-    with pytest.raises(rows.DataError, match="at most data.row_len 20"):
+    with pytest.raises(DataError, match="at most data.row_len 20"):
         rows.Rows(config(row_len=20, sources=MIX[:1]), MODEL, chat)
 
 
@@ -377,13 +378,13 @@ def test_lengths_are_stored_for_one_tokenizer(stores, chat, monkeypatch):
         np.testing.assert_array_equal(stored, getattr(first, name), err_msg=name)
     other = chat_format.ChatFormat.load(HUB.parent / "tokenizer_bos_by_config", 16)
     monkeypatch.setattr(lengths, "SMALL", 10)
-    with pytest.raises(lengths.LengthsError, match=r"too many.*\n  python tools/measure_lengths"):
+    with pytest.raises(DataError, match=r"too many.*\n  python tools/measure_lengths"):
         lengths.load_lengths(stores["a"], "a", "train", "generate", "chat", other)
     stores["a"].append(record(99))
-    with pytest.raises(lengths.LengthsError, match="made again"):
+    with pytest.raises(DataError, match="made again"):
         load()
 
 
 def test_a_wrong_path_says_what_to_run():
-    with pytest.raises(sources.SourceError, match=r"does not exist.*prepare_openmoji\.py"):
+    with pytest.raises(DataError, match=r"does not exist.*prepare_openmoji\.py"):
         sources.TfdsSource("nowhere/at/all", "train")

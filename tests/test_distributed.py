@@ -12,6 +12,7 @@ import pytest
 
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import checksums, model_folder
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import loader
 from janusflow_jax.parallel import processes as distributed
 
@@ -172,7 +173,7 @@ real = loader.Loader.batches
 def batches(self, *args):
     for number, batch in enumerate(real(self, *args)):
         if number == 5 and jax.process_index() == 1:
-            raise loader.BadDataError("the records of process 1 are bad")
+            raise DataError("the records of process 1 are bad")
         yield batch
 loader.Loader.batches = batches
 """
@@ -246,7 +247,7 @@ def test_an_error_waits_until_all_know():
     def batches():
         for row in (0, 8):
             yield {"row": np.arange(row, row + 8)}, loader.Report(row, row + 8, [])
-        raise loader.BadDataError("no third")
+        raise DataError("no third")
 
     feed = loader.Ahead(batches())
     assert feed.take()[1].first_row == 0 and feed.error is None

@@ -17,6 +17,7 @@ import pytest
 from etils import epath
 
 from janusflow_jax.checkpoints import model_folder, workdir
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.training import health
 
 SHORT = ("num_steps=1000", "save_every_steps=3")
@@ -185,9 +186,7 @@ def test_the_watchdog_shows_where_a_run_hangs_and_ends_it(data, tmp_path):
 
 def test_the_lock_is_one_runs_and_ends_with_it(tmp_path):
     with workdir.Lock(epath.Path(tmp_path)):
-        with pytest.raises(
-            workdir.WorkdirError, match=f"process {os.getpid()} on .*--config.workd"
-        ):
+        with pytest.raises(CheckpointError, match=f"process {os.getpid()} on .*--config.workd"):
             workdir.Lock(epath.Path(tmp_path))
     workdir.Lock(epath.Path(tmp_path)).release()
 
@@ -201,7 +200,7 @@ def test_without_locks_the_last_to_start_holds_the_folder(tmp_path, monkeypatch)
     first.check()
     second = workdir.Lock(epath.Path(tmp_path))
     second.check()
-    with pytest.raises(workdir.WorkdirError, match="taken over by process"):
+    with pytest.raises(CheckpointError, match="taken over by process"):
         first.check()
 
 
@@ -210,7 +209,7 @@ def test_what_a_full_or_closed_disk_is_called(tmp_path):
         text = workdir.explain(OSError(number, os.strerror(number)), tmp_path)
         assert os.strerror(number) in text and advice in text
     with (
-        pytest.raises(workdir.WorkdirError, match="free some space"),
+        pytest.raises(CheckpointError, match="free some space"),
         workdir.explained(epath.Path(tmp_path)),
     ):
         raise OSError(28, "full")

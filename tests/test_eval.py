@@ -283,7 +283,7 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
             for i, x in enumerate(labels[:count])
         ]
 
-    monkeypatch.setattr(evaluate.samples, "caption_source", captions)
+    monkeypatch.setattr(evaluate.previews, "caption_source", captions)
     monkeypatch.setattr(evaluate.sources, "open_source", lambda path, split: labels)
     out, data, model = (tmp_path / x for x in ("eval.json", "data", "model"))
     for folder in (data, model):

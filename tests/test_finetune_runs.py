@@ -17,6 +17,7 @@ from test_train import HUB, ROOT, config, fresh
 import janusflow_jax
 from janusflow_jax import config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, loader, sources
 from janusflow_jax.hub import export as hub_export
 from janusflow_jax.parallel import sharding
@@ -151,7 +152,7 @@ def test_sizes_that_exclude_each_other_are_refused():
 def test_a_missing_held_out_split_is_told_with_what_makes_it(monkeypatch):
     def opened(path, split):
         if split == "heldout":
-            raise sources.SourceError(f"{path}: expected split one of ['train']; got 'heldout'")
+            raise DataError(f"{path}: expected split one of ['train']; got 'heldout'")
 
     monkeypatch.setattr(sources, "open_source", opened)
     with pytest.raises(c.ConfigError, match=r"(?s)got 'heldout'.*--heldout 0\.2; with --overwrite"):

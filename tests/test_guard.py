@@ -13,6 +13,7 @@ from test_train import store  # noqa: F401 - a fixture
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.data import loader
 from janusflow_jax.training import guard, losses
 
@@ -76,7 +77,7 @@ def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
 def test_a_run_that_goes_on_badly_stops_saved(store, monkeypatch):  # noqa: F811
     spoil(monkeypatch, range(16, 999))
     cfg = test_train.config("run", num_steps=50, max_bad_steps=3, save_every_steps=0)
-    with pytest.raises(guard.DivergedError, match=r"3 steps in a row.*--replay=40:48"):
+    with pytest.raises(DivergedError, match=r"3 steps in a row.*--replay=40:48"):
         train.train(cfg)
     step = model_folder.committed_steps("run")[-1]
     assert 5 <= step <= 6  # metrics come a step late

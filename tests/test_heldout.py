@@ -17,10 +17,11 @@ from test_train import HUB, config, fresh, lines, record
 from janusflow_jax import config as c, evaluate, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import checks as config_checks
+from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.data import chat_format, loader
 from janusflow_jax.eval import losses as eval_losses
 from janusflow_jax.parallel import sharding
-from janusflow_jax.training import heldout, heldout_guard, losses, run_state, step as train_step
+from janusflow_jax.training import heldout, losses, run_state, step as train_step
 
 store = test_train.store  # a fixture
 
@@ -134,7 +135,7 @@ def test_a_model_measured_afterwards_has_the_runs_last_losses(store, tmp_path, m
         for name, value in found.items():
             assert value == pytest.approx(last[f"{kind}/{name}"], rel=1e-5), name
     # as a command, and the same again to the last digit
-    monkeypatch.setattr(evaluate.heldout_model, "read_config", lambda path: cfg)
+    monkeypatch.setattr(evaluate.eval_losses, "read_config", lambda path: cfg)
     evaluate.main("--model whole --suite losses --config x.py --out losses.json".split())
     assert json.loads(open("losses.json").read())["losses"] == found
 
@@ -179,7 +180,7 @@ def test_a_rise_is_said_and_ends_the_run_until_it_may_go_on(store, capsys):
         cfg.optim.lr, cfg.optim.warmup_steps, cfg.optim.ema, cfg.num_steps = 0.1, 1, 0.0, 50
         return cfg
 
-    with pytest.raises(heldout_guard.RisenError, match=r"held_generate/loss_rf: \d") as ended:
+    with pytest.raises(DivergedError, match=r"held_generate/loss_rf: \d") as ended:
         train.train(hurt(stop_on_rise=True))
     out = capsys.readouterr().out
     assert "WARNING: step" in out and "held-out losses have risen" in out
@@ -189,7 +190,7 @@ def test_a_rise_is_said_and_ends_the_run_until_it_may_go_on(store, capsys):
     step = lines("hurt")[-1]["step"]
     assert model_folder.committed_steps("hurt")[-1] == step < 48  # saved
     # the same command: the same end, at once
-    with pytest.raises(heldout_guard.RisenError) as again:
+    with pytest.raises(DivergedError) as again:
         train.train(hurt(stop_on_rise=True))
     assert "so begin a new run: --config.workdir=NEW\n" in str(ended.value)
     assert str(again.value) == str(ended.value) and lines("hurt")[-1]["step"] == step

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import config, pipeline
 from janusflow_jax.checkpoints import model_folder, run as run_checkpoints
+from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import (
     configs as hub_configs,
@@ -26,7 +27,6 @@ from janusflow_jax.hub import (
     safetensors as safetensors_io,
     tensors as convert,
 )
-from janusflow_jax.hub.tensors import ConvertError
 
 
 def same_bits(got, want):
@@ -173,7 +173,7 @@ def test_nothing_is_overwritten_unasked(model, tmp_path):
         lambda: to_model(golden.TINY / "janusflow", golden.TINY / "vae", model),
         lambda: hub_export.export(model, model, **SILENT),
     ):
-        with pytest.raises(model_folder.CheckpointError, match="--overwrite"):
+        with pytest.raises(CheckpointError, match="--overwrite"):
             run()
     assert (model / "checksums.json").read_bytes() == before
     (tmp_path / "there").mkdir()
@@ -230,7 +230,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads(number, tmp_path):
     assert not (tmp_path / "model").exists()
     assert len(left) == (1 if number == signal.SIGKILL else 0)
     for path in left:
-        with pytest.raises(model_folder.CheckpointError):
+        with pytest.raises(CheckpointError):
             model_folder.load_model(path)
 
 
@@ -326,7 +326,7 @@ def test_what_the_published_format_cannot_say(tmp_path):
     model_folder.save_model(
         tmp_path / "model", model_cfg=cfg, params=None, vae=None, hub_files=None, extra={}
     )
-    with pytest.raises(hub_export.ExportError) as error:
+    with pytest.raises(ConvertError) as error:
         hub_export.export(tmp_path / "model", tmp_path / "out", **SILENT)
     for part in (
         "gen.patch_size: the published format knows only 2; got 4",

@@ -8,7 +8,7 @@ import pytest
 from published import edit, shard, to_model
 from safetensors.numpy import load_file, save_file
 
-from janusflow_jax.hub.tensors import ConvertError
+from janusflow_jax.config.errors import ConvertError
 
 # Each entry breaks one thing; the message must say where and what.
 

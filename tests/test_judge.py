@@ -11,7 +11,7 @@ import pytest
 from test_eval import _all, _draw, _Model
 
 from janusflow_jax import config as c, evaluate
-from janusflow_jax.checkpoints import checksums
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.openmoji import (
     drawings as openmoji_drawings,
     frechet,
@@ -150,10 +150,10 @@ def test_what_the_judge_cannot_judge_is_refused(referee, tmp_path):
         referee.texts([emoji.Label("dragon", "red")])
     with pytest.raises(ValueError, match="64 x 64"):
         referee.pictures([np.zeros((32, 32, 3), np.uint8)])
-    with pytest.raises(checksums.CheckpointError, match="train_judge"):
+    with pytest.raises(CheckpointError, match="train_judge"):
         judge.load(tmp_path)
     judge.save(tmp_path, referee.cfg, {**referee.params, "scale": np.zeros(2)}, {})
-    with pytest.raises(checksums.CheckpointError, match="scale"):
+    with pytest.raises(CheckpointError, match="scale"):
         judge.load(tmp_path)
 
 

@@ -16,16 +16,15 @@ from test_data_rows import MODEL, Store, config, png, source, take
 
 from janusflow_jax import config as c
 from janusflow_jax.config import checks as config_checks
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import (
     cache as latent_cache,
     chat_format,
     images,
     loader,
     rows,
-    samples,
     sources,
 )
-from janusflow_jax.data.cache import CacheError
 from janusflow_jax.training import encode_cache, flops, losses, step as train_step
 
 ROOT = Path(__file__).parents[1]
@@ -291,7 +290,7 @@ def test_a_killed_run_goes_on_and_nothing_is_doubled(stores, encoders, encode):
     with pytest.raises(KeyboardInterrupt):
         build(stores["a"], encoders, dies, "parts")
     assert 0 < len(list(Path("parts").glob("latents-*"))) < 3
-    with pytest.raises(CacheError, match="not there yet, such as latents-0000[12]-of-00003"):
+    with pytest.raises(DataError, match="not there yet, such as latents-0000[12]-of-00003"):
         latent_cache.Cache("parts")
     (Path("parts") / ".shard-00002-left").mkdir()
     reports = [
@@ -318,9 +317,9 @@ def test_a_bad_picture_or_entry_is_a_bad_sample(stores, chat, encoders, encode):
     place = data.find(latent_cache.Cache("gen").latents(6, 0, stores["a"][6]["image"])[0].tobytes())
     data[place + 99] ^= 1
     shard.write_bytes(bytes(data))
-    with pytest.raises(samples.BadRecord, match="another picture"):
+    with pytest.raises(DataError, match="another picture"):
         latent_cache.Cache("gen").latents(5, 1, stores["a"][5]["image"])
-    with pytest.raises(samples.BadRecord, match="damaged"):
+    with pytest.raises(DataError, match="damaged"):
         latent_cache.Cache("gen").latents(6, 0, stores["a"][6]["image"])
     manifest = dataclasses.replace(
         latent_cache.read_manifest("gen"), pictures=latent_cache.fingerprint(stores["a"])
@@ -364,20 +363,20 @@ def test_what_cannot_be_cached_is_refused():
 
 def test_a_cache_of_something_else_is_refused(stores, chat, encoders, encode):
     build(stores["a"], encoders, encode, "gen")
-    with pytest.raises(CacheError, match="crops: 3 there, 2 now"):
+    with pytest.raises(DataError, match="crops: 3 there, 2 now"):
         build(stores["a"], encoders, encode, "gen", crops=2)
-    with pytest.raises(rows.DataError, match="expected task 'understand'; got 'generate'"):
+    with pytest.raises(DataError, match="expected task 'understand'; got 'generate'"):
         open_rows(chat, mixture(understand="gen"))
-    with pytest.raises(CacheError, match="cache_latents.py makes one"):
+    with pytest.raises(DataError, match="cache_latents.py makes one"):
         open_rows(chat, mixture(generate="nowhere"))
     stores["a"][0]["image"] = png(77)
-    with pytest.raises(rows.DataError, match="the pictures of this data set"):
+    with pytest.raises(DataError, match="the pictures of this data set"):
         open_rows(chat, mixture(generate="gen"))
     stores["a"][0] = record(0)
     model = c.model_config("test", 128)
     cfg = config(sources=mixture(generate="gen"), row_len=320, gen_slots=2, und_slots=2)
     big = chat_format.ChatFormat.load(golden.TINY / "janusflow", num_image_tokens=64)
-    with pytest.raises(rows.DataError, match="expected image_size 128; got 64"):
+    with pytest.raises(DataError, match="expected image_size 128; got 64"):
         rows.Rows(cfg, model, big)
 
 
@@ -389,18 +388,18 @@ def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode, ca
     assert list(ours) == ["und_encoder"]
     encode_cache.check(cfg, made, ours, encoders.vae)
     other = jax.tree.map(lambda x: x + 1e-3, encoders.vae)
-    with pytest.raises(CacheError, match="made by this run's VAE"):
+    with pytest.raises(DataError, match="made by this run's VAE"):
         encode_cache.check(cfg, made, ours, other)
     decoder = {**encoders.vae, "decoder": other["decoder"]}
     encode_cache.check(cfg, made, ours, decoder)
     changed = {"und_encoder": jax.tree.map(lambda x: x + 1e-3, encoders.siglip)}
     other = encode_cache.digests(cfg, made, changed)
-    with pytest.raises(CacheError, match="made by this run's SigLIP"):
+    with pytest.raises(DataError, match="made by this run's SigLIP"):
         encode_cache.check(cfg, made, other, encoders.vae)
     encode_cache.check(cfg, made, {}, encoders.vae)
     assert "gen: not compared with this run's SigLIP" in capsys.readouterr().out
     cfg.train_parts = c.MODEL_PARTS
-    with pytest.raises(CacheError, match="data.cached_features=False"):
+    with pytest.raises(DataError, match="data.cached_features=False"):
         encode_cache.check(cfg, made, ours, encoders.vae)
     encode_cache.check(
         cfg, open_rows(chat, mixture(generate="gen"), cached_features=False), other, encoders.vae

@@ -19,7 +19,8 @@ from etils import epath
 from published import to_model
 
 from janusflow_jax import config as c, train
-from janusflow_jax.checkpoints import model_folder, workdir
+from janusflow_jax.checkpoints import workdir
+from janusflow_jax.config.errors import CheckpointError, DataError
 from janusflow_jax.data import cache as latent_cache
 
 ROOT = Path(__file__).parents[1]
@@ -133,10 +134,10 @@ def test_training_with_caches_goes_on_where_it_stopped(monkeypatch, tmp_path):
     manifest = tmp_path / "und" / latent_cache.FILE
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "siglip": "another's"}))
-    with pytest.raises(latent_cache.CacheError, match="und: .* this run's SigLIP .* another's"):
+    with pytest.raises(DataError, match="und: .* this run's SigLIP .* another's"):
         run("parts", 4)  # what it began with is known, whatever lies there now
     folders["generate"] = ""
-    with pytest.raises(model_folder.CheckpointError, match="data.sources"):
+    with pytest.raises(CheckpointError, match="data.sources"):
         run("parts", 4)
 
 
@@ -150,5 +151,5 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(given))
     workdir.check(epath.Path(tmp_path), cfg)
     cfg.data.sources[0].cache = "elsewhere"
-    with pytest.raises(model_folder.CheckpointError, match="data.sources"):
+    with pytest.raises(CheckpointError, match="data.sources"):
         workdir.check(epath.Path(tmp_path), cfg)

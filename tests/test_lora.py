@@ -19,6 +19,7 @@ from test_train import config, fresh
 from janusflow_jax import config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import checks as config_checks, parts as parts_lib
+from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.hub import adapters, export as hub_export
 from janusflow_jax.models import janusflow, lora
 from janusflow_jax.parallel import sharding, trees
@@ -134,14 +135,14 @@ def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
     )
     plain = pipeline.load("base").generate("a red fox", **args)
     assert np.abs(np.asarray(plain - one.generate("a red fox", **args))).max() > 0
-    with pytest.raises(adapters.AdapterError, match="beside other weights"):
+    with pytest.raises(ConvertError, match="beside other weights"):
         pipeline.load("whole", adapter="adapter")
-    with pytest.raises(model_folder.CheckpointError, match="exists"):
+    with pytest.raises(CheckpointError, match="exists"):
         adapters.save("whole", "adapter")
-    with pytest.raises(adapters.AdapterError, match="no adapters"):
+    with pytest.raises(ConvertError, match="no adapters"):
         adapters.save("base", "other")
     (tmp_path / "adapter" / "adapter_config.json").unlink()
-    with pytest.raises(adapters.AdapterError, match="expected adapter_config.json"):
+    with pytest.raises(ConvertError, match="expected adapter_config.json"):
         pipeline.load("base", adapter="adapter")
 
 
@@ -171,7 +172,7 @@ def test_adapters_that_do_not_fit_are_all_named(tmp_path, golden_folder):
 
     for change, says in (("{", "expected"), (json.dumps({"r": 2}), "lacks")):
         (folder / "adapter_config.json").write_text(change)
-        with pytest.raises((adapters.AdapterError, model_folder.CheckpointError), match=says):
+        with pytest.raises((ConvertError, CheckpointError), match=says):
             adapters.apply(params, folder)
     (folder / "adapter_config.json").write_text(json.dumps(about))
 
@@ -181,12 +182,12 @@ def test_adapters_that_do_not_fit_are_all_named(tmp_path, golden_folder):
     second = next(n for n in wrong if n.endswith("lora_B.weight"))
     wrong[second] = wrong[second][:, :1].copy()
     save_file(wrong, file)
-    with pytest.raises(adapters.AdapterError) as error:
+    with pytest.raises(ConvertError) as error:
         adapters.apply(params, folder)
     for text in (f"{first}: missing", "what.weight: unknown", f"{second}: expected shape"):
         assert text in str(error.value)
     shutil.rmtree(folder)
-    with pytest.raises(adapters.AdapterError, match="found none"):
+    with pytest.raises(ConvertError, match="found none"):
         adapters.apply(params, folder)
 
 
@@ -211,7 +212,7 @@ def test_a_file_says_which_weights_it_has(tmp_path, monkeypatch, ema, asked, sai
 
 def test_a_model_folder_has_no_adapters_to_export(tmp_path):
     model = test_train.ROOT / "starts" / "emoji_llm"
-    with pytest.raises(adapters.AdapterError, match="no adapters: expected a run with"):
+    with pytest.raises(ConvertError, match="no adapters: expected a run with"):
         export_checkpoint.main(
             ["--model", str(model), "--adapter-only", "--out", str(tmp_path / "out")]
         )

@@ -15,7 +15,7 @@ from test_train import config
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder, workdir
-from janusflow_jax.checkpoints.checksums import DamagedError
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.training import run_state
 
 store = test_train.store  # a fixture
@@ -95,7 +95,7 @@ def test_a_damaged_start_is_named(store):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(DamagedError, match="base"):
+    with pytest.raises(CheckpointError, match="base"):
         model_folder.load_model("run")
-    with pytest.raises(DamagedError, match="base"):
+    with pytest.raises(CheckpointError, match="base"):
         train.train(lora_config("run", num_steps=2))

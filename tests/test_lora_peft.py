@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from janusflow_jax import config as c
-from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.hub import adapters, safetensors as safetensors_io
 
 LAYERS, WIDTH, OUT = 2, 6, 5
@@ -110,7 +110,7 @@ def scales(folder) -> dict[str, float]:
 def refused(folder) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises((adapters.AdapterError, model_folder.CheckpointError)) as error:
+        with pytest.raises((ConvertError, CheckpointError)) as error:
             adapters.apply(LLM, folder)
     return str(error.value)
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from janusflow_jax import config as config_lib
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, images, rows, samples, sources
 from janusflow_jax.openmoji import (
     build as openmoji_build,
@@ -117,7 +118,7 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
     assert record["captions"][0] == openmoji_prompts.caption(record["colour"], record["class"])
     assert record["id"].startswith(record["class"].replace(" ", "_"))
     assert Image.open(io.BytesIO(record["image"])).mode == "RGB"
-    with pytest.raises(sources.SourceError, match=r"one of \['heldout_pairs'.*got 'test'"):
+    with pytest.raises(DataError, match=r"one of \['heldout_pairs'.*got 'test'"):
         sources.open_source(tmp_path / "a", "test")
 
     openmoji_tokenizer.train_tokenizer(

@@ -11,7 +11,7 @@ from PIL import Image
 
 import janusflow_jax
 from janusflow_jax import config, pipeline
-from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.parallel import sharding
 from janusflow_jax.sampling import image as image_sampling
@@ -326,12 +326,10 @@ def test_what_cannot_be_done_says_why(model, call, says):
 
 
 def test_a_folder_of_some_parts_does_what_they_can():
-    with pytest.raises(model_folder.CheckpointError, match=r"painting: .* lacks \['llm', 'gen_enc"):
+    with pytest.raises(CheckpointError, match=r"painting: .* lacks \['llm', 'gen_enc"):
         janusflow_jax.load("starts/emoji_vae").generate("a red apple")
     reader = janusflow_jax.load("starts/emoji_llm")
-    with pytest.raises(
-        model_folder.CheckpointError, match=r"encoding pictures: .* lacks \['vae'\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"encoding pictures: .* lacks \['vae'\]"):
         reader.encode_image(np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="overflows in float16"):
         janusflow_jax.load("starts/emoji_llm", dtype="float16")

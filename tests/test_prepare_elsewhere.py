@@ -19,6 +19,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import sources
 from janusflow_jax.data.prepare import build, engines, files
 from janusflow_jax.data.prepare.raw import Options
@@ -148,9 +149,7 @@ def test_a_bucket_gives_the_same_bytes_as_this_machine(form, bucket, tmp_path, m
 
 
 def test_a_data_set_in_a_store_that_array_record_cannot_read_is_told(bucket):
-    with pytest.raises(
-        sources.SourceError, match="got s3://: mount the store as a folder, or copy"
-    ):
+    with pytest.raises(DataError, match="got s3://: mount the store as a folder, or copy"):
         sources.open_source(bucket / "out", "train")
 
 
@@ -208,5 +207,5 @@ def test_other_engines_give_the_same_bytes(engine, tmp_path):
 @pytest.mark.parametrize("name", ["beam", "ray"])
 def test_an_engine_that_is_not_installed_says_what_to_install(name, monkeypatch):
     monkeypatch.setitem(sys.modules, {"beam": "apache_beam", "ray": "ray"}[name], None)
-    with pytest.raises(engines.EngineError, match="pip install"):
+    with pytest.raises(DataError, match="pip install"):
         engines.beam([]) if name == "beam" else engines.ray("local")

@@ -13,6 +13,7 @@ from test_train import config
 from janusflow_jax import cli, evaluate, generate
 from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config import parts as parts_lib
+from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.eval import losses as eval_losses, provenance
 from janusflow_jax.hub import adapters
 from janusflow_jax.hub.safetensors import Made, write_folder
@@ -131,7 +132,7 @@ def test_held_out_losses_are_those_of_the_adapter(golden_folder, tmp_path, monke
     assert plain["losses"] != adapted["losses"]
     assert (plain["settings"]["adapter"], adapted["settings"]["adapter"]) == ("", str(folder))
     assert adapted["model"] == {**plain["model"], "adapter": provenance.of_adapter(folder)}
-    with pytest.raises(adapters.AdapterError, match="found none"):
+    with pytest.raises(ConvertError, match="found none"):
         evaluate.main([*command, "--adapter", str(tmp_path / "none")])
 
 

@@ -9,7 +9,7 @@ from test_eval import _all, _draw, _Model
 from test_judge import drawn
 
 from janusflow_jax import config, evaluate
-from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.openmoji import judged, ready, scores
 
 referee = test_judge.referee  # a fixture
@@ -81,7 +81,7 @@ def test_what_captions_need(monkeypatch):
     monkeypatch.setattr(ready.sources, "open_source", lambda path, split: [0] * len(split))
     ready.check_captions(model, "data", splits, 200)
     model.params.pop("und_aligner")
-    with pytest.raises(model_folder.CheckpointError, match=r"lacks .*und_aligner"):
+    with pytest.raises(CheckpointError, match=r"lacks .*und_aligner"):
         ready.check_captions(model, "data", splits, 200)
     monkeypatch.setattr(ready.sources, "open_source", lambda path, split: [0])
     with pytest.raises(ValueError, match=r"two or more pictures in every split.*'train': 1"):

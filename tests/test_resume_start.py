@@ -14,6 +14,7 @@ from test_train import HUB, config, final, fresh, store  # noqa: F401
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.training import init as initialization
 
 
@@ -83,9 +84,7 @@ def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys):  # noqa: F
             np.testing.assert_array_equal(x, whole[name], err_msg=f"{run} {name}")
 
     start("models/b", seed=1)
-    with pytest.raises(
-        model_folder.CheckpointError, match=r"start: 'models/a' then, 'models/b' now"
-    ):
+    with pytest.raises(CheckpointError, match=r"start: 'models/a' then, 'models/b' now"):
         train.train(config("gone", start="models/b", tokenizer="", num_steps=6))
 
 

@@ -19,7 +19,8 @@ from experiments import small_scale
 from janusflow_jax import config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import parts as parts_lib
-from janusflow_jax.data import chat_format, loader, rows, sources
+from janusflow_jax.config.errors import CheckpointError, DataError
+from janusflow_jax.data import chat_format, loader, sources
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.planning import compile as plan_compile
@@ -221,7 +222,7 @@ def test_one_bad_record_does_not_end_a_run_and_many_do(store):
     assert lines("some")[-1]["bad_samples"] > 0
     for r in store:
         r["image"] = b"not a picture"
-    with pytest.raises(loader.BadDataError, match="at most"):
+    with pytest.raises(DataError, match="at most"):
         train.train(config("many", num_steps=50))
 
 
@@ -235,7 +236,7 @@ def test_refuses_what_cannot_work(store, tmp_path):
     with pytest.raises(c.ConfigError, match="train_parts: 'llm/layer' is no path"):
         train.train(config("a", train_parts=("gen_head", "llm/layer")))
     train.train(config("a", num_steps=1))
-    with pytest.raises(model_folder.CheckpointError, match="seed: 1 then, 2 now"):
+    with pytest.raises(CheckpointError, match="seed: 1 then, 2 now"):
         train.train(config("a", num_steps=2, seed=2))
     other = config("b", num_steps=1, init=(("llm", str(tmp_path / "a")),))
     other.model.llm.mlp_width = 64
@@ -278,13 +279,13 @@ def test_a_damaged_checkpoint_is_named(store):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(model_folder.CheckpointError, match=file.name):
+    with pytest.raises(CheckpointError, match=file.name):
         pipeline.load("run")
-    with pytest.raises(model_folder.CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="damaged"):
         train.train(config("run", num_steps=2))
 
 
 def test_empty_data_is_an_error(store):
     store.clear()
-    with pytest.raises((rows.DataError, ValueError)):
+    with pytest.raises((DataError, ValueError)):
         train.train(config("none"))

@@ -10,6 +10,7 @@ import pytest
 from experiments.starts import train_vae
 from janusflow_jax import config
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.models import vae
 
 CFG = config.VaeConfig(channels=(8, 16), layers_per_block=1, norm_groups=4)
@@ -138,7 +139,7 @@ def test_training_saves_a_start_that_loads(tmp_path, monkeypatch, capsys):
     loaded = model_folder.load_model(out)
     assert loaded.params is None and loaded.meta["parts"] == ["vae"]
     assert {x.dtype for x in jax.tree.leaves(loaded.vae)} == {jnp.dtype(jnp.bfloat16)}
-    with pytest.raises(model_folder.CheckpointError, match="--overwrite"):
+    with pytest.raises(CheckpointError, match="--overwrite"):
         train_vae.main(argv)
 
 

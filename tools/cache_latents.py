@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError, DataError
 from janusflow_jax.data import cache as latent_cache, sources
 from janusflow_jax.training import encode_cache
 
@@ -84,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def load_encoders(args: argparse.Namespace) -> encode_cache.Encoders:
     """The encoders that the cache needs, each from the first model that has it.
 
-    Raises: CheckpointError, CacheError: none has it, or the models are of different sizes.
+    Raises: CheckpointError, DataError: none has it, or the models are of different sizes.
     """
     loaded = [model_folder.load_model(path) for path in args.model]
     found: dict[str, Any] = {}
@@ -97,14 +98,14 @@ def load_encoders(args: argparse.Namespace) -> encode_cache.Encoders:
     wanted += ["siglip"] if args.features and args.task == "generate" else []
     lacks = [n for n in wanted if n not in found]
     if lacks:
-        raise latent_cache.CacheError(
+        raise DataError(
             f"--model: expected folders with {' and '.join(wanted)}; "
             f"none of {args.model} has {' or '.join(lacks)}"
         )
     cfgs = {n: found[n][1] for n in wanted}
     sizes = {n: c.image_size for n, c in cfgs.items()}
     if len(set(sizes.values())) > 1:
-        raise latent_cache.CacheError(f"--model: expected one picture size; got {sizes}")
+        raise DataError(f"--model: expected one picture size; got {sizes}")
     cfg = cfgs[wanted[0]]
     if "siglip" in cfgs:
         cfg = dataclasses.replace(cfg, und=cfgs["siglip"].und)
@@ -166,5 +167,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (model_folder.CheckpointError, latent_cache.CacheError, sources.SourceError) as error:
+    except (CheckpointError, DataError) as error:
         sys.exit(f"error: {error}")

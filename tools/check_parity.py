@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from janusflow_jax import pipeline
-from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.hub import configs as hub_configs, tensors as convert
 from janusflow_jax.models import janusflow, siglip, vae
@@ -253,6 +253,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (model_folder.CheckpointError, ValueError, OSError, KeyError) as error:
+    except (CheckpointError, ValueError, OSError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

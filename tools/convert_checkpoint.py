@@ -21,8 +21,8 @@ from absl import logging
 from etils import epath
 
 from janusflow_jax import config as c
-from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.hub import assemble as hub_assemble, import_janusflow as hub_import, tensors
+from janusflow_jax.config.errors import CheckpointError, ConvertError
+from janusflow_jax.hub import assemble as hub_assemble, import_janusflow as hub_import
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -103,5 +103,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (c.ConfigError, model_folder.CheckpointError, tensors.ConvertError, OSError) as error:
+    except (c.ConfigError, CheckpointError, ConvertError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -17,8 +17,8 @@ import sys
 from absl import logging
 
 from janusflow_jax import config as c
-from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.hub import adapters, export as hub_export, tensors
+from janusflow_jax.config.errors import CheckpointError, ConvertError
+from janusflow_jax.hub import adapters, export as hub_export
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     errors = (
         c.ConfigError,
-        model_folder.CheckpointError,
-        tensors.ConvertError,
-        hub_export.ExportError,
-        adapters.AdapterError,
+        CheckpointError,
+        ConvertError,
+        ConvertError,
+        ConvertError,
         OSError,
     )
     try:

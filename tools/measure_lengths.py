@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, lengths, sources
 
 
@@ -37,7 +38,7 @@ def main() -> int:
         chat = chat_format.ChatFormat.load(args.tokenizer)
         opened = sources.open_source(args.data, args.split)
         source = sources.mapped(opened, fields, args.task)
-    except (chat_format.FormatError, sources.SourceError) as e:
+    except DataError as e:
         print(e, file=sys.stderr)
         return 1
     counted = lengths.measure(source, args.task, args.format, chat)

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from etils import epath
 from PIL import Image
 
-from janusflow_jax.data import chat_format, sources
+from janusflow_jax.config.errors import DataError
+from janusflow_jax.data import chat_format
 from janusflow_jax.data.prepare import (
     build,
     engines,
-    inputs,
     parquet,
     preview,
     report as prepare_report,
@@ -56,11 +56,11 @@ KINDS_OF = {
 }
 """What a form can hold; the first is meant where --kind does not say (parquet: by its columns)."""
 ERRORS = (
-    build.PrepareError,
-    inputs.InputError,
-    engines.EngineError,
-    chat_format.FormatError,
-    sources.SourceError,
+    DataError,
+    DataError,
+    DataError,
+    DataError,
+    DataError,
 )
 
 
@@ -135,7 +135,7 @@ def options_of(args: argparse.Namespace) -> Options:
     """The options that the arguments mean.
 
     Raises:
-      prepare.PrepareError: arguments that cannot be (lists all).
+      DataError: arguments that cannot be (lists all).
     """
     problems = [
         f"--lengths: expected generate, understand or text, a colon, chat or plain; got {spec!r}"
@@ -161,7 +161,7 @@ def options_of(args: argparse.Namespace) -> Options:
     if args.classes and not epath.Path(args.classes).exists():
         problems.append(f"--classes: expected a file of names; no such file: {args.classes}")
     if problems:
-        raise build.PrepareError("arguments:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise DataError("arguments:\n" + "\n".join(f"  - {p}" for p in problems))
     names = {field.name for field in dataclasses.fields(Options)}
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
     given["classes"] = ()

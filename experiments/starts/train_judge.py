@@ -24,6 +24,7 @@ from etils import epath
 
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import images, sources
 from janusflow_jax.models import encode, vae
 from janusflow_jax.openmoji import (
@@ -177,9 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     out = epath.Path(args.out)
     if out.exists() and not args.overwrite:
-        raise model_folder.CheckpointError(
-            f"{out}: exists; choose another path or pass --overwrite"
-        )
+        raise CheckpointError(f"{out}: exists; choose another path or pass --overwrite")
     began = time.time()
     tower = c.SiglipConfig(
         image_size=64,
@@ -230,5 +229,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (c.ConfigError, model_folder.CheckpointError) as error:
+    except (c.ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")

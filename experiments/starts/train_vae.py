@@ -25,6 +25,7 @@ from PIL import Image
 
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import images, sources
 from janusflow_jax.models import encode, vae
 from janusflow_jax.openmoji import build as openmoji_build
@@ -206,5 +207,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (c.ConfigError, model_folder.CheckpointError) as error:
+    except (c.ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")

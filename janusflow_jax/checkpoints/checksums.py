@@ -14,11 +14,9 @@ from typing import Any
 
 from etils import epath
 
+from janusflow_jax.config.errors import CheckpointError
+
 SUMS_FILE, MARKER = "checksums.json", "COMMITTED"
-
-
-class CheckpointError(ValueError):
-    """Nothing there that loads, or not what was expected; says what to do."""
 
 
 def read_json(path: epath.Path) -> Any:
@@ -35,10 +33,6 @@ def file_sha256(path: epath.Path) -> str:
         while piece := f.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
-
-
-class DamagedError(CheckpointError):
-    """Files are missing, or are not what was written."""
 
 
 def _names(folder: epath.Path, below: str = "") -> list[str]:
@@ -123,11 +117,11 @@ def damage(
 
 
 def verify_sums(folder: epath.Path, parts: Sequence[str] | None = None) -> None:
-    """Raises DamagedError naming every file that is missing or differs from its checksum.
+    """Raises CheckpointError naming every file that is missing or differs from its checksum.
 
     Args: parts: as in `damage`.
     """
     if found := damage(folder, parts):
-        raise DamagedError(
+        raise CheckpointError(
             f"{folder}: damaged: {found}; restore the folder from a copy, or use another checkpoint"
         )

@@ -22,15 +22,9 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints.checksums import (
-    MARKER,
-    CheckpointError,
-    DamagedError,
-    read_json,
-    verify_sums,
-    write_sums,
-)
+from janusflow_jax.checkpoints.checksums import MARKER, read_json, verify_sums, write_sums
 from janusflow_jax.config import ModelConfig
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.models import janusflow, lora, vae
 from janusflow_jax.parallel import processes, trees
 from janusflow_jax.parallel.trees import flat
@@ -250,9 +244,9 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bo
     ema = weights == "ema" and (folder / "ema").exists()
     try:
         verify_sums(folder, ("params", "run.json", *(["ema"] if ema else [])))
-    except DamagedError as error:
+    except CheckpointError as error:
         others = [s for s in committed_steps(workdir) if str(s) != folder.name]
-        raise DamagedError(f"{error} (finished ones here: {others or 'none'})") from error
+        raise CheckpointError(f"{error} (finished ones here: {others or 'none'})") from error
     run = read_json(folder / "run.json")
     cfg = config_lib.from_dict(ModelConfig, run["config"]["model"])
     params = _load_tree(folder / "params")

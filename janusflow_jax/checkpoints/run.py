@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.checkpoints.checksums import MARKER
-from janusflow_jax.checkpoints.model_folder import CheckpointError, DamagedError
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import processes, trees
 from janusflow_jax.parallel.sharding import path_name
 from janusflow_jax.parallel.trees import flat
@@ -168,7 +168,7 @@ class RunCheckpoints:
 
         Args: abstract: as in `restore`.
         Raises:
-          DamagedError: there are checkpoints, and all of them are damaged.
+          CheckpointError: there are checkpoints, and all of them are damaged.
           CheckpointError: arrays that do not fit (all listed).
         """
         if processes.is_main() and self._writes:
@@ -180,7 +180,7 @@ class RunCheckpoints:
                 return self.restore(step, abstract)
             said = f"{self.folder / str(step)}: damaged: {damage}"
             if step == steps[0]:
-                raise DamagedError(
+                raise CheckpointError(
                     f"{said}\nNo older checkpoint is left to go back to. Restore the folder from "
                     "a copy, or begin anew in another --config.workdir"
                 )

@@ -19,6 +19,7 @@ from etils import epath
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import TrainConfig
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import processes
 
 # What a run may change when it goes on: everything else makes it another run.
@@ -33,10 +34,6 @@ MAY_CHANGE = frozenset(
 LOCK = "lock"
 
 
-class WorkdirError(RuntimeError):
-    """The folder is another run's, or cannot be written."""
-
-
 class Lock:
     """Holds a workdir for this run, until `release` or the end of the process.
 
@@ -46,7 +43,7 @@ class Lock:
     """
 
     def __init__(self, workdir: epath.Path):
-        """Raises WorkdirError naming who holds the folder, or why it cannot be written."""
+        """Raises CheckpointError naming who holds the folder, or why it cannot be written."""
         self._path, self._file = workdir / LOCK, None
         self._me = {
             "pid": os.getpid(),
@@ -60,18 +57,18 @@ class Lock:
                 self._file = open(os.fspath(self._path), "a+")
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise WorkdirError(
+            raise CheckpointError(
                 f"{workdir}: another run is writing here: {self._holder()}. Wait for it or stop "
                 "it, or use another folder (--config.workdir=...)"
             ) from error
         except OSError as error:
             if self._file is None or error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise WorkdirError(explain(error, workdir)) from error
+                raise CheckpointError(explain(error, workdir)) from error
             print(f"{workdir}: this file system has no locks; two runs here would not see it")
         try:
             self._path.write_text(json.dumps(self._me))
         except OSError as error:
-            raise WorkdirError(explain(error, workdir)) from error
+            raise CheckpointError(explain(error, workdir)) from error
 
     def __enter__(self) -> Lock:
         return self
@@ -87,10 +84,10 @@ class Lock:
             return "a process that has not written its name yet"
 
     def check(self) -> None:
-        """Raises WorkdirError when another run has taken the folder (possible in buckets only)."""
+        """Raises CheckpointError when another run has taken the folder (only in buckets)."""
         held = model_folder.read_json(self._path)
         if held["id"] != self._me["id"]:
-            raise WorkdirError(
+            raise CheckpointError(
                 f"{self._path.parent}: taken over by {self._holder()}; this run ends"
             )
 
@@ -115,18 +112,18 @@ def explain(error: OSError, workdir: Any) -> str:
 
 @contextlib.contextmanager
 def explained(workdir: epath.Path) -> Iterator[None]:
-    """Makes an OSError of a block a WorkdirError."""
+    """Makes an OSError of a block a CheckpointError."""
     try:
         yield
     except OSError as error:
-        raise WorkdirError(explain(error, workdir)) from error
+        raise CheckpointError(explain(error, workdir)) from error
 
 
 def check(workdir: epath.Path, cfg: TrainConfig) -> None:
     """Checks that a run that is there already is the same run.
 
     Raises:
-      checkpoint.CheckpointError: it holds a run of another config (lists every difference).
+      CheckpointError: it holds a run of another config (lists every difference).
     """
     file = workdir / "config.json"
     if not file.exists():
@@ -143,7 +140,7 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
     ]
     if differ:
         listed = "\n".join(f"  - {d}" for d in differ)
-        raise model_folder.CheckpointError(
+        raise CheckpointError(
             f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
             "(--config.workdir=...), or the old config to go on with it"
         )

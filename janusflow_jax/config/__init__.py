@@ -5,13 +5,13 @@
 files use are here: `from janusflow_jax import config as c`.
 """
 
+from janusflow_jax.config.errors import ConfigError, JanusFlowError
 from janusflow_jax.config.model import (
     MODEL_PARTS,
     MODEL_SIZES,
     PRETRAINED_PARTS,
     REPA_TARGETS,
     UND_ENCODERS,
-    ConfigError,
     GenConfig,
     LlamaConfig,
     ModelConfig,
@@ -56,6 +56,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "GenConfig",
+    "JanusFlowError",
     "LlamaConfig",
     "LoraConfig",
     "LossConfig",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from absl import flags
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.config.run import ConfigError
+from janusflow_jax.config.errors import ConfigError
 
 
 def parse(argv: list[str]) -> list[str]:

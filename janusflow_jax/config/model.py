@@ -6,6 +6,8 @@ Read through `janusflow_jax.config`, which has all of it.
 import dataclasses
 from typing import Any
 
+from janusflow_jax.config.errors import ConfigError
+
 MODEL_PARTS = (
     "llm",
     "und_encoder",
@@ -28,10 +30,6 @@ PRETRAINED_PARTS = ("vae", "und_encoder", "llm", "repa_target")
 
 UND_ENCODERS = ("siglip", "shared", "own")
 REPA_TARGETS = ("und_encoder", "siglip")
-
-
-class ConfigError(ValueError):
-    """A config that cannot work: the message names every problem and what to do."""
 
 
 def dataclass(cls: type) -> Any:

@@ -10,9 +10,9 @@ import difflib
 import json
 from typing import Any
 
+from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.config.model import (
     MODEL_PARTS,
-    ConfigError,
     GenConfig,
     LlamaConfig,
     ModelConfig,

@@ -32,6 +32,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import images, samples, sources
 
 FORMAT = 1
@@ -42,10 +43,6 @@ PROBES = 64
 
 _VALUES, _BAD, _SAME = range(3)  # _SAME: as crop 0, because the picture is square
 _HEAD = struct.Struct("<BxH")  # kind, how many pictures
-
-
-class CacheError(ValueError):
-    """A cache that does not belong to this data or model; says what was expected and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +109,7 @@ def start(folder: epath.PathLike, manifest: Manifest) -> None:
     """Makes the folder, or checks that the one that is there is the same cache.
 
     Raises:
-      CacheError: it holds another (lists every difference).
+      DataError: it holds another (lists every difference).
     """
     folder = epath.Path(folder)
     if (folder / FILE).exists():
@@ -124,7 +121,7 @@ def start(folder: epath.PathLike, manifest: Manifest) -> None:
         ]
         if differ:
             listed = "\n".join(f"  - {d}" for d in differ)
-            raise CacheError(
+            raise DataError(
                 f"{folder}: holds another cache:\n{listed}\nUse another --out, or remove the folder"
             )
         return
@@ -205,17 +202,17 @@ class _Shard(NamedTuple):
 
 
 def read_manifest(folder: epath.PathLike) -> Manifest:
-    """Raises CacheError: none there, or of another version."""
+    """Raises DataError: none there, or of another version."""
     file = epath.Path(folder) / FILE
     if not file.exists():
-        raise CacheError(
+        raise DataError(
             f"{folder}: expected a cache (a folder with {FILE}); found none: "
             "tools/cache_latents.py makes one"
         )
     values = json.loads(file.read_text())
     known = {f.name for f in dataclasses.fields(Manifest)}
     if values.get("format") != FORMAT or set(values) != known:
-        raise CacheError(
+        raise DataError(
             f"{file}: expected format {FORMAT}; got {values.get('format')!r}: made by another "
             "version of janusflow_jax"
         )
@@ -227,7 +224,7 @@ class Cache:
     """A finished cache, open for reading."""
 
     def __init__(self, folder: epath.PathLike):
-        """Raises CacheError: no cache there, or shards are missing (says which command goes on)."""
+        """Raises DataError: no cache there, or shards are missing (says which command goes on)."""
         from array_record.python import array_record_data_source
 
         self.folder = str(folder)
@@ -238,7 +235,7 @@ class Cache:
             paths = [m.shard_path(folder, kind, k) for k in range(m.num_shards)]
             missing = [p.name for p in paths if p.name not in there]
             if missing:
-                raise CacheError(
+                raise DataError(
                     f"{folder}: expected {m.num_shards} shards of {kind}; {len(missing)} are not "
                     f"there yet, such as {missing[0]}: run tools/cache_latents.py again to go on"
                 )
@@ -251,8 +248,8 @@ class Cache:
 
         Args: encoded: the picture's bytes, as the data set has them.
         Raises:
-          samples.BadRecord: the picture was bad, is another now, or the shard is damaged.
-          sources.SourceError: the store cannot be read.
+          DataError: the picture was bad, is another now, or the shard is damaged.
+          DataError: the store cannot be read.
         """
         (both,) = self._values("latents", record, crop, [encoded])
         return both[0], both[1]
@@ -275,13 +272,13 @@ class Cache:
         if what == _SAME:
             return self._values(kind, record, 0, encoded)
         if what == _BAD:
-            raise samples.BadRecord(f"{where}: {reason(data)}")
+            raise DataError(f"{where}: {reason(data)}")
         crcs = np.frombuffer(data, "<u4", count, _HEAD.size).tolist()
         values = np.frombuffer(data, DTYPES[self.manifest.dtype], offset=_HEAD.size + 4 * count)
         values = values.reshape(count, *self.manifest.shapes[kind])
         wanted = [zlib.crc32(x) for x in encoded]
         if not set(wanted) <= set(crcs):
-            raise samples.BadRecord(f"{where}: is of another picture; make the cache again")
+            raise DataError(f"{where}: is of another picture; make the cache again")
         return [values[crcs.index(x)] for x in wanted]
 
     def _read(self, kind: str, record: int, crop: int, where: str) -> bytes:
@@ -292,7 +289,7 @@ class Cache:
                 return self._shards[kind][index]
             except RuntimeError as e:  # array_record has no other error
                 if "Corrupted" in str(e):
-                    raise samples.BadRecord(f"{where}: damaged: {e}") from e
+                    raise DataError(f"{where}: damaged: {e}") from e
                 raise OSError(str(e)) from e
 
         return sources.retry(read, f"{where} record {record}")

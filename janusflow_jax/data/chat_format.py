@@ -19,6 +19,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from janusflow_jax.config.errors import DataError
+
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual "
     "content that the user provides, and assist the user with a variety of tasks using natural "
@@ -44,10 +46,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "processor_config.json",
 )
-
-
-class FormatError(ValueError):
-    """A conversation or a tokenizer folder that cannot be used; says what to do."""
 
 
 class Encoded(NamedTuple):
@@ -102,13 +100,13 @@ class ChatFormat:
             processor_config.json.
           num_image_tokens: features an image; 0 takes the processor's.
         Raises:
-          FormatError: a file is missing or a needed token is not there (lists all).
+          DataError: a file is missing or a needed token is not there (lists all).
         """
         path = epath.Path(folder)
         files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
         missing = [n for n in TOKENIZER_FILES[:2] if n not in files]
         if missing:
-            raise FormatError(
+            raise DataError(
                 f"{path}: expected a tokenizer folder (tokenizer.json, tokenizer_config.json); "
                 f"missing {', '.join(missing)}"
             )
@@ -134,7 +132,7 @@ class ChatFormat:
                 "processor_config.json: expected num_image_tokens > 0 (or the argument); got none"
             )
         if problems or eos_id is None:
-            raise FormatError(f"{path} cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
+            raise DataError(f"{path} cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
         return cls(
             folder=str(path),
             tokenizer=backend,
@@ -159,10 +157,10 @@ class ChatFormat:
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises FormatError when an id has no row in a table of `vocab_size` rows."""
+        """Raises DataError when an id has no row in a table of `vocab_size` rows."""
         if self.vocab_needed > vocab_size:
             tags = f" (the tags {', '.join(self.added_tags)} were added)" if self.added_tags else ""
-            raise FormatError(
+            raise DataError(
                 f"{self.folder}: expected ids below {vocab_size} (the embedding table's rows); "
                 f"got up to {self.vocab_needed - 1}{tags}: use this model's own tokenizer, or a "
                 "larger model.llm.vocab_size"
@@ -204,7 +202,7 @@ class ChatFormat:
           closed: whether a last answer with text ends with eos (False: it will be continued).
           system: system prompt; '' for none.
         Raises:
-          FormatError: unknown role, or another number of image tags than images.
+          DataError: unknown role, or another number of image tags than images.
         """
         turns = [{"role": t["role"].lower(), "content": t["content"].strip()} for t in turns]
         found = sum(t["content"].count(self.image_tag) for t in turns if t["role"] == "user")
@@ -219,7 +217,7 @@ class ChatFormat:
                 f"{num_images} images; got {found}"
             )
         if problems:
-            raise FormatError("conversation: " + "; ".join(problems))
+            raise DataError("conversation: " + "; ".join(problems))
         if not turns or turns[-1]["role"] == "user":
             turns.append({"role": "assistant", "content": ""})
         parts: list[_Span | int] = []
@@ -260,11 +258,11 @@ class ChatFormat:
           num_images: images that are given.
           closed: False where the document goes on: no eos.
         Raises:
-          FormatError: another number of image tags than images.
+          DataError: another number of image tags than images.
         """
         pieces = text.split(self.image_tag)
         if len(pieces) - 1 != num_images:
-            raise FormatError(
+            raise DataError(
                 f"document: expected one {self.image_tag} for each of the {num_images} images; "
                 f"got {len(pieces) - 1}"
             )

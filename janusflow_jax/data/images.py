@@ -14,6 +14,8 @@ from etils import epath
 from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from janusflow_jax.config.errors import DataError
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 64 * 2**20
@@ -23,14 +25,6 @@ GAP = 2
 """Training's pictures are decoded at least so many times as large as they are needed."""
 GREY = 127
 """Fills the square around a picture for understanding."""
-
-
-class BadImage(ValueError):
-    """Bytes that are no picture we accept; the message says why, `reason` in two or three words."""
-
-    def __init__(self, message: str, reason: str = "truncated or broken"):
-        super().__init__(message)
-        self.reason = reason
 
 
 def decode(
@@ -45,7 +39,7 @@ def decode(
     Returns:
       uint8[H, W, 3].
     Raises:
-      BadImage: another format, too large, truncated or broken.
+      DataError: another format, too large, truncated or broken.
     """
     return np.asarray(open_image(data, max_pixels=max_pixels, max_bytes=max_bytes))
 
@@ -67,12 +61,12 @@ def open_image(
       max_pixels: more is refused before anything is decoded.
       max_bytes: more is refused.
     Raises:
-      BadImage: see `decode`.
+      DataError: see `decode`.
     """
     if not data:
-        raise BadImage("expected a picture; got 0 bytes", "0 bytes")
+        raise DataError("expected a picture; got 0 bytes", "0 bytes")
     if len(data) > max_bytes:
-        raise BadImage(
+        raise DataError(
             f"expected at most {max_bytes / 2**20:.0f} MiB; got {len(data) / 2**20:.1f} MiB: "
             "store a smaller picture",
             "too many bytes",
@@ -82,7 +76,7 @@ def open_image(
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise BadImage(
+                raise DataError(
                     f"expected at most {max_pixels / 1e6:.0f} megapixels; got {width} x {height} = "
                     f"{width * height / 1e6:.0f}: shrink the picture first",
                     "too many pixels",
@@ -91,22 +85,22 @@ def open_image(
             _shrink(image, short, long)
             image.load()
             return _rgb(_upright(image))
-    except BadImage:
+    except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise BadImage(
+        raise DataError(
             f"expected at most {max_pixels / 1e6:.0f} megapixels ({e}): shrink the picture first",
             "too many pixels",
         ) from e
     except Image.UnidentifiedImageError as e:
-        raise BadImage(
+        raise DataError(
             f"expected {', '.join(FORMATS)}; got {len(data)} bytes that begin {data[:8]!r}",
             "not JPEG, PNG or WebP",
         ) from e
     except MemoryError:
         raise
     except Exception as e:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error
-        raise BadImage(f"{kind} of {len(data)} bytes is truncated or broken: {e}") from e
+        raise DataError(f"{kind} of {len(data)} bytes is truncated or broken: {e}") from e
 
 
 def _shrink(image: Image.Image, short: int, long: int) -> None:
@@ -141,11 +135,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 def read(picture: Any) -> np.ndarray:
     """A path, PIL image, encoded bytes or array -> uint8[H, W, 3].
 
-    Raises: BadImage: not a picture that can be read; says why and which.
+    Raises: DataError: not a picture that can be read; says why and which.
     """
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise BadImage(
+            raise DataError(
                 f"image array: expected uint8[H, W, 3]; got {picture.dtype}{picture.shape}"
             )
         return picture
@@ -157,11 +151,11 @@ def read(picture: Any) -> np.ndarray:
         return decode(picture)
     path = epath.Path(picture)
     if not path.is_file():
-        raise BadImage(f"image {path}: no such file")
+        raise DataError(f"image {path}: no such file")
     try:
         return decode(path.read_bytes())
-    except BadImage as error:
-        raise BadImage(f"image {path}: {error}") from error
+    except DataError as error:
+        raise DataError(f"image {path}: {error}") from error
 
 
 def for_understanding(

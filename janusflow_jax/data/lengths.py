@@ -17,15 +17,12 @@ from absl import logging
 from etils import epath
 from jaxtyping import Bool
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, samples
 
 Fields = tuple[tuple[str, str], ...]
 SMALL = 100_000
 """Up to this many records, lengths are measured when a run starts; more need the command."""
-
-
-class LengthsError(ValueError):
-    """No stored lengths for this tokenizer; names the command that makes them."""
 
 
 def lengths_path(
@@ -79,7 +76,7 @@ def measure(source: Any, task: str, form: str, chat: chat_format.ChatFormat) -> 
         try:
             found.append(samples.units(record, task, form, chat))
             text[i] = samples.kind(record, task) == "text"
-        except samples.BadRecord:
+        except DataError:
             found.append([samples.Unit(0, 0, int(task != "text"))])
     return of_units(found, text)
 
@@ -127,7 +124,7 @@ def load_lengths(
       split, task, form: as in the config.
       chat: the tokenizer.
     Raises:
-      LengthsError: nothing stored for this tokenizer and more than SMALL records, or a stored file
+      DataError: nothing stored for this tokenizer and more than SMALL records, or a stored file
         that does not belong to this data.
     """
     fields = getattr(source, "fields", ())
@@ -140,14 +137,14 @@ def load_lengths(
             lengths = Lengths(*(stored[n] for n in Lengths._fields)) if known else None
         if lengths is not None and found == _key(chat) and len(lengths) == len(source):
             return lengths
-        raise LengthsError(
+        raise DataError(
             f"{file}: expected {len(source)} lengths for tokenizer {_key(chat)[:16]}; got "
             f"{'none' if lengths is None else len(lengths)} for {found[:16]}: the data set was "
             f"made again; run\n  {command}"
         )
     if len(source) > SMALL:
         others = [p.name for p in file.parent.glob("*.npz")] if file.parent.exists() else []
-        raise LengthsError(
+        raise DataError(
             f"{path}: expected stored lengths {file.name} for this tokenizer and form; got "
             f"{others or 'none'}; {len(source):,} records are too many to measure at start; "
             f"run\n  {command}"

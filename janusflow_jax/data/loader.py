@@ -14,14 +14,11 @@ import numpy as np
 from absl import logging
 
 from janusflow_jax import config as config_lib
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, rows as rows_lib
 
 MIN_BAD = 20
 """So many bad samples are forgiven whatever their share."""
-
-
-class BadDataError(RuntimeError):
-    """Too large a share of the samples is bad; names some."""
 
 
 @dataclasses.dataclass
@@ -103,8 +100,8 @@ class Loader:
           (batch, report): arrays of `rows.Rows.row`, stacked; report.next_row is the position to
           save once the batch is done.
         Raises:
-          BadDataError: more than cfg.max_bad_share of the samples, and more than MIN_BAD, are bad.
-          sources.SourceError: the store cannot be read.
+          DataError: more than cfg.max_bad_share of the samples, and more than MIN_BAD, are bad.
+          DataError: the store cannot be read.
         """
         import grain
 
@@ -156,7 +153,7 @@ class Loader:
         if num_bad <= MIN_BAD or num_bad <= self.cfg.max_bad_share * num_samples:
             return
         some = "\n".join(f"  {sample}" for sample in bad[:5])
-        raise BadDataError(
+        raise DataError(
             f"data: expected at most {self.cfg.max_bad_share:.1%} bad samples; got {num_bad} of "
             f"{num_samples}. The latest:\n{some}\nRepair the data set, or raise "
             "data.max_bad_share if you mean to train without them"

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from janusflow_jax import config as config_lib
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import (
     cache as latent_cache,
     chat_format,
-    images,
     lengths,
     packing,
     pieces as pieces_lib,
@@ -29,10 +29,6 @@ from janusflow_jax.data import (
 _CAPTION, _DROP, _, _FILLER = range(4)  # slots.CROP is the third
 _MIN_FILLER = 16  # positions; a shorter tail stays padding
 _TASKS = {"generate": samples.GENERATE, "understand": samples.UNDERSTAND, "text": samples.NONE}
-
-
-class DataError(ValueError):
-    """A mixture that cannot be read with this model; lists every problem."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Rows:
           repa: whether the loss reads SigLIP's features of generation slots.
         Raises:
           DataError: the tokenizer, the model and the mixture do not go together (lists all).
-          sources.SourceError, lengths.LengthsError, latent_cache.CacheError: a data set, or what is
+          DataError, DataError, DataError: a data set, or what is
             stored of it, cannot be used.
         """
         self.cfg, self.model, self.chat = cfg, model, chat
@@ -147,7 +143,7 @@ class Rows:
           target_mask bool[T], slot_start int32[K], slot_task int32[K], and what the slots hold:
           images uint8[K, H, W, 3], or what caches have in their place (`slots`).
         Raises:
-          sources.SourceError: the store cannot be read.
+          DataError: the store cannot be read.
         """
         length = self.cfg.row_len
         out = {
@@ -166,7 +162,7 @@ class Rows:
             piece, offset = int(source.bins.samples[i]), int(source.bins.offsets[i])
             try:
                 self._place(out, source, piece, row, place, slot, offset)
-            except (samples.BadRecord, images.BadImage) as e:
+            except DataError as e:
                 bad.append(BadSample(row, source.name, int(source.pieces.record[piece]), str(e)))
             slot += int(source.pieces.images[piece])
         filler = self.phase(row).filler
@@ -276,7 +272,7 @@ class Rows:
         sample = self._sample(source, data, key, int(pieces.begin[piece]), int(pieces.end[piece]))
         n, room = len(sample.tokens), int(pieces.length[piece])
         if n > room or len(sample.images) != pieces.images[piece]:
-            raise samples.BadRecord(
+            raise DataError(
                 f"expected at most {room} positions and {pieces.images[piece]} image(s), as "
                 f"measured; got {n} and {len(sample.images)}: measure lengths again"
             )
@@ -305,7 +301,7 @@ class Rows:
             try:
                 key = (self.cfg.seed, row, place)
                 sample = self._sample(source, source.records[record], key)
-            except samples.BadRecord as e:
+            except DataError as e:
                 bad.append(BadSample(row, source.name, record, str(e)))
                 return
             head, room = int(self.chat.add_bos), self.cfg.row_len - end
@@ -351,7 +347,7 @@ def _problems(
         )
     try:
         chat.check_vocab(model.llm.vocab_size)
-    except chat_format.FormatError as e:
+    except DataError as e:
         bad.append(str(e))
     for source in cfg.sources:
         slots = {"generate": cfg.gen_slots, "understand": cfg.und_slots}.get(source.task)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format
 
 QUESTION = "Describe the picture."
@@ -29,10 +30,6 @@ NONE, GENERATE, UNDERSTAND = 0, 1, 2
 """Values of slot_task."""
 
 Turns = list[dict[str, str]]
-
-
-class BadRecord(ValueError):
-    """A record that makes no sample; the message says why."""
 
 
 class Unit(NamedTuple):
@@ -75,11 +72,11 @@ def captions_of(record: dict[str, Any]) -> list[str]:
     """The captions that say something, stripped.
 
     Raises:
-      BadRecord: there is none.
+      DataError: there is none.
     """
     found = [c.strip() for c in record.get("captions", []) if c.strip()]
     if not found:
-        raise BadRecord(
+        raise DataError(
             f"expected at least one caption with text; got {record.get('captions', [])!r}"
         )
     return found
@@ -89,11 +86,11 @@ def texts_of(record: dict[str, Any]) -> list[str]:
     """What a text-only source reads: the text, or the captions where a record has no text.
 
     Raises:
-      BadRecord: there is neither.
+      DataError: there is neither.
     """
     text = record.get("text", "").strip()
     if not text and not record.get("captions"):
-        raise BadRecord("expected text or captions; got none")
+        raise DataError("expected text or captions; got none")
     return [text] if text else captions_of(record)
 
 
@@ -109,7 +106,7 @@ def turns_of(record: dict[str, Any]) -> tuple[str, Turns]:
     tfds gives a sequence of turns as {'role': [...], 'content': [...]}; a list of turns does too.
 
     Raises:
-      BadRecord: a turn without role and content.
+      DataError: a turn without role and content.
     """
     given = record["conversation"]
     if isinstance(given, dict):
@@ -117,7 +114,7 @@ def turns_of(record: dict[str, Any]) -> tuple[str, Turns]:
             {"role": r, "content": c} for r, c in zip(given["role"], given["content"], strict=True)
         ]
     if not all({"role", "content"} <= set(turn) for turn in given):
-        raise BadRecord("conversation: expected turns with role and content")
+        raise DataError("conversation: expected turns with role and content")
     turns = [{"role": t["role"].lower(), "content": t["content"].strip()} for t in given]
     if turns and turns[0]["role"] == "system":
         return turns[0]["content"], turns[1:]
@@ -128,7 +125,7 @@ def exchanges(turns: Turns) -> list[Turns]:
     """Turns in groups that end with an answer; a last question without one teaches nothing.
 
     Raises:
-      BadRecord: no answer at all.
+      DataError: no answer at all.
     """
     out: list[Turns] = [[]]
     for turn in turns:
@@ -136,7 +133,7 @@ def exchanges(turns: Turns) -> list[Turns]:
         if turn["role"] == "assistant" and turn["content"]:
             out.append([])
     if len(out) == 1:
-        raise BadRecord("conversation: expected an answer of the assistant; got none")
+        raise DataError("conversation: expected an answer of the assistant; got none")
     return out[:-1]
 
 
@@ -162,7 +159,7 @@ def units(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFo
     """The record measured.
 
     Raises:
-      BadRecord: it makes no sample.
+      DataError: it makes no sample.
     """
     slot = 1 + chat.num_image_tokens
     head = int(chat.add_bos)
@@ -202,7 +199,7 @@ def make(
       choose: n -> which of n captions.
       end: -1: all of it.
     Raises:
-      BadRecord: it makes no sample.
+      DataError: it makes no sample.
     """
     what = kind(record, task)
     if what == "text":
@@ -212,7 +209,7 @@ def make(
         size = len(sample.tokens) - head
         end = size if end < 0 else min(end, size)
         if begin >= end:
-            raise BadRecord(f"expected more than {begin} tokens, as measured; got {size}")
+            raise DataError(f"expected more than {begin} tokens, as measured; got {size}")
         return sample.cut(begin, end, head) if (begin, end) != (0, size) else sample
     if what == "caption":
         found = captions_of(record)
@@ -227,7 +224,7 @@ def make(
     first_image = sum(p.images for p in pieces[:begin])
     chosen = pieces[begin:end]
     if not chosen:
-        raise BadRecord(f"expected more than {begin} exchanges, as measured; got {len(pieces)}")
+        raise DataError(f"expected more than {begin} exchanges, as measured; got {len(pieces)}")
     whole = chosen[0].join(chosen)
     encoded = whole.encode(True, end == len(pieces))
     return _sample(encoded, images[first_image : first_image + whole.images])
@@ -278,7 +275,7 @@ def _pieces(record: dict[str, Any], what: str, chat: chat_format.ChatFormat) -> 
         return ([_Passage(chat, front, 0)] if front else []) + passages
     system, turns = turns_of(record)
     if wrong := sorted({t["role"] for t in turns} - {"user", "assistant"}):
-        raise BadRecord(f"conversation: expected roles user and assistant; got {wrong}")
+        raise DataError(f"conversation: expected roles user and assistant; got {wrong}")
     return [
         _Exchange(
             chat,
@@ -292,9 +289,9 @@ def _pieces(record: dict[str, Any], what: str, chat: chat_format.ChatFormat) -> 
 
 def _check_images(marked: int, given: int, task: str) -> None:
     if task == "text" and (marked or given):
-        raise BadRecord(f"expected no images in a text-only source; got {max(marked, given)}")
+        raise DataError(f"expected no images in a text-only source; got {max(marked, given)}")
     if marked != given:
-        raise BadRecord(f"expected an image tag for each of the {given} images; got {marked}")
+        raise DataError(f"expected an image tag for each of the {given} images; got {marked}")
 
 
 def _captioned(
@@ -317,6 +314,6 @@ def _captioned(
 
 def _sample(encoded: chat_format.Encoded, images: Sequence[Any] = ()) -> Sample:
     if len(encoded.slot_starts) != len(images):
-        raise BadRecord(f"expected {len(encoded.slot_starts)} image(s); got {len(images)}")
+        raise DataError(f"expected {len(encoded.slot_starts)} image(s); got {len(images)}")
     empty = np.zeros(len(encoded.ids), bool)
     return Sample(encoded.ids, encoded.target_mask, empty, encoded.slot_starts, list(images))

@@ -90,7 +90,7 @@ class Slots:
           encoded: the sample's pictures, as the record has them.
           key: (seed, row, slot of the first picture).
         Raises:
-          images.BadImage, samples.BadRecord: a picture, or what is cached of it, is bad.
+          DataError, DataError: a picture, or what is cached of it, is bad.
         """
         if task == samples.UNDERSTAND:
             if cache is not None:

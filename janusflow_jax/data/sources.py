@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from absl import logging
 from etils import epath
 
+from janusflow_jax.config.errors import DataError
+
 T = TypeVar("T")
 
 NEEDED = {
@@ -30,10 +32,6 @@ RETRY_SECONDS = (0.1, 1.0, 5.0)
 """Waits between attempts at a read that fails; after the last the run stops."""
 
 
-class SourceError(ValueError):
-    """A data set that cannot be opened or read; says what was expected and what to do."""
-
-
 class TfdsSource:
     """A split of a prepared tfds data set. Records are dicts of str, bytes and list[str]."""
 
@@ -44,12 +42,12 @@ class TfdsSource:
         folder = epath.Path(path)
         scheme = str(folder).partition("://")[0]
         if scheme != str(folder) and scheme != "gs":  # of others array_record reads nothing
-            raise SourceError(
+            raise DataError(
                 f"{folder}: expected a local path or gs:// (all that array_record reads); got "
                 f"{scheme}://: mount the store as a folder, or copy the data set"
             )
         if not (folder / "dataset_info.json").exists():
-            raise SourceError(
+            raise DataError(
                 f"{folder}: expected a prepared data set (a folder with dataset_info.json); "
                 + ("it has none" if folder.exists() else "the folder does not exist")
                 + ": for OpenMoji run `python tools/prepare_openmoji.py --out data/openmoji`, for "
@@ -58,12 +56,12 @@ class TfdsSource:
         builder: Any = tfds.builder_from_directory(str(folder))
         form = str(getattr(builder.info.file_format, "value", builder.info.file_format))
         if form != "array_record":
-            raise SourceError(
+            raise DataError(
                 f"{folder}: expected files in the format array_record; got {form}: prepare it "
                 "again with file_format='array_record'"
             )
         if split not in builder.info.splits:
-            raise SourceError(
+            raise DataError(
                 f"{folder}: expected split one of {sorted(builder.info.splits)}; got {split!r}"
             )
 
@@ -90,7 +88,7 @@ class TfdsSource:
         """Record `index` (0 <= index < len), image still encoded.
 
         Raises:
-          SourceError: the store fails again and again (a read is tried four times).
+          DataError: the store fails again and again (a read is tried four times).
         """
         record = retry(lambda: self._records[index], f"{self.path} {self.split} record {index}")
         return {name: _plain(value, name in self._encoded) for name, value in record.items()}
@@ -100,7 +98,7 @@ def open_source(path: epath.PathLike, split: str) -> TfdsSource:
     """Opens a split of a prepared data set.
 
     Raises:
-      SourceError: no data set there, or no such split (names the known).
+      DataError: no data set there, or no such split (names the known).
     """
     return TfdsSource(path, split)
 
@@ -138,7 +136,7 @@ def mapped(source: Any, fields: Fields, task: str) -> Any:
       fields: (ours, theirs) of every field that is called otherwise; () for none.
       task: generate | understand | text.
     Raises:
-      SourceError: a field that is not there, or one that the task needs (lists all).
+      DataError: a field that is not there, or one that the task needs (lists all).
     """
     if not isinstance(source, TfdsSource):
         return source
@@ -159,7 +157,7 @@ def mapped(source: Any, fields: Fields, task: str) -> Any:
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
         known = ", ".join(sorted(_paths(source.features)))
-        raise SourceError(
+        raise DataError(
             f"{source.path}: fields (the data set has {known}):\n"
             f"{listed}\nSet the source's `fields`, such as (('captions', 'label'),): ours, theirs"
         )
@@ -209,7 +207,7 @@ def _class_names(features: Any, path: str) -> list[str] | None:
 
 
 def retry(read: Callable[[], T], what: str) -> T:
-    """Runs `read`; an error of the store is tried again after RETRY_SECONDS, then is a SourceError.
+    """Runs `read`; an error of the store is tried again after RETRY_SECONDS, then is a DataError.
 
     array_record raises RuntimeError for what it cannot open, and for what does not have its hash.
     """
@@ -218,7 +216,7 @@ def retry(read: Callable[[], T], what: str) -> T:
             return read()
         except (OSError, RuntimeError) as e:
             if wait is None:
-                raise SourceError(
+                raise DataError(
                     f"{what}: cannot be read after {len(RETRY_SECONDS) + 1} attempts ({e}): check "
                     "the disk or the network, or prepare the data set again where a file is "
                     "missing or corrupted; then run the same command again to resume"

@@ -11,12 +11,8 @@ import jax
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import (
-    ConfigError,
-    TrainConfig,
-    checks as config_checks,
-    parts as parts_lib,
-)
+from janusflow_jax.config import TrainConfig, checks as config_checks, parts as parts_lib
+from janusflow_jax.config.errors import CheckpointError, ConfigError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import adapters
 from janusflow_jax.parallel import sharding
@@ -69,8 +65,8 @@ def measure(
       adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
     Raises:
       ConfigError: a config without held-out sources.
-      checkpoint.CheckpointError: no model, or one that lacks a part that a source's loss needs.
-      adapters.AdapterError: adapters of another base, or none there.
+      CheckpointError: no model, or one that lacks a part that a source's loss needs.
+      ConvertError: adapters of another base, or none there.
     """
     if not cfg.evaluate.sources:
         raise ConfigError(
@@ -105,7 +101,7 @@ def _check_parts(path: str, loaded: model_folder.LoadedModel, cfg: TrainConfig) 
         need |= {*parts_lib.needed_to_understand(loaded.cfg)}
     lacking = sorted(need - set(loaded.parts))
     if lacking:
-        raise model_folder.CheckpointError(
+        raise CheckpointError(
             f"{path}: held-out losses of {sorted(tasks)} need the parts {lacking}; it has "
             f"{loaded.parts}"
         )

@@ -23,6 +23,7 @@ from etils import epath
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config import LORA_TARGETS, TrainConfig, parts as parts_lib
+from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.hub import names as tensor_names, peft_config
 from janusflow_jax.hub.safetensors import LazyTensor, Made, open_folder, write_folder
 from janusflow_jax.models import lora
@@ -37,23 +38,19 @@ SHOWN = 8
 """How many of the same kind of problem a message lists."""
 
 
-class AdapterError(ValueError):
-    """A folder that holds no adapters for this base; every problem at once."""
-
-
 def save(run: Any, out: Any, weights: str = "ema") -> str:
     """Writes the adapters of a training run (or one of its checkpoints) to the folder `out`.
 
     Returns: what was written, in a line.
     Raises:
-      AdapterError: the run has none, or has trained more than them.
-      checkpoint.CheckpointError: nothing there that loads, or `out` exists.
+      ConvertError: the run has none, or has trained more than them.
+      CheckpointError: nothing there that loads, or `out` exists.
     """
     folder = epath.Path(out).resolve()
     if folder.exists():
-        raise model_folder.CheckpointError(f"{folder}: exists; choose another path")
+        raise CheckpointError(f"{folder}: exists; choose another path")
     if (epath.Path(run) / model_folder.MODEL_FILE).exists():
-        raise AdapterError(
+        raise ConvertError(
             f"{run}: a model folder, which has no adapters: expected a run with "
             "--config.lora.rank above 0 (its folder, or one of its checkpoints)"
         )
@@ -61,12 +58,12 @@ def save(run: Any, out: Any, weights: str = "ema") -> str:
     given = loaded.meta.get("config")
     cfg = config_lib.from_dict(TrainConfig, given) if given else None
     if cfg is None or not cfg.lora.rank:
-        raise AdapterError(
+        raise ConvertError(
             f"{loaded.source}: expected a run with --config.lora.rank above 0; this one has no "
             "adapters: export the model itself"
         )
     if more := sorted(parts_lib.trained_parts(cfg)):
-        raise AdapterError(
+        raise ConvertError(
             f"{loaded.source}: has trained {more} too, which adapters alone do not hold; export "
             "the model itself (without --adapter-only)"
         )
@@ -108,21 +105,21 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
     Warns where the adapters do not say which base they were trained beside.
 
     Raises:
-      AdapterError: no adapter, settings that we do not support, tensors that do not fit, or
+      ConvertError: no adapter, settings that we do not support, tensors that do not fit, or
         another base; all that is wrong in one message.
-      checkpoint.CheckpointError: a config file that cannot be read.
+      CheckpointError: a config file that cannot be read.
     """
     folder = epath.Path(path).resolve()
     if llm is None:
-        raise AdapterError(f"{folder}: expected a model with a language model; this one has none")
+        raise ConvertError(f"{folder}: expected a model with a language model; this one has none")
     if not (folder / CONFIG).exists():
-        raise AdapterError(
+        raise ConvertError(
             f"{folder}: expected {CONFIG} and {WEIGHTS}.safetensors, as written by "
             "tools/export_checkpoint.py --adapter-only; found none"
         )
     given = checksums.read_json(folder / CONFIG)
     if not isinstance(given, dict):
-        raise AdapterError(
+        raise ConvertError(
             f"{folder / CONFIG}: expected PEFT's fields, a JSON object; got "
             f"{peft_config.short(given)}"
         )
@@ -143,7 +140,7 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
         )
     if problems or not about:
         listed = "\n".join(f"  - {p}" for p in problems)
-        raise AdapterError(f"{folder}: these adapters cannot be put onto this model:\n{listed}")
+        raise ConvertError(f"{folder}: these adapters cannot be put onto this model:\n{listed}")
     _warn(folder, given, about)
     leaves = trees.flat(llm)
     for target in sorted(targets):

@@ -189,8 +189,8 @@ def assemble(
       dtype: '' keeps each tensor's type; new parts are float32 then.
       gen_width: width of the new ConvNeXt parts; seed: of their initialisation.
     Raises:
-      convert.ConvertError: whatever is wrong with the folders, all of it; nothing was written.
-      checkpoint.CheckpointError: `out` exists and `overwrite` is not set.
+      ConvertError: whatever is wrong with the folders, all of it; nothing was written.
+      CheckpointError: `out` exists and `overwrite` is not set.
     """
     hub_import.check_out(out, overwrite)
     sources = Source(llm, "llm"), Source(siglip, "siglip"), hub_import.open_vae(vae)

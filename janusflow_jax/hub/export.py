@@ -18,15 +18,12 @@ from etils import epath
 
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import ModelConfig, checks as config_checks
+from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.hub import configs as hub_configs, names as tensor_names, tensors
 from janusflow_jax.hub.safetensors import SHARD_BYTES, Made, read_header, write_folder
 from janusflow_jax.hub.source import LICENCES_FILE, LLM_CONFIG_FILE, UNUSED_FILE, VAE_CONFIG_FILE
 
 CONFIGS = ("config.json", "preprocessor_config.json", "vae/config.json")
-
-
-class ExportError(ValueError):
-    """A model that the published format cannot hold; the message lists every reason."""
 
 
 def export(
@@ -48,12 +45,12 @@ def export(
       licence: goes into the card when no source named its own.
       shard_bytes: weights above it become several files with an index.
     Raises:
-      ExportError: what the published format has no word for, or parts that are missing.
-      checkpoint.CheckpointError: nothing there that loads, or `out` exists.
+      ConvertError: what the published format has no word for, or parts that are missing.
+      CheckpointError: nothing there that loads, or `out` exists.
     """
     folder = epath.Path(out).resolve()
     if folder.exists() and not overwrite:
-        raise model_folder.CheckpointError(f"{folder}: exists; choose another path or --overwrite")
+        raise CheckpointError(f"{folder}: exists; choose another path or --overwrite")
     loaded = model_folder.load_model(model, weights=weights)
     hub = {p.name: p for p in loaded.hub.iterdir()} if loaded.hub.exists() else {}
     _check(loaded, hub)
@@ -99,7 +96,7 @@ def _check(loaded: model_folder.LoadedModel, hub: Mapping[str, Any]) -> None:
     ]
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
-        raise ExportError(f"{loaded.source}: cannot be exported:\n{listed}")
+        raise ConvertError(f"{loaded.source}: cannot be exported:\n{listed}")
 
 
 def _typed(made: Mapping[str, Made], source: Any, dtype: str) -> dict[str, Made]:
@@ -140,7 +137,7 @@ def _configs(hub: Mapping[str, Any], cfg: ModelConfig, kind: str) -> dict[str, b
     extra = json.loads(hub[LLM_CONFIG_FILE].read_bytes()) if LLM_CONFIG_FILE in hub else {}
     written = hub_configs.model_config_to_hf(cfg, extra)
     if _read_back([written[n] for n in CONFIGS]) != cfg:
-        raise ExportError("the config would not be read back as it is: a mistake of ours")
+        raise ConvertError("the config would not be read back as it is: a mistake of ours")
     if not {"config.json", "vae/config.json"} <= came.keys():
         written["config.json"]["torch_dtype"] = kind
         return {n: _dump(x) for n, x in written.items()}

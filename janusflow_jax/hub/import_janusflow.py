@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import MODEL_PARTS, ConfigError, ModelConfig
+from janusflow_jax.config import MODEL_PARTS, ModelConfig
+from janusflow_jax.config.errors import CheckpointError, ConfigError, DataError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import (
     configs as hub_configs,
@@ -52,9 +53,7 @@ def check_out(out: Any, overwrite: bool) -> None:
     """Raises CheckpointError before any work is done when something is in the way."""
     path = epath.Path(out).resolve()
     if path.exists() and not overwrite:
-        raise model_folder.CheckpointError(
-            f"{path}: exists; choose another path or pass --overwrite"
-        )
+        raise CheckpointError(f"{path}: exists; choose another path or pass --overwrite")
 
 
 def load_text(
@@ -63,7 +62,7 @@ def load_text(
     """The folder's tokenizer, or None and a problem."""
     try:
         return chat_format.ChatFormat.load(folder, num_image_tokens)
-    except chat_format.FormatError as error:
+    except DataError as error:
         problems.append(str(error).replace("\n", " "))
     except Exception as error:  # noqa: BLE001 - the library raises its own and plain Exception
         problems.append(f"{folder}: its tokenizer files cannot be read; {error}")
@@ -113,7 +112,7 @@ def convert_janusflow(
       say: gets lines for people.
     Raises:
       ConvertError: whatever is wrong with the folders, all of it; nothing was written.
-      checkpoint.CheckpointError: `out` exists and `overwrite` is not set.
+      CheckpointError: `out` exists and `overwrite` is not set.
     """
     check_out(out, overwrite)
     model, autoencoder = Source(folder, "janusflow"), open_vae(vae)
@@ -170,7 +169,7 @@ def _text_problems(model: Source, processor: dict[str, Any], cfg: ModelConfig) -
     if chat is not None:
         try:
             chat.check_vocab(cfg.llm.vocab_size)
-        except chat_format.FormatError as error:
+        except DataError as error:
             problems.append(str(error))
     count = processor.get("num_image_tokens", cfg.num_image_tokens)
     if count != cfg.num_image_tokens:

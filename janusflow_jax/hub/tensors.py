@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from janusflow_jax.config import ModelConfig, SiglipConfig, VaeConfig
+from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.hub import names as tensor_names
 from janusflow_jax.hub.names import LAYOUTS, Rule
 from janusflow_jax.hub.safetensors import Made
@@ -28,10 +29,6 @@ FLOATS = {np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bf
 def numpy_dtype(name: str) -> np.dtype:
     """A type by numpy's or ml_dtypes' name."""
     return np.dtype(getattr(ml_dtypes, name, None) or name)
-
-
-class ConvertError(ValueError):
-    """Tensors or config values that do not fit; the message lists every problem."""
 
 
 def janusflow_rules(cfg: ModelConfig) -> list[Rule]:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import SiglipConfig
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.hub import safetensors as safetensors_io
 from janusflow_jax.models import encode, layers, siglip
 from janusflow_jax.openmoji.scores import Label
@@ -163,11 +164,11 @@ def load(path: Any) -> LoadedJudge:
     """Reads what `save` has written.
 
     Raises:
-      checksums.CheckpointError: nothing there, or arrays that do not fit the config.
+      CheckpointError: nothing there, or arrays that do not fit the config.
     """
     folder = epath.Path(path)
     if not (folder / FILE).exists():
-        raise checksums.CheckpointError(
+        raise CheckpointError(
             f"{folder}: expected a judge ({FILE}); found none. It ships as {START}; "
             "experiments/starts/train_judge.py makes one"
         )
@@ -188,7 +189,7 @@ def load(path: Any) -> LoadedJudge:
     wrong = sorted(n for n in want.keys() | have if _shape(want, n) != _shape(have, n))
     problems = [*found.problems, *(f"{n}: does not fit its config" for n in wrong)]
     if problems:
-        raise checksums.CheckpointError(f"{folder}: " + "; ".join(problems))
+        raise CheckpointError(f"{folder}: " + "; ".join(problems))
     return LoadedJudge(cfg, params, about, hashlib.sha256(weights.read_bytes()).hexdigest())
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from janusflow_jax import pipeline
-from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import parts as parts_lib
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import sources
 from janusflow_jax.openmoji import judge, judged
 from janusflow_jax.openmoji.scores import Gallery, Label
@@ -19,12 +19,12 @@ def check_captions(
     """Whether pictures of these splits can be captioned and compared.
 
     Raises:
-      checkpoint.CheckpointError: the model lacks a part that answers.
+      CheckpointError: the model lacks a part that answers.
       ValueError: a split has fewer than two pictures.
     """
     has = {*model.params, *(["vae"] if model.vae else [])}
     if lacking := sorted({*parts_lib.needed_to_understand(model.cfg)} - has):
-        raise model_folder.CheckpointError(
+        raise CheckpointError(
             f"captions: expected a model that reads pictures; {model.source or 'this one'} lacks "
             f"{lacking}: give --captions 0"
         )

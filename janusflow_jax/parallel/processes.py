@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from janusflow_jax.config import ConfigError
+from janusflow_jax.config.errors import ConfigError, JanusFlowError
 
 MODES = ("auto", "on", "off")
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -152,22 +152,18 @@ def whole(tree: Any) -> Any:
     )
 
 
-class PeerError(RuntimeError):
-    """Another process of the job ended it, and said why."""
-
-
 def raise_together(error: BaseException | None, what: str) -> None:
     """Raises on all processes when one has an error: its own, or one that names whose it was.
 
     Raises:
-      PeerError: the error was another process's.
+      JanusFlowError: the error was another process's.
     """
     texts = gather("" if error is None else str(error) or type(error).__name__)
     if error is not None:
         raise error
     for process, text in enumerate(texts):
         if text:
-            raise PeerError(f"{what}: process {process} of {count()}: {text}")
+            raise JanusFlowError(f"{what}: process {process} of {count()}: {text}")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from janusflow_jax.config import ConfigError, MeshConfig
+from janusflow_jax.config import MeshConfig
+from janusflow_jax.config.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")

@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.config import ConfigError, TrainConfig, checks as config_checks
+from janusflow_jax.config import TrainConfig, checks as config_checks
+from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.parallel import sharding
 from janusflow_jax.planning import topology as plan_topology

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from janusflow_jax.config import ConfigError
+from janusflow_jax.config.errors import ConfigError
 
 GIB = 2**30
 

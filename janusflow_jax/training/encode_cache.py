@@ -22,8 +22,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from janusflow_jax.config import ModelConfig, TrainConfig, parts as parts_lib
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import cache as latent_cache, images, rows, samples, slots
-from janusflow_jax.data.cache import CacheError, Manifest
+from janusflow_jax.data.cache import Manifest
 from janusflow_jax.models import siglip, vae
 from janusflow_jax.parallel import processes, trees
 
@@ -144,8 +145,8 @@ def build(
       process: takes shards process, process + num_processes, ...
       workers: threads that decode.
     Raises:
-      CacheError: the folder holds another cache.
-      sources.SourceError: the store cannot be read.
+      DataError: the folder holds another cache.
+      DataError: the store cannot be read.
     """
     latent_cache.start(folder, manifest)
     mine = range(process, manifest.num_shards, num_processes)
@@ -198,12 +199,12 @@ def _entries(records: Any, manifest: Manifest, i: int) -> list[_Entry]:
     try:
         encoded = samples.images_of(records[i])
         if not encoded:
-            raise samples.BadRecord("expected a picture; the record has none")
+            raise DataError("expected a picture; the record has none")
         if manifest.task == "understand":
             seen = [slots.whole(x, manifest.image_size) for x in encoded]
             return [_Entry([zlib.crc32(x) for x in encoded], seen)]
         crc, picture = zlib.crc32(encoded[0]), slots.to_crop(encoded[0], manifest.image_size)
-    except (images.BadImage, samples.BadRecord) as e:
+    except DataError as e:
         return [_Entry([], [], latent_cache.bad_entry(str(e)))] * manifest.crops
     out = []
     for crop in range(manifest.crops):
@@ -269,7 +270,7 @@ def digests(cfg: TrainConfig, made: rows.Rows, params: Any) -> dict[str, str]:
 
 
 def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_params: Any) -> None:
-    """Raises CacheError when the caches of an opened mixture are of other encoders than this
+    """Raises DataError when the caches of an opened mixture are of other encoders than this
     run's, or of a SigLIP that this run trains.
 
     Args: encoders: from `digests`; a part that is not in it is not compared, and that is told:
@@ -307,7 +308,7 @@ def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_pa
     if und is not None:
         same("understand", "SigLIP", und.siglip, encoders.get("und_encoder"))
     if problems:
-        raise CacheError("\n".join(["caches:", *(f"  - {p}" for p in problems)]))
+        raise DataError("\n".join(["caches:", *(f"  - {p}" for p in problems)]))
 
 
 def _target(cfg: TrainConfig) -> str:

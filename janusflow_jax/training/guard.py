@@ -12,16 +12,12 @@ from typing import Any
 
 from etils import epath
 
-from janusflow_jax.config import ConfigError
+from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.data import loader
 from janusflow_jax.parallel import processes
 from janusflow_jax.training import metrics
 
 FILE = "bad_steps.jsonl"
-
-
-class DivergedError(RuntimeError):
-    """Too many bad steps in a row."""
 
 
 class Guard:

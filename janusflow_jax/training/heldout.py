@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import SourceConfig, TrainConfig
+from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.data import chat_format, rows as rows_lib
 from janusflow_jax.parallel import processes, sharding, trees
 from janusflow_jax.training import heldout_guard, losses, metrics, step as train_step
@@ -41,7 +42,7 @@ class Heldout:
 
         Args: saved: of `to_json`, where the run has been under way before.
         Raises:
-          rows.DataError, sources.SourceError, lengths.LengthsError: a source cannot be read.
+          DataError, DataError, DataError: a source cannot be read.
         """
         self._cfg, self._mesh = cfg, mesh
         split = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -96,10 +97,10 @@ class Heldout:
         return self._cfg.evaluate.stop_on_rise and bool(self._guard.risen())
 
     def check(self) -> None:
-        """Raises RisenError where the run must end."""
+        """Raises DivergedError where the run must end."""
         if self.ends:
             start = f" --config.start={self._cfg.start}" if self._cfg.start else ""
-            raise heldout_guard.RisenError(
+            raise DivergedError(
                 f"held-out losses have risen too far by step {self._guard.step}; the run is "
                 f"saved, and ends here again by the same command:\n"
                 f"{heldout_guard.listed(self._guard.risen())}\n"

@@ -18,10 +18,6 @@ RAW, EMA = "eval", "eval_ema"
 Values = Mapping[str, float]
 
 
-class RisenError(RuntimeError):
-    """A held-out loss has risen above what the config allows."""
-
-
 class Guard:
     """The first measurement of every loss, the newest of all, and what they were measured on."""
 

@@ -14,7 +14,8 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder, workdir as workdir_lib
-from janusflow_jax.config import ConfigError, ModelConfig, TrainConfig, parts as parts_lib
+from janusflow_jax.config import ModelConfig, TrainConfig, parts as parts_lib
+from janusflow_jax.config.errors import ConfigError, DataError
 from janusflow_jax.data import sources
 from janusflow_jax.models import janusflow, lora, vae
 from janusflow_jax.parallel import processes, trees
@@ -187,7 +188,7 @@ def check_needs(cfg: TrainConfig) -> None:
     for s in (*cfg.data.sources, *cfg.heldout, *cfg.evaluate.sources):
         try:
             sources.mapped(sources.open_source(s.path, s.split), s.fields, s.task)
-        except sources.SourceError as error:
+        except DataError as error:
             if str(error) not in told:
                 lacks(s.path, str(error))
             told.add(str(error))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, lengths, samples
 from janusflow_jax.data.prepare import (
     engines,
@@ -48,10 +49,6 @@ PARTS = ".prepare_data"
 """Folder of what is not yet a data set, in OUT."""
 _MERGE_BYTES = 2**26
 """Smaller shards are put together up to about this size."""
-
-
-class PrepareError(ValueError):
-    """A data set that cannot be prepared; says what was expected and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +84,9 @@ def prepare(
       tell: called with (shards done, shards, records, skipped) as they are made.
       overwrite: begin anew where a data set or an unfinished run of ours stands.
     Raises:
-      PrepareError: `out` holds something else, or not one record can be used.
-      importers.inputs.InputError, engines.EngineError, chat_format.FormatError,
-      sources.SourceError
+      DataError: `out` holds something else, or not one record can be used.
+      DataError, DataError, DataError,
+      DataError
     """
     path = epath.Path(out)
     _check_out(path, overwrite)
@@ -142,7 +139,7 @@ def run_shard(job: Job) -> tuple[int, int]:
             split = transform.split_of(record["id"], job.options.heldout)
             try:
                 units = made.measure(record)
-            except samples.BadRecord as e:
+            except DataError as e:
                 prepare_report.add(report.skipped, Skip(where, "sample: none", str(e)))
                 continue
             for one in dropped:
@@ -176,7 +173,7 @@ class _Measured:
         self.text: dict[tuple, list[bool]] = collections.defaultdict(list)
 
     def measure(self, record: dict[str, Any]) -> list[tuple[list[samples.Unit], bool]]:
-        """Units for each task and form. Raises samples.BadRecord."""
+        """Units for each task and form. Raises DataError."""
         if self.chat is None:
             return []
         return [
@@ -224,12 +221,12 @@ def _check_out(out: epath.Path, overwrite: bool) -> None:
     elif whole:
         if begun and ours:  # stopped when all was there
             (out / PARTS).rmtree()
-        raise PrepareError(
+        raise DataError(
             f"{out}: expected no data set there; it holds one: pass --overwrite to make it anew "
             "(if this tool made it), or another --out"
         )
     elif out.exists() and not ours and any(out.iterdir()):
-        raise PrepareError(
+        raise DataError(
             f"{out}: expected a folder that is empty or does not exist; it holds other files"
         )
 
@@ -242,7 +239,7 @@ def _jobs(options: Options, out: epath.Path) -> list[Job]:
         changed = [n for n, value in given.items() if stored["options"].get(n) != value]
         changed += [p for p, size in stored["sizes"].items() if _size(p) != size]
         if changed:
-            raise PrepareError(
+            raise DataError(
                 f"{out}: expected the options and inputs of the run that was begun there; other: "
                 f"{', '.join(changed)}: use the same to go on, or --overwrite to begin anew"
             )
@@ -270,7 +267,7 @@ def _assemble(
     if not report.num_records:
         table = prepare_report.table(report)
         (out / PARTS).rmtree()
-        raise PrepareError(f"{out}: not one record can be used:\n{table}")
+        raise DataError(f"{out}: not one record can be used:\n{table}")
     shards, num_bytes, merges = {}, {}, []
     for index, split in enumerate(transform.SPLITS):
         parts = [

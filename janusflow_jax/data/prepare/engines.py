@@ -12,13 +12,11 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from janusflow_jax.config.errors import DataError
+
 T = TypeVar("T")
 Engine = Callable[[Callable[[T], Any], Sequence[T]], Iterator[Any]]
 """(function, jobs) -> the results as they come, in any order; None where the engine keeps them."""
-
-
-class EngineError(RuntimeError):
-    """The engine cannot run, or a worker died; says what to do."""
 
 
 def local(workers: int) -> Engine:
@@ -36,7 +34,7 @@ def local(workers: int) -> Engine:
             for done in concurrent.futures.as_completed([pool.submit(function, j) for j in jobs]):
                 yield done.result()
         except concurrent.futures.process.BrokenProcessPool as e:
-            raise EngineError(
+            raise DataError(
                 "a worker process died (killed for memory?): the same command with fewer "
                 "--workers goes on with what is not done"
             ) from e
@@ -52,13 +50,13 @@ def beam(arguments: Sequence[str]) -> Engine:
     Args:
       arguments: Beam's options, such as --runner=DataflowRunner.
     Raises:
-      EngineError: apache_beam is not installed.
+      DataError: apache_beam is not installed.
     """
     try:
         import apache_beam  # pyright: ignore[reportMissingImports]
         from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        raise EngineError(
+        raise DataError(
             "engine beam: expected the package apache-beam; it is not installed: "
             "pip install apache-beam (with [gcp] for Dataflow)"
         ) from e
@@ -87,12 +85,12 @@ def ray(address: str) -> Engine:
     Args:
       address: of the cluster ('auto', 'ray://host:10001'), or 'local' for one of its own here.
     Raises:
-      EngineError: ray is not installed.
+      DataError: ray is not installed.
     """
     try:
         import ray as library  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        raise EngineError(
+        raise DataError(
             "engine ray: expected the package ray; it is not installed: pip install ray"
         ) from e
     if not library.is_initialized():

@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data.prepare import fields, inputs, lines, pictures
 from janusflow_jax.data.prepare.raw import Options, Raw, Skip, Skipped
 
@@ -23,11 +24,11 @@ _FIELD_LIMIT = 2**28
 def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
     """Shards: slices of the list of pictures, or of the rows."""
     if len(options.inputs) != 1 or not epath.Path(options.inputs[0]).is_dir():
-        raise inputs.InputError(f"folder: expected one folder; got {', '.join(options.inputs)}")
+        raise DataError(f"folder: expected one folder; got {', '.join(options.inputs)}")
     if options.rows and (
         not epath.Path(options.rows).exists() or epath.Path(options.rows).is_dir()
     ):
-        raise inputs.InputError(f"{options.rows}: expected a .jsonl or .csv file; there is none")
+        raise DataError(f"{options.rows}: expected a .jsonl or .csv file; there is none")
     entries = _rows(options) if options.rows else _pairs(epath.Path(options.inputs[0]))
     return inputs.write_slices(entries, slices, options.shard_records)
 

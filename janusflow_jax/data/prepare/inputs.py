@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import sources
 from janusflow_jax.data.prepare.raw import Options, Skipped
 
@@ -21,17 +22,13 @@ Entry = tuple[str, str, Any]
 _OF_FILES = (".jpg", ".jpeg", ".png", ".webp", ".txt", ".tar", ".parquet", ".json", ".jsonl", ".gz")
 
 
-class InputError(ValueError):
-    """Inputs that cannot be read at all; says what was expected and what to do."""
-
-
 def files(options: Options, suffixes: tuple[str, ...]) -> list[tuple[epath.Path, str]]:
     """(path, short name) of every input file, in order of the names.
 
     An input is a file, a pattern with `*`, or a folder, whose files of these suffixes are taken.
 
     Raises:
-      InputError: an input that stands for no file (lists all).
+      DataError: an input that stands for no file (lists all).
     """
     found: dict[str, str] = {}
     problems = []
@@ -50,7 +47,7 @@ def files(options: Options, suffixes: tuple[str, ...]) -> list[tuple[epath.Path,
             )
         found |= {str(p): name for p, name in these}
     if problems:
-        raise InputError("inputs:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise DataError("inputs:\n" + "\n".join(f"  - {p}" for p in problems))
     return [(epath.Path(path), found[path]) for path in sorted(found)]
 
 
@@ -100,7 +97,7 @@ def open_file(path: epath.Path, what: str = "file") -> Any:
       what: names it in reasons: picture, caption, file.
     Raises:
       Skipped: it is not there, or no file: to try again would not help.
-      sources.SourceError: the store fails again and again.
+      DataError: the store fails again and again.
     """
     return sources.retry(lambda: _opened(path, what), str(path))
 

@@ -43,7 +43,7 @@ def lines(
       limit: bytes of a line that are kept; of a longer one the first `limit` + 1 come, no more.
     Raises:
       BROKEN: a .gz that is truncated or broken; the lines before it have come.
-      Skipped, sources.SourceError: as `inputs.open_file`.
+      Skipped, DataError: as `inputs.open_file`.
     """
     with inputs.open_file(path) as stream:
         unpacked: Any = gzip.GzipFile(fileobj=stream) if path.suffix == ".gz" else stream

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data.prepare import fields, inputs
 from janusflow_jax.data.prepare.raw import Options, Raw, Skip, Skipped
 
@@ -78,7 +79,7 @@ def _pyarrow() -> Any:
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        raise inputs.InputError(
+        raise DataError(
             "parquet: expected the package pyarrow; it is not installed: "
             "pip install 'janusflow_jax[data]'"
         ) from e

@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 from PIL import Image
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import images
 from janusflow_jax.data.prepare import inputs
 from janusflow_jax.data.prepare.raw import Options, Skipped
@@ -62,14 +63,14 @@ def load(picture: Any, options: Options) -> bytes:
       picture: bytes or a path.
     Raises:
       Skipped: missing, no picture we accept, too large, too small, too long.
-      sources.SourceError: the store fails again and again.
+      DataError: the store fails again and again.
     """
     data = picture
     if not isinstance(data, bytes):
         data = inputs.read_bytes(picture, "picture", options.max_bytes)
     try:
         pixels = images.decode(data, options.max_pixels, options.max_bytes)
-    except images.BadImage as e:
+    except DataError as e:
         raise Skipped(f"picture: {e.reason}", str(e)) from e
     height, width = pixels.shape[:2]
     short, long = sorted((height, width))

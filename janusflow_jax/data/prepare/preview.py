@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, images, samples
 from janusflow_jax.data.prepare import build, report as prepare_report
 from janusflow_jax.data.prepare.raw import Options, Skip
@@ -50,7 +51,7 @@ def show(
             where, record, _ = found
             try:
                 sample = samples.make(record, task, form, chat, choose=lambda _: 0)
-            except samples.BadRecord as e:
+            except DataError as e:
                 prepare_report.add(report.skipped, Skip(where, "sample: none", str(e)))
                 continue
             side = round(chat.num_image_tokens**0.5) * 16  # SigLIP's patches are 16 pixels wide
