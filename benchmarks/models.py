@@ -12,6 +12,7 @@ import numpy as np
 
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import GENERATE, UNDERSTAND
 from janusflow_jax.hub import configs as hub_configs, export as hub_export
 from janusflow_jax.models import janusflow, vae
 
@@ -115,7 +116,7 @@ def rows(cfg: c.ModelConfig, tasks: str, text: int) -> tuple[dict[str, np.ndarra
             slot, front = free[task], text if task == "g" else text // 4
             free[task] += 1
             out["slot_start"][0, slot] = at + front
-            out["slot_task"][0, slot] = janusflow.GENERATE if task == "g" else janusflow.UNDERSTAND
+            out["slot_task"][0, slot] = GENERATE if task == "g" else UNDERSTAND
         if task != "g":
             learned = text // 2 if task == "u" else text - 1
             out["target_mask"][0, at + size - 1 - learned : at + size - 1] = True

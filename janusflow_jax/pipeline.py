@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import ModelConfig, parts as parts_lib
+from janusflow_jax.config import UNDERSTAND, ModelConfig, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, images as pictures_lib
 from janusflow_jax.hub import adapters
@@ -315,7 +315,7 @@ class JanusFlowPipeline:
         for i, (prompt, given) in enumerate(zip(prompts, pictures, strict=True)):
             for j, picture in enumerate(given):
                 which[i, j], start[i, j] = len(pixels), prompt.slot_starts[j]
-                task[i, j] = janusflow.UNDERSTAND
+                task[i, j] = UNDERSTAND
                 image = pictures_lib.read(picture)
                 pixels.append(pictures_lib.for_understanding(image, self.cfg.image_size))
         slots = None

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from test_data_rows import HUB, MODEL, Store, png
 
 from janusflow_jax import config as config_lib
+from janusflow_jax.config import UNDERSTAND
 from janusflow_jax.data import chat_format, images, lengths, pieces, rows, samples, sources
 
 WORDS = "a red fox sits in the snow beside a quiet river while it rains".split()
@@ -141,7 +142,7 @@ def test_images_of_a_sample_stand_in_order_where_they_are_marked(stores, chat):
                     images.decode(record["images"][before + j]), MODEL.image_size
                 )
                 np.testing.assert_array_equal(row["images"][slot + j], want)
-                assert row["slot_task"][slot + j] == samples.UNDERSTAND
+                assert row["slot_task"][slot + j] == UNDERSTAND
             slot += count
         assert not row["slot_task"][slot:].any()
     assert several > 3

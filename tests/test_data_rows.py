@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from janusflow_jax import config as config_lib
+from janusflow_jax.config import NONE
 from janusflow_jax.config.errors import DataError
-from janusflow_jax.data import chat_format, lengths, loader, rows, samples, sources
+from janusflow_jax.data import chat_format, lengths, loader, rows, sources
 
 HUB = Path(__file__).parent / "data" / "golden" / "tiny" / "janusflow"
 WORDS = "A red fox sits in the snow beside a quiet river while it rains"
@@ -310,7 +311,7 @@ def test_a_bad_record_is_named_and_nothing_shifts(stores, chat, damage):
             np.testing.assert_array_equal(row[name][~lost], want[r][name][~lost])
         assert not row["segment_ids"][lost].any() and not row["target_mask"][lost].any()
         slot = np.flatnonzero(row["slot_task"] != want[r]["slot_task"])
-        assert len(slot) == 1 and row["slot_task"][slot[0]] == samples.NONE
+        assert len(slot) == 1 and row["slot_task"][slot[0]] == NONE
     assert hit
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config as c
+from janusflow_jax.config import GENERATE, UNDERSTAND
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.training import flops
 
@@ -87,7 +88,7 @@ def test_rows_are_counted():
     batch = {
         "segment_ids": ids,
         "target_mask": ids > 1,
-        "slot_task": np.array([[janusflow.GENERATE, 0], [0, janusflow.UNDERSTAND]]),
+        "slot_task": np.array([[GENERATE, 0], [0, UNDERSTAND]]),
     }
     work = flops.count(batch, gen_slots=1, und_slots=2)
     assert work.positions == 13 and work.targets == 2

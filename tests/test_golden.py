@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janusflow_jax.config import LossConfig
+from janusflow_jax.config import UNDERSTAND, LossConfig
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.hub import tensors
-from janusflow_jax.models import convnext, encode, janusflow, layers, vae
+from janusflow_jax.models import convnext, encode, layers, vae
 from janusflow_jax.sampling import image as image_sampling, text as text_sampling
 from janusflow_jax.training import losses
 
@@ -71,7 +71,7 @@ def understanding_prompts():
     for i, case in enumerate(cases):
         tokens[i, : lengths[i]] = case["input_ids"]
         found = np.flatnonzero(tokens[i] == chat().image_start_id)
-        start[i, : len(found)], task[i, : len(found)] = found, janusflow.UNDERSTAND
+        start[i, : len(found)], task[i, : len(found)] = found, UNDERSTAND
     return tuple(jnp.asarray(a) for a in (tokens, lengths, pixels, start, task))
 
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from janusflow_jax import config as config_lib
+from janusflow_jax.config import GENERATE, UNDERSTAND
 from janusflow_jax.config.errors import DataError
-from janusflow_jax.data import chat_format, images, rows, samples, sources
+from janusflow_jax.data import chat_format, images, rows, sources
 from janusflow_jax.openmoji import (
     build as openmoji_build,
     classes as openmoji_classes,
@@ -140,7 +141,7 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
         row, bad = made.row(r)
         assert not bad
         tasks |= set(row["slot_task"].tolist())
-    assert {samples.GENERATE, samples.UNDERSTAND} <= tasks
+    assert {GENERATE, UNDERSTAND} <= tasks
 
 
 def test_an_interrupted_build_leaves_what_was_there(monkeypatch, tmp_path):

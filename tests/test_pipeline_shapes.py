@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config, pipeline
+from janusflow_jax.config import UNDERSTAND
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.models import janusflow, layers, vae
 from janusflow_jax.sampling import text as text_sampling
@@ -63,7 +64,7 @@ def test_other_shapes_answer_as_without_a_cache():
     prompt = model.text.conversation([{"role": "user", "content": "<image_placeholder> Hm?"}], 1)
     pixels = jnp.asarray(images.to_float(picture))[None]
     slots = text_sampling.read_pictures(model.model, model.params, pixels)[None]
-    start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[janusflow.UNDERSTAND]])
+    start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[UNDERSTAND]])
     ids, want = jnp.asarray(prompt.ids)[None], []
     x = text_sampling.embed_prompt(model.model, model.params, ids, slots, start, task)
     for _ in range(6):

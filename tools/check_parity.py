@@ -30,10 +30,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from janusflow_jax import pipeline
+from janusflow_jax.config import UNDERSTAND
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.hub import configs as hub_configs, tensors as convert
-from janusflow_jax.models import janusflow, siglip, vae
+from janusflow_jax.models import siglip, vae
 from janusflow_jax.sampling import image as image_sampling, text as text_sampling
 
 PART, WHOLE = 1e-5, 5e-5
@@ -142,7 +143,7 @@ def compare_understanding(
     table.add("SigLIP: features", run("siglip", pixels), want["siglip"][-1], PART)
     slots = jax.jit(lambda p, x: text_sampling.read_pictures(model, p, x))(params, pixels)[None]
     ids = jnp.asarray(want["ids"])[None]
-    start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[janusflow.UNDERSTAND]])
+    start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[UNDERSTAND]])
     x = text_sampling.embed_prompt(model, params, ids, slots, start, task)
     table.add("LLM: input", x, want["embeds"], PART)
     mask = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))

@@ -7,11 +7,15 @@ files use are here: `from janusflow_jax import config as c`.
 
 from janusflow_jax.config.errors import ConfigError, JanusFlowError
 from janusflow_jax.config.model import (
+    ATTENTION,
+    GENERATE,
     MODEL_PARTS,
     MODEL_SIZES,
+    NONE,
     PRETRAINED_PARTS,
     REPA_TARGETS,
     UND_ENCODERS,
+    UNDERSTAND,
     GenConfig,
     LlamaConfig,
     ModelConfig,
@@ -43,6 +47,10 @@ from janusflow_jax.config.run import (
 STAGE_PARTS = MODEL_PARTS  # the name of 0.1; remove in 0.3
 
 __all__ = [
+    "ATTENTION",
+    "GENERATE",
+    "NONE",
+    "UNDERSTAND",
     "LORA_TARGETS",
     "MODEL_SIZES",
     "OPTIMIZERS",

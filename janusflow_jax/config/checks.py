@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from janusflow_jax.config import (
+    ATTENTION,
     LORA_TARGETS,
     MODEL_PARTS,
     OPTIMIZERS,
@@ -106,8 +107,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         f"dtype: expected float32 or bfloat16; got {cfg.dtype!r}",
     )
     check(
-        cfg.attention in ("auto", "xla", "cudnn", "splash", "blocks"),
-        f"attention: expected auto, xla, cudnn, splash or blocks; got {cfg.attention!r}",
+        cfg.attention in ("auto", *ATTENTION),
+        f"attention: expected auto or one of {', '.join(ATTENTION)}; got {cfg.attention!r}",
     )
     check(
         cfg.attention != "splash" or data.row_len % 128 == 0,

@@ -30,6 +30,11 @@ PRETRAINED_PARTS = ("vae", "und_encoder", "llm", "repa_target")
 
 UND_ENCODERS = ("siglip", "shared", "own")
 REPA_TARGETS = ("und_encoder", "siglip")
+ATTENTION = ("xla", "cudnn", "splash", "blocks")
+"""Implementations of attention (`models/attention.py`); a config may also say 'auto'."""
+
+NONE, GENERATE, UNDERSTAND = 0, 1, 2
+"""The task of an image slot; NONE: the slot is empty."""
 
 
 def dataclass(cls: type) -> Any:

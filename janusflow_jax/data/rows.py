@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from janusflow_jax import config as config_lib
+from janusflow_jax.config import GENERATE, NONE, UNDERSTAND
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import (
     cache as latent_cache,
@@ -28,7 +29,7 @@ from janusflow_jax.data import (
 
 _CAPTION, _DROP, _, _FILLER = range(4)  # slots.CROP is the third
 _MIN_FILLER = 16  # positions; a shorter tail stays padding
-_TASKS = {"generate": samples.GENERATE, "understand": samples.UNDERSTAND, "text": samples.NONE}
+_TASKS = {"generate": GENERATE, "understand": UNDERSTAND, "text": NONE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,9 +265,9 @@ class Rows:
         """
         task, pieces = _TASKS[source.cfg.task], source.pieces
         of_row = slot  # its number among all of the row's slots
-        if task == samples.UNDERSTAND:
+        if task == UNDERSTAND:
             of_row += self.cfg.num_slots - self.cfg.und_slots
-        key = (self.cfg.seed, row, place if task == samples.NONE else of_row)
+        key = (self.cfg.seed, row, place if task == NONE else of_row)
         record = int(pieces.record[piece])
         data = source.records[record]
         sample = self._sample(source, data, key, int(pieces.begin[piece]), int(pieces.end[piece]))
@@ -284,7 +285,7 @@ class Rows:
         out["positions"][here] = np.arange(n)
         out["target_mask"][here] = sample.target_mask
         out["segment_ids"][here] = place + 1
-        if task == samples.GENERATE and _rng(key, _DROP).random() < self.cfg.drop_prompt:
+        if task == GENERATE and _rng(key, _DROP).random() < self.cfg.drop_prompt:
             # the sampler's unconditional form: BOS and the slot stay, positions are kept
             out["segment_ids"][here][sample.prompt_mask] = 0
 

@@ -26,9 +26,6 @@ from janusflow_jax.data import chat_format
 QUESTION = "Describe the picture."
 """What a user asks about a picture that has only captions."""
 
-NONE, GENERATE, UNDERSTAND = 0, 1, 2
-"""Values of slot_task."""
-
 Turns = list[dict[str, str]]
 
 

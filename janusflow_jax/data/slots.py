@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from janusflow_jax.config import DataConfig, ModelConfig
+from janusflow_jax.config import DataConfig, ModelConfig, GENERATE, UNDERSTAND
 from janusflow_jax.data import cache as latent_cache, images, samples
 
 CROP = 2  # purpose of a random number; `rows` has the others
@@ -84,7 +84,7 @@ class Slots:
         """What one slot each of a sample's pictures holds.
 
         Args:
-          task: samples.GENERATE or UNDERSTAND.
+          task: GENERATE or UNDERSTAND.
           cache: of the sample's source.
           record: its number in the data set.
           encoded: the sample's pictures, as the record has them.
@@ -92,7 +92,7 @@ class Slots:
         Raises:
           DataError, DataError: a picture, or what is cached of it, is bad.
         """
-        if task == samples.UNDERSTAND:
+        if task == UNDERSTAND:
             if cache is not None:
                 return [{"und_features": x} for x in cache.features(record, 0, encoded)]
             return [{"images": whole(x, self.model.image_size)} for x in encoded]
@@ -104,11 +104,11 @@ class Slots:
 
         Args: slot: its number among its task's; start: the position where it begins.
         """
-        first = self.cfg.num_slots - self.cfg.und_slots if task == samples.UNDERSTAND else 0
+        first = self.cfg.num_slots - self.cfg.und_slots if task == UNDERSTAND else 0
         out["slot_start"][first + slot] = start
         out["slot_task"][first + slot] = task
         for name, value in values.items():
-            of_images = name == "images" and task == samples.UNDERSTAND
+            of_images = name == "images" and task == UNDERSTAND
             out[name][slot + (self.pictures[1] if of_images else 0)] = value
 
     def _generate(

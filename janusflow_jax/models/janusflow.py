@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from janusflow_jax.config import ModelConfig
+from janusflow_jax.config import GENERATE, NONE, ModelConfig
 from janusflow_jax.models import convnext, layers, llama, siglip, vae
 from janusflow_jax.parallel import sharding
-
-NONE, GENERATE, UNDERSTAND = 0, 1, 2
 
 
 class RepaHead(nn.Module):

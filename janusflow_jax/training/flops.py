@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from janusflow_jax.config import ModelConfig
-from janusflow_jax.models import janusflow
+from janusflow_jax.config import GENERATE, UNDERSTAND, ModelConfig
 
 PEAK_TFLOPS = {
     "TPU v4": 275.0,
@@ -63,7 +62,7 @@ def count(batch: dict[str, np.ndarray], gen_slots: int, und_slots: int) -> Work:
     sizes = np.bincount((ids + most * np.arange(rows)[:, None]).ravel(), minlength=rows * most)
     sizes = sizes.reshape(rows, most)[:, 1:].astype(np.float64)
     used = int(sizes.sum())
-    gen, und = (int((task == t).sum()) for t in (janusflow.GENERATE, janusflow.UNDERSTAND))
+    gen, und = (int((task == t).sum()) for t in (GENERATE, UNDERSTAND))
     slots = rows * (gen_slots + und_slots)
     return Work(
         positions=used,

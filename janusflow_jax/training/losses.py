@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from janusflow_jax.config import LossConfig, ModelConfig
+from janusflow_jax.config import GENERATE, LossConfig, ModelConfig
 from janusflow_jax.models import encode, janusflow, layers
 from janusflow_jax.parallel import sharding
 from janusflow_jax.sampling import flow
@@ -46,7 +46,7 @@ def draw(key: Array, batch: Batch, cfg: ModelConfig, loss: LossConfig, num_gen: 
 
 def counts(batch: Batch, num_gen: int) -> Sums:
     """What each task's sum is divided by: target tokens, generation slots, generation slots."""
-    slots = jnp.sum(batch["slot_task"][:, :num_gen] == janusflow.GENERATE).astype(jnp.float32)
+    slots = jnp.sum(batch["slot_task"][:, :num_gen] == GENERATE).astype(jnp.float32)
     targets = jnp.sum(batch["target_mask"]).astype(jnp.float32)
     return {"ar": targets, "rf": slots, "repa": slots}
 
@@ -148,7 +148,7 @@ def loss_sums(
     )
     extras: dict[str, Array] = {}
     if num_gen:
-        active = (task[:, :num_gen] == janusflow.GENERATE).astype(jnp.float32)
+        active = (task[:, :num_gen] == GENERATE).astype(jnp.float32)
         taken = janusflow.take_slots(hidden, start[:, :num_gen], cfg.num_image_tokens)
         v = run("velocity", taken.reshape(-1, *taken.shape[2:]), features, t_emb)
         v = v.reshape(velocity_target.shape)
