@@ -137,12 +137,7 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         encode_cache.check(cfg, data.rows, digests, vae_params)
     processes.say(data.summary())
     mesh = sharding.make_mesh(cfg.mesh)
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
-    if cfg.batch_rows % (split * cfg.optim.accum_steps):
-        raise ConfigError(
-            f"batch_rows: expected a multiple of data x fsdp x accum_steps = {split} x "
-            f"{cfg.optim.accum_steps}; got {cfg.batch_rows}"
-        )
+    sharding.check_rows(cfg.batch_rows, cfg.optim.accum_steps, mesh)
     of = f" of {processes.count()} processes" if processes.count() > 1 else ""
     processes.say(
         f"{jax.device_count()} {jax.default_backend()} device(s){of}, mesh {dict(mesh.shape)}"

@@ -138,6 +138,22 @@ def _arrange(devices: Sequence[Any], sizes: Sequence[int], slices: int) -> np.nd
     return np.asarray(order).reshape(sizes)
 
 
+def row_multiple(mesh: Any, accum_steps: int) -> int:
+    """What a batch's number of rows must be a multiple of: data x fsdp x accum_steps."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] * accum_steps
+
+
+def check_rows(batch_rows: int, accum_steps: int, mesh: Any) -> None:
+    """Raises ConfigError where the rows of a batch do not divide over the mesh."""
+    multiple = row_multiple(mesh, accum_steps)
+    if batch_rows % multiple:
+        raise ConfigError(
+            f"batch_rows: expected a multiple of data x fsdp x accum_steps = {multiple}; got "
+            f"{batch_rows}: set --config.batch_rows, or use more tensor parallelism "
+            "(--config.mesh.tensor)"
+        )
+
+
 def current_mesh() -> Any | None:
     """The mesh set by `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import TrainConfig, checks as config_checks
-from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.parallel import sharding
 from janusflow_jax.planning import topology as plan_topology
@@ -70,13 +69,7 @@ def make_mesh(cfg: TrainConfig, machine: Machine) -> Mesh:
       ConfigError: the mesh or the rows do not divide over its devices.
     """
     mesh = sharding.make_mesh(cfg.mesh, plan_topology.devices(machine))
-    split = mesh.shape["data"] * mesh.shape["fsdp"] * cfg.optim.accum_steps
-    if cfg.batch_rows % split:
-        raise ConfigError(
-            f"batch_rows: expected a multiple of data x fsdp x accum_steps = {split}; got "
-            f"{cfg.batch_rows}: set --config.batch_rows, or give chips to tensor "
-            "(--config.mesh.tensor)"
-        )
+    sharding.check_rows(cfg.batch_rows, cfg.optim.accum_steps, mesh)
     return mesh
 
 
