@@ -32,14 +32,7 @@ import dataclasses
 from janusflow_jax import config as c
 from janusflow_jax.config import stages
 
-LETTERS = {
-    "A": "without REPA",
-    "B": "a shared VAE + ConvNeXt encoder",
-    "C": "a VAE + ConvNeXt encoder of its own for understanding",
-    "D": "understanding and text only",
-    "E": "generation only",
-    "F": "all",
-}
+LETTERS = stages.ABLATIONS | {"D": "understanding and text only"}
 START = "models/start256"
 MADE_BY = (START, stages.assemble(START))
 BOTH = {"understand": (30, 14), "generate": (50, 80), "text": (20, 6)}

@@ -22,42 +22,9 @@ Cost and what to expect: README, with the sheets of both; docs/small_scale.md ha
 import dataclasses
 
 from janusflow_jax import config as c
+from janusflow_jax.config import stages
 
-DATA = "data/openmoji"
-PROMPTS = (  # of data/openmoji_sheet.py: fixed before training, every third pair never trained
-    "a red apple",
-    "a red heart",
-    "a red umbrella",
-    "an orange pumpkin",
-    "an orange cat",
-    "an orange star",
-    "a yellow banana",
-    "a yellow moon",
-    "a yellow car",
-    "a green frog",
-    "a green tree",
-    "a green balloon",
-    "a cyan fish",
-    "a cyan drop",
-    "a cyan crown",
-    "a blue whale",
-    "a blue book",
-    "a blue mushroom",
-    "a purple butterfly",
-    "a purple key",
-    "a purple rocket",
-    "a pink pig",
-    "a pink dress",
-    "a pink turtle",
-)
-LETTERS = {
-    "A": "without REPA",
-    "B": "a shared VAE + ConvNeXt encoder",
-    "C": "a VAE + ConvNeXt encoder of its own for understanding",
-    "D": "understanding only",
-    "E": "generation only",
-    "F": "all",
-}
+LETTERS = stages.ABLATIONS
 ROWS = {"D": 0.2434, "E": 0.7566}  # share of F's rows that each task has
 
 
@@ -75,9 +42,11 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         raise c.ConfigError(f"configs/emoji.py: expected at most one letter; got {letters}")
     letter = letters[0] if letters else "F"
     understand = c.SourceConfig(
-        name="describe", path=DATA, task="understand", format="chat", weight=0.25
+        name="describe", path=stages.OPENMOJI, task="understand", format="chat", weight=0.25
     )
-    generate = c.SourceConfig(name="paint", path=DATA, task="generate", format="chat", weight=0.75)
+    generate = c.SourceConfig(
+        name="paint", path=stages.OPENMOJI, task="generate", format="chat", weight=0.75
+    )
     heldout = tuple(
         dataclasses.replace(understand, name=split, split=split)
         for split in ("heldout_pairs", "heldout_views")
@@ -105,7 +74,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         save_every_steps=500,
         sheet_every_steps=steps // 3,
         sheet_cfg_weight=2.0,
-        prompts=PROMPTS,
+        prompts=stages.OPENMOJI_PROMPTS,
         heldout=heldout,
         evaluate=c.EvalConfig(
             sources=(
@@ -123,7 +92,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
             source.weight = 0.5  # few rows, and both tasks in each
         cfg.num_steps, cfg.batch_rows, cfg.log_every_steps, cfg.save_every_steps = 4, 8, 1, 2
         cfg.optim.warmup_steps, cfg.optim.decay_steps = 2, 0
-        cfg.prompts, cfg.heldout_captions, cfg.sheet_num_steps = PROMPTS[:2], 2, 2
+        cfg.prompts, cfg.heldout_captions, cfg.sheet_num_steps = stages.OPENMOJI_PROMPTS[:2], 2, 2
         cfg.evaluate = c.EvalConfig()
     if letter in "BC":
         cfg.model.und_encoder = "shared" if letter == "B" else "own"

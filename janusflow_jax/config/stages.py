@@ -19,6 +19,43 @@ Shares = tuple[float | int, float | int]
 START = "models/start"
 OPENMOJI, OPENMOJI_HELDOUT = "data/openmoji", "heldout_pairs"
 """What tools/prepare_openmoji.py makes, and the split of it that training does not see."""
+OPENMOJI_PROMPTS = (
+    "a red apple",
+    "a red heart",
+    "a red umbrella",
+    "an orange pumpkin",
+    "an orange cat",
+    "an orange star",
+    "a yellow banana",
+    "a yellow moon",
+    "a yellow car",
+    "a green frog",
+    "a green tree",
+    "a green balloon",
+    "a cyan fish",
+    "a cyan drop",
+    "a cyan crown",
+    "a blue whale",
+    "a blue book",
+    "a blue mushroom",
+    "a purple butterfly",
+    "a purple key",
+    "a purple rocket",
+    "a pink pig",
+    "a pink dress",
+    "a pink turtle",
+)
+"""The quick start's 24 prompts, fixed before any training: every color three times, every class
+once. The last prompt of each color is a (class, color) pair that no training split holds."""
+ABLATIONS = {
+    "A": "without REPA",
+    "B": "a shared VAE + ConvNeXt encoder",
+    "C": "a VAE + ConvNeXt encoder of its own for understanding",
+    "D": "understanding only",
+    "E": "generation only",
+    "F": "all",
+}
+"""The ablations of the paper's table 5, by letter (configs/ablation.py, configs/emoji.py)."""
 DATA = {"understand": "data/understand", "generate": "data/generate", "text": "data/text"}
 _FEATURES = {
     "understand": "id, image, captions",

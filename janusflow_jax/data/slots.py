@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from janusflow_jax.config import DataConfig, ModelConfig, GENERATE, UNDERSTAND
-from janusflow_jax.data import cache as latent_cache, images, samples
+from janusflow_jax.config import UNDERSTAND, DataConfig, ModelConfig
+from janusflow_jax.data import cache as latent_cache, images
 
 CROP = 2  # purpose of a random number; `rows` has the others
 Values = dict[str, np.ndarray]

@@ -1,11 +1,8 @@
-"""The fixed prompt sheet of the quick start, and the palette its captions name.
-
-Written down before any training: 24 prompts, every colour three times, every class once; the last
-prompt of each colour is a (class, colour) pair that no training split holds.
-Standard library only.
-"""
+"""The quick start's prompt sheet, and the colors that its captions name."""
 
 from __future__ import annotations
+
+from janusflow_jax.config import stages
 
 PALETTE = {
     "red": 0.0,
@@ -17,49 +14,18 @@ PALETTE = {
     "purple": 275.0,
     "pink": 325.0,
 }
-"""Colour name -> hue in degrees. Captions use these names and no other."""
+"""Color name -> hue in degrees. Captions use these names only."""
 
-_TRAINED = {
-    "red": ("apple", "heart"),
-    "orange": ("pumpkin", "cat"),
-    "yellow": ("banana", "moon"),
-    "green": ("frog", "tree"),
-    "cyan": ("fish", "drop"),
-    "blue": ("whale", "book"),
-    "purple": ("butterfly", "key"),
-    "pink": ("pig", "dress"),
-}
-_HELD_OUT = {
-    "red": "umbrella",
-    "orange": "star",
-    "yellow": "car",
-    "green": "balloon",
-    "cyan": "crown",
-    "blue": "mushroom",
-    "purple": "rocket",
-    "pink": "turtle",
-}
+PROMPTS = stages.OPENMOJI_PROMPTS
 
 SHEET = tuple(
-    (colour, name, trained)
-    for colour in PALETTE
-    for name, trained in (
-        *((name, True) for name in _TRAINED[colour]),
-        (_HELD_OUT[colour], False),
-    )
+    (color, name, i % 3 < 2)
+    for i, (_, color, name) in enumerate(prompt.split(maxsplit=2) for prompt in PROMPTS)
 )
-"""(colour, class name, whether training saw the pair), in the order of the sheet."""
+"""(color, class name, whether training sees the pair) of each prompt."""
 
 
-def article(word: str) -> str:
-    """'a' or 'an', as the first letter of the word asks."""
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def caption(colour: str, name: str) -> str:
-    """The caption that a prompt of the sheet uses: 'a red apple'."""
-    return f"{article(colour)} {colour} {name}"
-
-
-PROMPTS = tuple(caption(colour, name) for colour, name, _ in SHEET)
-"""The 24 prompts, in the order of the sheet."""
+def caption(color: str, name: str) -> str:
+    """The caption in the form of the sheet's prompts: 'a red apple'."""
+    article = "an" if color[0] in "aeiou" else "a"
+    return f"{article} {color} {name}"

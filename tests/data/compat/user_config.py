@@ -8,10 +8,11 @@ Arguments: `lora` (adapters on the language model), `cached` (heads only, encode
 
 import dataclasses
 
+from janusflow_jax.config_stages import stage
+
 import janusflow_jax.config as c
 from janusflow_jax import config_stages
 from janusflow_jax.config import LoraConfig, SourceConfig, TrainConfig, model_config
-from janusflow_jax.config_stages import stage
 
 FOLDER = "tests/data/compat"
 NAMES = {"lora": "adapters", "cached": "from caches", "256": config_stages.SIZE_256}
