@@ -36,7 +36,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 @pytest.fixture(scope="session")
 def golden_folder(tmp_path_factory):
     """The golden model as a folder, with the tokenizer whose BOS is in its config only."""
-    import golden
+    from helpers import golden
 
     names = ("janusflow", "tokenizer_bos_by_config")
     files = [p for n in names for p in (golden.TINY / n).iterdir() if p.suffix == ".json"]
@@ -62,3 +62,64 @@ def folder(tmp_path):
 def vae_folder(tmp_path):
     """The same of its VAE."""
     return shutil.copytree(_TINY / "vae", tmp_path / "vae")
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    """The records of every data set that a training run opens; the working directory is empty."""
+    from helpers import records, runs
+
+    from janusflow_jax.data import sources
+
+    out = records.Store(runs.record(i) for i in range(30))
+    monkeypatch.setattr(sources, "open_source", lambda path, split: out)
+    monkeypatch.chdir(tmp_path)
+    return out
+
+
+@pytest.fixture
+def stores(monkeypatch, tmp_path):
+    """Two data sets in memory by their path, "a" and "b"; the working directory is empty."""
+    from helpers import records
+
+    from janusflow_jax.data import sources
+
+    out = {n: records.Store(records.record(i) for i in range(k)) for n, k in (("a", 41), ("b", 23))}
+    monkeypatch.setattr(sources, "open_source", lambda path, split: out[pathlib.Path(path).name])
+    monkeypatch.chdir(tmp_path)
+    return out
+
+
+@pytest.fixture(scope="session")
+def referee(tmp_path_factory):
+    """A fresh judge of the polygons in `helpers.drawings`, written and read."""
+    import numpy as np
+    from helpers import drawings
+
+    from janusflow_jax.openmoji import judge
+
+    folder = tmp_path_factory.mktemp("judge")
+    cfg, params = drawings.save_judge(folder)
+    loaded = judge.load(folder)
+    kernel = np.asarray(params["image_head"]["kernel"])
+    np.testing.assert_allclose(loaded.params["image_head"]["kernel"], kernel, rtol=1e-2)
+    assert loaded.cfg == cfg and len(loaded.sha256) == 64
+    return loaded
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The references of `evaluate` when its sheet shows the first 24 polygons; 12 are left."""
+    from helpers import drawings
+
+    from janusflow_jax import evaluate
+    from janusflow_jax.openmoji import prompts, scores
+
+    images, labels = drawings.draw_all()
+    sheet = tuple((x.colour, x.name, True) for x in labels[:24])
+    monkeypatch.setattr(prompts, "SHEET", sheet)
+    monkeypatch.setattr(prompts, "PROMPTS", tuple(prompts.caption(c, n) for c, n, _ in sheet))
+    gallery = scores.make_gallery(images, labels)
+    out = evaluate.References(gallery, labels, drawings.real_drawings(labels))
+    monkeypatch.setattr(evaluate, "references", lambda path: out)
+    return out

@@ -142,6 +142,14 @@ def test_config_files_import_config_only():
         assert not wrong, f"{path.name} imports {sorted(wrong)}: expected {PACKAGE}.config only"
 
 
+def test_no_test_file_imports_another():
+    """What they share is in tests/helpers."""
+    for path in [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests" / "helpers").glob("*.py")]:
+        roots = {name.split(".")[0] for name in imports(path.read_text())}
+        wrong = {n for n in roots if n.startswith("test_") or n in ("conftest", "tests")}
+        assert not wrong, f"{path.name} imports {sorted(wrong)}: expected tests/helpers only"
+
+
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [

@@ -4,11 +4,11 @@ import functools
 import json
 import shutil
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import golden
 from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import pipeline

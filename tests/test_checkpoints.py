@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
 from etils import epath
+from helpers import runs
 from jax.sharding import NamedSharding, PartitionSpec as P
-from test_train import store  # noqa: F401 - a fixture
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import checksums, model_folder, run as run_checkpoints
@@ -240,13 +239,13 @@ def test_a_run_stored_long_ago_loads(weights):
 
 
 @pytest.mark.slow
-def test_a_run_stored_long_ago_goes_on(store, tmp_path):  # noqa: F811
+def test_a_run_stored_long_ago_goes_on(store, tmp_path):
     shutil.copytree(OLD_RUN, tmp_path / "run")
     cfg = c.from_dict(c.TrainConfig, json.loads((OLD_RUN / "config.json").read_text()))
     cfg.workdir, cfg.num_steps = str(tmp_path / "run"), 6
-    (tmp_path / "starts").symlink_to(test_train.ROOT / "starts")
+    (tmp_path / "starts").symlink_to(runs.ROOT / "starts")
     train.train(cfg)
-    lines = {x["step"]: (x["loss"], x["grad_norm"]) for x in test_train.lines("run")}
+    lines = {x["step"]: (x["loss"], x["grad_norm"]) for x in runs.read_metrics("run")}
     assert list(lines) == [1, 2, 3, 4, 5, 6]
     for step, expected in LOSSES.items():
         np.testing.assert_allclose(lines[step], expected, rtol=1e-5)

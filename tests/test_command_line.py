@@ -5,10 +5,10 @@ import json
 import pathlib
 import sys
 
-import golden
 import jax
 import numpy as np
 import pytest
+from helpers import golden
 from PIL import Image
 
 from janusflow_jax import chat, cli, evaluate, generate, pipeline

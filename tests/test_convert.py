@@ -2,11 +2,11 @@
 
 import json
 
-import golden
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import golden
 
 from janusflow_jax import config
 from janusflow_jax.config.errors import ConvertError

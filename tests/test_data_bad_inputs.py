@@ -9,12 +9,8 @@ from __future__ import annotations
 import collections
 from pathlib import Path
 
-import bad_folder
-import bad_tables
-import bad_tars
-import bad_texts
-import drawn
 import pytest
+from helpers import bad_folder, bad_tables, bad_tars, bad_texts, scenes
 
 from janusflow_jax.data import images, sources
 from janusflow_jax.data.prepare import build, engines, report as prepare_report
@@ -85,7 +81,7 @@ def test_folder_of_pairs(monkeypatch, tmp_path):
         if expected in (bad_folder.GOOD, bad_folder.GREY):
             (record,) = (r for i, r in records.items() if stem(i) == name)
             pixels = images.decode(record["image"])
-            assert drawn.looks_right(pixels, grey=expected == bad_folder.GREY), name
+            assert scenes.looks_right(pixels, grey=expected == bad_folder.GREY), name
     assert records["rgba"]["image"] == (folder / "rgba.png").read_bytes()  # kept as it is
     clear = images.decode(records["rgba"]["image"])
     assert (clear[64 // 5, 96 // 6] == 255).all()  # what is transparent lies on white
@@ -154,7 +150,7 @@ def test_webdataset(monkeypatch, tmp_path):
     assert records["wds_class.tar/wds_class"]["captions"] == ["cat"]
     assert records["wds_class_word.tar/wds_class_word"]["captions"] == ["tabby cat"]
     for record in records.values():
-        assert drawn.looks_right(images.decode(record["image"])), record["id"]
+        assert scenes.looks_right(images.decode(record["image"])), record["id"]
 
 
 def test_parquet(monkeypatch, tmp_path):
@@ -170,7 +166,7 @@ def test_parquet(monkeypatch, tmp_path):
     compare(bad_tables.CASES, got)
     assert records["pq_captions_nulls-0"]["captions"] == ["red"]
     for record in records.values():
-        assert drawn.looks_right(images.decode(record["image"])), record["id"]
+        assert scenes.looks_right(images.decode(record["image"])), record["id"]
 
 
 def test_llava(monkeypatch, tmp_path):
@@ -208,7 +204,7 @@ def test_llava(monkeypatch, tmp_path):
     assert turns["talk_two_images"]["content"][0] == f"{tag}{tag}\nSame?"
     assert turns["talk_system"]["role"] == ["system", "user", "assistant"]
     assert [len(records[i]["images"]) for i in ("talk_text_only", "talk_two_images")] == [0, 2]
-    assert drawn.looks_right(images.decode(records["talk_llava"]["images"][0]))
+    assert scenes.looks_right(images.decode(records["talk_llava"]["images"][0]))
 
 
 def test_files_of_conversations(monkeypatch, tmp_path):

@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 from typing import ClassVar
 
-import drawn
 import numpy as np
 import pytest
+from helpers import scenes
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import checks as config_checks
@@ -49,7 +49,7 @@ def catalog(tmp_path_factory):
                 yield (
                     i,
                     {
-                        "picture": io.BytesIO(drawn.encoded()),
+                        "picture": io.BytesIO(scenes.encoded()),
                         "annotations": said,
                         "text": f"text {i}",
                         "label": i % 2,
@@ -75,11 +75,11 @@ def test_fields_have_our_names(catalog):
     source = opened(catalog, COCO)
     (record,) = (r for r in map(source.__getitem__, range(9)) if r["text"] == "text 3")
     assert record["captions"] == ["a wall, 3", "red and blue"]
-    assert record["image"] == drawn.encoded()  # bytes as they were prepared
+    assert record["image"] == scenes.encoded()  # bytes as they were prepared
     assert set(record) == {"image", "captions", "text", "label", "area"}
     assert {opened(catalog, CLASSES)[i]["captions"][0] for i in range(9)} == {"tabby cat", "beagle"}
     documents = opened(catalog, (("images", "picture"), ("captions", "text")), "understand")
-    assert documents[0]["images"] == [drawn.encoded()]
+    assert documents[0]["images"] == [scenes.encoded()]
     assert documents[0]["captions"][0].startswith("text ")
     plain = sources.open_source(catalog, "train")
     assert sources.mapped(plain, (), "text") is plain

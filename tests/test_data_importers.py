@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 
-import bad_tars
-import drawn
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import bad_tars, scenes
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import sources
@@ -27,7 +26,7 @@ def prepared(form: str, path, out, **options) -> list[dict]:
 
 
 def test_a_tar_of_conversations_and_one_of_documents(tmp_path):
-    first, second = drawn.encoded(quality=80), drawn.encoded(quality=81)
+    first, second = scenes.encoded(quality=80), scenes.encoded(quality=81)
     pictures = [("a.1.jpg", second), ("a.0.jpg", first)]
     talk = [*pictures, ("a.json", json.dumps({"conversations": TURNS, "image": "x"}).encode())]
     (tmp_path / "talk.tar").write_bytes(bad_tars.tar(*talk))
@@ -40,14 +39,14 @@ def test_a_tar_of_conversations_and_one_of_documents(tmp_path):
     assert got["images"] == [first, second] and got["text"] == f"One {TAG} two {TAG} three"
 
 
-IMAGE = {"bytes": drawn.encoded(), "path": None}
+IMAGE = {"bytes": scenes.encoded(), "path": None}
 
 
 @pytest.mark.parametrize(
     ("row", "kind", "holds"),
     [
         ({"image": IMAGE, "caption": "a wall"}, "captions", {"captions": ["a wall"]}),
-        ({"jpg": drawn.encoded(), "txt": "a wall"}, "captions", {"captions": ["a wall"]}),
+        ({"jpg": scenes.encoded(), "txt": "a wall"}, "captions", {"captions": ["a wall"]}),
         ({"image": IMAGE, "text": ["a wall", "red"]}, "captions", {"captions": ["a wall", "red"]}),
         ({"text": "a long text", "url": "https://example.org"}, "text", {"text": "a long text"}),
         ({"images": [IMAGE, IMAGE], "conversations": TURNS}, "conversation", {}),
@@ -100,7 +99,7 @@ def test_columns_of_hugging_face(row, kind, holds, tmp_path):
     assert got["id"] == "a.parquet-0"
     assert holds.items() <= got.items()
     if kind == "captions":
-        assert got["image"] == drawn.encoded()
+        assert got["image"] == scenes.encoded()
     if kind == "conversation":
         roles, contents = got["conversation"]["role"], got["conversation"]["content"]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -123,12 +122,12 @@ def test_documents_in_parts_as_obelics_has_them(tmp_path):
 
 
 def test_named_columns_go_before_the_usual_names(tmp_path):
-    row = {"image": b"x", "shot": drawn.encoded(), "text": "a page", "alt": "a wall", "nr": 7}
+    row = {"image": b"x", "shot": scenes.encoded(), "text": "a page", "alt": "a wall", "nr": 7}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     fields = {"image_field": "shot", "text_field": "alt", "id_field": "nr"}
     (got,) = prepared("parquet", tmp_path, tmp_path / "out", **fields)
     assert (got["id"], got["captions"]) == ("7", ["a wall"])
-    assert drawn.encoded() == got["image"]
+    assert scenes.encoded() == got["image"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from test_data_rows import HUB, MODEL, Store, png
+from helpers.records import HUB, MODEL, Store, png
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import UNDERSTAND

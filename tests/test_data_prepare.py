@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import drawn
 import numpy as np
 import pytest
+from helpers import scenes
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, images, lengths, sources
@@ -35,7 +35,7 @@ TOOL = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
 def make_folder(folder: Path, count: int, jpg: bytes | None = None) -> Path:
     folder.mkdir()
     for i in range(count):
-        (folder / f"{i:03}.jpg").write_bytes(jpg or drawn.encoded(quality=60 + i % 40))
+        (folder / f"{i:03}.jpg").write_bytes(jpg or scenes.encoded(quality=60 + i % 40))
         words = " ".join("a red wall beside a blue one".split()[: 1 + i % 7])
         (folder / f"{i:03}.txt").write_text(f"{i} {words}")
     (folder / "zero.jpg").write_bytes(b"")
@@ -171,7 +171,7 @@ def test_a_stopped_run_goes_on_with_what_is_not_done(folder, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     """SIGKILL of the whole process group while its workers write."""
-    folder = make_folder(tmp_path / "in", 60, drawn.encoded("JPEG", drawn.scene((1800, 1200))))
+    folder = make_folder(tmp_path / "in", 60, scenes.encoded("JPEG", scenes.scene((1800, 1200))))
     opts, out = options(folder, shard_records=4), tmp_path / "out"
     command = [
         *TOOL,
@@ -257,16 +257,16 @@ def test_nothing_good_is_an_error_that_says_why(tmp_path):
 
 def test_pictures_are_shrunk_upright_and_else_kept(tmp_path):
     opts = Options("folder", (), max_side=48)
-    turned = images.decode(pictures.load(drawn.turned(6), opts))
-    assert turned.shape == (32, 48, 3) and drawn.looks_right(turned)
-    cmyk = pictures.load(drawn.encoded("JPEG", drawn.scene().convert("CMYK")), opts)
-    assert drawn.looks_right(images.decode(cmyk))
-    png = pictures.load(drawn.encoded("PNG"), opts)
+    turned = images.decode(pictures.load(scenes.turned(6), opts))
+    assert turned.shape == (32, 48, 3) and scenes.looks_right(turned)
+    cmyk = pictures.load(scenes.encoded("JPEG", scenes.scene().convert("CMYK")), opts)
+    assert scenes.looks_right(images.decode(cmyk))
+    png = pictures.load(scenes.encoded("PNG"), opts)
     assert png.startswith(b"\x89PNG") and images.decode(png).shape == (32, 48, 3)
-    small = drawn.encoded("JPEG", drawn.scene((48, 32)))
+    small = scenes.encoded("JPEG", scenes.scene((48, 32)))
     assert pictures.load(small, opts) == small
     with pytest.raises(Skipped, match="too many pixels"):
-        pictures.load(drawn.encoded(), Options("folder", (), max_pixels=96 * 64 - 1))
+        pictures.load(scenes.encoded(), Options("folder", (), max_pixels=96 * 64 - 1))
 
 
 def test_small_shards_are_put_together_and_large_ones_are_not(folder, tmp_path, monkeypatch):

@@ -2,81 +2,19 @@
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-
 import numpy as np
 import pytest
-from PIL import Image
+from helpers.records import HUB, MIX, MODEL, data_config, record, source, take
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import NONE
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, lengths, loader, rows, sources
 
-HUB = Path(__file__).parent / "data" / "golden" / "tiny" / "janusflow"
-WORDS = "A red fox sits in the snow beside a quiet river while it rains"
-MODEL = config_lib.model_config("test")
-
-
-def png(i: int, shape=(64, 96)) -> bytes:
-    out = io.BytesIO()
-    noise = np.random.default_rng(i).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(out, "PNG")
-    return out.getvalue()
-
-
-def record(i: int) -> dict:
-    words = WORDS.split()
-    return {
-        "id": str(i),
-        "image": png(i),
-        "captions": [" ".join(words[: 1 + (i + j) % 13]) for j in range(3)],
-        "text": " ".join(words * (1 + i % 9)),
-    }
-
-
-class Store(list):
-    """Records in memory; its repr keeps pictures out of a failing test's message."""
-
-    def __repr__(self) -> str:
-        return f"Store of {len(self)}"
-
-
-@pytest.fixture
-def stores(monkeypatch, tmp_path):
-    """Data sets by path, as if they were prepared."""
-    known = {"a": Store(record(i) for i in range(41)), "b": Store(record(i) for i in range(23))}
-    monkeypatch.setattr(sources, "open_source", lambda path, split: known[Path(path).name])
-    monkeypatch.chdir(tmp_path)
-    return known
-
 
 @pytest.fixture(scope="module")
 def chat():
     return chat_format.ChatFormat.load(HUB)
-
-
-def source(path="a", **changes) -> config_lib.SourceConfig:
-    return config_lib.SourceConfig(path=path, **changes)
-
-
-MIX = (
-    source("a", name="gen", weight=0.5),
-    source("b", name="und", task="understand", weight=0.3),
-    source("a", name="text", task="text", weight=0.2),
-)
-
-
-def config(**changes) -> config_lib.DataConfig:
-    given = {"sources": MIX, "row_len": 256, "gen_slots": 4, "und_slots": 3, "num_threads": 2}
-    return config_lib.DataConfig(**(given | changes))
-
-
-def take(iterator, n: int):
-    out = [next(iterator) for _ in range(n)]
-    iterator.close()
-    return out
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -92,11 +30,11 @@ def segments(row: dict) -> list[np.ndarray]:
 
 
 def test_a_row_is_the_same_every_time_and_differs_from_the_next(stores, chat):
-    one, two = rows.Rows(config(), MODEL, chat), rows.Rows(config(), MODEL, chat)
+    one, two = rows.Rows(data_config(), MODEL, chat), rows.Rows(data_config(), MODEL, chat)
     for r in range(30):
         assert_same(one.row(r)[0], two.row(r)[0])
         assert (one.row(r)[0]["tokens"] != one.row(r + 1)[0]["tokens"]).any()
-    other = rows.Rows(config(seed=1), MODEL, chat)
+    other = rows.Rows(data_config(seed=1), MODEL, chat)
     assert any((one.row(r)[0]["tokens"] != other.row(r)[0]["tokens"]).any() for r in range(5))
 
 
@@ -104,8 +42,8 @@ def test_a_row_is_the_same_every_time_and_differs_from_the_next(stores, chat):
 @pytest.mark.parametrize("hosts", [1, 2, 3, 16])
 def test_batches_do_not_depend_on_hosts_threads_or_restart(stores, chat, threads, hosts):
     size = 6 if hosts < 16 else 16
-    want = rows.Rows(config(), MODEL, chat)
-    made = loader.Loader(config(num_threads=threads), MODEL, chat, batch_rows=size)
+    want = rows.Rows(data_config(), MODEL, chat)
+    made = loader.Loader(data_config(num_threads=threads), MODEL, chat, batch_rows=size)
     for host in range(hosts):
         mine = range(host * size // hosts, (host + 1) * size // hosts)
         for start in (0, 2 * size) if host < 3 else (size,):
@@ -118,11 +56,11 @@ def test_batches_do_not_depend_on_hosts_threads_or_restart(stores, chat, threads
 
 
 def test_a_restart_with_another_batch_size_goes_on_with_the_next_row(stores, chat):
-    whole = loader.Loader(config(), MODEL, chat, batch_rows=4)
+    whole = loader.Loader(data_config(), MODEL, chat, batch_rows=4)
     rows_of = [x for batch, _ in take(whole.batches(0), 6) for x in range_rows(batch)]
-    first = loader.Loader(config(), MODEL, chat, batch_rows=6)
+    first = loader.Loader(data_config(), MODEL, chat, batch_rows=6)
     ((batch, report),) = take(first.batches(0), 1)
-    rest = loader.Loader(config(), MODEL, chat, batch_rows=3)
+    rest = loader.Loader(data_config(), MODEL, chat, batch_rows=3)
     got = [*range_rows(batch)]
     for batch, _ in take(rest.batches(report.next_row), 6):
         got += range_rows(batch)
@@ -136,7 +74,7 @@ def range_rows(batch: dict) -> list[dict]:
 
 @pytest.mark.parametrize("mix", [MIX[:2], MIX[2:]])
 def test_an_epoch_holds_every_sample_once(stores, chat, mix):
-    made = rows.Rows(config(sources=mix), MODEL, chat)
+    made = rows.Rows(data_config(sources=mix), MODEL, chat)
     done: dict[tuple[int, int], list[int]] = {}
     for r in range(400):
         which, epoch, b = made.locate(r)
@@ -151,7 +89,7 @@ def test_an_epoch_holds_every_sample_once(stores, chat, mix):
 
 
 def test_shares_are_shares_of_positions(stores, chat):
-    made = rows.Rows(config(sources=MIX[:2]), MODEL, chat)
+    made = rows.Rows(data_config(sources=MIX[:2]), MODEL, chat)
     used = np.zeros(2)
     for r in range(300):
         which, _, _ = made.locate(r)
@@ -163,7 +101,7 @@ def test_shares_are_shares_of_positions(stores, chat):
 
 
 def test_samples_are_apart_and_start_at_position_0(stores, chat):
-    made = rows.Rows(config(drop_prompt=0.0), MODEL, chat)
+    made = rows.Rows(data_config(drop_prompt=0.0), MODEL, chat)
     for r in range(40):
         row, bad = made.row(r)
         assert not bad
@@ -177,7 +115,7 @@ def test_samples_are_apart_and_start_at_position_0(stores, chat):
 
 
 def test_slots_stand_where_they_say(stores, chat):
-    made = rows.Rows(config(drop_prompt=0.0, sources=MIX[:2]), MODEL, chat)
+    made = rows.Rows(data_config(drop_prompt=0.0, sources=MIX[:2]), MODEL, chat)
     seen = set()
     for r in range(40):
         row, _ = made.row(r)
@@ -205,7 +143,7 @@ def test_slots_stand_where_they_say(stores, chat):
 
 
 def test_text_stands_behind_the_images_and_moves_nothing(stores, chat):
-    mixed = rows.Rows(config(), MODEL, chat)
+    mixed = rows.Rows(data_config(), MODEL, chat)
     assert mixed.phases[0].filler > 0
     filled = 0
     for r in range(60):
@@ -226,7 +164,7 @@ def test_text_stands_behind_the_images_and_moves_nothing(stores, chat):
 
 
 def test_shares_with_text_come_out_in_the_rows(stores, chat):
-    made = rows.Rows(config(drop_prompt=0.0), MODEL, chat)
+    made = rows.Rows(data_config(drop_prompt=0.0), MODEL, chat)
     got = np.zeros(3)
     for r in range(300):
         row, _ = made.row(r)
@@ -241,7 +179,7 @@ def test_shares_with_text_come_out_in_the_rows(stores, chat):
 
 
 def test_targets_of_understanding_are_a_caption_and_eos(stores, chat):
-    made = rows.Rows(config(sources=(source("b", name="u", task="understand"),)), MODEL, chat)
+    made = rows.Rows(data_config(sources=(source("b", name="u", task="understand"),)), MODEL, chat)
     row, _ = made.row(3)
     for where in segments(row):
         ids = row["tokens"][where[1:]][row["target_mask"][where[:-1]]]
@@ -250,7 +188,7 @@ def test_targets_of_understanding_are_a_caption_and_eos(stores, chat):
 
 
 def test_text_rows(stores, chat):
-    made = rows.Rows(config(sources=MIX[2:], row_len=64), MODEL, chat)
+    made = rows.Rows(data_config(sources=MIX[2:], row_len=64), MODEL, chat)
     for r in range(8):
         row, bad = made.row(r)
         assert not bad and not row["slot_task"].any()
@@ -260,8 +198,8 @@ def test_text_rows(stores, chat):
 
 
 def test_a_dropped_prompt_is_the_samplers_unconditional_form(stores, chat):
-    kept = rows.Rows(config(sources=MIX[:1], drop_prompt=0.0), MODEL, chat)
-    some = rows.Rows(config(sources=MIX[:1], drop_prompt=0.3), MODEL, chat)
+    kept = rows.Rows(data_config(sources=MIX[:1], drop_prompt=0.0), MODEL, chat)
+    some = rows.Rows(data_config(sources=MIX[:1], drop_prompt=0.3), MODEL, chat)
     dropped = total = 0
     for r in range(40):
         full, row = kept.row(r)[0], some.row(r)[0]
@@ -283,7 +221,7 @@ def test_a_dropped_prompt_is_the_samplers_unconditional_form(stores, chat):
 
 @pytest.mark.parametrize("damage", ["truncated", "no caption", "huge", "foreign"])
 def test_a_bad_record_is_named_and_nothing_shifts(stores, chat, damage):
-    clean = rows.Rows(config(), MODEL, chat)
+    clean = rows.Rows(data_config(), MODEL, chat)
     want = [clean.row(r)[0] for r in range(60)]
     broken = dict(stores["b"][5])
     if damage == "no caption":
@@ -295,7 +233,7 @@ def test_a_bad_record_is_named_and_nothing_shifts(stores, chat, damage):
             "huge": huge_png(),
         }[damage]
     stores["b"][5] = broken
-    made = rows.Rows(config(), MODEL, chat)
+    made = rows.Rows(data_config(), MODEL, chat)
     hit = 0
     for r in range(60):
         row, bad = made.row(r)
@@ -330,10 +268,12 @@ def huge_png() -> bytes:
 def test_too_many_bad_records_stop_the_run(stores, chat):
     for i in range(20):
         stores["a"][i] = stores["a"][i] | {"image": b""}
-    made = loader.Loader(config(sources=MIX[:1]), MODEL, chat, batch_rows=4)
+    made = loader.Loader(data_config(sources=MIX[:1]), MODEL, chat, batch_rows=4)
     with pytest.raises(DataError, match=r"(?s)at most 1\.0%.*record.*max_bad_share"):
         take(made.batches(0), 50)
-    lenient = loader.Loader(config(sources=MIX[:1], max_bad_share=0.9), MODEL, chat, batch_rows=4)
+    lenient = loader.Loader(
+        data_config(sources=MIX[:1], max_bad_share=0.9), MODEL, chat, batch_rows=4
+    )
     reports = [report for _, report in take(lenient.batches(0), 20)]
     assert reports[-1].num_bad == sum(len(r.bad) for r in reports) > 20
     assert 0.3 < reports[-1].num_bad / reports[-1].num_samples < 0.7
@@ -356,7 +296,9 @@ def test_io_errors_are_tried_again_then_stop(monkeypatch):
 
 
 def test_every_problem_of_a_mixture_is_said_at_once(stores, chat):
-    bad = config(sources=(source("a", task="understand"), source("a", task="draw")), und_slots=0)
+    bad = data_config(
+        sources=(source("a", task="understand"), source("a", task="draw")), und_slots=0
+    )
     model = config_lib.model_config("test", image_size=128)
     model.llm.vocab_size = 600
     with pytest.raises(DataError) as e:
@@ -364,7 +306,7 @@ def test_every_problem_of_a_mixture_is_said_at_once(stores, chat):
     for part in ("64 positions an image", "below 600", "got 0", "'draw'"):
         assert part in str(e.value)
     with pytest.raises(DataError, match="at most data.row_len 20"):
-        rows.Rows(config(row_len=20, sources=MIX[:1]), MODEL, chat)
+        rows.Rows(data_config(row_len=20, sources=MIX[:1]), MODEL, chat)
 
 
 def test_lengths_are_stored_for_one_tokenizer(stores, chat, monkeypatch):

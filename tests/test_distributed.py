@@ -6,9 +6,10 @@ import re
 import signal
 import time
 
-import jobs
 import numpy as np
 import pytest
+from helpers import jobs
+from helpers.runs import read_metrics
 
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import checksums, model_folder
@@ -36,7 +37,7 @@ def alone(data, tmp_path_factory):
 
 
 def same_losses(one, two, steps) -> None:
-    a, b = jobs.metrics(one)[: len(steps)], jobs.metrics(two)
+    a, b = read_metrics(one)[: len(steps)], read_metrics(two)
     assert [x["step"] for x in b] == list(steps)
     for name in ("loss", "loss_ar", "loss_rf", "loss_repa", "grad_norm"):
         x, y = ([line[name] for line in lines] for lines in (a, b))
@@ -102,7 +103,7 @@ def test_held_out_losses_are_of_the_rows_of_all(data, tmp_path):
     jobs.run(data, tmp_path / "one", "num_steps=1", patch=EVALUATED)
     jobs.run(data, tmp_path / "two", "num_steps=1", "mesh.fsdp=2", processes=2, patch=EVALUATED)
     held = [
-        [x for x in jobs.metrics(tmp_path / n) if "eval/held_generate/loss_rf" in x]
+        [x for x in read_metrics(tmp_path / n) if "eval/held_generate/loss_rf" in x]
         for n in ("one", "two")
     ]
     assert [[x["step"] for x in lines] for lines in held] == [[0, 1], [0, 1]]
@@ -141,7 +142,7 @@ def test_one_is_told_to_stop_and_all_save_the_same_step(data, alone, tmp_path):
     (status, said), (other, _) = jobs.finish(job)
     assert (status, other) == (0, 0), said
     step = model_folder.committed_steps(workdir)[-1]
-    assert step == jobs.metrics(workdir)[-1]["step"] and f"stopped at step {step}" in said
+    assert step == read_metrics(workdir)[-1]["step"] and f"stopped at step {step}" in said
     if step < 6:
         same_losses(alone, workdir, range(1, step + 1))
 

@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import jobs
 import pytest
 from etils import epath
+from helpers import jobs
+from helpers.runs import read_metrics
 
 from janusflow_jax.checkpoints import model_folder, workdir
 from janusflow_jax.config.errors import CheckpointError
@@ -63,12 +64,12 @@ def test_five_kills_leave_no_trace(tmp_path):
 def test_sigterm_saves_and_the_run_goes_on(data, tmp_path):
     job = jobs.start(data, tmp_path / "run", *SHORT)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), job)
-    wait_for(lambda: len(jobs.metrics(tmp_path / "run")) >= 4, job)
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) >= 4, job)
     job[0].send_signal(signal.SIGTERM)
     ((status, said),) = jobs.finish(job)
     step = model_folder.committed_steps(tmp_path / "run")[-1]
     assert status == 0 and f"stopped at step {step}" in said and "time: " in said
-    assert [x["step"] for x in jobs.metrics(tmp_path / "run")] == list(range(1, step + 1))
+    assert [x["step"] for x in read_metrics(tmp_path / "run")] == list(range(1, step + 1))
     again = jobs.run(data, tmp_path / "run", f"num_steps={step + 1}")
     assert f"resumed from step {step}" in again and "in 2 attempts" in again
 
@@ -86,7 +87,7 @@ def test_a_second_run_refuses_and_a_killed_one_frees_the_folder(data, tmp_path):
     said = jobs.run(data, tmp_path / "run", f"num_steps={step + 1}")
     lost = json.loads((tmp_path / "run" / "attempts.json").read_text())[0]
     assert lost["lost"] > 0 and not lost["ended"] and "in 2 attempts" in said
-    assert jobs.metrics(tmp_path / "run")[-1]["time/lost"] == pytest.approx(lost["lost"])
+    assert read_metrics(tmp_path / "run")[-1]["time/lost"] == pytest.approx(lost["lost"])
 
 
 def in_a_mount_namespace(script: str) -> str:

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from helpers.drawings import SHAPES, PerfectModel, draw, draw_all
+from PIL import Image
 
-from janusflow_jax import config, evaluate
+from janusflow_jax import evaluate
 from janusflow_jax.eval import sheet
 from janusflow_jax.openmoji import (
     drawings as openmoji_drawings,
@@ -16,42 +17,17 @@ from janusflow_jax.openmoji import (
     stats,
 )
 
-SHAPES = {
-    f"{word} shape {sides}": (sides, thin)
-    for sides in (3, 4, 5, 6)
-    for word, thin in (("round", 1.0), ("flat", 0.6), ("thin", 0.35))
-}
-
-
-def _draw(name, colour, turn=0.0, scale=1.0, shift=(0, 0)):
-    """A polygon with a black eye, on white, in a palette colour: uint8[64, 64, 3]."""
-    sides, thin = SHAPES[name]
-    angle = np.arange(sides) / sides * 2 * np.pi + np.deg2rad(turn)
-    x = 32 + shift[0] + 24 * scale * np.cos(angle)
-    y = 32 + shift[1] + 24 * scale * thin * np.sin(angle)
-    image = Image.new("RGB", (256, 256), "white")
-    pen = ImageDraw.Draw(image)
-    points = [(4 * a, 4 * b) for a, b in zip(x, y, strict=True)]
-    pen.polygon(points, fill=openmoji_drawings.tone_hex(colour, 0), outline="black", width=8)
-    return np.asarray(image.resize((64, 64), Image.Resampling.BOX))
-
-
-def _all(**view):
-    labels = [emoji.Label(name, colour) for name in SHAPES for colour in ("red", "blue", "green")]
-    return [_draw(x.name, x.colour, **view) for x in labels], labels
-
-
 # --- hue
 
 
 @pytest.mark.parametrize("colour", openmoji_prompts.PALETTE)
 def test_hue_of_a_palette_colour(colour):
-    found = emoji.dominant_hue(_draw("round shape 5", colour))
+    found = emoji.dominant_hue(draw("round shape 5", colour))
     assert emoji.hue_distance(found, openmoji_prompts.PALETTE[colour]) < 3
 
 
 def test_hue_follows_the_larger_area_and_wraps_around():
-    picture = _draw("round shape 4", "red").copy()
+    picture = draw("round shape 4", "red").copy()
     picture[:6] = (0, 0, 255)  # less than the red square
     assert emoji.hue_distance(emoji.dominant_hue(picture), 0) < 3
     assert emoji.hue_distance(350, 10) == 20 and emoji.hue_distance(10, 350) == 20
@@ -68,13 +44,13 @@ def test_grey_has_no_hue_and_is_never_right():
     grey = np.full((64, 64, 3), 128, np.uint8)
     assert np.isnan(emoji.dominant_hue(grey))
     labels = [emoji.Label("round shape 3", "red"), emoji.Label("round shape 4", "blue")]
-    scores = emoji.score_hues([grey, _draw("round shape 4", "blue")], labels)
+    scores = emoji.score_hues([grey, draw("round shape 4", "blue")], labels)
     assert (scores["right"], scores["nearest"], scores["hues"][0]) == (1, 1, None)
     json.dumps(scores, allow_nan=False)
 
 
 def test_hues_beat_exchanged_prompts_only_when_right():
-    pictures, labels = _all()
+    pictures, labels = draw_all()
     good = emoji.score_hues(pictures, labels)
     assert good["right"] == len(labels) and good["within"]["beats"]
     wrong = emoji.score_hues(pictures, labels[1:] + labels[:1])
@@ -85,8 +61,8 @@ def test_hues_beat_exchanged_prompts_only_when_right():
 
 
 def test_retrieval_finds_other_views_and_not_wrong_pictures():
-    gallery = emoji.make_gallery(*_all())
-    pictures, labels = _all(turn=5, scale=0.8, shift=(3, -2))
+    gallery = emoji.make_gallery(*draw_all())
+    pictures, labels = draw_all(turn=5, scale=0.8, shift=(3, -2))
     good = emoji.score_retrieval(pictures, labels, gallery)
     assert good["top1"] >= 0.9 * len(labels)
     assert good["candidates"] == len(SHAPES)
@@ -99,9 +75,9 @@ def test_retrieval_finds_other_views_and_not_wrong_pictures():
 
 def test_equal_pictures_stand_at_chance():
     """The same picture for every prompt must not look like skill; nor must an empty one."""
-    gallery = emoji.make_gallery(*_all())
-    _, labels = _all()
-    for picture in (_draw("round shape 3", "red"), np.full((64, 64, 3), 255, np.uint8)):
+    gallery = emoji.make_gallery(*draw_all())
+    _, labels = draw_all()
+    for picture in (draw("round shape 3", "red"), np.full((64, 64, 3), 255, np.uint8)):
         scores = emoji.score_retrieval([picture] * len(labels), labels, gallery)
         assert scores["percentile"]["score"] == pytest.approx(0.5, abs=0.02)
         assert not scores["percentile"]["beats"]
@@ -111,16 +87,16 @@ def test_candidates_are_in_the_colour_that_was_asked_for():
     """A blue square for 'a red triangle' finds the red square, not a blue triangle's class."""
     a, b = "round shape 3", "round shape 4"
     labels = [emoji.Label(a, "red"), emoji.Label(a, "blue"), emoji.Label(b, "red")]
-    drawn = [_draw(a, "red"), _draw(b, "blue"), _draw(b, "red")]
+    drawn = [draw(a, "red"), draw(b, "blue"), draw(b, "red")]
     gallery = emoji.make_gallery(drawn, labels)
-    table, candidates = emoji.ranks([_draw(b, "blue")], labels[:1], gallery)
+    table, candidates = emoji.ranks([draw(b, "blue")], labels[:1], gallery)
     assert table.tolist() == [[2.0]] and candidates == [2]
 
 
 def test_a_colour_alone_retrieves_nothing():
-    gallery = emoji.make_gallery(*_all())
-    _, labels = _all()
-    flat = [_draw("round shape 6", x.colour) for x in labels]  # right colour, one shape
+    gallery = emoji.make_gallery(*draw_all())
+    _, labels = draw_all()
+    flat = [draw("round shape 6", x.colour) for x in labels]  # right colour, one shape
     scores = emoji.score_retrieval(flat, labels, gallery)
     assert not scores["percentile"]["beats"]
     assert emoji.score_hues(flat, labels)["right"] == len(labels)
@@ -128,7 +104,7 @@ def test_a_colour_alone_retrieves_nothing():
 
 def test_gallery_keeps_as_many_views_of_each_and_names_what_lacks():
     a, b = emoji.Label("round shape 3", "red"), emoji.Label("round shape 4", "red")
-    pictures = [_draw(x.name, x.colour) for x in (a, a, b)]
+    pictures = [draw(x.name, x.colour) for x in (a, a, b)]
     gallery = emoji.make_gallery(pictures, [a, a, b])
     assert gallery.labels == (a, b)
     with pytest.raises(ValueError, match="pink shape 9"):
@@ -244,23 +220,9 @@ def test_sheet_wants_a_label_each(labels):
 # --- the entry
 
 
-class _Model(evaluate.pipeline.JanusFlowPipeline):
-    """Paints the right drawing of every prompt."""
-
-    def __init__(self):
-        parts = config.MODEL_PARTS
-        self.params, self.vae, self.source = dict.fromkeys(parts), {"decoder": None}, "it"
-        self.cfg = config.model_config("emoji")
-
-    def generate(self, prompts, *, seed, cfg_weight, num_steps, output):
-        assert output == "numpy"
-        said = [emoji.parse_caption(p) for p in prompts]
-        return np.stack([_draw(x.name, x.colour, turn=4) for x in said])
-
-
 def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     """With a model that is always right every verdict holds, and the report is plain JSON."""
-    pictures, labels = _all()
+    pictures, labels = draw_all()
     trained = sorted(labels, key=lambda x: (x.name, x.colour))
     shown = tuple((x.colour, x.name, i % 3 < 2) for i, x in enumerate(labels[:24]))
     prompts = tuple(openmoji_prompts.caption(c, n) for c, n, _ in shown)
@@ -268,7 +230,7 @@ def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(openmoji_prompts, "PROMPTS", prompts)
     refs = evaluate.References(emoji.make_gallery(pictures, labels), trained, judged.Drawn({}, {}))
     monkeypatch.setattr(evaluate, "references", lambda path: refs)
-    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, **_: _Model())
+    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, **_: PerfectModel())
 
     def captions(model, source, count):
         return [

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
-from published import to_model
-from test_train import HUB, ROOT, config, fresh
+from helpers import runs
+from helpers.published import to_model
+from helpers.runs import HUB, ROOT, config, fresh_params
 
 import janusflow_jax
 from janusflow_jax import config as c, pipeline, train
@@ -22,8 +22,6 @@ from janusflow_jax.data import chat_format, loader, sources
 from janusflow_jax.hub import export as hub_export
 from janusflow_jax.parallel import sharding
 from janusflow_jax.training import init as initialization, run_state, step as train_step
-
-store = test_train.store  # a fixture
 
 
 def lora_config(workdir, **changes) -> c.TrainConfig:
@@ -39,7 +37,7 @@ def test_adapters_on_a_mesh_are_those_of_one_device(store):
     feed = batches.batches(0)
     data = [next(feed)[0] for _ in range(3)]  # b leaves zero in the first, then a moves too
     feed.close()
-    params, vae_params = jax.device_get(fresh(cfg.model, jax.random.key(0)))
+    params, vae_params = jax.device_get(fresh_params(cfg.model, jax.random.key(0)))
     params = jax.tree.map(lambda x: x + np.float32(0.01), params)
     found, adapters = {}, {}
     for shape in ((1, 1, 1), (2, 2, 2)):
@@ -97,7 +95,7 @@ def test_a_run_in_bfloat16_resumes_bit_for_bit_and_is_exported(store, tmp_path):
     moments = {t for n, t in kinds.items() if n.startswith("opt_state/")}
     assert frozen == moments == {jnp.dtype(jnp.bfloat16)}
     assert kinds["params/gen_decoder/out_conv/kernel"] == jnp.float32
-    losses = [x["loss"] for x in test_train.lines("whole")]
+    losses = [x["loss"] for x in runs.read_metrics("whole")]
     assert len(losses) == 4 and np.isfinite(losses).all()
 
     said = model_folder.flat(model_folder.load_model("whole").params)

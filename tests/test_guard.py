@@ -8,8 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
-from test_train import store  # noqa: F401 - a fixture
+from helpers import runs
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder
@@ -47,12 +46,12 @@ def test_bad_steps_are_noted_and_trip_for_good(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):  # noqa: F811
+def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
     spoil(monkeypatch, [9])
-    cfg = test_train.config("run", num_steps=2, keep_checkpoints=9, save_every_steps=1)
+    cfg = runs.config("run", num_steps=2, keep_checkpoints=9, save_every_steps=1)
     assert cfg.batch_rows == 8
     train.train(cfg)
-    metrics = test_train.lines("run")
+    metrics = runs.read_metrics("run")
     assert [x["ok"] for x in metrics] == [1, 0] and [x["bad_steps"] for x in metrics] == [0, 1]
     assert metrics[1]["loss"] is None and "loss" in metrics[1]["non_finite"]
     noted = [json.loads(x) for x in Path("run", guard.FILE).read_text().splitlines()]
@@ -74,9 +73,9 @@ def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_badly_stops_saved(store, monkeypatch):  # noqa: F811
+def test_a_run_that_goes_on_badly_stops_saved(store, monkeypatch):
     spoil(monkeypatch, range(16, 999))
-    cfg = test_train.config("run", num_steps=50, max_bad_steps=3, save_every_steps=0)
+    cfg = runs.config("run", num_steps=50, max_bad_steps=3, save_every_steps=0)
     with pytest.raises(DivergedError, match=r"3 steps in a row.*--replay=40:48"):
         train.train(cfg)
     step = model_folder.committed_steps("run")[-1]

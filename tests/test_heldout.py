@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
-from test_train import HUB, config, fresh, lines, record
+from helpers.runs import HUB, config, fresh_params, read_metrics, record
 
 from janusflow_jax import config as c, evaluate, train
 from janusflow_jax.checkpoints import model_folder
@@ -23,8 +22,6 @@ from janusflow_jax.eval import losses as eval_losses
 from janusflow_jax.parallel import sharding
 from janusflow_jax.training import heldout, losses, run_state, step as train_step
 
-store = test_train.store  # a fixture
-
 
 def evaluated(workdir="x", **changes) -> c.TrainConfig:
     cfg = config(workdir)
@@ -34,7 +31,7 @@ def evaluated(workdir="x", **changes) -> c.TrainConfig:
 
 
 def state_of(cfg, mesh, shift=0.0):
-    params, vae_params = jax.device_get(fresh(cfg.model, jax.random.key(0)))
+    params, vae_params = jax.device_get(fresh_params(cfg.model, jax.random.key(0)))
     params = jax.tree.map(lambda x: x + np.float32(0.01), params)
     state = run_state.make(cfg, mesh, params, vae_params)
     return {**state, "ema": jax.tree.map(lambda x: x + np.float32(shift), state["ema"])}
@@ -109,7 +106,7 @@ def test_it_is_the_training_loss_of_those_rows(store):
 def test_a_run_measures_at_its_start_on_schedule_and_at_its_end(store, tmp_path, capsys):
     cfg = evaluated("whole", every_steps=2)
     train.train(cfg)
-    held = [x for x in lines("whole") if "eval/held_generate/loss_rf" in x]
+    held = [x for x in read_metrics("whole") if "eval/held_generate/loss_rf" in x]
     assert [x["step"] for x in held] == [0, 2, 4]
     assert held[0]["eval/held_understand/loss_ar"] == held[0]["eval_ema/held_understand/loss_ar"]
     assert held[-1]["eval/held_understand/loss_ar"] < held[0]["eval/held_understand/loss_ar"]
@@ -119,7 +116,7 @@ def test_a_run_measures_at_its_start_on_schedule_and_at_its_end(store, tmp_path,
     parts.num_steps = 2
     train.train(parts)
     train.train(evaluated("parts", every_steps=2))
-    again = [x for x in lines("parts") if "eval/held_generate/loss_rf" in x]
+    again = [x for x in read_metrics("parts") if "eval/held_generate/loss_rf" in x]
     strip = lambda found: [{k: v for k, v in x.items() if k != "time"} for x in found]  # noqa: E731
     assert strip(again) == strip(held)
 
@@ -128,7 +125,9 @@ def test_a_run_measures_at_its_start_on_schedule_and_at_its_end(store, tmp_path,
 def test_a_model_measured_afterwards_has_the_runs_last_losses(store, tmp_path, monkeypatch):
     cfg = evaluated("whole")
     train.train(cfg)
-    last = [x for x in lines("whole") if x["step"] == 4 and "eval/held_generate/loss_rf" in x][-1]
+    last = [
+        x for x in read_metrics("whole") if x["step"] == 4 and "eval/held_generate/loss_rf" in x
+    ][-1]
     for weights, kind in (("params", "eval"), ("ema", "eval_ema")):
         found = eval_losses.measure("whole", cfg, weights)
         assert {f"{kind}/{n}" for n in found} == {n for n in last if n.startswith(f"{kind}/")}
@@ -143,7 +142,7 @@ def test_a_model_measured_afterwards_has_the_runs_last_losses(store, tmp_path, m
 def test_a_config_without_sources_and_one_that_is_none():
     with pytest.raises(c.ConfigError, match=r"evaluate\.sources"):
         eval_losses.measure("x", config("x"))
-    for wrong in ("nothing.py", str(test_train.__file__)):
+    for wrong in ("nothing.py", __file__):
         with pytest.raises(c.ConfigError, match="expected a file such as"):
             eval_losses.read_config(wrong)
     with pytest.raises(ValueError, match="expected --config"):
@@ -187,20 +186,20 @@ def test_a_rise_is_said_and_ends_the_run_until_it_may_go_on(store, capsys):
     assert re.search(
         r"held_generate \(generate\): \d+ pictures of 30 in split train, in 5 rows", out
     )
-    step = lines("hurt")[-1]["step"]
+    step = read_metrics("hurt")[-1]["step"]
     assert model_folder.committed_steps("hurt")[-1] == step < 48  # saved
     # the same command: the same end, at once
     with pytest.raises(DivergedError) as again:
         train.train(hurt(stop_on_rise=True))
     assert "so begin a new run: --config.workdir=NEW\n" in str(ended.value)
-    assert str(again.value) == str(ended.value) and lines("hurt")[-1]["step"] == step
+    assert str(again.value) == str(ended.value) and read_metrics("hurt")[-1]["step"] == step
     # what the message says lets it go on
     for number, lets in ((1, {"stop_on_rise": False}), (2, {"stop_on_rise": True})):
         cfg = dataclasses.replace(hurt(**lets), num_steps=step + number)
         if number == 2:
             cfg.evaluate.max_rise = 1e9
         train.train(cfg)
-        assert lines("hurt")[-1]["step"] == step + number
+        assert read_metrics("hurt")[-1]["step"] == step + number
 
 
 @pytest.mark.slow

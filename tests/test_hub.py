@@ -9,12 +9,12 @@ import sys
 import time
 import weakref
 
-import golden
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from published import SILENT, edit, shard, to_model
+from helpers import golden
+from helpers.published import SILENT, edit, shard, to_model
 from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import config, pipeline

@@ -2,10 +2,10 @@
 
 import shutil
 
-import golden
 import numpy as np
 import pytest
-from published import edit, shard, to_model
+from helpers import golden
+from helpers.published import edit, shard, to_model
 from safetensors.numpy import load_file, save_file
 
 from janusflow_jax.config.errors import ConvertError

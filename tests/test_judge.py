@@ -5,12 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 
-import jax
 import numpy as np
 import pytest
-from test_eval import _all, _draw, _Model
+from helpers.drawings import PerfectModel, draw_all, real_drawings
 
-from janusflow_jax import config as c, evaluate
+from janusflow_jax import evaluate
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.openmoji import (
     drawings as openmoji_drawings,
@@ -18,7 +17,6 @@ from janusflow_jax.openmoji import (
     judge,
     judged,
     partial,
-    prompts as openmoji_prompts,
     scores as emoji,
 )
 
@@ -90,7 +88,7 @@ def test_words_in_common():
 
 def test_no_constant_answer_is_below_exchanged_ones():
     """In every KIND: the best constant is at least the mean of all exchanges."""
-    _, labels = _all()
+    _, labels = draw_all()
     captions = [openmoji_drawings.captions(x.colour, x.name) for x in labels]
     answers = [c[i % 3] for i, c in enumerate(captions)]
     scores = emoji.score_captions(answers, captions, labels)
@@ -108,36 +106,8 @@ def test_the_nearest_truth_of_each_picture_counts():
 # --- the judge
 
 
-@pytest.fixture(scope="module")
-def referee(tmp_path_factory):
-    """A fresh judge of the drawn polygons, written and read."""
-    _, labels = _all()
-    tower = c.SiglipConfig(
-        image_size=64, patch_size=16, width=24, num_layers=1, num_heads=2, mlp_width=48
-    )
-    cfg = judge.JudgeConfig(
-        image=tower,
-        classes=tuple(sorted({x.name for x in labels})),
-        colours=("red", "blue", "green"),
-        width=8,
-    )
-    folder = tmp_path_factory.mktemp("judge")
-    params = judge.init_params(cfg, jax.random.key(0))
-    judge.save(folder, cfg, params, {"accuracy": {}})
-    loaded = judge.load(folder)
-    kernel = np.asarray(params["image_head"]["kernel"])
-    np.testing.assert_allclose(loaded.params["image_head"]["kernel"], kernel, rtol=1e-2)
-    assert loaded.cfg == cfg and len(loaded.sha256) == 64
-    return loaded
-
-
-def drawn(labels):
-    views = {x: [_draw(x.name, x.colour, turn=t) for t in (0, 3)] for x in labels}
-    return judged.Drawn(views, {x: _draw(x.name, x.colour, turn=6) for x in labels})
-
-
 def test_features_do_not_depend_on_the_company(referee):
-    pictures, labels = _all()
+    pictures, labels = draw_all()
     every, alone = referee.pictures(pictures), referee.pictures(pictures[-1:])
     np.testing.assert_array_equal(every[-1:], alone)
     np.testing.assert_allclose(np.linalg.norm(every, axis=1), 1, rtol=1e-5)
@@ -159,8 +129,8 @@ def test_what_the_judge_cannot_judge_is_refused(referee, tmp_path):
 
 def test_right_pictures_score_above_wrong_ones(referee, monkeypatch):
     """With texts that mean the mean of their drawings: a referee that knows."""
-    pictures, labels = _all(turn=4)
-    real = drawn(labels)
+    pictures, labels = draw_all(turn=4)
+    real = real_drawings(labels)
     means = {x: referee.pictures(v).mean(0) for x, v in real.views.items()}
     centre = np.mean(list(means.values()), axis=0)  # a fresh tower's features are near one another
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
@@ -191,22 +161,11 @@ def test_right_pictures_score_above_wrong_ones(referee, monkeypatch):
     json.dumps([right, near], allow_nan=False)
 
 
-@pytest.fixture
-def shown(monkeypatch):
-    """A sheet of the first 24 pairs; 12 are left."""
-    pictures, labels = _all()
-    shown = tuple((x.colour, x.name, True) for x in labels[:24])
-    prompts = tuple(openmoji_prompts.caption(c, n) for c, n, _ in shown)
-    monkeypatch.setattr(openmoji_prompts, "SHEET", shown)
-    monkeypatch.setattr(openmoji_prompts, "PROMPTS", prompts)
-    refs = evaluate.References(emoji.make_gallery(pictures, labels), labels, drawn(labels))
-    monkeypatch.setattr(evaluate, "references", lambda path: refs)
-    return refs
-
-
 def test_painting_is_scored_with_the_judge_and_the_same_twice(referee, shown, tmp_path):
     args = evaluate.parse(["--model", "x", "--prompts", "8"])
-    one, two = (evaluate.paint(_Model(), args, referee, tmp_path / f"{name}.png") for name in "ab")
+    one, two = (
+        evaluate.paint(PerfectModel(), args, referee, tmp_path / f"{name}.png") for name in "ab"
+    )
     assert json.dumps(one) == json.dumps(two)
     assert one["sheet"]["alignment"]["of"] == 24 and one["trained_pairs"]["frechet"]["of"] == 8
     said = evaluate.table(evaluate.verdicts(one))

@@ -6,13 +6,12 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
-from test_data_rows import MODEL, Store, config, png, source, take
+from helpers import golden, runs
+from helpers.records import MODEL, Store, data_config, png, source, take
 
 from janusflow_jax import config as c
 from janusflow_jax.config import checks as config_checks
@@ -105,7 +104,7 @@ def mixture(**caches: str) -> tuple[c.SourceConfig, ...]:
 
 def open_rows(chat, sources, **changes) -> rows.Rows:
     repa = changes.pop("repa", True)
-    cfg = config(
+    cfg = data_config(
         sources=sources, row_len=192, gen_slots=GEN, und_slots=UND, drop_prompt=0.0, **changes
     )
     return rows.Rows(cfg, MODEL, chat, repa)
@@ -225,8 +224,8 @@ def test_crops_follow_the_row_and_all_of_them_come(stores, chat, encoders, encod
 def test_the_step_runs_only_the_encoders_that_no_cache_stands_for(cached):
     """On the step's jaxpr: whether anything but the output reads the VAE's and SigLIP's
     parameters."""
-    cfg = test_train.config("x")
-    abstract = jax.eval_shape(lambda: test_train.fresh(cfg.model, jax.random.key(0)))
+    cfg = runs.config("x")
+    abstract = jax.eval_shape(lambda: runs.fresh_params(cfg.model, jax.random.key(0)))
     state = jax.eval_shape(lambda p, v: train_step.create_state(cfg, p, v), *abstract)
     slots, side, m = cfg.data.num_slots, cfg.model.image_size, cfg.model
     gen, und = cfg.data.gen_slots, cfg.data.und_slots
@@ -249,11 +248,11 @@ def test_the_step_runs_only_the_encoders_that_no_cache_stands_for(cached):
     jaxpr = jax.make_jaxpr(train_step.make_train_step(cfg))(state, batch).jaxpr
     read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}
     inputs = jax.tree.unflatten(jax.tree.structure((state, batch)), jaxpr.invars)[0]
-    runs = {
+    computed = {
         name: any(id(v) in read for v in jax.tree.leaves(tree))
         for name, tree in (("vae", inputs["vae"]), ("siglip", inputs["frozen"]["und_encoder"]))
     }
-    assert runs == {"vae": cached == "online", "siglip": cached != "all"}
+    assert computed == {"vae": cached == "online", "siglip": cached != "all"}
 
 
 def test_a_sample_costs_what_the_spec_says_with_caches():
@@ -304,7 +303,7 @@ def test_a_bad_picture_or_entry_is_a_bad_sample(stores, chat, encoders, encode):
     stores["a"][2]["image"] = stores["a"][2]["image"][:200]
     report = build(stores["a"], encoders, encode, "gen")
     assert len(report.bad) == 1 and "truncated" in report.bad[0]
-    cfg = config(
+    cfg = data_config(
         sources=mixture(generate="gen"),
         row_len=192,
         gen_slots=GEN,
@@ -343,7 +342,7 @@ def problems(cfg: c.TrainConfig) -> str:
 
 
 def test_what_cannot_be_cached_is_refused():
-    cfg = test_train.config("x")
+    cfg = runs.config("x")
     gen = cfg.data.sources[1]
     one, two = dataclasses.replace(gen, cache="x"), dataclasses.replace(gen, name="other")
     text = dataclasses.replace(gen, name="words", task="text", cache="x")
@@ -374,7 +373,7 @@ def test_a_cache_of_something_else_is_refused(stores, chat, encoders, encode):
         open_rows(chat, mixture(generate="gen"))
     stores["a"][0] = record(0)
     model = c.model_config("test", 128)
-    cfg = config(sources=mixture(generate="gen"), row_len=320, gen_slots=2, und_slots=2)
+    cfg = data_config(sources=mixture(generate="gen"), row_len=320, gen_slots=2, und_slots=2)
     big = chat_format.ChatFormat.load(golden.TINY / "janusflow", num_image_tokens=64)
     with pytest.raises(DataError, match="expected image_size 128; got 64"):
         rows.Rows(cfg, model, big)
@@ -383,7 +382,7 @@ def test_a_cache_of_something_else_is_refused(stores, chat, encoders, encode):
 def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode, capsys):
     build(stores["a"], encoders, encode, "gen")
     made = open_rows(chat, mixture(generate="gen"))
-    cfg = test_train.config("x")
+    cfg = runs.config("x")
     ours = encode_cache.digests(cfg, made, {"und_encoder": encoders.siglip})
     assert list(ours) == ["und_encoder"]
     encode_cache.check(cfg, made, ours, encoders.vae)

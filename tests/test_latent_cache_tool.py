@@ -11,12 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden
 import numpy as np
 import pytest
-import test_train
 from etils import epath
-from published import to_model
+from helpers import golden, runs
+from helpers.published import to_model
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import workdir
@@ -50,7 +49,7 @@ def prepared(folder: Path) -> str:
 
         def _generate_examples(self):
             for i in range(30):
-                record = test_train.record(i)
+                record = runs.record(i)
                 yield i, {**record, "image": io.BytesIO(record["image"])}
 
     builder = Foxes(data_dir=str(folder / "prepared"), file_format="array_record")
@@ -114,7 +113,7 @@ def test_training_with_caches_goes_on_where_it_stopped(monkeypatch, tmp_path):
     folders = {"generate": "gen", "understand": "und"}
 
     def run(workdir: str, num_steps: int) -> None:
-        cfg = test_train.config(workdir, num_steps=num_steps)
+        cfg = runs.config(workdir, num_steps=num_steps)
         cfg.start, cfg.allow_fresh = "start", False
         sources = tuple(
             dataclasses.replace(s, path=data, cache=folders[s.task]) for s in cfg.data.sources
@@ -125,11 +124,11 @@ def test_training_with_caches_goes_on_where_it_stopped(monkeypatch, tmp_path):
     run("whole", 3)
     run("parts", 2)
     run("parts", 3)
-    a, b = test_train.final("whole"), test_train.final("parts")
+    a, b = runs.last_arrays("whole"), runs.last_arrays("parts")
     assert a.keys() == b.keys() and len(a) > 100
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    last = test_train.lines("parts")[-1]
+    last = runs.read_metrics("parts")[-1]
     assert last["ok"] == 1 and last["bad_samples"] == 0 and last["loss_rf"] > 0
     manifest = tmp_path / "und" / latent_cache.FILE
     values = json.loads(manifest.read_text())
@@ -143,7 +142,7 @@ def test_training_with_caches_goes_on_where_it_stopped(monkeypatch, tmp_path):
 
 def test_a_run_of_an_older_version_goes_on(tmp_path):
     """Its config.json has sources without the fields that came later."""
-    cfg = test_train.config(tmp_path)
+    cfg = runs.config(tmp_path)
     given = c.to_dict(cfg)
     del given["data"]["cached_features"]
     for source in given["data"]["sources"]:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
 from etils import epath
-from published import to_model
-from test_train import config, fresh
+from helpers import runs
+from helpers.published import to_model
+from helpers.runs import config, fresh_params
 
 from janusflow_jax import config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
@@ -26,13 +26,12 @@ from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.training import init as initialization, run_state
 from tools import export_checkpoint
 
-store = test_train.store  # a fixture
 RANK = 4
 
 
 def adapted(cfg: c.ModelConfig, targets=tuple(c.LORA_TARGETS)):
     """Parameters with adapters that do something."""
-    params, _ = jax.device_get(fresh(cfg, jax.random.key(0)))
+    params, _ = jax.device_get(fresh_params(cfg, jax.random.key(0)))
     key = jax.random.key(1)
     llm = lora.add(params["llm"], c.LoraConfig(rank=RANK, alpha=8.0, targets=targets), key)
     names = trees.flat(llm)
@@ -75,7 +74,7 @@ def lora_config(workdir, **changes) -> c.TrainConfig:
 def test_the_base_takes_no_memory_of_the_optimizer():
     cfg = lora_config("x", frozen_dtype="bfloat16")
     cfg.optim = dataclasses.replace(cfg.optim, moments_dtype="bfloat16")
-    params, vae_params = jax.device_get(fresh(cfg.model, jax.random.key(0)))
+    params, vae_params = jax.device_get(fresh_params(cfg.model, jax.random.key(0)))
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = run_state.make(cfg, mesh, params, vae_params)
@@ -102,7 +101,7 @@ def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
     train.train(lora_config("whole", **start))
     train.train(lora_config("parts", **{**start, "num_steps": 2}))
     train.train(lora_config("parts", **start))
-    a, b = test_train.final("whole"), test_train.final("parts")
+    a, b = runs.last_arrays("whole"), runs.last_arrays("parts")
     assert a.keys() == b.keys()
     for name, x in a.items():
         np.testing.assert_array_equal(x, b[name], err_msg=name)
@@ -211,7 +210,7 @@ def test_a_file_says_which_weights_it_has(tmp_path, monkeypatch, ema, asked, sai
 
 
 def test_a_model_folder_has_no_adapters_to_export(tmp_path):
-    model = test_train.ROOT / "starts" / "emoji_llm"
+    model = runs.ROOT / "starts" / "emoji_llm"
     with pytest.raises(ConvertError, match="no adapters: expected a run with"):
         export_checkpoint.main(
             ["--model", str(model), "--adapter-only", "--out", str(tmp_path / "out")]
@@ -221,7 +220,7 @@ def test_a_model_folder_has_no_adapters_to_export(tmp_path):
 
 def test_a_run_tells_what_of_its_adapters_trains(capsys):
     cfg = lora_config("x")
-    plain, vae_params = jax.device_get(fresh(cfg.model, jax.random.key(0)))
+    plain, vae_params = jax.device_get(fresh_params(cfg.model, jax.random.key(0)))
     initialization.print_origins(cfg, plain, vae_params, dict.fromkeys([*plain, "vae"], "fresh"))
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("lora"))
     leaves = trees.flat({"llm": lora.add(plain["llm"], cfg.lora, jax.random.key(0))})

@@ -9,16 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import test_train
 from etils import epath
-from test_train import config
+from helpers import runs
+from helpers.runs import config
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder, workdir
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.training import run_state
-
-store = test_train.store  # a fixture
 
 
 def lora_config(folder, **changes) -> c.TrainConfig:
@@ -48,7 +46,7 @@ def test_the_start_is_kept_once(store):
     begin()
     train.train(lora_config("whole", frozen_dtype=frozen))
     train.train(lora_config("parts", frozen_dtype=frozen, num_steps=2))
-    held = test_train.final("whole")
+    held = runs.last_arrays("whole")
     names = {n.removeprefix("params/") for n in held if n.startswith("params/")}
     assert {n.split("/")[0] for n in names} == {"llm", "gen_head"}
     assert all("lora_" in n for n in names if n.startswith("llm/"))
@@ -56,7 +54,7 @@ def test_the_start_is_kept_once(store):
     # The start may be gone, or have trained on: the run goes on from what it began with.
     shutil.rmtree("first")
     train.train(lora_config("parts", frozen_dtype=frozen))
-    again = test_train.final("parts")
+    again = runs.last_arrays("parts")
     assert held.keys() == again.keys()
     for name, x in held.items():
         np.testing.assert_array_equal(x, again[name], err_msg=name)
@@ -79,10 +77,10 @@ def test_runs_of_other_kinds_save_all(store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run_state, "begun_with", lambda cfg, params: None)
         train.train(lora_config("old", num_steps=2))
-    assert any(n.startswith("params/und_encoder") for n in test_train.final("old"))
+    assert any(n.startswith("params/und_encoder") for n in runs.last_arrays("old"))
     train.train(lora_config("old"))
     train.train(lora_config("new"))
-    assert any(n.startswith("params/und_encoder") for n in test_train.final("old"))
+    assert any(n.startswith("params/und_encoder") for n in runs.last_arrays("old"))
     assert same(weights("old"), weights("new"))
 
 

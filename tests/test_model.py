@@ -2,11 +2,11 @@
 
 import functools
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import golden
 
 from janusflow_jax import config
 from janusflow_jax.config import LossConfig, MeshConfig

@@ -3,12 +3,12 @@ unconditional form. On rows as the loader makes them."""
 
 from __future__ import annotations
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_data_rows import MODEL, config, source, stores  # noqa: F401 - stores is a fixture
+from helpers import golden
+from helpers.records import MIX, MODEL, data_config
 
 from janusflow_jax.config import LossConfig
 from janusflow_jax.data import chat_format, rows
@@ -19,11 +19,6 @@ from janusflow_jax.training import losses
 KEY = jax.random.key(5)
 LOSS = LossConfig(ce_chunk=64)
 GEN, UND = 3, 2
-MIX = (
-    source("a", name="gen", weight=0.5),
-    source("b", name="und", task="understand", weight=0.3),
-    source("a", name="text", task="text", weight=0.2),
-)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +27,8 @@ def chat():
 
 
 @pytest.fixture
-def made(stores, chat):  # noqa: F811
-    cfg = config(sources=MIX, row_len=192, gen_slots=GEN, und_slots=UND, drop_prompt=0.5)
+def made(stores, chat):
+    cfg = data_config(sources=MIX, row_len=192, gen_slots=GEN, und_slots=UND, drop_prompt=0.5)
     return rows.Rows(cfg, MODEL, chat)
 
 

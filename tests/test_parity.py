@@ -2,10 +2,10 @@
 
 import pathlib
 
-import golden
 import jax
 import numpy as np
 import pytest
+from helpers import golden
 
 from janusflow_jax import config
 from janusflow_jax.checkpoints import model_folder

@@ -10,7 +10,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import drawn
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ import pytest
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from helpers import scenes
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import sources
@@ -55,7 +55,10 @@ def tar(keys: range) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as file:
         for i in keys:
-            for ext, data in (("jpg", drawn.encoded(quality=50 + i)), ("txt", b"wall %d" % i)):
+            for ext, data in (
+                ("jpg", scenes.encoded(quality=50 + i)),
+                ("txt", b"wall %d" % i),
+            ):
                 info = tarfile.TarInfo(f"{i:06}.{ext}")
                 info.size = len(data)
                 file.addfile(info, io.BytesIO(data))
@@ -69,14 +72,14 @@ def fill(folder) -> None:
         (folder / "tars" / f"{shard:05}.tar").write_bytes(tar(range(shard * 8, shard * 8 + 8)))
     (folder / "pairs" / "sub").mkdir(parents=True)
     for i in range(9):
-        (folder / "pairs" / "sub" / f"{i}.jpg").write_bytes(drawn.encoded(quality=60 + i))
+        (folder / "pairs" / "sub" / f"{i}.jpg").write_bytes(scenes.encoded(quality=60 + i))
         (folder / "pairs" / "sub" / f"{i}.txt").write_text(f"wall {i}")
-    (folder / "pairs" / "sub" / "alone.jpg").write_bytes(drawn.encoded())
+    (folder / "pairs" / "sub" / "alone.jpg").write_bytes(scenes.encoded())
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A wall."}]
     talks = [{"id": str(i), "image": f"{i}.jpg", "conversations": turns} for i in range(12)]
     (folder / "talks.json").write_text(json.dumps(talks))
     rows = [
-        {"image": {"bytes": drawn.encoded(quality=40 + i)}, "caption": f"wall {i}"}
+        {"image": {"bytes": scenes.encoded(quality=40 + i)}, "caption": f"wall {i}"}
         for i in range(10)
     ]
     table = io.BytesIO()

@@ -9,11 +9,11 @@ import sys
 import tarfile
 from pathlib import Path
 
-import drawn
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import scenes
 from PIL import Image
 
 from janusflow_jax import config as c, train
@@ -26,8 +26,8 @@ COUNT = 24
 
 def photo(i: int) -> bytes:
     """A JPEG of its own size, its colours turned."""
-    picture = drawn.scene((80 + i, 70 - i))
-    return drawn.encoded("JPEG", Image.fromarray(np.roll(np.asarray(picture), i, axis=2)))
+    picture = scenes.scene((80 + i, 70 - i))
+    return scenes.encoded("JPEG", Image.fromarray(np.roll(np.asarray(picture), i, axis=2)))
 
 
 def caption(i: int) -> str:

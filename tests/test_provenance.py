@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 from etils import epath
+from helpers.runs import config
 from PIL import Image
-from test_train import config
 
 from janusflow_jax import cli, evaluate, generate
 from janusflow_jax.checkpoints import checksums, model_folder

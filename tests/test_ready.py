@@ -4,19 +4,14 @@ import dataclasses
 import json
 
 import pytest
-import test_judge
-from test_eval import _all, _draw, _Model
-from test_judge import drawn
+from helpers.drawings import PerfectModel, draw, draw_all, real_drawings
 
 from janusflow_jax import config, evaluate
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.openmoji import judged, ready, scores
 
-referee = test_judge.referee  # a fixture
-shown = test_judge.shown  # another
 
-
-class _Idle(_Model):
+class _Idle(PerfectModel):
     def generate(self, *_, **__):
         raise AssertionError("painted, though the pictures cannot be scored")
 
@@ -26,7 +21,7 @@ def test_few_pairs_have_no_distance_and_the_report_says_so(
     prompts, shown, referee, tmp_path, capsys
 ):
     args = evaluate.parse(["--model", "x", "--prompts", str(prompts), "--captions", "0"])
-    report = evaluate.paint(_Model(), args, referee, tmp_path / "sheet.png")
+    report = evaluate.paint(PerfectModel(), args, referee, tmp_path / "sheet.png")
     part = report["trained_pairs"]
     assert part["alignment"]["of"] == len(part["pictures"]) == prompts
     said = capsys.readouterr().out
@@ -40,8 +35,8 @@ def test_few_pairs_have_no_distance_and_the_report_says_so(
 
 
 def test_what_a_distance_needs(referee):
-    pictures, labels = _all()
-    real = drawn(labels)
+    pictures, labels = draw_all()
+    real = real_drawings(labels)
     few = judged.Drawn(real.views, {x: real.unseen[x] for x in labels[:3]})
     assert judged.too_few(labels, few).endswith("with an unseen view; got 3")
     assert "beside the painted ones" in judged.too_few(labels, real)  # no other prompts
@@ -63,7 +58,7 @@ def test_nothing_is_painted_that_cannot_be_scored(shown, referee, tmp_path):
     assert "beside the sheet's; got 1" in said(trained=shown.trained[:25])
     first = shown.trained[0]
     strange = scores.Label("dragon", "pink")
-    some = scores.make_gallery([_draw(first.name, first.colour)], [first])
+    some = scores.make_gallery([draw(first.name, first.colour)], [first])
     text = said(gallery=some, trained=[*shown.trained[:24], strange, strange])
     for part in (
         "a drawing of each prompt; got none of ['blue flat shape 3'",
@@ -77,7 +72,7 @@ def test_nothing_is_painted_that_cannot_be_scored(shown, referee, tmp_path):
 
 
 def test_what_captions_need(monkeypatch):
-    splits, model = evaluate.CAPTION_SPLITS, _Model()
+    splits, model = evaluate.CAPTION_SPLITS, PerfectModel()
     monkeypatch.setattr(ready.sources, "open_source", lambda path, split: [0] * len(split))
     ready.check_captions(model, "data", splits, 200)
     model.params.pop("und_aligner")
@@ -85,4 +80,4 @@ def test_what_captions_need(monkeypatch):
         ready.check_captions(model, "data", splits, 200)
     monkeypatch.setattr(ready.sources, "open_source", lambda path, split: [0])
     with pytest.raises(ValueError, match=r"two or more pictures in every split.*'train': 1"):
-        ready.check_captions(_Model(), "data", splits, 200)
+        ready.check_captions(PerfectModel(), "data", splits, 200)

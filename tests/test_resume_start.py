@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from test_train import HUB, config, final, fresh, store  # noqa: F401
+from helpers.runs import HUB, config, fresh_params, last_arrays
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder
@@ -24,7 +24,7 @@ def start(path: str, seed: int = 0, **fields) -> str:
     for name, value in fields.items():
         section, field = name.split("__")
         setattr(getattr(model, section), field, value)
-    params, vae = jax.device_get(fresh(model, jax.random.key(seed)))
+    params, vae = jax.device_get(fresh_params(model, jax.random.key(seed)))
     model_folder.save_model(
         path,
         model_cfg=model,
@@ -64,7 +64,7 @@ def test_only_what_a_start_gives_must_agree(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys):  # noqa: F811
+def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys):
     """Whatever lies where it began: another model, or nothing."""
     start("models/a")
     settings = {"start": "models/a", "tokenizer": ""}
@@ -78,9 +78,9 @@ def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys):  # noqa: F
     assert "this run's checkpoint" in said and "models/a" not in said
     shutil.rmtree("models/a")
     train.train(config("gone", **settings))
-    whole = final("whole")
+    whole = last_arrays("whole")
     for run in ("changed", "gone"):
-        for name, x in final(run).items():
+        for name, x in last_arrays(run).items():
             np.testing.assert_array_equal(x, whole[name], err_msg=f"{run} {name}")
 
     start("models/b", seed=1)
@@ -89,7 +89,7 @@ def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys):  # noqa: F
 
 
 @pytest.mark.slow
-def test_a_run_that_saved_nothing_yet_keeps_its_vae(store):  # noqa: F811
+def test_a_run_that_saved_nothing_yet_keeps_its_vae(store):
     """Killed before its first checkpoint: `base/` is there, the other parts come from the start."""
     start("models/a")
     settings = {"start": "models/a", "tokenizer": ""}
@@ -102,6 +102,6 @@ def test_a_run_that_saved_nothing_yet_keeps_its_vae(store):  # noqa: F811
     assert not resumed and begun.start == "models/a"
     assert dict(begun.init) == {"vae": str(Path("killed/base").resolve())}
     train.train(config("killed", **settings))
-    whole = final("whole")
-    for name, x in final("killed").items():
+    whole = last_arrays("whole")
+    for name, x in last_arrays("killed").items():
         np.testing.assert_array_equal(x, whole[name], err_msg=name)

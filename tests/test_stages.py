@@ -6,13 +6,12 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
-from published import to_model
+from helpers import golden, records, runs
+from helpers.published import to_model
 
 from janusflow_jax import config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
@@ -117,20 +116,20 @@ def mixture(monkeypatch, tmp_path):
     """Sources by task: captions, conversations with two pictures, text."""
 
     def talk(i: int) -> dict:
-        given = [test_train.record(i + j)["image"] for j in range(2)]
+        given = [runs.record(i + j)["image"] for j in range(2)]
         turns = [
             {"role": "user", "content": "<image_placeholder> Which colour?"},
-            {"role": "assistant", "content": test_train.record(i)["captions"][0]},
+            {"role": "assistant", "content": runs.record(i)["captions"][0]},
             {"role": "user", "content": "<image_placeholder> And this?"},
-            {"role": "assistant", "content": test_train.record(i + 1)["captions"][0]},
+            {"role": "assistant", "content": runs.record(i + 1)["captions"][0]},
         ]
         return {"id": str(i), "images": given, "conversation": turns}
 
-    both = [test_train.record(i) for i in range(20)] + [talk(i) for i in range(20)]
+    both = [runs.record(i) for i in range(20)] + [talk(i) for i in range(20)]
     known = {
-        "understand": test_train.Store(both),
-        "generate": test_train.Store(test_train.record(i) for i in range(30)),
-        "text": test_train.Store({"id": str(i), "text": "a fox " * (i + 1)} for i in range(30)),
+        "understand": records.Store(both),
+        "generate": records.Store(runs.record(i) for i in range(30)),
+        "text": records.Store({"id": str(i), "text": "a fox " * (i + 1)} for i in range(30)),
     }
     monkeypatch.setattr(sources, "open_source", lambda path, split: known[Path(path).name])
     monkeypatch.chdir(tmp_path)
@@ -141,7 +140,7 @@ def twin(name: str, arg: str, **changes: object) -> c.TrainConfig:
     cfg.data = dataclasses.replace(
         cfg.data, sources=tuple(dataclasses.replace(s, path=s.task) for s in cfg.data.sources)
     )
-    cfg.tokenizer, cfg.prompts = str(test_train.HUB), ()
+    cfg.tokenizer, cfg.prompts = str(runs.HUB), ()
     for field, value in changes.items():
         setattr(cfg, field, value)
     return cfg
@@ -158,7 +157,7 @@ def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_pat
     for stage in STAGES:
         cfg = twin(stage, "test", start=start, allow_fresh=False)
         start = train.train(cfg)
-        metrics = test_train.lines(start)
+        metrics = runs.read_metrics(start)
         assert [x["step"] for x in metrics] == [1, 2, 3, 4] and metrics[-1]["ok"] == 1
         for name in ("loss_ar", "loss_rf", "loss_repa"):
             assert any(x[name] for x in metrics), name  # a step of 8 rows may lack a task
@@ -232,7 +231,7 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
     to_model(golden.TINY / "janusflow", golden.TINY / "vae", start)
     cfg = twin("ablation", f"{letter},test", start=start, allow_fresh=False, num_steps=3)
     workdir = train.train(cfg)
-    metrics = test_train.lines(workdir)
+    metrics = runs.read_metrics(workdir)
     assert [(x["step"], x["ok"]) for x in metrics] == [(1, 1), (2, 1), (3, 1)]
     idle = {"A": {"repa"}, "D": {"rf", "repa"}, "E": {"ar"}}.get(letter, set())
     for name in ("ar", "rf", "repa"):
@@ -255,7 +254,7 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
     if letter != "D":
         assert model.generate("a fox", num_steps=1, output="latent").shape == (1, 8, 8, 4)
     if letter != "E":
-        answer = model.chat("What?", [test_train.record(0)["image"]], max_new_tokens=3)
+        answer = model.chat("What?", [runs.record(0)["image"]], max_new_tokens=3)
         assert isinstance(answer, str)
     if letter in "BC":
         with pytest.raises(ConvertError, match="und_encoder"):

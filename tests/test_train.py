@@ -2,80 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import io
-import json
-import runpy
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
+from helpers.runs import HUB, ROOT, config, fresh_params, last_arrays, read_metrics, record
 from ml_collections import config_flags
-from PIL import Image
 
 from experiments import small_scale
 from janusflow_jax import config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, DataError
-from janusflow_jax.data import chat_format, loader, sources
-from janusflow_jax.models import janusflow, vae
+from janusflow_jax.data import chat_format, loader
 from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.planning import compile as plan_compile
 from janusflow_jax.training import run_state, step as train_step
-
-ROOT = Path(__file__).parents[1]
-HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
-COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (30, 180, 40)}
-
-
-def record(i: int) -> dict:
-    colour = list(COLOURS)[i % 3]
-    pixels = np.full((64, 64, 3), 255, np.uint8)
-    pixels[8 : 40 + i % 8, 16:48] = COLOURS[colour]
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "PNG")
-    return {"id": str(i), "image": data.getvalue(), "captions": [f"a {colour} fox"]}
-
-
-class Store(list):
-    def __repr__(self) -> str:
-        return f"Store of {len(self)}"
-
-
-@pytest.fixture
-def store(monkeypatch, tmp_path):
-    records = Store(record(i) for i in range(30))
-    monkeypatch.setattr(sources, "open_source", lambda path, split: records)
-    monkeypatch.chdir(tmp_path)
-    return records
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def fresh(model: c.ModelConfig, key) -> tuple:
-    return janusflow.init_params(model, key), vae.init_params(model.vae, key)
-
-
-def config(workdir, **changes) -> c.TrainConfig:
-    cfg = runpy.run_path(str(ROOT / "configs" / "emoji.py"))["get_config"]("test")
-    cfg.tokenizer, cfg.workdir = str(HUB), str(workdir)
-    cfg.prompts, cfg.heldout = (), ()  # the sheet takes longer than the steps
-    for name, value in changes.items():
-        setattr(cfg, name, value)
-    return cfg
-
-
-def final(workdir) -> dict:
-    step = model_folder.committed_steps(workdir)[-1]
-    folder = Path(workdir) / "checkpoints" / str(step)
-    trees = {n: model_folder._load_tree(folder / n) for n in ("params", "ema", "opt_state")}
-    return model_folder.flat(jax.device_get(trees))
-
-
-def lines(workdir) -> list[dict]:
-    return [json.loads(x) for x in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -83,12 +27,12 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(store, tmp_path):
     train.train(config("whole"))
     train.train(config("parts", num_steps=2))
     train.train(config("parts", num_steps=4))
-    a, b = final("whole"), final("parts")
+    a, b = last_arrays("whole"), last_arrays("parts")
     assert a.keys() == b.keys() and len(a) > 100
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    assert [x["step"] for x in lines("parts")] == [1, 2, 3, 4]
-    for x, y in zip(lines("whole"), lines("parts"), strict=True):
+    assert [x["step"] for x in read_metrics("parts")] == [1, 2, 3, 4]
+    for x, y in zip(read_metrics("whole"), read_metrics("parts"), strict=True):
         assert x["loss"] == y["loss"] and x["loss_rf"] > 0 and x["loss_ar"] > 0
 
 
@@ -127,7 +71,7 @@ def test_sharded_step_equals_single_device(store, accum):
     data = [next(batches)[0] for _ in range(2)]
     batches.close()
     key = jax.random.key(0)
-    params, vae_params = jax.device_get(fresh(cfg.model, key))
+    params, vae_params = jax.device_get(fresh_params(cfg.model, key))
     # The last kernels start at zero; these do not, so that every part matters.
     params = jax.tree.map(lambda x: x + np.float32(0.01), params)
     losses = {}
@@ -166,7 +110,7 @@ def test_accumulation_equals_one_big_batch(store):
         batch = next(batches)[0]
         batches.close()
         key = jax.random.key(0)
-        params, vae_params = fresh(cfg.model, key)
+        params, vae_params = fresh_params(cfg.model, key)
         state = train_step.create_state(cfg, params, vae_params)
         _, metrics = jax.jit(train_step.make_train_step(cfg))(state, batch)
         out[accum] = [float(metrics[n]) for n in ("loss", "grad_norm", "grad_norm/llm")]
@@ -177,10 +121,10 @@ def test_accumulation_equals_one_big_batch(store):
 def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
     cfg = config("frozen", train_parts=("gen_encoder", "gen_decoder"), num_steps=2)
     train.train(cfg)
-    saved = final("frozen")
+    saved = last_arrays("frozen")
     moments = [n for n in saved if n.startswith("opt_state") and "/mu/" in n]
     assert moments and all("/gen_encoder/" in n or "/gen_decoder/" in n for n in moments)
-    start = model_folder.flat(jax.device_get(fresh(cfg.model, jax.random.key(cfg.seed))[0]))
+    start = model_folder.flat(jax.device_get(fresh_params(cfg.model, jax.random.key(cfg.seed))[0]))
     name = "llm/layers/block/mlp/up/kernel"
     np.testing.assert_allclose(saved[f"params/{name}"], start[name], atol=1e-7)
     name = "gen_decoder/out_conv/kernel"
@@ -189,7 +133,7 @@ def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
 
 def compile_step(cfg: c.TrainConfig) -> tuple:
     """The step of a config compiled for one device, and its parameter and batch shapes."""
-    params, vae_params = jax.eval_shape(lambda: fresh(cfg.model, jax.random.key(0)))
+    params, vae_params = jax.eval_shape(lambda: fresh_params(cfg.model, jax.random.key(0)))
     state, batch = plan_compile.state_shapes(cfg), plan_compile.batch_shapes(cfg)
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -219,7 +163,7 @@ def test_one_bad_record_does_not_end_a_run_and_many_do(store):
     store[3]["image"] = store[3]["image"][:200]
     store[4]["captions"] = [""]
     train.train(config("some", num_steps=3))
-    assert lines("some")[-1]["bad_samples"] > 0
+    assert read_metrics("some")[-1]["bad_samples"] > 0
     for r in store:
         r["image"] = b"not a picture"
     with pytest.raises(DataError, match="at most"):

@@ -11,8 +11,8 @@ import json
 import tarfile
 from pathlib import Path
 
-import drawn
-from bad_folder import GOOD, JPG, MAX_BYTES
+from helpers import scenes
+from helpers.bad_folder import GOOD, JPG, MAX_BYTES
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -93,10 +93,10 @@ TARS = [
     ("wds_plain", only(), GOOD),
     ("wds_txt_only", only(json=None), GOOD),
     ("wds_json_only", only(txt=None), GOOD),
-    ("wds_png", only(jpg=None, png=drawn.encoded("PNG")), GOOD),
-    ("wds_webp", only(jpg=None, webp=drawn.encoded("WEBP")), GOOD),
+    ("wds_png", only(jpg=None, png=scenes.encoded("PNG")), GOOD),
+    ("wds_webp", only(jpg=None, webp=scenes.encoded("WEBP")), GOOD),
     ("wds_upper_case", only(jpg=None, JPG=JPG), GOOD),
-    ("wds_cmyk", only(jpg=drawn.encoded("JPEG", drawn.scene().convert("CMYK"))), GOOD),
+    ("wds_cmyk", only(jpg=scenes.encoded("JPEG", scenes.scene().convert("CMYK"))), GOOD),
     ("wds_class", only(json=None, txt=None, cls=b"1"), GOOD),
     ("wds_class_word", only(json=None, txt=None, cls=b"tabby cat"), GOOD),
     ("wds_class_beyond", only(json=None, txt=None, cls=b"7"), "caption: class without a name"),
@@ -117,8 +117,12 @@ TARS = [
     ("wds_neither", extra(("NAME_1.npy", b"x")), [GOOD, "sample: neither picture nor text"]),
     ("wds_picture_empty", only(jpg=b""), "picture: 0 bytes"),
     ("wds_picture_cut", only(jpg=JPG[:900]), "picture: truncated or broken"),
-    ("wds_picture_gif", only(jpg=None, gif=drawn.encoded("GIF")), "picture: not JPEG, PNG or WebP"),
-    ("wds_two_pictures", only(png=drawn.encoded("PNG")), "picture: more than one"),
+    (
+        "wds_picture_gif",
+        only(jpg=None, gif=scenes.encoded("GIF")),
+        "picture: not JPEG, PNG or WebP",
+    ),
+    ("wds_two_pictures", only(png=scenes.encoded("PNG")), "picture: more than one"),
     ("wds_large_member", only(jpg=bytes(MAX_BYTES + 1)), "tar: member with too many bytes"),
     (
         "wds_two_members",

@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from bad_folder import GOOD
+from helpers.bad_folder import GOOD
 
 ASK, SAY = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A wall."}
 PLAIN = {"from": "human", "value": "What is it?"}

@@ -8,10 +8,11 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import drawn
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_folder import GOOD, JPG, MAX_CHARS
+
+from helpers import scenes
+from helpers.bad_folder import GOOD, JPG, MAX_CHARS
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _HF = {b"huggingface": b'{"info": {"features": {"image": {"_type": "Image"}}}}'}
@@ -77,13 +78,17 @@ TABLES = [
     ("pq_captions_list", rows({"caption": ["a wall", "red"]}, caption=_LIST), GOOD),
     ("pq_captions_nulls", rows({"caption": [None, "red"]}, caption=_LIST), GOOD),
     ("pq_number_id", rows({"id": 123456789}, id=pa.int64()), GOOD),
-    ("pq_palette", rows(_of_bytes(drawn.encoded("PNG", drawn.scene().convert("P")))), GOOD),
+    (
+        "pq_palette",
+        rows(_of_bytes(scenes.encoded("PNG", scenes.scene().convert("P")))),
+        GOOD,
+    ),
     ("pq_null_image", rows({"image": None}, {}), ["picture: missing", GOOD]),
     ("pq_null_bytes", rows(_of_bytes(None)), "picture: missing"),
     ("pq_zero_bytes", rows(_of_bytes(b"")), "picture: 0 bytes"),
     ("pq_cut_image", rows(_of_bytes(JPG[:800])), "picture: truncated or broken"),
     ("pq_text_image", rows(_of_bytes(b"404: not found, sorry")), "picture: not JPEG, PNG or WebP"),
-    ("pq_bomb", rows(_of_bytes(drawn.bomb(30_000, 4_000))), "picture: too many pixels"),
+    ("pq_bomb", rows(_of_bytes(scenes.bomb(30_000, 4_000))), "picture: too many pixels"),
     ("pq_path_image", rows({"image": "a.jpg"}, image=pa.string()), "picture: no bytes"),
     ("pq_number_image", rows({"image": 3}, image=pa.int64()), "picture: no bytes"),
     ("pq_nan_image", rows({"image": float("nan")}, image=pa.float64()), "picture: missing"),

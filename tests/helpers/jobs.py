@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import pathlib
 import socket
@@ -12,7 +11,7 @@ import sys
 import tempfile
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT_S = 300
 
 
@@ -96,8 +95,3 @@ def run(*args: Any, **kwargs: Any) -> str:
     ended = finish(start(*args, **kwargs))
     assert all(status == 0 for status, _ in ended), "\n".join(t[-3000:] for _, t in ended)
     return ended[0][1]
-
-
-def metrics(workdir: Any) -> list[dict[str, Any]]:
-    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]

@@ -18,7 +18,7 @@ from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.hub import tensors
 from janusflow_jax.models import janusflow
 
-ROOT = pathlib.Path(__file__).parent / "data" / "golden"
+ROOT = pathlib.Path(__file__).parents[1] / "data" / "golden"
 TINY = ROOT / "tiny"
 PART = 2e-6  # max |a - b| / max |b| of one part
 GRAD = 1e-5

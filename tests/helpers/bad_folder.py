@@ -9,13 +9,14 @@ import json
 import os
 from pathlib import Path
 
-import drawn
 import numpy as np
 from PIL import Image
 
+from helpers import scenes
+
 GOOD = "good"
 GREY = "good, grey"
-JPG, PNG = drawn.encoded(), drawn.encoded("PNG")
+JPG, PNG = scenes.encoded(), scenes.encoded("PNG")
 MAX_BYTES, MAX_CHARS = 2**20, 2000
 
 
@@ -61,12 +62,12 @@ def _loop(folder: Path, name: str) -> None:
 
 
 def _mode(mode: str) -> Image.Image:
-    return drawn.scene().convert(mode)
+    return scenes.scene().convert(mode)
 
 
 def _clear(mode: str = "RGBA") -> Image.Image:
     """The scene; its disc is transparent, and black below."""
-    picture = drawn.scene().convert("RGBA")
+    picture = scenes.scene().convert("RGBA")
     pixels = np.array(picture)
     disc = (pixels[..., :3] > 220).all(-1)
     pixels[disc] = 0
@@ -83,13 +84,17 @@ PAIRS = [
     ("jpg_two_bytes", files(JPG[:2]), "picture: not JPEG, PNG or WebP"),
     ("jpg_zero_bytes", files(b""), "picture: 0 bytes"),
     ("png_truncated", files(PNG[:-400], suffix=".png"), "picture: truncated or broken"),
-    ("png_broken_crc", files(drawn.broken_crc(), suffix=".png"), "picture: truncated or broken"),
     (
-        "webp_truncated",
-        files(drawn.encoded("WEBP")[:500], suffix=".webp"),
+        "png_broken_crc",
+        files(scenes.broken_crc(), suffix=".png"),
         "picture: truncated or broken",
     ),
-    ("bomb", files(drawn.bomb(20_000, 10_000), suffix=".png"), "picture: too many pixels"),
+    (
+        "webp_truncated",
+        files(scenes.encoded("WEBP")[:500], suffix=".webp"),
+        "picture: truncated or broken",
+    ),
+    ("bomb", files(scenes.bomb(20_000, 10_000), suffix=".png"), "picture: too many pixels"),
     ("too_many_bytes", files(JPG + bytes(MAX_BYTES)), "picture: too many bytes"),
     ("text_named_jpg", files(_TEXT), "picture: not JPEG, PNG or WebP"),
     (
@@ -97,10 +102,10 @@ PAIRS = [
         files(b"<!DOCTYPE html><p>404", suffix=".png"),
         "picture: not JPEG, PNG or WebP",
     ),
-    ("gif_named_jpg", files(drawn.encoded("GIF")), "picture: not JPEG, PNG or WebP"),
-    ("gif", files(drawn.encoded("GIF"), suffix=".gif"), "picture: not JPEG, PNG or WebP"),
-    ("bmp", files(drawn.encoded("BMP"), suffix=".bmp"), "picture: not JPEG, PNG or WebP"),
-    ("tiff", files(drawn.encoded("TIFF"), suffix=".tiff"), "picture: not JPEG, PNG or WebP"),
+    ("gif_named_jpg", files(scenes.encoded("GIF")), "picture: not JPEG, PNG or WebP"),
+    ("gif", files(scenes.encoded("GIF"), suffix=".gif"), "picture: not JPEG, PNG or WebP"),
+    ("bmp", files(scenes.encoded("BMP"), suffix=".bmp"), "picture: not JPEG, PNG or WebP"),
+    ("tiff", files(scenes.encoded("TIFF"), suffix=".tiff"), "picture: not JPEG, PNG or WebP"),
     (
         "svg",
         files(b"<svg xmlns='http://www.w3.org/2000/svg'/>", suffix=".svg"),
@@ -108,17 +113,17 @@ PAIRS = [
     ),
     (
         "thin_1x10000",
-        files(drawn.encoded("PNG", Image.new("RGB", (1, 10_000))), suffix=".png"),
+        files(scenes.encoded("PNG", Image.new("RGB", (1, 10_000))), suffix=".png"),
         "picture: too small",
     ),
     (
         "thin_20x10000",
-        files(drawn.encoded("PNG", Image.new("RGB", (20, 10_000))), suffix=".png"),
+        files(scenes.encoded("PNG", Image.new("RGB", (20, 10_000))), suffix=".png"),
         "picture: too long and thin",
     ),
     (
         "tracking_pixel",
-        files(drawn.encoded("PNG", Image.new("RGB", (1, 1))), suffix=".png"),
+        files(scenes.encoded("PNG", Image.new("RGB", (1, 1))), suffix=".png"),
         "picture: too small",
     ),
     ("no_caption", files(txt=None), "caption: missing"),
@@ -148,21 +153,29 @@ PAIRS = [
     ("png_named_jpg", files(PNG), GOOD),
     ("jpg_named_webp", files(suffix=".webp"), GOOD),
     ("upper_case", files(suffix=".JPG"), GOOD),
-    ("cmyk", files(drawn.encoded("JPEG", _mode("CMYK"))), GOOD),
-    ("grey", files(drawn.encoded("JPEG", _mode("L"))), GREY),
-    ("grey_alpha", files(drawn.encoded("PNG", _mode("LA")), suffix=".png"), GREY),
-    ("grey_16_bit", files(drawn.encoded("PNG", _GREY16), suffix=".png"), GREY),
-    ("palette", files(drawn.encoded("PNG", _mode("P")), suffix=".png"), GOOD),
-    ("palette_clear", files(drawn.encoded("PNG", _clear("P")), suffix=".png"), GOOD),
-    ("rgba", files(drawn.encoded("PNG", _clear()), suffix=".png"), GOOD),
-    ("webp_alpha", files(drawn.encoded("WEBP", _clear(), lossless=True), suffix=".webp"), GOOD),
-    ("exif_right", files(drawn.turned(6)), GOOD),
-    ("exif_upside_down", files(drawn.turned(3)), GOOD),
-    ("exif_broken", files(drawn.encoded(exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")), GOOD),
-    ("progressive", files(drawn.encoded(progressive=True)), GOOD),
+    ("cmyk", files(scenes.encoded("JPEG", _mode("CMYK"))), GOOD),
+    ("grey", files(scenes.encoded("JPEG", _mode("L"))), GREY),
+    ("grey_alpha", files(scenes.encoded("PNG", _mode("LA")), suffix=".png"), GREY),
+    ("grey_16_bit", files(scenes.encoded("PNG", _GREY16), suffix=".png"), GREY),
+    ("palette", files(scenes.encoded("PNG", _mode("P")), suffix=".png"), GOOD),
+    ("palette_clear", files(scenes.encoded("PNG", _clear("P")), suffix=".png"), GOOD),
+    ("rgba", files(scenes.encoded("PNG", _clear()), suffix=".png"), GOOD),
+    (
+        "webp_alpha",
+        files(scenes.encoded("WEBP", _clear(), lossless=True), suffix=".webp"),
+        GOOD,
+    ),
+    ("exif_right", files(scenes.turned(6)), GOOD),
+    ("exif_upside_down", files(scenes.turned(3)), GOOD),
+    (
+        "exif_broken",
+        files(scenes.encoded(exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")),
+        GOOD,
+    ),
+    ("progressive", files(scenes.encoded(progressive=True)), GOOD),
     ("trailing_bytes", files(JPG + b"appended by some camera"), GOOD),
-    ("animated_webp", files(drawn.animated("WEBP"), suffix=".webp"), GOOD),
-    ("animated_png", files(drawn.animated("PNG"), suffix=".png"), GOOD),
+    ("animated_webp", files(scenes.animated("WEBP"), suffix=".webp"), GOOD),
+    ("animated_png", files(scenes.animated("PNG"), suffix=".png"), GOOD),
     ("loop_of_folders", _loop, GOOD),
 ]
 
