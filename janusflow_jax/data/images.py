@@ -100,7 +100,9 @@ def open_image(
     except MemoryError:
         raise
     except Exception as e:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error
-        raise DataError(f"{kind} of {len(data)} bytes is truncated or broken: {e}") from e
+        raise DataError(
+            f"{kind} of {len(data)} bytes is truncated or broken: {e}", "truncated or broken"
+        ) from e
 
 
 def _shrink(image: Image.Image, short: int, long: int) -> None:
