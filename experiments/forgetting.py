@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import janusflow_jax
 from experiments import small_scale, small_scale_tables as tables
 from janusflow_jax import cli
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import sheet
 from janusflow_jax.openmoji import judge
 
@@ -94,7 +95,7 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     """All numbers that table and plot show: per seed the run before, and both kinds after.
 
     Raises:
-      ValueError: no run ended; one that did has none beside it or no base, was started
+      JanusFlowError: no run ended; one that did has none beside it or no base, was started
         elsewhere, or measured nothing (lists all); a report was scored otherwise than the others.
     """
     form = re.compile(rf"({'|'.join(KINDS)})-(\d+)")
@@ -109,7 +110,7 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     for run in ended:
         problems += problems_of(run, {x.name for x in ended})
     if not ended or problems:
-        raise ValueError(
+        raise JanusFlowError(
             f"{args.runs}: expected pairs of ended runs such as without-1 and replay-1, started "
             f"from F-1 in {args.bases}; got {[x.name for x in ended] or 'none'}"
             + "".join(f"\n  - {x}" for x in problems)
@@ -198,14 +199,14 @@ def fill(text: str, found: dict[str, Any]) -> str:
     """The document with its table made anew, between `<!-- forgetting -->` and `<!-- end -->`.
 
     Raises:
-      ValueError: the marker is missing, or there twice.
+      JanusFlowError: the marker is missing, or there twice.
     """
     made = f"<!-- forgetting -->\n{table(found)}\n<!-- end -->"
     text, count = re.subn(
         r"<!-- forgetting -->\n.*?<!-- end -->", lambda _: made, text, flags=re.DOTALL
     )
     if count != 1:
-        raise ValueError(
+        raise JanusFlowError(
             "the document: expected one `<!-- forgetting -->` with `<!-- end -->` below it; got "
             f"{count}"
         )

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import small_scale_tables as tables
 from janusflow_jax import cli, evaluate
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import provenance
 from janusflow_jax.openmoji import judge
 
@@ -105,14 +106,14 @@ def ended_runs(folder: Path) -> list[Path]:
     """Runs `<letter>-<seed>` that trained to their end, sorted.
 
     Raises:
-      ValueError: there is none.
+      JanusFlowError: there is none.
     """
     named = sorted(x for x in folder.glob("*") if re.fullmatch(r"[A-F]-\d+", x.name))
     ended = [x for x in named if has_ended(x)]
     for run in (x for x in named if x not in ended):
         print(f"{run}: left out, not trained to its end", flush=True)
     if not ended:
-        raise ValueError(
+        raise JanusFlowError(
             f"{folder}: expected folders such as F-1 of runs that ended; got "
             f"{[x.name for x in named] or 'none'}: train them, or give --runs"
         )
@@ -190,7 +191,7 @@ def gather(runs: Sequence[Path], args: argparse.Namespace) -> dict[str, Any]:
     """All numbers that tables and plots show.
 
     Raises:
-      ValueError: a report was scored with another software, data or judge than those before it.
+      JanusFlowError: a report was scored with another software, data or judge than those before it.
     """
     out: dict[str, Any] = {
         "settings": {**USUAL, **WHOLE, "sweep_prompts": SWEEP_PROMPTS, "smooth": SMOOTH},
@@ -215,12 +216,12 @@ def read_alike(found: dict[str, Any], file: Path) -> dict[str, Any]:
     """A report that was scored as those before it; what it was scored with goes into `found`.
 
     Raises:
-      ValueError: it was scored otherwise, so its numbers do not compare.
+      JanusFlowError: it was scored otherwise, so its numbers do not compare.
     """
     report = json.loads(file.read_text())
     given = {name: report[name] for name in SCORED_WITH if name in report}
     if other := [n for n in given if found.setdefault(n, given[n]) != given[n]]:
-        raise ValueError(
+        raise JanusFlowError(
             f"{file}: expected a report scored as the others were; got "
             + "; ".join(f"{n} {given[n]}, theirs {found[n]}" for n in other)
             + ": run this again, which scores anew what differs from what is here"
@@ -245,11 +246,11 @@ def added(stored: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """`found`, and of `stored` the runs that it lacks.
 
     Raises:
-      ValueError: they were not scored alike, so their numbers do not compare.
+      JanusFlowError: they were not scored alike, so their numbers do not compare.
     """
     other = [n for n in LIKE if n in stored and n in found and stored[n] != found[n]]
     if other:
-        raise ValueError(
+        raise JanusFlowError(
             "--add: expected runs scored as the stored ones were; got "
             + "; ".join(f"{n} {found[n]}, stored {stored[n]}" for n in other)
             + ": score all runs anew, without --add"

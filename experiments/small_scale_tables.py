@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from janusflow_jax.config.errors import JanusFlowError
+
 LETTERS = {
     "A": "without REPA",
     "B": "shared VAE + ConvNeXt encoder",
@@ -328,13 +330,13 @@ def fill(text: str, found: dict[str, Any]) -> str:
     """The document with what stands between `<!-- name -->` and `<!-- end -->` made anew.
 
     Raises:
-      ValueError: a marker that is missing or unknown (lists all).
+      JanusFlowError: a marker that is missing or unknown (lists all).
     """
     made = blocks(found)
     form = re.compile(r"<!-- (?!end)(\w+) -->\n.*?<!-- end -->", re.DOTALL)
     marked = form.findall(text)
     if sorted(marked) != sorted(made):
-        raise ValueError(
+        raise JanusFlowError(
             f"the document: expected one marker each of {sorted(made)} (`<!-- runs -->`, and "
             f"`<!-- end -->` behind its table); got {sorted(marked)}"
         )

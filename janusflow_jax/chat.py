@@ -73,14 +73,14 @@ class Conversation:
             return False
         if name == "/image":
             self.pending.append(images.read(rest.strip().strip("'\"")))
-            cli.note(f"({len(self.pending)} picture(s) go with your next message)")
+            cli.log(f"({len(self.pending)} picture(s) go with your next message)")
         elif name == "/new":
             self.turns, self.pictures, self.pending = list(self.start), [], []
-            cli.note("(a new conversation)")
+            cli.log("(a new conversation)")
         elif name == "/help":
-            cli.note(COMMANDS)
+            cli.log(COMMANDS)
         else:
-            cli.note(f"unknown command {name}; known are:\n{COMMANDS}")
+            cli.log(f"unknown command {name}; known are:\n{COMMANDS}")
         return True
 
     def talk(self) -> None:
@@ -92,7 +92,7 @@ class Conversation:
                 elif not self.command(line):
                     return
             except (ValueError, OSError) as error:  # one bad line does not end the conversation
-                cli.note(f"error: {error}")
+                cli.log(f"error: {error}")
 
 
 def _read_line() -> str:
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.prompt is not None:
         conversation.ask(args.prompt)
         return
-    cli.note("Your message; /help for what else you can type, an empty line to end.")
+    cli.log("Your message; /help for what else you can type, an empty line to end.")
     conversation.talk()
 
 

@@ -1,4 +1,7 @@
-"""What `generate`, `chat` and `evaluate` share: their model's options, and how they end."""
+"""What the commands share: how errors end them, and the options that choose a model.
+
+Imports neither JAX nor the pipeline until they are needed: tools that prepare data use `run` too.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,73 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import jax
+from janusflow_jax.config.errors import JanusFlowError
 
-from janusflow_jax import pipeline
-from janusflow_jax.config.errors import CheckpointError
+if TYPE_CHECKING:
+    from janusflow_jax import pipeline
+
+
+def run(
+    main: Callable[[], Any],
+    *,
+    out_of_memory: str = "use fewer images at a time, --dtype bfloat16, or a smaller model",
+    rerun: str = "",
+    error_code: int = 1,
+) -> NoReturn:
+    """Runs a command and exits with what it returns.
+
+    An error that the user can fix is one message without a traceback.
+
+    Args:
+      out_of_memory: what to do when a device has too little memory.
+      rerun: what a second run of the same command does after an OSError or Ctrl-C; '': nothing
+        worth a message.
+      error_code: exit status after an error.
+    """
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        if rerun:
+            log(f"\nstopped; {rerun}")
+        sys.exit(130)
+    except (JanusFlowError, OSError, ImportError) as error:
+        log(f"error: {error}" + (f"; {rerun}" if rerun and isinstance(error, OSError) else ""))
+        sys.exit(error_code)
+    except RuntimeError as error:
+        import jax
+
+        from janusflow_jax.parallel import processes
+
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        several = processes.count() > 1
+        if "RESOURCE_EXHAUSTED" in str(error):
+            message = f"error: out of memory on the device: {out_of_memory}\n{_first_line(error)}"
+        elif several:
+            message = processes.lost_peer(error)
+        else:
+            raise
+        log(message)
+        if several:
+            processes.exit_without_peers()
+        sys.exit(error_code)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def log(text: str) -> None:
+    """Progress and remarks go to stderr, so that stdout holds results only."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser that prints its texts as they stand, with the options that choose a model."""
+    """A parser with the options that choose a model; prints its texts unchanged."""
+    from janusflow_jax import pipeline
+
     p = argparse.ArgumentParser(
         prog=f"python -m janusflow_jax.{module}",
         description=description,
@@ -49,20 +109,22 @@ def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParse
 
 
 def load(args: argparse.Namespace) -> pipeline.JanusFlowPipeline:
-    """Loads the model of the options, and says on stderr what it is and where it runs."""
+    """Loads the model of the options; logs its name, image size, device and dtype."""
+    from janusflow_jax import pipeline
+
     model = pipeline.load(
         args.model, dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
     )
     size = model.cfg.image_size
-    note(f"{args.model}: {model.cfg.name}, {size} x {size} px, on {accelerator()} in {model.dtype}")
+    log(f"{args.model}: {model.cfg.name}, {size} x {size} px, on {accelerator()} in {model.dtype}")
     return model
 
 
-def check_file(path: str, option: str) -> pathlib.Path:
-    """The file that an option names, its folder made: asked before the work that it is to hold.
+def check_writable(path: str, option: str) -> pathlib.Path:
+    """The file that an option names, its folder created. Call it before the work, not after.
 
     Raises:
-      ValueError: it is a folder, or cannot be written.
+      JanusFlowError: it is a folder, or cannot be written.
     """
     file = pathlib.Path(path)
     try:
@@ -72,7 +134,7 @@ def check_file(path: str, option: str) -> pathlib.Path:
         else:
             tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
-        raise ValueError(
+        raise JanusFlowError(
             f"{option}: expected a file that can be written; got {path!r} "
             f"({error.strerror or error}): choose another"
         ) from error
@@ -80,29 +142,9 @@ def check_file(path: str, option: str) -> pathlib.Path:
 
 
 def accelerator() -> str:
-    """What JAX runs on, in words: 'cpu', '2 x NVIDIA H100'."""
+    """What JAX runs on: 'cpu', '2 x NVIDIA H100'."""
+    import jax
+
     devices = jax.devices()
     kind = devices[0].device_kind
     return kind if len(devices) == 1 else f"{len(devices)} x {kind}"
-
-
-def note(text: str) -> None:
-    """Progress and remarks: on stderr, so that stdout holds results only."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def run(main: Callable[[], Any]) -> None:
-    """Runs a command; errors that the user can mend are one message, not a stack."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (CheckpointError, ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(
-            "error: out of memory on the device: ask for fewer pictures at a time, take "
-            f"--dtype bfloat16, or a smaller model\n{str(error).splitlines()[0]}"
-        )

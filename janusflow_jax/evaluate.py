@@ -25,6 +25,7 @@ from etils import epath
 
 from janusflow_jax import cli, config as config_lib, pipeline
 from janusflow_jax.config import SourceConfig
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import images, sources
 from janusflow_jax.eval import losses as eval_losses, previews, provenance, sheet
 from janusflow_jax.openmoji import (
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     began = time.time()
-    out = cli.check_file(args.out, "--out")
+    out = cli.check_writable(args.out, "--out")
     if args.suite == "losses":
         report = losses(args)
     else:
@@ -90,15 +91,15 @@ def sheet_beside(out: pathlib.Path) -> pathlib.Path:
     """Where the sheet of a report goes.
 
     Raises:
-      ValueError: it would be the report itself, or cannot be written.
+      JanusFlowError: it would be the report itself, or cannot be written.
     """
     file = out.with_suffix(".png")
     if file == out:
-        raise ValueError(
+        raise JanusFlowError(
             f"--out: expected the report's file, such as eval.json; got {str(out)!r}, which would "
             "be the sheet's"
         )
-    return cli.check_file(str(file), "--out (the sheet)")
+    return cli.check_writable(str(file), "--out (the sheet)")
 
 
 def losses(args: argparse.Namespace) -> dict[str, Any]:
@@ -153,18 +154,18 @@ def suite(args: argparse.Namespace, sheet_file: pathlib.Path | None) -> dict[str
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError where the options leave nothing to compare, or a seed is out of range."""
+    """Raises JanusFlowError for options that leave nothing to compare, or a seed out of range."""
     if args.suite == "losses":
         if not args.config or args.int8:
-            raise ValueError("expected --config with --suite losses, and no --int8")
+            raise JanusFlowError("expected --config with --suite losses, and no --int8")
         return
     if min(args.prompts, args.captions) < 0 or 1 in (args.prompts, args.captions):
-        raise ValueError(
+        raise JanusFlowError(
             "expected --prompts and --captions of 2 or more (scores compare items with each "
             f"other), or 0; got {args.prompts} and {args.captions}"
         )
     if not (args.prompts or args.captions):
-        raise ValueError("expected --prompts or --captions; got 0 of both: nothing to score")
+        raise JanusFlowError("expected --prompts or --captions; got 0 of both: nothing to score")
     for first in (args.seed, args.seed + _MORE_SEED):
         inputs.picture_seeds(first, max(args.prompts, len(openmoji_prompts.PROMPTS)), 1)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from janusflow_jax import cli, pipeline
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import provenance, sheet
 from janusflow_jax.sampling import inputs
 
@@ -58,7 +59,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         lines = pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError("expected --prompt TEXT or --prompts FILE with text in it; got no prompt")
+        raise JanusFlowError(
+            "expected --prompt TEXT or --prompts FILE with text in it; got no prompt"
+        )
     return prompts
 
 
@@ -66,7 +69,7 @@ def check_out(path: str) -> pathlib.Path:
     """The output's path; refuses what is neither a .png nor a folder."""
     out = pathlib.Path(path)
     if out.suffix and out.suffix.lower() != ".png" and not out.is_dir():
-        raise ValueError(f"--out: expected a .png file or a folder; got {path}")
+        raise JanusFlowError(f"--out: expected a .png file or a folder; got {path}")
     return out
 
 
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
     inputs.check_generate(prompts, args.steps, args.images_per_prompt, "pil")
     if args.json:
-        cli.check_file(args.json, "--json")
+        cli.check_writable(args.json, "--json")
     model = cli.load(args)
     adapter = provenance.of_adapter(args.adapter) if args.adapter else ""  # as it was loaded
     (out.parent if out.suffix and not out.is_dir() else out).mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
                 files.append(str(out / f"{n:04d}.png"))
                 pictures[n].save(files[n])
         done = f"{len(pictures)} of {len(labels)} pictures, {time.time() - began:.1f} s"
-        cli.note(done + (" (with compilation)" if not at else ""))
+        cli.log(done + (" (with compilation)" if not at else ""))
     seconds = time.time() - began
     if not files:
         files = [str(out)]

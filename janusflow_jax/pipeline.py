@@ -22,7 +22,7 @@ from PIL import Image
 
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import UNDERSTAND, ModelConfig, parts as parts_lib
-from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.errors import CheckpointError, JanusFlowError
 from janusflow_jax.data import chat_format, images as pictures_lib
 from janusflow_jax.hub import adapters
 from janusflow_jax.models import encode, janusflow, llama, quantize, vae
@@ -59,12 +59,12 @@ def load(
       adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
     Raises:
       CheckpointError: nothing there that loads.
-      ValueError: another dtype, a tokenizer that is not this model's, or adapters of another base.
+      JanusFlowError: another dtype, a tokenizer of another model, or adapters of another base.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
-        raise ValueError(
+        raise JanusFlowError(
             f"dtype: expected one of {DTYPES}; got {dtype!r} (the VAE overflows in float16)"
         )
     compile_cache.enable()
@@ -137,7 +137,7 @@ class JanusFlowPipeline:
           output: 'pil'; 'numpy' uint8[B, H, W, 3]; 'latent' float32[B, h, w, C], scaled;
             'trajectory' float32[N + 1, B, h, w, C], the noise first.
         Raises:
-          ValueError: an empty prompt, a wrong noise shape, a seed out of range or an unknown
+          JanusFlowError: an empty prompt, a wrong noise shape, a seed out of range or an unknown
             output (all in one message).
           CheckpointError: the model has no parts that paint.
         """
@@ -154,7 +154,7 @@ class JanusFlowPipeline:
             noise = self._noise(np.asarray(seeds, np.uint32))
         noise = np.asarray(noise, np.float32)
         if noise.shape != (total, *self.cfg.latent_shape):
-            raise ValueError(
+            raise JanusFlowError(
                 f"noise: expected shape {(total, *self.cfg.latent_shape)} (one per picture); "
                 f"got {noise.shape}"
             )
@@ -185,11 +185,11 @@ class JanusFlowPipeline:
         self._need("decoding latents", "vae")
         latents = np.asarray(latents, np.float32)
         if latents.ndim != 4 or latents.shape[1:] != self.cfg.latent_shape or not len(latents):
-            raise ValueError(
+            raise JanusFlowError(
                 f"latents: expected shape (B, *{self.cfg.latent_shape}); got {latents.shape}"
             )
         if output not in ("pil", "numpy"):
-            raise ValueError(f"output: expected 'pil' or 'numpy'; got {output!r}")
+            raise JanusFlowError(f"output: expected 'pil' or 'numpy'; got {output!r}")
         fn = functools.partial(_decode_vae, self.cfg, self.dtype, self.vae)
         pixels = self._batched(fn, latents)
         return [Image.fromarray(p) for p in pixels] if output == "pil" else pixels
@@ -199,7 +199,7 @@ class JanusFlowPipeline:
         self._need("encoding pictures", "vae")
         many = images if isinstance(images, (list, tuple)) else [images]
         if not many:
-            raise ValueError("encode_image: expected at least one picture; got an empty list")
+            raise JanusFlowError("encode_image: expected at least one picture; got an empty list")
         size = self.cfg.image_size
         pixels = np.stack([pictures_lib.for_generation(pictures_lib.read(p), size) for p in many])
         return self._batched(functools.partial(_encode_vae, self.cfg, self.dtype, self.vae), pixels)
@@ -224,7 +224,7 @@ class JanusFlowPipeline:
           images: pictures in order; for several conversations a list of lists.
           temperature: 0 is greedy. top_p: nucleus. seed: conversation n draws with seed + n.
         Raises:
-          ValueError: lists, turns, tags or options that do not fit.
+          JanusFlowError: lists, turns, tags or options that do not fit.
         """
         options = (max_new_tokens, temperature, top_p)
         inputs.check_chat(*options)
@@ -256,7 +256,7 @@ class JanusFlowPipeline:
         self._need("answering", "llm")
         many, given, single = inputs.conversations(conversation, images, self.text.image_tag)
         if not single:
-            raise ValueError("stream: expected one conversation; got a list of them, use chat")
+            raise JanusFlowError("stream: expected one conversation; got a list of them, use chat")
         return self._pieces(self._stream(many, given, *options, seed))
 
     @staticmethod

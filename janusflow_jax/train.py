@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from janusflow_jax import config as config_lib
+from janusflow_jax import cli, config as config_lib
 from janusflow_jax.checkpoints import run as run_checkpoints, workdir as workdir_lib
 from janusflow_jax.config import (
     TrainConfig,
@@ -27,13 +27,7 @@ from janusflow_jax.config import (
     flags as flag_parser,
     parts as parts_lib,
 )
-from janusflow_jax.config.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DivergedError,
-    JanusFlowError,
-)
+from janusflow_jax.config.errors import CheckpointError, DivergedError
 from janusflow_jax.data import chat_format, loader
 from janusflow_jax.eval import previews
 from janusflow_jax.parallel import processes, sharding
@@ -65,20 +59,6 @@ _DISTRIBUTED = flags.DEFINE_enum(
     processes.MODES,
     "whether this process is one of several: auto joins the others where it was started by Slurm, "
     "on a TPU pod, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set",
-)
-_USER_ERRORS = (
-    ConfigError,
-    JanusFlowError,
-    CheckpointError,
-    DivergedError,
-    DivergedError,
-    CheckpointError,
-    DataError,
-    DataError,
-    DataError,
-    DataError,
-    DataError,
-    DataError,
 )
 
 
@@ -135,11 +115,11 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         else:
             digests = encode_cache.digests(cfg, data.rows, params)
         encode_cache.check(cfg, data.rows, digests, vae_params)
-    processes.say(data.summary())
+    processes.log(data.summary())
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_rows(cfg.batch_rows, cfg.optim.accum_steps, mesh)
     of = f" of {processes.count()} processes" if processes.count() > 1 else ""
-    processes.say(
+    processes.log(
         f"{jax.device_count()} {jax.default_backend()} device(s){of}, mesh {dict(mesh.shape)}"
     )
     if writes:
@@ -160,7 +140,7 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     with processes.together("opening the held-out data"):
         held = heldout.Heldout(cfg, mesh, chat, saved.get("heldout", {}))
     if cfg.evaluate.sources:
-        processes.say(held.summary())
+        processes.log(held.summary())
     return Run(cfg, workdir, mesh, data, chat, ckpts, state, saved, held, apart)
 
 
@@ -182,7 +162,7 @@ def train(cfg: TrainConfig) -> str:
         stop = ends.enter_context(preempt.Stop())
         ends.enter_context(jax.set_mesh(run.mesh))
         if run.step:
-            processes.say(f"resumed from step {run.step}")
+            processes.log(f"resumed from step {run.step}")
         with processes.together("opening the workdir"), workdir_lib.explained(workdir):
             kept = run.step if run.saved else -1  # a new run measures step 0 itself
             writer = metrics.Writer(workdir, resume_step=kept, tensorboard=cfg.tensorboard)
@@ -195,8 +175,8 @@ def train(cfg: TrainConfig) -> str:
                 with clock("samples"):
                     previews.write(cfg, workdir, step, run.state, run.chat, writer)
             record.write(step, ended=True)
-    processes.say(f"{'done' if done else 'stopped'} at step {step}")
-    processes.say(f"{record.summary()}\nworkdir {workdir}")
+    processes.log(f"{'done' if done else 'stopped'} at step {step}")
+    processes.log(f"{record.summary()}\nworkdir {workdir}")
     return str(workdir)
 
 
@@ -336,7 +316,7 @@ def _log(
         values |= progress.rates() | record.values()
         writer.write(step, values)
         record.write(step)
-        processes.say(progress.line(step, values))
+        processes.log(progress.line(step, values))
 
 
 def replay(cfg: TrainConfig, rows_asked: str) -> bool:
@@ -347,7 +327,7 @@ def replay(cfg: TrainConfig, rows_asked: str) -> bool:
     """
     first, end = guard.parse_rows(rows_asked)
     run = open_run(cfg, writes=False)
-    processes.say(f"rows {first} to {end - 1} with the parameters of step {run.step}")
+    processes.log(f"rows {first} to {end - 1} with the parameters of step {run.step}")
     alone = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, accum_steps=1))
     copies = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     step = jax.jit(train_step.make_train_step(alone))
@@ -359,7 +339,7 @@ def replay(cfg: TrainConfig, rows_asked: str) -> bool:
             _, out = step(run.state, sharding.put_batch(batch, run.mesh, copies))
             values = {k: float(v) for k, v in jax.device_get(out).items()}
             fine &= bool(values["ok"])
-            processes.say(guard.describe(number, run.data.rows.records(number), values, bad))
+            processes.log(guard.describe(number, run.data.rows.records(number), values, bad))
     return fine
 
 
@@ -375,23 +355,14 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-    """The command line; errors that the user can mend are one message, not a stack."""
+    """The command line."""
     flags.mark_flag_as_required("config")
-    try:
-        app.run(main, flags_parser=flag_parser.parse)
-    except _USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if processes.count() > 1:
-            processes.leave_at_once(processes.lost_peer(error))
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(
-            "error: out of memory on the device: the batch in more parts "
-            "(--config.optim.accum_steps), rows shared by more devices (--config.mesh.fsdp), "
-            "--config.remat=True; tools/plan.py says what a run needs, docs/finetuning.md what "
-            f"less of training takes\n{str(error).splitlines()[0]}"
-        )
+    cli.run(
+        lambda: app.run(main, flags_parser=flag_parser.parse),
+        out_of_memory="split the batch (--config.optim.accum_steps), share rows among more devices "
+        "(--config.mesh.fsdp) or set --config.remat=True; tools/plan.py computes what a run "
+        "needs, docs/finetuning.md lists smaller ways to train",
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -12,7 +13,8 @@ from helpers import golden
 from PIL import Image
 
 from janusflow_jax import chat, cli, evaluate, generate, pipeline
-from janusflow_jax.parallel import compile_cache
+from janusflow_jax.config.errors import ConfigError
+from janusflow_jax.parallel import compile_cache, processes
 
 PICTURE = str(golden.TINY / "images" / "0.png")
 
@@ -90,24 +92,73 @@ def test_chat_answers_and_talks(loaded, monkeypatch, capsys):
         (evaluate, "--model m --seed 4294967000", "error: seed: expected 0 to"),
     ],
 )
-def test_bad_input_is_one_message(module, args, says, monkeypatch, tmp_path):
+def test_bad_input_is_one_message(module, args, says, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(SystemExit) as end:
         cli.run(lambda: module.main(args.split()))
+    assert end.value.code == 1 and re.match(says, capsys.readouterr().err)
 
 
-def test_a_file_is_asked_for_and_left_as_it_was(tmp_path):
+def test_check_writable_leaves_a_file_as_it_was(tmp_path):
     file = tmp_path / "new" / "report.json"
-    assert cli.check_file(str(file), "--out") == file
+    assert cli.check_writable(str(file), "--out") == file
     assert file.parent.is_dir() and not list(file.parent.iterdir())
     file.write_text("old")
-    cli.check_file(str(file), "--out")
+    cli.check_writable(str(file), "--out")
     assert file.read_text() == "old"
 
 
-def test_what_is_no_users_mistake_keeps_its_stack():
-    with pytest.raises(ZeroDivisionError):
-        cli.run(lambda: 1 // 0)
+@pytest.mark.parametrize("error", [ZeroDivisionError(), ValueError("ours"), RuntimeError("ours")])
+def test_our_own_mistakes_keep_their_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        cli.run(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConfigError("lr: expected > 0"), "error: lr"),
+        (OSError("disk full"), "error: disk full"),
+        (ImportError("install tensorboardX"), "error: install"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 30G\nallocations"), "error: out of mem"),
+    ],
+)
+def test_errors_that_users_can_fix_are_one_message(error, message, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, error_code=2)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith(message) and "allocations" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [("RESOURCE_EXHAUSTED: 30G", "fewer rows"), ("connection reset", "one of them has died")],
+)
+def test_a_job_of_several_processes_exits_without_its_peers(error, message, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes.os, "_exit", sys.exit)
+
+    def main():
+        raise jax.errors.JaxRuntimeError(error)
+
+    with pytest.raises(SystemExit):
+        cli.run(main, out_of_memory="use fewer rows")
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_130(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, rerun="the same command resumes")
+    assert end.value.code == 130 and "resumes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [generate, chat, evaluate])

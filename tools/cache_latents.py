@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 
+from janusflow_jax import cli
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config.errors import CheckpointError, DataError
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import cache as latent_cache, sources
 from janusflow_jax.training import encode_cache
 
@@ -113,7 +114,7 @@ def load_encoders(args: argparse.Namespace) -> encode_cache.Encoders:
     return encode_cache.Encoders(cfg, **trees)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     began = time.time()
     if args.distributed:
@@ -161,11 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for reason in sorted(set(report.bad))[:5]:
         print(f"  bad: {reason}")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (CheckpointError, DataError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

@@ -21,7 +21,6 @@ import gc
 import json
 import operator
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -29,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from janusflow_jax import pipeline
+from janusflow_jax import cli, pipeline
 from janusflow_jax.config import UNDERSTAND
-from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.hub import configs as hub_configs, tensors as convert
 from janusflow_jax.models import siglip, vae
@@ -229,7 +228,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import torch_reference
     except ImportError as error:
-        raise ValueError(f"expected the extra `dev` (pip install -e '.[dev]'); {error}") from error
+        raise JanusFlowError(
+            f"expected the extra `dev` (pip install -e '.[dev]'); {error}"
+        ) from error
     jax.config.update("jax_default_matmul_precision", "highest")
     image = Image.open(args.image).convert("RGB") if args.image else draw_picture()
     # One model in memory at a time: first all of theirs, then ours.
@@ -252,8 +253,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (CheckpointError, ValueError, OSError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main, error_code=2)

@@ -20,8 +20,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from janusflow_jax import config as c
-from janusflow_jax.config.errors import CheckpointError, ConvertError
+from janusflow_jax import cli
 from janusflow_jax.hub import assemble as hub_assemble, import_janusflow as hub_import
 
 
@@ -101,7 +100,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (c.ConfigError, CheckpointError, ConvertError, OSError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

@@ -16,8 +16,7 @@ import sys
 
 from absl import logging
 
-from janusflow_jax import config as c
-from janusflow_jax.config.errors import CheckpointError, ConvertError
+from janusflow_jax import cli
 from janusflow_jax.hub import adapters, export as hub_export
 
 
@@ -60,15 +59,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors = (
-        c.ConfigError,
-        CheckpointError,
-        ConvertError,
-        ConvertError,
-        ConvertError,
-        OSError,
-    )
-    try:
-        main()
-    except errors as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from janusflow_jax.config.errors import DataError
+from janusflow_jax import cli
 from janusflow_jax.data import chat_format, lengths, sources
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the prepared data set")
     parser.add_argument("--split", default="train")
@@ -34,13 +34,9 @@ def main() -> int:
     )
     args = parser.parse_args()
     fields = tuple(tuple(pair.split("=", 1)) for pair in args.field)
-    try:
-        chat = chat_format.ChatFormat.load(args.tokenizer)
-        opened = sources.open_source(args.data, args.split)
-        source = sources.mapped(opened, fields, args.task)
-    except DataError as e:
-        print(e, file=sys.stderr)
-        return 1
+    chat = chat_format.ChatFormat.load(args.tokenizer)
+    opened = sources.open_source(args.data, args.split)
+    source = sources.mapped(opened, fields, args.task)
     counted = lengths.measure(source, args.task, args.format, chat)
     file = lengths.lengths_path(args.data, args.split, args.task, args.format, chat, fields)
     lengths.store(file, counted, chat)
@@ -49,8 +45,7 @@ def main() -> int:
         f"{counted.first.mean():.1f} tokens, the longest {counted.first.max()}; "
         f"{int((counted.first == 0).sum())} records make no sample"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from janusflow_jax import config as config_lib  # noqa: E402
+from janusflow_jax import cli, config as config_lib  # noqa: E402
 from janusflow_jax.config import flags as flag_parser  # noqa: E402
 from janusflow_jax.planning import (  # noqa: E402
     compile as plan_compile,
@@ -80,14 +80,6 @@ def plan_sampling(
     sys.exit(0 if all(r["memory"]["fits"] for r in reports) else 2)
 
 
-def run() -> None:
-    """The command line; errors that the user can mend are one message, not a stack."""
-    flags.mark_flags_as_required(["config", "topology"])
-    try:
-        app.run(main, flags_parser=flag_parser.parse)
-    except config_lib.ConfigError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    run()
+    flags.mark_flags_as_required(["config", "topology"])
+    cli.run(lambda: app.run(main, flags_parser=flag_parser.parse))

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from etils import epath
 from PIL import Image
 
+from janusflow_jax import cli
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format
 from janusflow_jax.data.prepare import (
@@ -55,13 +56,6 @@ KINDS_OF = {
     "text": ("text",),
 }
 """What a form can hold; the first is meant where --kind does not say (parquet: by its columns)."""
-ERRORS = (
-    DataError,
-    DataError,
-    DataError,
-    DataError,
-    DataError,
-)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -183,20 +177,10 @@ def options_of(args: argparse.Namespace) -> Options:
 def main() -> int:
     args = parser().parse_args()
     start = time.time()
-    try:
-        options = options_of(args)
-        if args.dry_run:
-            return dry_run(options, args.dry_run)
-        report = build.prepare(options, args.out, _engine(args), progress(start), args.overwrite)
-    except ERRORS as e:
-        print(e, file=sys.stderr)
-        return 1
-    except OSError as e:  # a full disk, a store that is gone
-        print(f"{e}; the same command goes on with what is not done", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with what is not done", file=sys.stderr)
-        return 130
+    options = options_of(args)
+    if args.dry_run:
+        return dry_run(options, args.dry_run)
+    report = build.prepare(options, args.out, _engine(args), progress(start), args.overwrite)
     print(prepare_report.table(report))
     print(f"{args.out}: {options.kind}, in {time.time() - start:.1f} s; report in report.json")
     return 0
@@ -259,4 +243,4 @@ def progress(start: float) -> Callable[[int, int, int, int], None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main, rerun="the same command resumes with the shards that are missing")

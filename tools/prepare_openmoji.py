@@ -17,11 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from janusflow_jax import cli
 from janusflow_jax.data import chat_format, lengths, sources
 from janusflow_jax.openmoji import build as openmoji_build, tokenizer as openmoji_tokenizer
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/openmoji"), help="folder to make")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
@@ -50,19 +51,13 @@ def main() -> int:
             args.size,
         )
         print(f"{args.train_tokenizer}: a tokenizer of at most {args.vocab_size} tokens")
-        return 0
+        return
     if args.contact_sheet:
         sheet = openmoji_build.contact_sheet(args.seed, args.size, new_classes=args.new_classes)
         sheet.save(args.contact_sheet)
         print(f"{args.contact_sheet}: every class once, in {time.time() - start:.1f} s")
-        return 0
-    try:
-        counts = openmoji_build.build(
-            args.out, args.size, args.seed, args.overwrite, args.new_classes
-        )
-    except (FileExistsError, ValueError) as e:
-        print(e, file=sys.stderr)
-        return 1
+        return
+    counts = openmoji_build.build(args.out, args.size, args.seed, args.overwrite, args.new_classes)
     for split, count in counts.items():
         print(f"{args.out} {split}: {count:,} pictures")
     if args.tokenizer:
@@ -71,8 +66,7 @@ def main() -> int:
         for task in ("generate", "understand"):
             lengths.load_lengths(source, str(args.out), "train", task, "chat", chat)
     print(f"done in {time.time() - start:.1f} s; credits in {args.out / 'CREDITS.txt'}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from janusflow_jax import config as c, pipeline, train
+from janusflow_jax import cli, config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format
 from janusflow_jax.eval import previews
 from janusflow_jax.openmoji import build as openmoji_build, tokenizer as openmoji_tokenizer
@@ -154,7 +153,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (c.ConfigError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

@@ -12,7 +12,6 @@ look. It never sees a painted picture, nor the SigLIP that REPA aligns with.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from janusflow_jax import config as c
+from janusflow_jax import cli, config as c
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import images, sources
@@ -227,7 +226,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (c.ConfigError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

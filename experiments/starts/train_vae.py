@@ -12,7 +12,6 @@ of the training pictures zero-mean and of unit variance; reconstructions do not 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
@@ -23,9 +22,8 @@ import optax
 from etils import epath
 from PIL import Image
 
-from janusflow_jax import config as c
+from janusflow_jax import cli, config as c
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import images, sources
 from janusflow_jax.models import encode, vae
 from janusflow_jax.openmoji import build as openmoji_build
@@ -205,7 +203,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (c.ConfigError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

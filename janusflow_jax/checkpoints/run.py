@@ -184,7 +184,7 @@ class RunCheckpoints:
                     f"{said}\nNo older checkpoint is left to go back to. Restore the folder from "
                     "a copy, or begin anew in another --config.workdir"
                 )
-            processes.say(f"WARNING: {said}\nWARNING: going back to the checkpoint before it")
+            processes.log(f"WARNING: {said}\nWARNING: going back to the checkpoint before it")
             if processes.is_main() and self._writes:
                 (self.folder / str(step) / MARKER).rename(self.folder / str(step) / DAMAGED)
         return None
@@ -235,7 +235,7 @@ class RunCheckpoints:
         """Removes saves that a kill cut short: nothing else writes here while this run does."""
         for entry in self.folder.iterdir() if self.folder.exists() else ():
             if entry.name.isdigit() and not any((entry / m).exists() for m in (MARKER, DAMAGED)):
-                processes.say(f"{entry}: was never finished; removed")
+                processes.log(f"{entry}: was never finished; removed")
                 _remove(entry)
 
 

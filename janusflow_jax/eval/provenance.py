@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from janusflow_jax.checkpoints import checksums, model_folder
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.hub import adapters, safetensors as safetensors_io
 
 
@@ -55,11 +56,11 @@ def of_data(path: Any) -> dict[str, str]:
     """SHA-256 over the names and contents of a data set's files, as `files_sha256`.
 
     Raises:
-      ValueError: no such folder.
+      JanusFlowError: no such folder.
     """
     folder = epath.Path(path)
     if not folder.is_dir():
-        raise ValueError(
+        raise JanusFlowError(
             f"--data: expected a folder of tools/prepare_openmoji.py; got {str(path)!r}, where "
             "there is none"
         )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from janusflow_jax.config.errors import JanusFlowError
+
 FONT_SIZE = 13
 _GAP = 8
 _LINES = 2
@@ -26,12 +28,12 @@ def make_sheet(
       columns: pictures a row (fewer where there are fewer pictures).
       scale: every pixel becomes a square of this many, unsmoothed: as painted.
     Raises:
-      ValueError: no picture, another number of labels, or pictures of several sizes.
+      JanusFlowError: no picture, another number of labels, or pictures of several sizes.
     """
     images = [x if isinstance(x, Image.Image) else Image.fromarray(np.asarray(x)) for x in pictures]
     sizes = {x.size for x in images}
     if len(sizes) != 1 or len(labels) != len(images):
-        raise ValueError(
+        raise JanusFlowError(
             "sheet: expected at least one picture, all of one size, and one label each; got "
             f"{len(images)} pictures of sizes {sorted(sizes)} and {len(labels)} labels"
         )

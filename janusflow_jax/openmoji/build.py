@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format, samples
 from janusflow_jax.openmoji import (
     classes as openmoji_classes,
@@ -90,7 +91,7 @@ def load_drawings(
     Args: classes: code point -> name; None: the quick start's.
 
     Raises:
-      ValueError: a drawing whose colour cannot be changed, or a class of the sheet that is missing
+      JanusFlowError: a drawing whose color cannot be changed, or a missing class of the sheet
         (lists all of them).
     """
     classes = openmoji_classes.CLASSES if classes is None else classes
@@ -106,7 +107,7 @@ def load_drawings(
         missing = set()
     problems += [f"{name}: named by the sheet but not a class" for name in sorted(missing)]
     if problems:
-        raise ValueError(
+        raise JanusFlowError(
             "OpenMoji classes (edit janusflow_jax/data/openmoji_classes.py):\n"
             + "\n".join(f"  - {p}" for p in problems)
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from janusflow_jax.config.errors import JanusFlowError
+
 
 def distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
     """Squared Frechet distance of the normal distributions with the sets' means and covariances:
@@ -13,10 +15,10 @@ def distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
     It grows as sets shrink: `halves` says by how much.
 
     Raises:
-      ValueError: fewer than two in a set, or features of two widths.
+      JanusFlowError: fewer than two in a set, or features of two widths.
     """
     if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(
+        raise JanusFlowError(
             f"distance: expected two sets of two or more features of one width; got {a.shape} and "
             f"{b.shape}"
         )

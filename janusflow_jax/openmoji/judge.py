@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import SiglipConfig
-from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.errors import CheckpointError, JanusFlowError
 from janusflow_jax.hub import safetensors as safetensors_io
 from janusflow_jax.models import encode, layers, siglip
 from janusflow_jax.openmoji.scores import Label
@@ -97,7 +97,7 @@ def indices(cfg: JudgeConfig, labels: Sequence[Label]) -> tuple[np.ndarray, np.n
     """The text tower's input for labels, int32[N] each.
 
     Raises:
-      ValueError: labels that the judge never learned (lists all).
+      JanusFlowError: labels that the judge never learned (lists all).
     """
     classes = {name: i for i, name in enumerate(cfg.classes)}
     colours = {name: i for i, name in enumerate(cfg.colours)}
@@ -105,7 +105,7 @@ def indices(cfg: JudgeConfig, labels: Sequence[Label]) -> tuple[np.ndarray, np.n
         {f"{x.colour} {x.name}" for x in labels if x.name not in classes or x.colour not in colours}
     )
     if unknown:
-        raise ValueError(
+        raise JanusFlowError(
             f"judge: expected pairs of its {len(classes)} classes and {len(colours)} colours; "
             f"got {unknown}"
         )
@@ -141,7 +141,7 @@ class LoadedJudge:
         out, side = [], self.cfg.image.image_size
         given = np.stack(list(pictures))
         if given.shape[1:] != (side, side, 3):
-            raise ValueError(
+            raise JanusFlowError(
                 f"judge: expected pictures of {side} x {side}; got {given.shape[1]} x "
                 f"{given.shape[2]}: it judges the quick start's pictures only"
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.openmoji import frechet, judge as judge_lib, stats
 from janusflow_jax.openmoji.judge import LoadedJudge
 from janusflow_jax.openmoji.scores import Label
@@ -84,10 +85,10 @@ def frechet_distance(
       of; reference: drawings; painted, and at half the sample; drawn (the floor), and at half the
       sample; other_prompts: real drawings of as many other pairs; noise.
     Raises:
-      ValueError: fewer pictures than a distance needs (`too_few`).
+      JanusFlowError: fewer pictures than a distance needs (`too_few`).
     """
     if why := too_few(labels, drawn):
-        raise ValueError(f"Frechet distance: {why}")
+        raise JanusFlowError(f"Frechet distance: {why}")
     kept = [i for i, x in enumerate(labels) if x in drawn.unseen]
     own = [labels[i] for i in kept]
     chosen = set(own)

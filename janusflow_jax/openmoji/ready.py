@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from janusflow_jax import pipeline
 from janusflow_jax.config import parts as parts_lib
-from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.errors import CheckpointError, JanusFlowError
 from janusflow_jax.data import sources
 from janusflow_jax.openmoji import judge, judged
 from janusflow_jax.openmoji.scores import Gallery, Label
@@ -20,7 +20,7 @@ def check_captions(
 
     Raises:
       CheckpointError: the model lacks a part that answers.
-      ValueError: a split has fewer than two pictures.
+      JanusFlowError: a split has fewer than two pictures.
     """
     has = {*model.params, *(["vae"] if model.vae else [])}
     if lacking := sorted({*parts_lib.needed_to_understand(model.cfg)} - has):
@@ -30,7 +30,7 @@ def check_captions(
         )
     counts = {split: len(sources.open_source(path, split)) for split in splits}
     if min(counts.values()) < 2:
-        raise ValueError(
+        raise JanusFlowError(
             f"captions: expected two or more pictures in every split of {path}, to caption "
             f"{count}; got {counts}: give --captions 0, or other data"
         )
@@ -47,7 +47,7 @@ def check_painting(
     """Whether pictures painted for the sheet's pairs and `more` can be scored.
 
     Raises:
-      ValueError: the data lacks drawings, or the judge does not know them (lists all).
+      JanusFlowError: the data lacks drawings, or the judge does not know them (lists all).
     """
     problems, labels, known = [], [*sheet, *more], set(gallery.labels)
     if len(more) < 2:
@@ -60,7 +60,7 @@ def check_painting(
     if referee:
         try:
             judge.indices(referee.cfg, labels)
-        except ValueError as error:
+        except JanusFlowError as error:
             problems.append(f"{error}: give --judge ''")
         sizes = {x.shape[:2] for views in drawn.views.values() for x in views}
         sizes.add((model.cfg.image_size,) * 2)
@@ -71,4 +71,4 @@ def check_painting(
             )
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
-        raise ValueError(f"paintings could not be scored (--prompts 0 paints none):\n{listed}")
+        raise JanusFlowError(f"paintings could not be scored (--prompts 0 paints none):\n{listed}")

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageFilter
 
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.openmoji import partial, prompts as openmoji_prompts, stats
 
 HUE_TOLERANCE = 30.0
@@ -160,7 +161,7 @@ def make_gallery(pictures: Sequence[np.ndarray], labels: Sequence[Label]) -> Gal
     """
     counts = Counter(labels)
     if not counts or len(pictures) != len(labels):
-        raise ValueError(
+        raise JanusFlowError(
             f"gallery: expected pictures and one label each; got {len(pictures)} and {len(labels)}"
         )
     views = min(counts.values())
@@ -188,11 +189,11 @@ def ranks(
     Returns:
       float[N, T], 1 for the most alike (ties count half); and the candidates of each target.
     Raises:
-      ValueError: a target that the gallery lacks (lists all).
+      JanusFlowError: a target that the gallery lacks (lists all).
     """
     lacking = sorted({f"{t.colour} {t.name}" for t in targets} - _names(gallery))
     if lacking:
-        raise ValueError(
+        raise JanusFlowError(
             f"gallery: expected a reference picture of each target; got none {lacking}"
         )
     features = np.stack([describe(p) for p in pictures])
@@ -287,7 +288,7 @@ def score_captions(
       classes. `right` counts the whole ones, `mean` is the mean score.
     """
     if not len(answers) == len(captions) == len(labels) >= 2:
-        raise ValueError(
+        raise JanusFlowError(
             "captions: expected two or more pictures with an answer, captions and a label each; "
             f"got {len(labels)} pictures, {len(answers)} answers, {len(captions)} lists of captions"
         )

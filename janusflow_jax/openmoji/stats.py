@@ -6,6 +6,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from janusflow_jax.config.errors import JanusFlowError
+
 RESAMPLES = 10_000
 _ROUNDING = 1e-9  # equal scores differ by this at most, and beat nothing
 
@@ -28,7 +30,7 @@ def bootstrap_interval(
     values = np.asarray(values, np.float64)
     labels = list(range(len(values))) if groups is None else list(groups)
     if not len(values) or len(labels) != len(values):
-        raise ValueError(
+        raise JanusFlowError(
             f"bootstrap: expected values and one group each; got {len(values)} and {len(labels)}"
         )
     index = {label: i for i, label in enumerate(dict.fromkeys(labels))}

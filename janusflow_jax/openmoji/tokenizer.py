@@ -12,6 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from janusflow_jax.config.errors import JanusFlowError
+
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 PAD = "<｜▁pad▁｜>"
@@ -37,14 +39,16 @@ def train_tokenizer(
       num_image_tokens: features an image, for processor_config.json.
       image_size: side in pixels, for preprocessor_config.json.
     Raises:
-      ValueError: vocab_size cannot hold the bytes and the special tokens.
+      JanusFlowError: vocab_size cannot hold the bytes and the special tokens.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     least = 256 + len(SPECIALS)
     if vocab_size < least:
-        raise ValueError(f"vocab_size: expected at least {least} (bytes, tags); got {vocab_size}")
+        raise JanusFlowError(
+            f"vocab_size: expected at least {least} (bytes, tags); got {vocab_size}"
+        )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -112,7 +112,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints on the first process only."""
     if is_main():
         print(text, flush=True)
@@ -227,18 +227,17 @@ class Agreement:
         return lambda: Verdict(int(worst))
 
 
-def leave_at_once(message: str) -> NoReturn:
-    """Ends a process of a job that has lost another: there is nobody to say goodbye to."""
-    print(message, file=sys.stderr)
+def exit_without_peers() -> NoReturn:
+    """Exits at once, with status 1. A clean shutdown would wait for a process that has died."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
 
 
 def lost_peer(error: Exception) -> str:
-    """What to say when a computation with other processes failed."""
+    """The message for a computation with other processes that failed."""
     return (
         f"error: process {index()} of {count()}: a computation with the other processes failed; "
         "most likely one of them has died (see their logs). Start all processes again: the run "
-        f"goes on from its newest checkpoint. JAX says: {str(error).splitlines()[0]}"
+        f"resumes from its newest checkpoint. JAX reports: {str(error).splitlines()[0]}"
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format
 
 Turns = list[dict[str, str]]
@@ -21,7 +22,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 def check_generate(prompts: Sequence[Any], num_steps: int, per_prompt: int, output: str) -> None:
-    """Raises ValueError with every reason why nothing can be painted."""
+    """Raises JanusFlowError with every reason why nothing can be painted."""
     problems = [] if prompts else ["no prompt"]
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
@@ -32,11 +33,11 @@ def check_generate(prompts: Sequence[Any], num_steps: int, per_prompt: int, outp
     problems += [] if per_prompt >= 1 else [f"images_per_prompt: expected >= 1; got {per_prompt}"]
     problems += [] if output in OUTPUTS else [f"output: expected one of {OUTPUTS}; got {output!r}"]
     if problems:
-        raise ValueError("generate: " + "; ".join(problems))
+        raise JanusFlowError("generate: " + "; ".join(problems))
 
 
 def check_chat(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raises ValueError with every option that is out of its range."""
+    """Raises JanusFlowError with every option that is out of its range."""
     problems = []
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens: expected >= 1; got {max_new_tokens}")
@@ -45,23 +46,25 @@ def check_chat(max_new_tokens: int, temperature: float, top_p: float) -> None:
     if not 0 < top_p <= 1:
         problems.append(f"top_p: expected above 0 and at most 1; got {top_p}")
     if problems:
-        raise ValueError("chat: " + "; ".join(problems))
+        raise JanusFlowError("chat: " + "; ".join(problems))
 
 
 def picture_seeds(seed: int | Sequence[int], num_prompts: int, per_prompt: int) -> list[int]:
     """The seed of every picture of the output.
 
     Args: seed: picture n uses seed + n; a list: picture j of prompt i uses seed[i] + j.
-    Raises: ValueError: another number of seeds than prompts, or one out of range.
+    Raises: JanusFlowError: another number of seeds than prompts, or one out of range.
     """
     if isinstance(seed, (int, np.integer)):
         out = [int(seed) + n for n in range(num_prompts * per_prompt)]
     elif len(seed) != num_prompts:
-        raise ValueError(f"seed: expected one or {num_prompts} (one a prompt); got {len(seed)}")
+        raise JanusFlowError(f"seed: expected one or {num_prompts} (one a prompt); got {len(seed)}")
     else:
         out = [int(s) + j for s in seed for j in range(per_prompt)]
     if out and not 0 <= min(out) <= max(out) < SEED_LIMIT:
-        raise ValueError(f"seed: expected 0 to 2**32 - 1; the pictures' are {min(out)}..{max(out)}")
+        raise JanusFlowError(
+            f"seed: expected 0 to 2**32 - 1; the pictures' are {min(out)}..{max(out)}"
+        )
     return out
 
 
@@ -75,7 +78,7 @@ def conversations(
       pictures: one list, or a list of lists for a list of conversations.
       tag: marks a picture in a text; a question as a string gets them in front.
     Returns: turns and pictures of every conversation, and whether it was a single one.
-    Raises: ValueError: lists that do not match, or turns that are none (all named).
+    Raises: JanusFlowError: lists that do not match, or turns that are none (all named).
     """
     single = isinstance(conversation, str) or (
         isinstance(conversation, (list, tuple))
@@ -86,14 +89,14 @@ def conversations(
     if single:
         given = [list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]]
     elif not all(isinstance(own, (list, tuple)) for own in pictures):
-        raise ValueError(
+        raise JanusFlowError(
             "chat: expected a list of pictures for each conversation, [[...], ...]; got "
             f"{[type(own).__name__ for own in pictures]}"
         )
     else:
         given = [list(own) for own in pictures] or [[] for _ in many]
     if not many or len(given) != len(many):
-        raise ValueError(
+        raise JanusFlowError(
             f"chat: expected one list of images a conversation; got {len(many)} conversations "
             f"and {len(given)} lists"
         )
@@ -108,7 +111,7 @@ def _turns(conversation: Any, num_pictures: int, tag: str) -> Turns:
     for i, turn in enumerate(conversation):
         role, content = (turn.get(k) for k in ("role", "content"))
         if str(role).lower() not in _ROLES or not isinstance(content, str):
-            raise ValueError(
+            raise JanusFlowError(
                 f"chat: turn {i}: expected {{'role': 'User' | 'Assistant', 'content': text}} (a "
                 f"first turn may be System); got role {role!r}, content {content!r:.40}"
             )

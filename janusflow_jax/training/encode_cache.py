@@ -282,7 +282,7 @@ def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_pa
 
     def same(task: str, name: str, got: str, want: str | None) -> None:
         if want is None:
-            processes.say(
+            processes.log(
                 f"cache {folders[task]}: not compared with this run's {name}, which a run begun by "
                 "an older version did not note"
             )

@@ -40,7 +40,7 @@ class Guard:
         self.in_a_row += 1
         self.tripped |= 0 < self._most <= self.in_a_row  # for good: one step more is under way
         self._last = (step, report.first_row, report.next_row)
-        processes.say(
+        processes.log(
             f"step {step}: non-finite loss or gradient, update skipped; rows {report.first_row} "
             f"to {report.next_row - 1} noted in {FILE}"
         )

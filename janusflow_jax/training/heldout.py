@@ -79,9 +79,9 @@ class Heldout:
         if not values:
             return
         writer.write(step, values)
-        processes.say(f"step {step}: {describe(values)}")
+        processes.log(f"step {step}: {describe(values)}")
         for line in self._guard.note(step, values):
-            processes.say(line)
+            processes.log(line)
 
     def summary(self) -> str:
         """A line a source, for people: how much its losses rest on; loud where that is little."""
@@ -198,7 +198,7 @@ class _Fixed:
             for place in mine:
                 row, bad = self._rows.row(min(first + place, self.count - 1))
                 for sample in bad:
-                    processes.say(f"held-out, left out: {sample}")
+                    processes.log(f"held-out, left out: {sample}")
                 made.append(row if first + place < self.count else _empty(row))
             out.append({name: np.stack([row[name] for row in made]) for name in made[0]})
         return out
