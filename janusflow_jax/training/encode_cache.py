@@ -109,7 +109,7 @@ def make_encode(encoders: Encoders, manifest: Manifest, devices: list[Any]) -> E
     whole = NamedSharding(mesh, P())
     params = jax.device_put({"vae": encoders.vae, "siglip": encoders.siglip}, whole)
 
-    def encode(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
+    def run(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
         x, out = encode.to_float(pixels, compute), {}
         if encoders.vae is not None:
             module = vae.Vae(encoders.cfg.vae, compute)
@@ -121,8 +121,8 @@ def make_encode(encoders: Encoders, manifest: Manifest, devices: list[Any]) -> E
         return out
 
     split = NamedSharding(mesh, P("batch"))
-    run = jax.jit(encode, in_shardings=(whole, split), out_shardings=split)
-    return lambda pixels: run(params, jax.device_put(pixels, split))
+    jitted = jax.jit(run, in_shardings=(whole, split), out_shardings=split)
+    return lambda pixels: jitted(params, jax.device_put(pixels, split))
 
 
 def build(
