@@ -25,7 +25,7 @@ from janusflow_jax.config import ModelConfig, TrainConfig, parts as parts_lib
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import cache as latent_cache, images, rows, samples, slots
 from janusflow_jax.data.cache import Manifest
-from janusflow_jax.models import siglip, vae
+from janusflow_jax.models import encode, siglip, vae
 from janusflow_jax.parallel import processes, trees
 
 Encode = Callable[[Any], dict[str, jax.Array]]
