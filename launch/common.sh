@@ -1,6 +1,6 @@
-# What the three scripts share; sourced, not run.
+# Shared by the three scripts. Source it, do not run it.
 
-# Prints a command as it would be typed, and runs it unless --dry-run was given.
+# Prints a command as a user would type it, and runs it unless --dry-run is set.
 run() {
   printf '%q ' "$@" | sed 's/ $//'
   printf '\n'
@@ -12,13 +12,13 @@ die() {
   exit 1
 }
 
-# usage: prints the head comment of the script.
+# Prints the comment at the top of the script.
 usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-# Reads --name=value options into upper-case variables; what is left after -- goes to TRAIN_ARGS.
-# known: the names, separated by spaces.
+# read_options NAMES ARG...: reads --name=value options into upper-case variables. Arguments after --
+# go to TRAIN_ARGS. NAMES are the known options, separated by spaces.
 read_options() {
   local known=" $1 "
   shift
@@ -32,18 +32,18 @@ read_options() {
       --*=*)
         local name="${1%%=*}"
         name="${name#--}"
-        [[ "$known" == *" $name "* ]] || die "unknown option --$name; known are:$known--dry-run"
+        [[ "$known" == *" $name "* ]] || die "unknown option --$name; expected one of:$known--dry-run"
         local variable="${name//-/_}"
         printf -v "${variable^^}" '%s' "${1#*=}"
         ;;
-      *) die "got $1; expected --name=value, --dry-run, or -- and flags for training" ;;
+      *) die "got $1; expected --name=value, --dry-run, or -- and arguments for the training" ;;
     esac
     shift
   done
 }
 
-# need NAME...: stops where one of these options was not given, and names them all.
-need() {
+# require NAME...: exits if any of these options is missing, and names all that are.
+require() {
   local name variable missing=()
   for name in "$@"; do
     variable="${name//-/_}"
@@ -53,16 +53,16 @@ need() {
   [ ${#missing[@]} -eq 0 ] || die "missing ${missing[*]}; see $0 --help"
 }
 
-# The command that every process runs, on any cluster: CONFIG, WORKDIR and TRAIN_ARGS in it.
+# The command that every process runs on any cluster.
 train_command() {
   printf '%q ' python -m janusflow_jax.train "--config=$CONFIG" "--config.workdir=$WORKDIR" \
     ${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"} | sed 's/ $//'
 }
 
-# What this checkout is, as GIT_URL@COMMIT.
-source_here() {
+# This checkout as GIT_URL@COMMIT.
+checkout_source() {
   local url commit
-  url="$(git remote get-url origin 2>/dev/null)" || die "no remote 'origin': give --source=GIT_URL@COMMIT"
+  url="$(git remote get-url origin 2>/dev/null)" || die "this checkout has no remote 'origin': set --source=GIT_URL@COMMIT"
   commit="$(git rev-parse HEAD)"
   echo "$url@$commit"
 }

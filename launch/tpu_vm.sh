@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs taken as a queued resource.
+# Trains on Cloud TPU VMs requested as a queued resource.
 #
 #   launch/tpu_vm.sh --name=jf --zone=us-west4-a --type=v5litepod-256 --config=configs/pretrain.py \
 #       --workdir=gs://BUCKET/runs/pretrain [--slices=2] [--spot=1] [--dry-run] [-- --config.mesh.fsdp=8]
 #
 # --project  the cloud project; default: gcloud's
 # --type     accelerator type: v5litepod-16, v5litepod-256, v6e-256, v5p-128, ...
-# --runtime  the VM's image; default: by type
-# --slices   that many of the type, joined by the data centre's network
-# --spot     1: cheaper, may be taken away at any time; the same command goes on
+# --runtime  the VM's image; default: depends on the type
+# --slices   number of slices of the type, connected by the data center's network
+# --spot     1: cheaper machines that can be taken away at any time
 # --source   GIT_URL@COMMIT to run; default: this checkout's origin and commit
-# --stop     1: deletes the machines instead
-# The same command again waits for the machines that are there, and resumes the run.
+# --stop     1: delete the machines instead
+# To resume a run, use the same command again. Machines that still exist are used again.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 read_options "name zone project type runtime slices spot source config workdir stop" "$@"
-need name zone
+require name zone
 place=(--zone="$ZONE")
 [ -z "${PROJECT:-}" ] || place+=(--project="$PROJECT")
 if [ -n "${STOP:-}" ]; then
   run gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
   exit 0
 fi
-need type config workdir
+require type config workdir
 SLICES="${SLICES:-1}"
 case "$TYPE" in
   v5litepod-*) image=v2-alpha-tpuv5-lite ;;
@@ -34,8 +34,8 @@ case "$TYPE" in
   *) image="" ;;
 esac
 RUNTIME="${RUNTIME:-$image}"
-[ -n "$RUNTIME" ] || die "type $TYPE: expected v5litepod-N, v6e-N, v5p-N or v4-N, or --runtime=IMAGE"
-SOURCE="${SOURCE:-$(source_here)}"
+[ -n "$RUNTIME" ] || die "--type: expected v5litepod-N, v6e-N, v5p-N or v4-N; got $TYPE: set --runtime=IMAGE"
+SOURCE="${SOURCE:-$(checkout_source)}"
 
 create=(gcloud compute tpus queued-resources create "$NAME" "${place[@]}"
   --accelerator-type="$TYPE" --runtime-version="$RUNTIME")
@@ -56,14 +56,14 @@ state() {
 }
 if [ -z "$DRY_RUN" ]; then
   until [ "$(state)" = ACTIVE ]; do
-    case "$(state)" in FAILED | SUSPENDED) die "$NAME is $(state): delete it with --stop=1, then again" ;; esac
+    case "$(state)" in FAILED | SUSPENDED) die "$NAME is $(state): delete it with --stop=1, then run this command again" ;; esac
     echo "waiting for $NAME: $(state)"
     sleep 30
   done
 fi
 
-# Every worker of every slice does the same; jax.distributed finds the others. uv brings a Python
-# that is new enough: the images' own may not be.
+# Every worker of every slice runs the same; jax.distributed finds the others. uv installs a Python
+# that is new enough, because the image's own may be too old.
 setup="rm -rf ~/src && git clone -q ${SOURCE%@*} ~/src && git -C ~/src checkout -q ${SOURCE##*@}"
 setup+=" && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --allow-existing"
 setup+=" --python 3.12 ~/jf && ~/.local/bin/uv pip install -q -p ~/jf -e ~/src[tpu]"
