@@ -32,9 +32,8 @@ ENTRY_POINTS = {"train", "generate", "chat", "evaluate"}
 
 ONLY = {
     "orbax": ("checkpoints.",),
-    "transformers": ("data.chat_format",),
+    "transformers": (),
     "tokenizers": ("data.chat_format", "openmoji.tokenizer"),
-    "grain": ("data.",),
     "array_record": ("data.", "openmoji."),
     "tensorflow_datasets": ("data.", "openmoji."),
     "pyarrow": ("data.prepare.parquet",),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import golden
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format
@@ -23,9 +24,9 @@ def chat(request):
     return chat_format.ChatFormat.load(GOLDEN / request.param, num_image_tokens=16)
 
 
-def test_tokenize(chat):
+def test_token_ids(chat):
     for case in EXPECTED["tokenize"]:
-        assert chat.tokenize(case["text"]) == case["ids"]
+        assert golden.token_ids(chat, case["text"]) == case["ids"]
 
 
 def test_chat_prompts(chat):
@@ -108,6 +109,43 @@ def test_image_count_and_role_are_checked(chat):
     turns = [{"role": "user", "content": "no image"}, {"role": "robot", "content": "?"}]
     with pytest.raises(DataError, match="(?s)robot.*each of the 2 images; got 0"):
         chat.conversation(turns, 2)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    for name in chat_format.TOKENIZER_FILES:
+        shutil.copy(GOLDEN / "janusflow" / name, tmp_path / name)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        good = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_text("{")
+        with pytest.raises(DataError, match="cannot read"):
+            chat_format.ChatFormat.load(tmp_path)
+        (tmp_path / name).write_bytes(good)
+
+
+def test_special_tokens_may_be_dicts_and_come_from_either_file(tmp_path):
+    for name in chat_format.TOKENIZER_FILES:
+        shutil.copy(GOLDEN / "janusflow" / name, tmp_path / name)
+    want = chat_format.ChatFormat.load(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    special = json.loads((tmp_path / "special_tokens_map.json").read_text())
+
+    def ids(config: dict, special: dict) -> tuple[int, ...]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+        chat = chat_format.ChatFormat.load(tmp_path)
+        return chat.bos_id, chat.eos_id, chat.pad_id
+
+    names = {"bos_token", "eos_token", "pad_token"}
+    without = {n: v for n, v in config.items() if n not in names}
+    expected = want.bos_id, want.eos_id, want.pad_id
+    assert ids(config, {}) == ids(without, special) == expected
+    dicts = {n: {"content": config[n], "lstrip": False} for n in names}
+    assert ids(config | dicts, {}) == expected
+    assert ids(config | {"pad_token": "<new>"}, {}) == (*expected[:2], 616)
+    assert ids(config, {"pad_token": EOS}) == (*expected[:2], want.eos_id)
+    assert ids(config | {"added_tokens_decoder": {}}, {"pad_token": EOS}) == expected
+    with pytest.raises(DataError, match="eos_token"):
+        ids(without, {"bos_token": special["bos_token"]})
 
 
 def test_a_missing_folder_says_what_is_missing(tmp_path):

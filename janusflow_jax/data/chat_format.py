@@ -1,8 +1,7 @@
 """Text to token ids and back: the tokenizer, the image tags, the chat and the plain forms.
 
-The only importer of transformers, and only when a tokenizer is loaded. Tags and ids come from the
-folder's `processor_config.json` and `tokenizer.json`, never from this file, except where a plain
-LLM's folder has no processor file (SPEC section 2).
+Tags and ids come from the folder's `processor_config.json`, `tokenizer_config.json` and
+`tokenizer.json`. Only where a plain LLM's folder has no processor file, the tags are DEFAULT_TAGS.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
 from etils import epath
 from jaxtyping import Int
 
@@ -32,7 +30,7 @@ CAPTION_REQUEST = "Generate the caption of this picture."
 """The plain understanding form: `<image>{CAPTION_REQUEST} {caption}<eos>`."""
 
 TAG_KEYS = ("image_tag", "image_gen_tag", "image_start_tag", "image_end_tag")
-"""Keys of processor_config.json, in the order in which tags that are missing take free ids."""
+"""Keys of processor_config.json, in the order in which missing tags take free ids."""
 
 DEFAULT_TAGS = {
     "image_tag": "<image_placeholder>",
@@ -62,7 +60,7 @@ class Encoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """A piece of text and from which character on its tokens are targets (-1: none)."""
+    """Text whose tokens are targets from a character on (-1: none are)."""
 
     text: str
     target_from: int = -1
@@ -76,8 +74,8 @@ class ChatFormat:
     """
 
     folder: str
-    tokenizer: Any
-    text_tokenizer: Any
+    tokenizer: tokenizers.Tokenizer
+    text_tokenizer: tokenizers.Tokenizer
     bos_id: int
     eos_id: int
     pad_id: int
@@ -100,7 +98,7 @@ class ChatFormat:
             processor_config.json.
           num_image_tokens: features an image; 0 takes the processor's.
         Raises:
-          DataError: a file is missing or a needed token is not there (lists all).
+          DataError: a file is missing or cannot be read, or a token is missing (lists all).
         """
         path = epath.Path(folder)
         files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
@@ -110,16 +108,26 @@ class ChatFormat:
                 f"{path}: expected a tokenizer folder (tokenizer.json, tokenizer_config.json); "
                 f"missing {', '.join(missing)}"
             )
-        config = json.loads(files["tokenizer_config.json"])
-        processor = json.loads(files.get("processor_config.json", b"{}"))
-        loaded = _load_fast(files)
-        backend = loaded.backend_tokenizer
+        try:
+            config, special, processor = (
+                json.loads(files.get(name, b"{}")) for name in TOKENIZER_FILES[1:]
+            )
+            tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        except Exception as e:  # tokenizers raises plain Exception
+            raise DataError(f"{path}: expected tokenizer files; cannot read them: {e}") from e
+        # NOTE(parity): as transformers does, special_tokens_map.json overrides a config that does
+        # not list the added tokens itself.
+        special = config if "added_tokens_decoder" in config else config | special
+        names = [_content(special.get(f"{name}_token")) for name in ("bos", "eos", "pad")]
         tags = {key: processor.get(key) or DEFAULT_TAGS[key] for key in TAG_KEYS}
-        added = _add_missing_tags(backend, tags)
-        ids = {key: backend.token_to_id(tag) for key, tag in tags.items()}
+        _add_special(tokenizer, [name for name in names if name])
+        added = _add_special(tokenizer, list(tags.values()))
+        bos_id, eos_id, pad_id = (tokenizer.token_to_id(n) if n else None for n in names)
+        ids = {key: _id(tokenizer, tag) for key, tag in tags.items()}
         num_image_tokens = num_image_tokens or int(processor.get("num_image_tokens", 0))
+        # NOTE(parity): whether there is a BOS is decided by the config alone. The template in
+        # tokenizer.json adds one in one of the two published forms and not in the other.
         add_bos = config.get("add_bos_token", True) is not False
-        bos_id, eos_id, pad_id = loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id
         problems = []
         if eos_id is None:
             problems.append("tokenizer_config.json: expected eos_token; got none")
@@ -135,8 +143,8 @@ class ChatFormat:
             raise DataError(f"{path} cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
         return cls(
             folder=str(path),
-            tokenizer=backend,
-            text_tokenizer=_text_only(backend),
+            tokenizer=tokenizer,
+            text_tokenizer=_text_only(tokenizer),
             bos_id=-1 if bos_id is None else bos_id,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
@@ -153,11 +161,11 @@ class ChatFormat:
 
     @property
     def vocab_needed(self) -> int:
-        """Rows that the embedding table must have: the largest id and one."""
+        """Rows that the embedding table must have: the largest id plus one."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises DataError when an id has no row in a table of `vocab_size` rows."""
+        """Raises DataError when a table of `vocab_size` rows has no row for an id."""
         if self.vocab_needed > vocab_size:
             tags = f" (the tags {', '.join(self.added_tags)} were added)" if self.added_tags else ""
             raise DataError(
@@ -165,10 +173,6 @@ class ChatFormat:
                 f"got up to {self.vocab_needed - 1}{tags}: use this model's own tokenizer, or a "
                 "larger model.llm.vocab_size"
             )
-
-    def tokenize(self, text: str) -> list[int]:
-        """BOS and the text's ids, special strings parsed (the raw tokenizer; not for user text)."""
-        return self._bos() + self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         """Text of ids, without special tokens."""
@@ -197,24 +201,25 @@ class ChatFormat:
 
         Args:
           turns: {'role': 'user' | 'assistant', 'content': str}; in a user's content the image tag
-            marks an image. A last turn by the user, or an empty answer, leaves 'Assistant:' open.
-          num_images: images that are given.
-          closed: whether a last answer with text ends with eos (False: it will be continued).
+            marks an image. After a last turn by the user, or an empty answer, the text ends with
+            'Assistant:'.
+          num_images: how many images there are.
+          closed: whether a last answer ends with eos; False where it will be continued.
           system: system prompt; '' for none.
         Raises:
           DataError: unknown role, or another number of image tags than images.
         """
         turns = [{"role": t["role"].lower(), "content": t["content"].strip()} for t in turns]
-        found = sum(t["content"].count(self.image_tag) for t in turns if t["role"] == "user")
+        num_tags = sum(t["content"].count(self.image_tag) for t in turns if t["role"] == "user")
         problems = [
             f"turn {i}: expected role user or assistant; got {t['role']!r}"
             for i, t in enumerate(turns)
             if t["role"] not in ("user", "assistant")
         ]
-        if found != num_images:
+        if num_tags != num_images:
             problems.append(
                 f"images: expected one {self.image_tag} in the user's text for each of the "
-                f"{num_images} images; got {found}"
+                f"{num_images} images; got {num_tags}"
             )
         if problems:
             raise DataError("conversation: " + "; ".join(problems))
@@ -255,8 +260,8 @@ class ChatFormat:
 
         Args:
           text: the image tag marks each image.
-          num_images: images that are given.
-          closed: False where the document goes on: no eos.
+          num_images: how many images there are.
+          closed: whether the document ends here, with eos.
         Raises:
           DataError: another number of image tags than images.
         """
@@ -298,38 +303,35 @@ class ChatFormat:
         return Encoded(np.array(ids, np.int32), starts, mask)
 
 
-def _load_fast(files: dict[str, bytes]) -> Any:
-    """PreTrainedTokenizerFast from a local copy (the folder may be in a bucket)."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
-    import transformers
-
-    with tempfile.TemporaryDirectory() as local:
-        for name, data in files.items():
-            (epath.Path(local) / name).write_bytes(data)
-        return transformers.PreTrainedTokenizerFast.from_pretrained(local)
+def _content(token: str | dict[str, Any] | None) -> str:
+    """The text of a special token, which config files write as a string or as a dict."""
+    return (token["content"] if isinstance(token, dict) else token) or ""
 
 
-def _add_missing_tags(backend: Any, tags: dict[str, str]) -> list[str]:
-    import tokenizers
-
-    added = []
-    for key in TAG_KEYS:
-        if backend.token_to_id(tags[key]) is None:
-            token = tokenizers.AddedToken(tags[key], special=True, normalized=False)
-            backend.add_special_tokens([token])
-            added.append(tags[key])
-    return added
+def _id(tokenizer: tokenizers.Tokenizer, token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    assert number is not None, token
+    return number
 
 
-def _text_only(backend: Any) -> Any:
-    """A copy for which special strings are text.
+def _add_special(tokenizer: tokenizers.Tokenizer, tokens: Sequence[str]) -> list[str]:
+    """Marks tokens as special. Those that have no id take the next ids, and are returned."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    new = []
+    for token in tokens:
+        if token not in special:
+            if tokenizer.token_to_id(token) is None:
+                new.append(token)
+            tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True)])
+    return new
 
-    A copy because `split_special_tokens` of a call sets a flag on the shared object, which other
-    threads would see.
+
+def _text_only(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that encodes special strings as text.
+
+    It must be a copy: the flag belongs to the object, and other threads share the object.
     """
-    import tokenizers
-
-    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     copy.encode_special_tokens = True
     return copy
 

@@ -49,6 +49,11 @@ def model() -> tuple[janusflow.JanusFlow, dict[str, Any], dict[str, Any]]:
     return janusflow.JanusFlow(cfg), params, vae
 
 
+def token_ids(chat: Any, text: str) -> list[int]:
+    """BOS and the ids of a text, in which special strings are tokens."""
+    return [chat.bos_id, *chat.tokenizer.encode(text, add_special_tokens=False).ids]
+
+
 def save(folder: Any, hub: Any) -> Any:
     """The tiny model as a model folder; `hub` as `checkpoint.save_model` takes it."""
     tiny, params, vae = model()
