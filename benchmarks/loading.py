@@ -1,20 +1,21 @@
 """Rows a second that a host's cores make: `python benchmarks/loading.py --photos FOLDER`.
 
 Two mixtures, each read from disk: the quick start's rows (64 px, PNG; needs data/openmoji) and
-packed rows of 4,096 positions with 6 pictures of 384 px, from JPEGs rendered in a temporary folder
-out of real photographs (`--photos`; scikit-image's own where it is installed). A third of the
-pictures has a short side of 512 px, a third of 1,024, a third of 2,048.
+packed rows of 4,096 positions with 6 images of 384 px, from JPEGs rendered in a temporary folder
+from real photographs (`--photos`; by default scikit-image's, where it is installed). A third of the
+images has a short side of 512 px, a third of 1,024, a third of 2,048.
 
-Rounds alternate between the settings. For each: the fastest round in rows a second, and the fewest
-CPU seconds that a row took (all threads or processes together), whose inverse is rows a second per
-core; both without what starting takes. `--cached` adds rows of latents and features as
-tools/cache_latents.py stores them (made up, bfloat16). `--profile` prints instead where one thread
+Rounds alternate between the settings. For each, the output has the fastest round in rows a second,
+and the fewest CPU seconds that a row took (all threads together), whose inverse is rows a second
+per core; both without the time to start. `--cached` adds rows of latents and features as
+tools/cache_latents.py stores them (noise, bfloat16). `--profile` prints instead where one thread
 spends its time.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import cProfile
 import dataclasses
 import io
@@ -26,6 +27,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -124,7 +126,7 @@ def made_up_cache(data: str, out: str, model: c.ModelConfig) -> None:
         latent_shape=model.latent_shape,
         feature_shape=(model.und.num_tokens, model.und.width),
     )
-    latent_cache.start(out, manifest)
+    latent_cache.create(out, manifest)
     rng = np.random.default_rng(0)
     for k in range(manifest.num_shards):
         with latent_cache.shard_writers(out, manifest, k) as writers:
@@ -155,48 +157,33 @@ def packed(data: str, task: str, cache: str = "") -> rows.Rows:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
-    used = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    """Of this process, all threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
-def read(made: rows.Rows, first: int, count: int, threads: int, workers: int) -> None:
-    """Makes rows first .. first + count by grain, as the loader does."""
-    import grain
-
-    data = grain.MapDataset.range(first, first + count).map(made.row)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(12, threads))
-    iterable = data.to_iter_dataset(options)
-    if workers:
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    iterator = iter(iterable)
-    assert sum(1 for _ in iterator) == count
-    close = getattr(iterator, "close", None)
-    if close is not None:
-        close()
+def read(made: rows.Rows, first: int, count: int, threads: int) -> None:
+    """Makes rows first .. first + count by threads, as the loader does."""
+    with futures.ThreadPoolExecutor(threads) as pool:
+        collections.deque(pool.map(made.row, range(first, first + count)), maxlen=0)
 
 
 def measure(made: dict[str, rows.Rows], counts: dict[str, int], rounds: int) -> None:
-    """Every setting reads few rows, then many: the difference has no start of processes in it."""
-    settings = [(1, 0), (2, 0), (1, 1), (1, 2)]  # threads, processes
+    """Every setting reads few rows, then many; the difference does not include starting."""
     best: dict[Any, np.ndarray] = {}  # (few, many) x (wall, CPU) seconds
     for n in range(rounds):
-        for name, (threads, workers) in itertools.product(made, settings):
+        for name, threads in itertools.product(made, (1, 2)):
             spent = []
             for count in (counts[name] // 4, counts[name] + counts[name] // 4):
                 began, cpu = time.perf_counter(), cpu_seconds()
-                read(made[name], 1000 * n, count, threads, workers)
+                read(made[name], 1000 * n, count, threads)
                 spent.append((time.perf_counter() - began, cpu_seconds() - cpu))
-            key = name, threads, workers
+            key = name, threads
             best[key] = np.minimum(best.get(key, np.full((2, 2), 1e9)), spent)
-    print(
-        f"{'rows':22}{'threads':>8}{'processes':>10}{'rows/s':>9}{'ms CPU/row':>12}{'/s core':>9}"
-    )
-    for (name, threads, workers), (few, many) in best.items():
+    print(f"{'rows':22}{'threads':>8}{'rows/s':>9}{'ms CPU/row':>12}{'/s core':>9}")
+    for (name, threads), (few, many) in best.items():
         n, (wall, used) = counts[name], many - few
-        print(
-            f"{name:22}{threads:8}{workers:10}{n / wall:9.1f}{1000 * used / n:12.2f}{n / used:9.1f}"
-        )
+        print(f"{name:22}{threads:8}{n / wall:9.1f}{1000 * used / n:12.2f}{n / used:9.1f}")
 
 
 def main() -> None:
@@ -211,9 +198,6 @@ def main() -> None:
     p.add_argument("--cached", action="store_true")
     p.add_argument("--profile", action="store_true")
     args = p.parse_args()
-    from absl import flags
-
-    flags.FLAGS.mark_as_parsed()  # grain's processes ask for it
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(pathlib.Path(folder), photographs(args.photos), args.records)
         made = {"384 px generate": packed(data, "generate")}

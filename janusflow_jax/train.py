@@ -219,7 +219,7 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
     while step < cfg.num_steps and not (watch.tripped or run.heldout.ends) and verdict().go_on:
         with clock("data"):
             before = time.perf_counter()
-            batch, report = feed.take()
+            batch, report = next(feed)
             waited = time.perf_counter() - before
         verdict = agreement.ask(state_of_process, run.state)  # about the step after this one
         work = flops.count(batch, cfg.data.gen_slots, cfg.data.und_slots)

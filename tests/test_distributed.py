@@ -251,8 +251,8 @@ def test_an_error_waits_until_all_know():
         raise DataError("no third")
 
     feed = loader.Ahead(batches())
-    assert feed.take()[1].first_row == 0 and feed.error is None
-    assert feed.take()[1].first_row == 8 and str(feed.error) == "no third"
+    assert next(feed)[1].first_row == 0 and feed.error is None
+    assert next(feed)[1].first_row == 8 and str(feed.error) == "no third"
     with pytest.raises(ValueError, match="mine"), distributed.together("opening"):
         raise ValueError("mine")
     assert distributed.gather("a") == ["a"] and distributed.from_main("b") == "b"

@@ -1,14 +1,12 @@
-"""Batches of rows, mapped and prefetched by grain's threads. The position is a row number.
-
-grain sees ranges of row numbers and nothing else; its iterator's state is never saved.
-"""
+"""Batches of rows, made ahead by threads. The data position is a row number and nothing else."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 from concurrent import futures
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -18,35 +16,23 @@ from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, rows as rows_lib
 
 MIN_BAD = 20
-"""So many bad samples are forgiven whatever their share."""
+"""This many bad samples are tolerated, whatever their share."""
+AHEAD = 2
+"""Batches that are made before they are asked for."""
+
+Batch = dict[str, np.ndarray]
+Row = tuple[dict[str, np.ndarray], list[rows_lib.BadSample]]
 
 
 @dataclasses.dataclass
 class Report:
-    """What a batch holds: its own bad samples, and the run's counts so far (both of one process's
-    rows)."""
+    """A batch's bad samples, and the run's counts so far; both of one process's rows."""
 
     first_row: int
     next_row: int
     bad: list[rows_lib.BadSample]
     num_samples: int = 0
     num_bad: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _RowNumbers:
-    """Numbers of the rows that one process makes, as grain's random-access source."""
-
-    first_row: int
-    batch_rows: int
-    mine: Sequence[int]
-
-    def __len__(self) -> int:
-        return 2**40
-
-    def __getitem__(self, index: int) -> int:
-        batch, place = divmod(int(index), len(self.mine))
-        return self.first_row + batch * self.batch_rows + self.mine[place]
 
 
 class Loader:
@@ -60,21 +46,17 @@ class Loader:
         batch_rows: int,
         repa: bool = True,
     ):
-        """Opens the mixture; see `rows.Rows` for `repa` and for what it raises."""
+        """Opens the mixture; see `rows.Rows` for `repa` and for the errors."""
         self.cfg, self.batch_rows = cfg, batch_rows
         self.rows = rows_lib.Rows(cfg, model, chat, repa)
 
-    def describe(self, phase: int = 0) -> list[dict[str, Any]]:
-        """Per source: samples, bins, shares (see `rows.Rows.describe`)."""
-        return self.rows.describe(phase)
-
     def summary(self) -> str:
-        """A line a source and phase, for people."""
+        """A line for each source and phase."""
         lines = []
         for phase, (first_row, _) in enumerate(self.cfg.phases()):
             if first_row:
                 lines.append(f"after step {first_row // self.batch_rows}:")
-            for source in self.describe(phase):
+            for source in self.rows.describe(phase):
                 lines.append(
                     "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
                     "{fill:.1%} of positions used, {share_of_positions:.1%} of the "
@@ -88,88 +70,78 @@ class Loader:
         first_row: int,
         rows_of_process: Sequence[int] | None = None,
         counted: tuple[int, int] = (0, 0),
-    ) -> Generator[tuple[dict[str, np.ndarray], Report], None, None]:
+    ) -> Generator[tuple[Batch, Report], None, None]:
         """Batches of rows first_row, first_row + 1, ...; each batch is `batch_rows` further.
 
         Args:
           first_row: the run's saved position; 0 for a new run.
           rows_of_process: places in the batch (0 to batch_rows - 1) that this process makes;
             None for all.
-          counted: samples and bad samples before; a resumed run goes on counting.
+          counted: samples and bad samples of the run so far.
         Yields:
           (batch, report): arrays of `rows.Rows.row`, stacked; report.next_row is the position to
           save once the batch is done.
         Raises:
-          DataError: more than cfg.max_bad_share of the samples, and more than MIN_BAD, are bad.
-          DataError: the store cannot be read.
+          DataError: more than cfg.max_bad_share of the samples, and more than MIN_BAD, are bad, or
+            the store cannot be read.
         """
-        import grain
-
-        mine = list(range(self.batch_rows) if rows_of_process is None else rows_of_process)
-        wrong = [place for place in mine if not 0 <= place < self.batch_rows]
-        if wrong or not mine:
+        places = list(range(self.batch_rows) if rows_of_process is None else rows_of_process)
+        if not places or not all(0 <= place < self.batch_rows for place in places):
             raise ValueError(
-                f"rows_of_process: expected places below batch_rows {self.batch_rows}; got {mine}"
+                f"rows_of_process: expected places below batch_rows {self.batch_rows}; got {places}"
             )
-        numbers = _RowNumbers(first_row, self.batch_rows, mine)
-        threads = self.cfg.num_threads
-        iterator = iter(
-            grain.MapDataset.source(numbers)
-            .map(self.rows.row)
-            .to_iter_dataset(
-                grain.ReadOptions(
-                    num_threads=threads, prefetch_buffer_size=max(2 * len(mine), threads)
-                )
-            )
-        )
-
-        def make() -> tuple[dict[str, np.ndarray], list[rows_lib.BadSample]]:
-            made = [next(iterator) for _ in mine]
-            batch = {name: np.stack([row[name] for row, _ in made]) for name in made[0][0]}
-            return batch, [b for _, found in made for b in found]
-
         num_samples, num_bad = counted
-        pool = futures.ThreadPoolExecutor(1, "batch")  # stacks the next while this one is used
-        coming = pool.submit(make)
+        threads = max(self.cfg.num_threads, 1)
+        pool = futures.ThreadPoolExecutor(threads, "rows")
+        stacker = futures.ThreadPoolExecutor(1, "batch")  # it waits for rows: not a job for `pool`
+        first_rows = itertools.count(first_row, self.batch_rows)
+
+        def submit() -> tuple[int, futures.Future]:
+            first = next(first_rows)
+            rows = [pool.submit(self.rows.row, first + place) for place in places]
+            return first, stacker.submit(_stack, rows)
+
         try:
+            ahead = max(AHEAD, -(-threads // len(places)))  # enough rows for every thread
+            coming = collections.deque(submit() for _ in range(ahead))
             while True:
-                batch, bad = coming.result()
-                coming = pool.submit(make)
+                first, future = coming.popleft()
+                batch, bad = future.result()
+                coming.append(submit())
                 num_bad += len(bad)
-                num_samples += len(bad) + sum(_count(ids) for ids in batch["segment_ids"])
+                num_samples += len(bad) + sum(_num_segments(ids) for ids in batch["segment_ids"])
                 for sample in bad:
                     logging.warning("bad sample: %s", sample)
                 self._check(num_bad, num_samples, bad)
-                first = first_row
-                first_row += self.batch_rows
-                yield batch, Report(first, first_row, bad, num_samples, num_bad)
+                yield batch, Report(first, first + self.batch_rows, bad, num_samples, num_bad)
         finally:
-            pool.shutdown(cancel_futures=True)  # waits for the rows that are under way
-            close = getattr(iterator, "close", None)
-            if close is not None:
-                close()
+            pool.shutdown(cancel_futures=True)  # waits for the rows that are being made
+            stacker.shutdown(cancel_futures=True)
 
     def _check(self, num_bad: int, num_samples: int, bad: list[rows_lib.BadSample]) -> None:
         if num_bad <= MIN_BAD or num_bad <= self.cfg.max_bad_share * num_samples:
             return
-        some = "\n".join(f"  {sample}" for sample in bad[:5])
+        latest = "\n".join(f"  {sample}" for sample in bad[:5])
         raise DataError(
             f"data: expected at most {self.cfg.max_bad_share:.1%} bad samples; got {num_bad} of "
-            f"{num_samples}. The latest:\n{some}\nRepair the data set, or raise "
-            "data.max_bad_share if you mean to train without them"
+            f"{num_samples}. The latest:\n{latest}\nRepair the data set, or raise "
+            "data.max_bad_share to train without them"
         )
 
 
 class Ahead:
-    """Batches, one of them made ahead, so that all processes can hear in time that one has none."""
+    """Batches, of which the next is always made already.
 
-    def __init__(self, batches: Iterator[tuple[dict[str, np.ndarray], Report]]):
+    So a process knows that it has no next batch before it begins a step, in time to tell the
+    others: `error` says why.
+    """
+
+    def __init__(self, batches: Iterator[tuple[Batch, Report]]):
         self.error: Exception | None = None
         self._batches = batches
         self._fetch()
 
-    def take(self) -> tuple[dict[str, np.ndarray], Report]:
-        """The next batch; the one after it is there, or the reason in `error`, on return."""
+    def __next__(self) -> tuple[Batch, Report]:
         batch = self._next
         self._fetch()
         return batch
@@ -181,6 +153,13 @@ class Ahead:
             self.error = error
 
 
-def _count(segment_ids: np.ndarray) -> int:
-    """Samples of a row: its segments."""
+def _stack(rows: list[futures.Future[Row]]) -> tuple[Batch, list[rows_lib.BadSample]]:
+    """The rows as one batch, once they are made, and their bad samples."""
+    made = [row.result() for row in rows]
+    batch = {name: np.stack([row[name] for row, _ in made]) for name in made[0][0]}
+    return batch, [sample for _, bad in made for sample in bad]
+
+
+def _num_segments(segment_ids: np.ndarray) -> int:
+    """Samples of a row."""
     return len(np.unique(segment_ids[segment_ids > 0]))
