@@ -7,6 +7,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from safetensors import numpy as safetensors
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import images
+from janusflow_jax.models import encode as encode_lib
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "tiny"
 
@@ -32,7 +34,7 @@ def test_understanding_equals_the_published_processor():
     want = safetensors.load_file(GOLDEN / "expected.safetensors")["preprocess.pixel_values"]
     for i in range(4):
         image = images.decode((GOLDEN / "images" / f"{i}.png").read_bytes())
-        got = images.to_float(images.for_understanding(image, 64))
+        got = encode_lib.to_float(jnp.asarray(images.for_understanding(image, 64)), jnp.float32)
         np.testing.assert_allclose(got, want[i].transpose(1, 2, 0), atol=1e-6, rtol=0)
 
 
@@ -117,10 +119,10 @@ def test_generation_crops_are_squares_of_the_picture():
 
 def test_sides_are_floored_and_never_too_short():
     wide = images.for_understanding(np.zeros((37, 100, 3), np.uint8), 64)
-    rows = np.flatnonzero((wide != images.GREY).any((1, 2)))
+    rows = np.flatnonzero((wide != images.GRAY).any((1, 2)))
     assert len(rows) == 23 and rows[0] == 20  # 64 * 37 / 100 = 23.7
     thin = images.for_understanding(np.zeros((100, 3, 3), np.uint8), 64)
-    assert (thin != images.GREY).any((0, 2)).sum() == 14
+    assert (thin != images.GRAY).any((0, 2)).sum() == 14
 
 
 def test_extreme_shapes():

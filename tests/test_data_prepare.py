@@ -93,7 +93,7 @@ def test_report_lengths_and_splits(folder, tmp_path):
     assert stored["skipped"] == {
         "picture: 0 bytes": {
             "count": 1,
-            "examples": [["zero.jpg", "expected a picture; got 0 bytes"]],
+            "examples": [["zero.jpg", "expected an image; got 0 bytes"]],
         }
     }
     assert "zero.jpg" in prepare_report.table(report)

@@ -10,8 +10,8 @@ from helpers import golden
 
 from janusflow_jax import config, pipeline
 from janusflow_jax.config import UNDERSTAND
-from janusflow_jax.data import chat_format, images
-from janusflow_jax.models import janusflow, layers, vae
+from janusflow_jax.data import chat_format
+from janusflow_jax.models import encode, janusflow, layers, vae
 from janusflow_jax.sampling import text as text_sampling
 
 LONG = "a red fox, a blue whale and a green frog sit in the snow beside a quiet river " * 2
@@ -62,7 +62,7 @@ def test_other_shapes_answer_as_without_a_cache():
     run = functools.partial(model.model.apply, {"params": model.params})
     picture = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     prompt = model.text.conversation([{"role": "user", "content": "<image_placeholder> Hm?"}], 1)
-    pixels = jnp.asarray(images.to_float(picture))[None]
+    pixels = encode.to_float(jnp.asarray(picture), jnp.float32)[None]
     slots = text_sampling.read_pictures(model.model, model.params, pixels)[None]
     start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[UNDERSTAND]])
     ids, want = jnp.asarray(prompt.ids)[None], []

@@ -33,7 +33,7 @@ from janusflow_jax.config import UNDERSTAND
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.hub import configs as hub_configs, tensors as convert
-from janusflow_jax.models import siglip, vae
+from janusflow_jax.models import encode, siglip, vae
 from janusflow_jax.sampling import image as image_sampling, text as text_sampling
 
 PART, WHOLE = 1e-5, 5e-5
@@ -131,7 +131,8 @@ def compare_understanding(
     turns = [{"role": "user", "content": f"{ours.text.image_tag}\n{args.question}"}]
     prompt = ours.text.conversation(turns, 1)
     table.same("question: token ids", prompt.ids.tolist(), want["ids"])
-    table.add("picture: pixels", images.to_float(picture)[None], want["pixels"], PART)
+    pixels = np.asarray(encode.to_float(jnp.asarray(picture), jnp.float32))
+    table.add("picture: pixels", pixels[None], want["pixels"], PART)
     pixels = jnp.asarray(want["pixels"])
     for count in range(1, cfg.und.num_layers + 1):
         part = dataclasses.replace(cfg.und, num_layers=count, final_norm=False)
