@@ -93,7 +93,7 @@ def test_fields_have_our_names(catalog):
         ((("captions", "caption"),), "text", "captions: expected a field 'caption'; the data set"),
         ((("captions", "annotations/text"),), "text", "expected a field 'annotations/text'"),
         ((("caption", "text"),), "text", "caption: expected one of"),
-        ((("image", "label"),), "generate", "expected 'label' to hold pictures"),
+        ((("image", "label"),), "generate", "expected 'label' to hold images"),
         ((("text", "area"),), "text", "to hold text or class names"),
     ],
 )
@@ -124,7 +124,7 @@ def test_rows_read_mapped_fields_and_lengths_are_of_them(catalog):
         made = rows.Rows(cfg, MODEL, chat)
         row, bad = made.row(0)
         assert not bad and (row["slot_task"] == 1).any()
-        tails.append(made.sources[0].pieces.length.tolist())
+        tails.append(made.sources[0].samples.length.tolist())
         kept = lengths.lengths_path(catalog, "train", "generate", "plain", chat, fields)
         assert kept.exists()
     assert tails[0] != tails[1]

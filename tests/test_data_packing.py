@@ -59,7 +59,7 @@ def test_permute_mixes():
 
 @pytest.mark.parametrize("weights", [[1.0], [30, 50, 20], [14, 80, 6], [1e-9, 1], [1, 1, 1, 1]])
 def test_interleave_numbers_every_source_without_gaps(weights):
-    shares, _ = packing.mixture(weights, [1.0] * len(weights), [False] * len(weights))
+    shares, _ = packing.row_shares(weights, [1.0] * len(weights), [False] * len(weights))
     assert sum(shares) == packing.SHARE_UNITS
     seen = [0] * len(weights)
     n = 5000
@@ -72,7 +72,7 @@ def test_interleave_numbers_every_source_without_gaps(weights):
 
 
 def test_interleave_is_the_same_far_out():
-    shares, _ = packing.mixture([14, 80, 6], [0.9, 0.7, 1.0], [False] * 3)
+    shares, _ = packing.row_shares([14, 80, 6], [0.9, 0.7, 1.0], [False] * 3)
     row = 10**12
     counts = [0, 0, 0]
     first = {}
@@ -85,7 +85,7 @@ def test_interleave_is_the_same_far_out():
 
 
 def test_row_shares_give_shares_of_positions():
-    (shares, filler), fill = packing.mixture([3, 7], [0.9, 0.6], [False] * 2), [0.9, 0.6]
+    (shares, filler), fill = packing.row_shares([3, 7], [0.9, 0.6], [False] * 2), [0.9, 0.6]
     positions = np.array(shares) * fill
     np.testing.assert_allclose(positions / positions.sum(), [0.3, 0.7], atol=1e-5)
     assert filler == 0
@@ -94,7 +94,7 @@ def test_row_shares_give_shares_of_positions():
 @pytest.mark.parametrize("fill", [0.95, 0.6])
 @pytest.mark.parametrize("weights", [(14, 80, 6), (30, 50, 20), (1, 0.001, 3)])
 def test_text_fills_what_images_leave(weights, fill):
-    shares, filler = packing.mixture(weights, [fill, fill, 1.0], [False, False, True])
+    shares, filler = packing.row_shares(weights, [fill, fill, 1.0], [False, False, True])
     rows = np.array(shares) / packing.SHARE_UNITS
     assert abs(rows.sum() - 1) < 1e-9 and 0 < filler <= 1
     positions = rows * [fill, fill, 1]

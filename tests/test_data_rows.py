@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers.records import HUB, MIX, MODEL, data_config, record, source, take
@@ -144,7 +146,7 @@ def test_slots_stand_where_they_say(stores, chat):
 
 def test_text_stands_behind_the_images_and_moves_nothing(stores, chat):
     mixed = rows.Rows(data_config(), MODEL, chat)
-    assert mixed.phases[0].filler > 0
+    assert mixed.mixtures[0].filler > 0
     filled = 0
     for r in range(60):
         row, _ = mixed.row(r)
@@ -295,18 +297,39 @@ def test_io_errors_are_tried_again_then_stop(monkeypatch):
         sources.retry(lambda: read(9), "x")
 
 
-def test_every_problem_of_a_mixture_is_said_at_once(stores, chat):
-    bad = data_config(
-        sources=(source("a", task="understand"), source("a", task="draw")), und_slots=0
-    )
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_store_that_cannot_be_read_stops_the_run(stores, chat, monkeypatch, name):
+    """It is no bad sample: the record may be good."""
+    monkeypatch.setattr(sources, "RETRY_SECONDS", ())
+
+    class Broken(list):
+        def __getitem__(self, i):
+            def read():
+                raise OSError("disk is away")
+
+            return sources.retry(read, "store")
+
+    made = loader.Loader(data_config(), MODEL, chat, batch_rows=4)
+    for which, opened in enumerate(made.rows.sources):
+        if opened.cfg.path == name:
+            broken = dataclasses.replace(opened, records=Broken(opened.records))
+            made.rows.sources[which] = broken
+    with pytest.raises(DataError, match="store: cannot be read"):
+        take(made.batches(0), 20)
+
+
+def test_every_problem_of_a_mixture_is_listed_at_once(stores, chat):
+    bad = data_config(sources=(source("a"), source("a")))
     model = config_lib.model_config("test", image_size=128)
     model.llm.vocab_size = 600
     with pytest.raises(DataError) as e:
         rows.Rows(bad, model, chat)
-    for part in ("64 positions an image", "below 600", "got 0", "'draw'"):
+    for part in ("64 positions", "below 600", "different names"):
         assert part in str(e.value)
-    with pytest.raises(DataError, match="at most data.row_len 20"):
+    with pytest.raises(DataError, match="row_len 20"):
         rows.Rows(data_config(row_len=20, sources=MIX[:1]), MODEL, chat)
+    with pytest.raises(DataError, match="slots of task generate"):
+        rows.Rows(data_config(gen_slots=0, sources=MIX[:1]), MODEL, chat)
 
 
 def test_lengths_are_stored_for_one_tokenizer(stores, chat, monkeypatch):

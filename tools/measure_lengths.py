@@ -1,9 +1,9 @@
-"""Measures the captions of a prepared data set for a tokenizer, and stores the lengths beside it.
+"""Measures the records of a prepared data set for a tokenizer, and stores the lengths beside it.
 
     python tools/measure_lengths.py --data data/openmoji --split train --task generate \\
         --format chat --tokenizer starts/emoji_llm/hub
 
-A run does this by itself for a small data set; a large one is measured once, with this.
+A run measures a small data set itself. A large one must be measured once, with this command.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def main() -> None:
         action="append",
         default=[],
         metavar="OURS=THEIRS",
-        help="a field of the source's `fields` in the config",
+        help="as in the source's `fields` in the config; may be repeated",
     )
     args = parser.parse_args()
     fields = tuple(tuple(pair.split("=", 1)) for pair in args.field)
     chat = chat_format.ChatFormat.load(args.tokenizer)
     opened = sources.open_source(args.data, args.split)
     source = sources.mapped(opened, fields, args.task)
-    counted = lengths.measure(source, args.task, args.format, chat)
+    measured = lengths.measure(source, args.task, args.format, chat)
     file = lengths.lengths_path(args.data, args.split, args.task, args.format, chat, fields)
-    lengths.store(file, counted, chat)
+    lengths.store(file, measured, chat)
     print(
-        f"{file}: {len(counted):,} records in {len(counted.first):,} units of "
-        f"{counted.first.mean():.1f} tokens, the longest {counted.first.max()}; "
-        f"{int((counted.first == 0).sum())} records make no sample"
+        f"{file}: {len(measured):,} records in {len(measured.first):,} units of "
+        f"{measured.first.mean():.1f} tokens, the longest {measured.first.max()}; "
+        f"{int((measured.first == 0).sum())} records make no sample"
     )
 
 

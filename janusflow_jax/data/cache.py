@@ -1,4 +1,4 @@
-"""Cached latents and SigLIP features of a data set's pictures: their form on disk, and reading.
+"""Cached latents and SigLIP features of a data set's images: the files, and how they are read.
 
 A cache is a folder of `manifest.json` and ArrayRecord shards:
 
@@ -6,12 +6,12 @@ A cache is a folder of `manifest.json` and ArrayRecord shards:
     features-00002-of-00040.array_record   SigLIP's features of the same pixels
 
 Shard k holds the data set's records [k * shard_records, (k + 1) * shard_records), `crops` entries
-each, so entry (record, crop) is found by arithmetic. An entry says which picture it was made from
-(a CRC of its bytes), or why there is none: a picture that was changed or was bad is a bad record
-here too. ArrayRecord's own hashes find damaged shards.
+each, so the place of an entry (record, crop) follows by arithmetic. An entry holds a CRC of the
+image that it was made from, or the reason why there are no values: an image that has changed since,
+or that was bad, is a bad record here too. ArrayRecord's own hashes detect damaged shards.
 
-Of a `generate` source an entry is a square crop; of an `understand` source all pictures of the
-record, letterboxed, features only.
+An entry of a `generate` source is a square crop. An entry of an `understand` source is all images
+of the record, resized as a whole, features only.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ FORMAT = 1
 FILE = "manifest.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 PROBES = 64
-"""So many records tell data sets apart; each entry is checked against its picture anyway."""
+"""Records that the fingerprint reads; every entry is checked against its image anyway."""
 
-_VALUES, _BAD, _SAME = range(3)  # _SAME: as crop 0, because the picture is square
-_HEAD = struct.Struct("<BxH")  # kind, how many pictures
+_VALUES, _BAD, _SAME = range(3)  # _SAME: as crop 0, because the image is square
+_HEAD = struct.Struct("<BxH")  # kind, number of images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a cache was made from; two caches with the same manifest are the same."""
+    """What a cache was made from: caches with the same manifest are the same."""
 
     format: int = FORMAT
     task: str  # generate | understand
@@ -55,9 +55,9 @@ class Manifest:
     records: int
     pictures: str  # `fingerprint` of the data set
     image_size: int
-    crops: int  # of each picture
+    crops: int  # of each image
     seed: int  # of the crops
-    dtype: str  # of what is stored: float32 | bfloat16
+    dtype: str  # of the stored values: float32 | bfloat16
     computed_in: str  # dtype of the encoders' activations
     shard_records: int
     vae: str  # digest of its encoder's parameters; '': no latents
@@ -71,13 +71,13 @@ class Manifest:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Kind of shard -> shape of one picture's values: latents hold mean and log-variance."""
+        """Kind of shard -> shape of one image's values; latents hold mean and log-variance."""
         out = {"latents": (2, *self.latent_shape)} if self.vae else {}
         return out | ({"features": self.feature_shape} if self.siglip else {})
 
     @property
     def bytes_per_entry(self) -> int:
-        """Of one crop, all kinds together."""
+        """Bytes of one crop, all kinds together."""
         return sum(int(np.prod(s)) for s in self.shapes.values()) * DTYPES[self.dtype].itemsize
 
     def shard_range(self, k: int) -> range:
@@ -89,7 +89,7 @@ class Manifest:
 
 
 def fingerprint(records: Any) -> str:
-    """What tells a data set's pictures from another's: how many, and the bytes of some of them."""
+    """Digest of a data set's images: how many there are, and the bytes of some of them."""
     digest = hashlib.sha256(str(len(records)).encode())
     for i in np.unique(np.linspace(0, max(len(records) - 1, 0), PROBES).astype(np.int64)).tolist():
         for encoded in samples.images_of(records[i]) if len(records) else ():
@@ -98,27 +98,23 @@ def fingerprint(records: Any) -> str:
 
 
 def crop_key(seed: int, record: int, crop: int) -> tuple[int, ...]:
-    """Key of a crop's place in its picture, for `images.for_generation`."""
+    """Key of a crop's place in its image, for `images.for_generation`."""
     return (seed, record, crop)
 
 
 # --- writing
 
 
-def start(folder: epath.PathLike, manifest: Manifest) -> None:
-    """Makes the folder, or checks that the one that is there is the same cache.
+def create(folder: epath.PathLike, manifest: Manifest) -> None:
+    """Creates the folder with its manifest; one that exists must be the same cache.
 
     Raises:
-      DataError: it holds another (lists every difference).
+      DataError: it holds another cache (lists every difference).
     """
     folder = epath.Path(folder)
     if (folder / FILE).exists():
-        there, now = read_manifest(folder), dataclasses.asdict(manifest)
-        differ = [
-            f"{n}: {v!r} there, {now[n]!r} now"
-            for n, v in dataclasses.asdict(there).items()
-            if v != now[n]
-        ]
+        new, stored = dataclasses.asdict(manifest), dataclasses.asdict(read_manifest(folder))
+        differ = [f"{n}: {v!r} there, {new[n]!r} now" for n, v in stored.items() if v != new[n]]
         if differ:
             listed = "\n".join(f"  - {d}" for d in differ)
             raise DataError(
@@ -132,25 +128,25 @@ def start(folder: epath.PathLike, manifest: Manifest) -> None:
 
 
 def is_done(folder: epath.PathLike, manifest: Manifest, k: int) -> bool:
-    """Whether a shard is whole: shards appear under their names only when they are."""
+    """Whether a shard is complete: a shard gets its name only when it is."""
     return all(manifest.shard_path(folder, kind, k).exists() for kind in manifest.shapes)
 
 
 @contextlib.contextmanager
 def shard_writers(folder: epath.PathLike, manifest: Manifest, k: int) -> Iterator[dict[str, Any]]:
-    """Kind -> writer of shard k; whole or not at all.
+    """Kind -> writer of shard k. Its files appear complete, or not at all.
 
-    They are written on a local disk, then moved: to a folder beside the cache, or to a bucket.
+    They are written in a temporary folder, then moved into the cache, which may be a bucket.
     """
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
     remote = "://" in str(folder)
-    where = None if remote else str(folder)
-    for left in epath.Path(folder).glob(f".shard-{k:05}-*"):  # by one that was killed
+    parent = None if remote else str(folder)
+    for left in epath.Path(folder).glob(f".shard-{k:05}-*"):  # by a process that was killed
         left.rmtree()
-    with tempfile.TemporaryDirectory(prefix=f".shard-{k:05}-", dir=where) as work:
+    with tempfile.TemporaryDirectory(prefix=f".shard-{k:05}-", dir=parent) as work:
         files = {kind: os.path.join(work, f"{kind}.array_record") for kind in manifest.shapes}
-        # what encoders give does not compress; a group of one makes every entry reachable
+        # The values do not compress. Groups of one make every entry addressable.
         writers = {
             kind: array_record_module.ArrayRecordWriter(file, "group_size:1,uncompressed")
             for kind, file in files.items()
@@ -169,23 +165,26 @@ def shard_writers(folder: epath.PathLike, manifest: Manifest, k: int) -> Iterato
 
 
 def entry(crcs: Sequence[int], values: Sequence[np.ndarray], dtype: str) -> bytes:
-    """Values of an entry's pictures (one each), with the CRCs of the pictures."""
+    """The bytes of an entry.
+
+    Args: crcs, values: of each image.
+    """
     head = _HEAD.pack(_VALUES, len(crcs)) + np.asarray(crcs, "<u4").tobytes()
     return head + b"".join(np.ascontiguousarray(v, DTYPES[dtype]).tobytes() for v in values)
 
 
 def bad_entry(reason: str) -> bytes:
-    """In place of values: why the record has none."""
+    """The bytes of an entry without values, with the reason."""
     return _HEAD.pack(_BAD, 0) + reason.encode()
 
 
 def reason(data: bytes) -> str:
-    """Why a `bad_entry` is one."""
+    """The reason in a `bad_entry`."""
     return data[_HEAD.size :].decode(errors="replace")
 
 
 def same_entry() -> bytes:
-    """In place of a crop that is crop 0 again."""
+    """The bytes of an entry for a crop that equals crop 0."""
     return _HEAD.pack(_SAME, 0)
 
 
@@ -193,7 +192,7 @@ def same_entry() -> bytes:
 
 
 class _Shard(NamedTuple):
-    """A file with a known number of records; array_record then need not open it to count."""
+    """What array_record asks of a file, so that it need not open it to count its records."""
 
     filename: str
     skip: int
@@ -202,11 +201,11 @@ class _Shard(NamedTuple):
 
 
 def read_manifest(folder: epath.PathLike) -> Manifest:
-    """Raises DataError: none there, or of another version."""
+    """Raises DataError: there is none, or it is of another version."""
     file = epath.Path(folder) / FILE
     if not file.exists():
         raise DataError(
-            f"{folder}: expected a cache (a folder with {FILE}); found none: "
+            f"{folder}: expected a cache (a folder with {FILE}); got none: "
             "tools/cache_latents.py makes one"
         )
     values = json.loads(file.read_text())
@@ -224,44 +223,44 @@ class Cache:
     """A finished cache, open for reading."""
 
     def __init__(self, folder: epath.PathLike):
-        """Raises DataError: no cache there, or shards are missing (says which command goes on)."""
+        """Raises DataError: no cache there, or shards are missing."""
         from array_record.python import array_record_data_source
 
         self.folder = str(folder)
         self.manifest = m = read_manifest(folder)
-        there = {p.name for p in epath.Path(folder).iterdir()}
+        names = {p.name for p in epath.Path(folder).iterdir()}
         self._shards = {}
         for kind in m.shapes:
             paths = [m.shard_path(folder, kind, k) for k in range(m.num_shards)]
-            missing = [p.name for p in paths if p.name not in there]
+            missing = [p.name for p in paths if p.name not in names]
             if missing:
                 raise DataError(
-                    f"{folder}: expected {m.num_shards} shards of {kind}; {len(missing)} are not "
-                    f"there yet, such as {missing[0]}: run tools/cache_latents.py again to go on"
+                    f"{folder}: expected {m.num_shards} shards of {kind}; {len(missing)} are "
+                    f"missing, such as {missing[0]}: run tools/cache_latents.py again to resume"
                 )
             counts = [len(m.shard_range(k)) * m.crops for k in range(m.num_shards)]
             shards: Any = [_Shard(str(p), 0, n, n) for p, n in zip(paths, counts, strict=True)]
             self._shards[kind] = array_record_data_source.ArrayRecordDataSource(shards)
 
     def latents(self, record: int, crop: int, encoded: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and log-variance [h, w, C] of a crop of a picture.
+        """Mean and log-variance [h, w, C] of a crop of an image.
 
-        Args: encoded: the picture's bytes, as the data set has them.
+        Args: encoded: the image's bytes, as the data set has them.
         Raises:
-          DataError: the picture was bad, is another now, or the shard is damaged.
-          DataError: the store cannot be read.
+          DataError: the image was bad or has changed, the shard is damaged, or the store cannot be
+            read (`sources.UNREADABLE`).
         """
         (both,) = self._values("latents", record, crop, [encoded])
         return both[0], both[1]
 
     def features(self, record: int, crop: int, encoded: Sequence[bytes]) -> list[np.ndarray]:
-        """SigLIP's features [S, E] of each picture; raises as `latents` does."""
+        """SigLIP's features [S, E] of each image; raises as `latents` does."""
         return self._values("features", record, crop, encoded)
 
-    def pixels(self, record: int, crop: int, picture: Any) -> np.ndarray:
+    def pixels(self, record: int, crop: int, image: Any) -> np.ndarray:
         """The crop itself, uint8[H, H, 3], for what is not cached."""
         m = self.manifest
-        return images.for_generation(picture, m.image_size, crop_key(m.seed, record, crop))
+        return images.for_generation(image, m.image_size, crop_key(m.seed, record, crop))
 
     def _values(
         self, kind: str, record: int, crop: int, encoded: Sequence[bytes]
@@ -276,10 +275,10 @@ class Cache:
         crcs = np.frombuffer(data, "<u4", count, _HEAD.size).tolist()
         values = np.frombuffer(data, DTYPES[self.manifest.dtype], offset=_HEAD.size + 4 * count)
         values = values.reshape(count, *self.manifest.shapes[kind])
-        wanted = [zlib.crc32(x) for x in encoded]
-        if not set(wanted) <= set(crcs):
-            raise DataError(f"{where}: is of another picture; make the cache again")
-        return [values[crcs.index(x)] for x in wanted]
+        expected = [zlib.crc32(x) for x in encoded]
+        if not set(expected) <= set(crcs):
+            raise DataError(f"{where}: is of another image; make the cache again")
+        return [values[crcs.index(x)] for x in expected]
 
     def _read(self, kind: str, record: int, crop: int, where: str) -> bytes:
         index = record * self.manifest.crops + crop
@@ -287,7 +286,7 @@ class Cache:
         def read() -> bytes:
             try:
                 return self._shards[kind][index]
-            except RuntimeError as e:  # array_record has no other error
+            except RuntimeError as e:  # the only error that array_record raises
                 if "Corrupted" in str(e):
                     raise DataError(f"{where}: damaged: {e}") from e
                 raise OSError(str(e)) from e

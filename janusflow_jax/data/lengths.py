@@ -1,7 +1,7 @@
-"""Lengths of samples in tokens, stored beside the data set, for one tokenizer and one form.
+"""Lengths of records in tokens, stored beside the data set, for one tokenizer and one form.
 
-A length counts text only: positions of an image are added by the reader, so one file serves every
-picture size.
+A length counts text only; the positions of images are added by the reader, so one file serves every
+image size.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from jaxtyping import Bool
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, samples
+from janusflow_jax.data.sources import Fields
 
-Fields = tuple[tuple[str, str], ...]
 SMALL = 100_000
-"""Up to this many records, lengths are measured when a run starts; more need the command."""
+"""A run measures up to this many records itself; more need tools/measure_lengths.py."""
 
 
 def lengths_path(
@@ -33,14 +33,14 @@ def lengths_path(
     chat: chat_format.ChatFormat,
     fields: Fields = (),
 ) -> epath.Path:
-    """Where the lengths of a split, task, form, tokenizer and choice of fields are stored."""
+    """The file with the lengths of a split, for a task, form, tokenizer and choice of fields."""
     chosen = hashlib.sha256(repr(fields).encode()).hexdigest()[:8]
     name = f"{split}-{task}-{form}-{_key(chat)[:16]}{f'-{chosen}' if fields else ''}.npz"
     return epath.Path(path) / "lengths" / name
 
 
 def _key(chat: chat_format.ChatFormat) -> str:
-    """What lengths depend on: the tokenizer's files and the fixed words of the forms."""
+    """Digest of what lengths depend on: the tokenizer's files and the fixed words of the forms."""
     words = (
         "units",
         chat.hash,
@@ -58,7 +58,7 @@ class Lengths(NamedTuple):
     """
 
     offsets: np.ndarray  # int64[n + 1]
-    text: np.ndarray  # bool[n], text that may be cut anywhere (one unit)
+    text: np.ndarray  # bool[n], text that may be divided anywhere (one unit)
     first: np.ndarray  # int32[m]
     more: np.ndarray  # int32[m]
     images: np.ndarray  # int32[m]
@@ -69,24 +69,24 @@ class Lengths(NamedTuple):
 
 def measure(source: Any, task: str, form: str, chat: chat_format.ChatFormat) -> Lengths:
     """Tokens of each record's units in their form, without the positions of images."""
-    found: list[list[samples.Unit]] = []
+    units: list[list[samples.Unit]] = []
     text = np.zeros(len(source), bool)
     for i in range(len(source)):
         record = source[i]
         try:
-            found.append(samples.units(record, task, form, chat))
+            units.append(samples.units(record, task, form, chat))
             text[i] = samples.kind(record, task) == "text"
         except DataError:
-            found.append([samples.Unit(0, 0, int(task != "text"))])
-    return of_units(found, text)
+            units.append([samples.Unit(0, 0, int(task != "text"))])
+    return of_units(units, text)
 
 
 def of_units(units: Sequence[Sequence[samples.Unit]], text: Bool[np.ndarray, "n"]) -> Lengths:
-    """Lengths of records whose units are known.
+    """Lengths of records from their units.
 
     Args:
       units: of each record.
-      text: whether a record is text that may be cut anywhere.
+      text: which records are text that may be divided anywhere.
     """
     offsets = np.cumsum([0, *map(len, units)], dtype=np.int64)
     columns = np.array([u for record in units for u in record], np.int32).reshape(-1, 3).T
@@ -94,7 +94,7 @@ def of_units(units: Sequence[Sequence[samples.Unit]], text: Bool[np.ndarray, "n"
 
 
 def join(parts: Sequence[tuple[Lengths, np.ndarray]]) -> Lengths:
-    """The lengths of the records of several data sets in a row.
+    """Lengths of the records of several data sets, one after the other.
 
     Args:
       parts: (lengths, which records are kept, bool[n]) each.
@@ -116,7 +116,7 @@ def join(parts: Sequence[tuple[Lengths, np.ndarray]]) -> Lengths:
 def load_lengths(
     source: Any, path: str, split: str, task: str, form: str, chat: chat_format.ChatFormat
 ) -> Lengths:
-    """The stored lengths; a small data set is measured, and they are stored for the next time.
+    """The stored lengths. A small data set that has none is measured, and its lengths are stored.
 
     Args:
       source: the open split.
@@ -124,36 +124,37 @@ def load_lengths(
       split, task, form: as in the config.
       chat: the tokenizer.
     Raises:
-      DataError: nothing stored for this tokenizer and more than SMALL records, or a stored file
-        that does not belong to this data.
+      DataError: the stored file does not belong to this data, or there is none for this tokenizer
+        and there are more than SMALL records.
     """
     fields = getattr(source, "fields", ())
-    command = _command(path, split, task, form, chat, fields)
+    command = (
+        f"python tools/measure_lengths.py --data {path} --split {split} --task {task} "
+        f"--format {form} --tokenizer {chat.folder}"
+    ) + "".join(f" --field {ours}={theirs}" for ours, theirs in fields)
     file = lengths_path(path, split, task, form, chat, fields)
     if file.exists():
         with np.load(io.BytesIO(file.read_bytes())) as stored:
-            found = str(stored["hash"])
-            known = set(Lengths._fields) <= set(stored.files)
-            lengths = Lengths(*(stored[n] for n in Lengths._fields)) if known else None
-        if lengths is not None and found == _key(chat) and len(lengths) == len(source):
+            key = str(stored["hash"])
+            complete = set(Lengths._fields) <= set(stored.files)
+            lengths = Lengths(*(stored[n] for n in Lengths._fields)) if complete else None
+        if lengths is not None and key == _key(chat) and len(lengths) == len(source):
             return lengths
         raise DataError(
             f"{file}: expected {len(source)} lengths for tokenizer {_key(chat)[:16]}; got "
-            f"{'none' if lengths is None else len(lengths)} for {found[:16]}: the data set was "
+            f"{'none' if lengths is None else len(lengths)} for {key[:16]}: the data set was "
             f"made again; run\n  {command}"
         )
     if len(source) > SMALL:
-        others = [p.name for p in file.parent.glob("*.npz")] if file.parent.exists() else []
         raise DataError(
-            f"{path}: expected stored lengths {file.name} for this tokenizer and form; got "
-            f"{others or 'none'}; {len(source):,} records are too many to measure at start; "
-            f"run\n  {command}"
+            f"{file}: expected stored lengths; got none, and {len(source):,} records are too many "
+            f"to measure at start; run\n  {command}"
         )
     lengths = measure(source, task, form, chat)
     try:
         store(file, lengths, chat)
     except OSError as e:
-        logging.warning("%s: lengths are not kept for the next run (%s)", file, e)
+        logging.warning("%s: cannot store lengths for the next run (%s)", file, e)
     return lengths
 
 
@@ -165,12 +166,3 @@ def store(file: epath.Path, lengths: Lengths, chat: chat_format.ChatFormat) -> N
     part = file.parent / f".{file.name}.{uuid.uuid4().hex}"
     part.write_bytes(data.getvalue())
     part.replace(file)
-
-
-def _command(
-    path: str, split: str, task: str, form: str, chat: chat_format.ChatFormat, fields: Fields
-) -> str:
-    return (
-        f"python tools/measure_lengths.py --data {path} --split {split} --task {task} "
-        f"--format {form} --tokenizer {chat.folder}"
-    ) + "".join(f" --field {ours}={theirs}" for ours, theirs in fields)

@@ -1,7 +1,14 @@
-"""Arithmetic of the data position: bins, permutations and the interleave of sources.
+"""Arithmetic of the data position: samples, bins, permutations and the interleave of sources.
 
-Everything here is a pure function of integers, so that a row's number alone says what it holds
-(DESIGN section 1, "The data position is one integer"). Only numpy.
+A record is divided into samples that fit a row; samples are packed into bins; a row is one bin of
+one source. Which bin of which source a row holds follows from its number alone, in closed form:
+
+    row -> (source, k)      `interleave`: the k-th row of that source
+    k   -> (epoch, place)   divmod by the number of its bins
+    place -> bin            `permute`, keyed by (seed, source, epoch)
+
+Everything else that is random in a row (the caption, the crop, a dropped prompt, the text that
+fills its tail) is drawn by `generator`, keyed by (seed, row, slot). Only numpy.
 """
 
 from __future__ import annotations
@@ -14,18 +21,107 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from janusflow_jax.data.lengths import Lengths
+
+CAPTION, DROP_PROMPT, CROP, FILL_TAIL = range(4)
+"""What a random number is for; see `generator`."""
+
 SHARE_UNITS = 1_000_000
 """Shares of rows are rounded to multiples of 1 / SHARE_UNITS, so that they are exact."""
 
 _ROUNDS = 4
 
 
+def generator(key: tuple[int, ...], purpose: int) -> np.random.Generator:
+    """A random generator of its own for every key, such as (seed, row, slot), and purpose."""
+    return np.random.default_rng((*key, purpose))
+
+
+class SampleTable(NamedTuple):
+    """The samples of a source, in the order of its records; a sample is a stretch of one record.
+
+    `begin` and `end` count units of the record, or tokens after BOS of a text-only record (see
+    `samples.encode`).
+    """
+
+    record: np.ndarray  # int64[n]
+    begin: np.ndarray  # int64[n]
+    end: np.ndarray  # int64[n]
+    length: np.ndarray  # int64[n], positions in the row
+    images: np.ndarray  # int64[n]
+    left_out: int  # units that no row can hold
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+
+def divide(lengths: Lengths, slot_len: int, row_len: int, slots: int, head: int) -> SampleTable:
+    """Divides every record into as few samples as its units allow.
+
+    Conversations are divided between turns, documents in front of images, text anywhere. What
+    still does not fit a row is left out and counted.
+
+    Args:
+      lengths: of the records, in tokens.
+      slot_len: positions of an image.
+      row_len, slots: positions and images of a row.
+      head: tokens in front of every sample (BOS).
+    """
+    text = _divide_text(lengths, np.flatnonzero(lengths.text), row_len, head)
+    rest = _divide_units(lengths, np.flatnonzero(~lengths.text), slot_len, row_len, slots)
+    order = np.argsort(np.concatenate([text.record, rest.record]), kind="stable")
+    columns = (np.concatenate(pair)[order] for pair in zip(text[:-1], rest[:-1], strict=True))
+    return SampleTable(*columns, left_out=rest.left_out)
+
+
+def _divide_text(lengths: Lengths, records: np.ndarray, row_len: int, head: int) -> SampleTable:
+    """Samples of a record have equal lengths, to within one token, so that none is tiny."""
+    size = lengths.first[lengths.offsets[records]].astype(np.int64) - head
+    count = np.maximum(-(-size // (row_len - head)), 1)
+    first = np.repeat(np.cumsum(count) - count, count)
+    place = np.arange(len(first)) - first
+    record, size, count = (np.repeat(x, count) for x in (records, size, count))
+    begin, end = size * place // count, size * (place + 1) // count
+    return SampleTable(record, begin, end, end - begin + head, np.zeros_like(record), 0)
+
+
+def _divide_units(
+    lengths: Lengths, records: np.ndarray, slot_len: int, row_len: int, slots: int
+) -> SampleTable:
+    """Takes the units of each record in order, as many to a sample as fit."""
+    images = lengths.images.astype(np.int64)
+    # A record that makes no sample has length 0. It is packed, so that it is reported when its
+    # turn comes.
+    first = np.maximum(lengths.first + images * slot_len, 1)
+    more = lengths.more + images * slot_len
+    starts, ends = lengths.offsets[records], lengths.offsets[records + 1]
+    if (ends - starts == 1).all():  # images with captions, without a loop: there may be millions
+        fits = (first[starts] <= row_len) & (images[starts] <= slots)
+        at, zero = starts[fits], np.zeros(int(fits.sum()), np.int64)
+        left_out = int((~fits).sum())
+        return SampleTable(records[fits], zero, zero + 1, first[at], images[at], left_out)
+    out: list[tuple[int, int, int, int, int]] = []
+    left_out = 0
+    for record, a, b in zip(records.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        begin, length, held = a, 0, 0  # of the open sample; length 0: none is open
+        for unit in range(a, b):
+            fits = length + more[unit] <= row_len and held + images[unit] <= slots
+            if length and fits:
+                length, held = length + int(more[unit]), held + int(images[unit])
+                continue
+            if length:
+                out.append((record, begin - a, unit - a, length, held))
+            begin, length, held = unit, int(first[unit]), int(images[unit])
+            if length > row_len or held > slots:
+                length, left_out = 0, left_out + 1
+        if length:
+            out.append((record, begin - a, b - a, length, held))
+    return SampleTable(*np.array(out, np.int64).reshape(-1, 5).T, left_out=left_out)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """Samples packed into rows.
-
-    Bin b holds samples[starts[b]:starts[b + 1]], each at its offset in the row.
-    """
+    """Samples packed into rows: bin b holds samples[starts[b]:starts[b + 1]] at their offsets."""
 
     starts: np.ndarray  # int64[num_bins + 1]
     samples: np.ndarray  # int64[num_samples]
@@ -34,6 +130,11 @@ class Bins:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def __getitem__(self, b: int) -> list[tuple[int, int]]:
+        """(sample, its first position in the row) of each sample of a bin, in order."""
+        inside = slice(self.starts[b], self.starts[b + 1])
+        return list(zip(self.samples[inside].tolist(), self.offsets[inside].tolist(), strict=True))
 
 
 def pack(
@@ -55,12 +156,12 @@ def pack(
     offsets = np.zeros(len(lengths), np.int64)
     for i in order.tolist():
         length, count = int(lengths[i]), int(images[i])
-        b = tree.find(length, count)
+        b = tree.first(length, count)
         if b == len(bins):
             bins.append([])
         offsets[i] = row_len - tree.room(b)
         bins[b].append(i)
-        tree.take(b, length, count)
+        tree.fill(b, length, count)
     counts = [len(b) for b in bins]
     samples = np.array([i for b in bins for i in b], np.int64)
     return Bins(
@@ -72,8 +173,10 @@ def pack(
 
 
 class _FirstFit:
-    """The first bin with room for a length and free slots for its images, in log time: trees of
-    what each bin has left, maxima above."""
+    """Which bin is the first with room for a length and free slots for its images, in log time.
+
+    Two binary trees hold what each bin has left in their leaves, and maxima above.
+    """
 
     def __init__(self, row_len: int, slots: int):
         self._leaves = 1
@@ -84,9 +187,10 @@ class _FirstFit:
     def room(self, b: int) -> int:
         return self._room[self._leaves + b]
 
-    def find(self, length: int, images: int) -> int:
+    def first(self, length: int, images: int) -> int:
+        """Number of the first bin with room; it may be a new one."""
         room, free = self._room, self._free
-        open_nodes = [1]  # both maxima may stand in different bins: then look further right
+        open_nodes = [1]  # the two maxima may be of different bins: then search further right
         while open_nodes:
             node = open_nodes.pop()
             while room[node] >= length and free[node] >= images:
@@ -95,9 +199,9 @@ class _FirstFit:
                 open_nodes.append(2 * node + 1)
                 node = 2 * node
         self._grow()
-        return self.find(length, images)
+        return self.first(length, images)
 
-    def take(self, b: int, length: int, images: int) -> None:
+    def fill(self, b: int, length: int, images: int) -> None:
         node = self._leaves + b
         self._room[node] -= length
         self._free[node] -= images
@@ -118,10 +222,10 @@ class _FirstFit:
 
 
 def permute(index: int, size: int, key: tuple[int, ...]) -> int:
-    """Where a permutation of range(size), chosen by `key`, sends `index`. No table is kept.
+    """Where a permutation of range(size), chosen by `key`, sends `index`, without a table.
 
     A Feistel network of four rounds on the smallest square of a power of two that holds `size`,
-    walked until it lands inside.
+    repeated until the result is below `size`.
     """
     half = max((size - 1).bit_length() + 1, 2) // 2
     mask = (1 << half) - 1
@@ -138,7 +242,7 @@ def permute(index: int, size: int, key: tuple[int, ...]) -> int:
 
 
 def _mix(x: int) -> int:
-    """A 64-bit finaliser (the constants of splitmix64, Steele et al. 2014)."""
+    """A 64-bit finalizer (the constants of splitmix64, Steele et al. 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -146,14 +250,42 @@ def _mix(x: int) -> int:
 
 
 class Mixture(NamedTuple):
-    """How rows are divided: shares of rows in SHARE_UNITS, and the part of the rows with images
-    whose free tail takes a piece of text."""
+    """How the rows from `first_row` on are divided among the sources."""
 
-    shares: list[int]
-    filler: float
+    first_row: int
+    weights: Sequence[float]  # wanted shares of positions, any scale
+    shares: list[int]  # of rows, in SHARE_UNITS
+    filler: float  # part of the rows with images whose free tail takes text
+    earlier: list[int]  # rows that each source had in earlier mixtures
 
 
-def mixture(weights: Sequence[float | int], fill: Sequence[float], text: Sequence[bool]) -> Mixture:
+def mixtures(
+    phases: Sequence[tuple[int, Sequence[float]]], fill: Sequence[float], text: Sequence[bool]
+) -> list[Mixture]:
+    """The mixtures of a run, in order.
+
+    Args:
+      phases: (first row, weights of the sources) of each.
+      fill, text: of the sources, as in `row_shares`.
+    """
+    out: list[Mixture] = []
+    earlier = [0] * len(fill)
+    for first_row, weights in phases:
+        if out:
+            ended = count(first_row - out[-1].first_row, out[-1].shares)
+            earlier = [a + b for a, b in zip(earlier, ended, strict=True)]
+        out.append(Mixture(first_row, weights, *row_shares(weights, fill, text), earlier))
+    return out
+
+
+def mixture_of(mixtures: Sequence[Mixture], row: int) -> Mixture:
+    """The mixture that holds for a row."""
+    return next(m for m in reversed(mixtures) if m.first_row <= row)
+
+
+def row_shares(
+    weights: Sequence[float | int], fill: Sequence[float], text: Sequence[bool]
+) -> tuple[list[int], float]:
     """Shares of rows that give the wanted shares of positions.
 
     Text-only data fills what images leave free; what it still lacks it gets as rows of its own.
@@ -162,6 +294,8 @@ def mixture(weights: Sequence[float | int], fill: Sequence[float], text: Sequenc
       weights: wanted shares of positions, any scale.
       fill: part of a row's positions that each source's bins use, in (0, 1].
       text: which sources are text-only.
+    Returns:
+      (shares, filler), as in `Mixture`.
     """
     want = np.asarray(weights, np.float64) / np.sum(weights)
     is_text = np.asarray(text, bool)
@@ -178,7 +312,7 @@ def mixture(weights: Sequence[float | int], fill: Sequence[float], text: Sequenc
     shares = np.round(rows / rows.sum() * SHARE_UNITS).astype(int)
     shares[rows > 0] = np.maximum(shares[rows > 0], 1)
     shares[int(np.argmax(shares))] += SHARE_UNITS - int(shares.sum())
-    return Mixture(shares.tolist(), filler)
+    return shares.tolist(), filler
 
 
 def count(num_rows: int, shares: Sequence[int]) -> list[int]:
@@ -194,9 +328,9 @@ def count(num_rows: int, shares: Sequence[int]) -> list[int]:
 def interleave(row: int, shares: Sequence[int]) -> tuple[int, int]:
     """Which source a row belongs to, and its place among that source's rows.
 
-    Source s gets the rows where floor(row * p) rises; the rows that it leaves are numbered again
-    and divided among the rest in the same way. So among any n rows of its turn, source s has
-    n * p to within one.
+    The first source gets the rows where floor(row * p) rises. The other rows are numbered again and
+    divided among the other sources in the same way. So any n consecutive rows that are offered to a
+    source hold n * p of its rows, to within one.
 
     Args:
       row: number of the row, from 0.

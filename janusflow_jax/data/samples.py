@@ -1,15 +1,19 @@
-"""One record -> its samples: which tokens, which of them are targets, where its images stand.
+"""Record -> samples: which tokens, which of them are targets, where the images stand.
 
-The forms of SPEC section 2. What a record is follows from its fields:
+A *record* is one entry of a data set. Its fields say what it is:
 
-    captions (and image)             a picture with captions: generation or understanding
+    captions (and image)             an image with captions
     conversation (and image/images)  turns {role, content}; an image tag marks each image
     text and images                  an interleaved document; an image tag marks each image
     text                             text-only
 
-A record is made of units that are never split (an exchange of turns, an image with the text
-behind it); text-only records are cut anywhere. A picture's sample is measured by its longest
-caption and trained with one of its captions, drawn anew each time it comes up.
+A *unit* is the part of a record that is never split: an exchange of turns that ends with an answer,
+an image of a document with the text behind it, an image with its caption. A *sample* is one or more
+consecutive units of a record, and stands in a row as one segment with positions from 0. Text-only
+records have no units; they are divided anywhere.
+
+An image with captions is measured by its longest caption and trained with one of them, drawn anew
+each time.
 """
 
 from __future__ import annotations
@@ -24,13 +28,13 @@ from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format
 
 QUESTION = "Describe the picture."
-"""What a user asks about a picture that has only captions."""
+"""What a user asks about an image that has only captions."""
 
 Turns = list[dict[str, str]]
 
 
 class Unit(NamedTuple):
-    """A stretch of a record that is never split, in tokens without the positions of images.
+    """Tokens of a unit, without the positions of images.
 
     first: when a sample begins with it (BOS and the system prompt included); more: when it
     follows another; images: how many it holds.
@@ -46,16 +50,15 @@ class Sample:
     """Tokens of one sample. `prompt_mask` marks what guidance may drop (BOS is kept)."""
 
     tokens: np.ndarray  # int32[n]
-    target_mask: np.ndarray  # bool[n], of the next position
+    target_mask: np.ndarray  # bool[n], True where the next position's token is a target
     prompt_mask: np.ndarray  # bool[n]
-    slot_starts: list[int]  # positions in the sample
+    slot_starts: list[int]  # first position of each image, in the sample
     images: list[Any]  # encoded, one a slot
 
     def cut(self, begin: int, end: int, head: int) -> Sample:
-        """Text-only: tokens [begin, end) of the body (what follows the `head` of BOS), BOS in
-        front; the last position has no target, because the next token is not there."""
+        """Text-only: BOS (`head` tokens), then tokens [begin, end) of what follows it."""
         mask = self.target_mask.copy()
-        mask[head + end - 1 :] = False
+        mask[head + end - 1 :] = False  # the last position's next token is not there
         keep = np.r_[0:head, head + begin : head + end]
         return dataclasses.replace(
             self,
@@ -65,73 +68,7 @@ class Sample:
         )
 
 
-def captions_of(record: dict[str, Any]) -> list[str]:
-    """The captions that say something, stripped.
-
-    Raises:
-      DataError: there is none.
-    """
-    found = [c.strip() for c in record.get("captions", []) if c.strip()]
-    if not found:
-        raise DataError(
-            f"expected at least one caption with text; got {record.get('captions', [])!r}"
-        )
-    return found
-
-
-def texts_of(record: dict[str, Any]) -> list[str]:
-    """What a text-only source reads: the text, or the captions where a record has no text.
-
-    Raises:
-      DataError: there is neither.
-    """
-    text = record.get("text", "").strip()
-    if not text and not record.get("captions"):
-        raise DataError("expected text or captions; got none")
-    return [text] if text else captions_of(record)
-
-
-def images_of(record: dict[str, Any]) -> list[Any]:
-    """The record's pictures, encoded: `images`, or the one `image`."""
-    found = record.get("images")
-    return list(found) if found is not None else [record["image"]] if "image" in record else []
-
-
-def turns_of(record: dict[str, Any]) -> tuple[str, Turns]:
-    """(system prompt, turns) of a conversation.
-
-    tfds gives a sequence of turns as {'role': [...], 'content': [...]}; a list of turns does too.
-
-    Raises:
-      DataError: a turn without role and content.
-    """
-    given = record["conversation"]
-    if isinstance(given, dict):
-        given = [
-            {"role": r, "content": c} for r, c in zip(given["role"], given["content"], strict=True)
-        ]
-    if not all({"role", "content"} <= set(turn) for turn in given):
-        raise DataError("conversation: expected turns with role and content")
-    turns = [{"role": t["role"].lower(), "content": t["content"].strip()} for t in given]
-    if turns and turns[0]["role"] == "system":
-        return turns[0]["content"], turns[1:]
-    return chat_format.SYSTEM_PROMPT, turns
-
-
-def exchanges(turns: Turns) -> list[Turns]:
-    """Turns in groups that end with an answer; a last question without one teaches nothing.
-
-    Raises:
-      DataError: no answer at all.
-    """
-    out: list[Turns] = [[]]
-    for turn in turns:
-        out[-1].append(turn)
-        if turn["role"] == "assistant" and turn["content"]:
-            out.append([])
-    if len(out) == 1:
-        raise DataError("conversation: expected an answer of the assistant; got none")
-    return out[:-1]
+# --- fields of a record
 
 
 def kind(record: dict[str, Any], task: str) -> str:
@@ -147,16 +84,85 @@ def kind(record: dict[str, Any], task: str) -> str:
 
 def _has(record: dict[str, Any], name: str) -> bool:
     value = record.get(name)
-    if isinstance(value, dict):  # a sequence of turns as tfds gives it
+    if isinstance(value, dict):  # tfds gives a sequence of turns as a dict of lists
         value = value.get("role")
     return value is not None and len(value) > 0
 
 
-def units(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFormat) -> list[Unit]:
-    """The record measured.
+def captions_of(record: dict[str, Any]) -> list[str]:
+    """The captions that are not empty, stripped.
 
     Raises:
-      DataError: it makes no sample.
+      DataError: there is none.
+    """
+    captions = [c.strip() for c in record.get("captions", []) if c.strip()]
+    if not captions:
+        raise DataError(f"expected a caption with text; got {record.get('captions', [])!r}")
+    return captions
+
+
+def texts_of(record: dict[str, Any]) -> list[str]:
+    """What a text-only source reads: the text, or the captions where a record has no text.
+
+    Raises:
+      DataError: there is neither.
+    """
+    text = record.get("text", "").strip()
+    if not text and not record.get("captions"):
+        raise DataError("expected text or captions; got none")
+    return [text] if text else captions_of(record)
+
+
+def images_of(record: dict[str, Any]) -> list[Any]:
+    """The record's images, encoded: `images`, or the one `image`."""
+    images = record.get("images")
+    return list(images) if images is not None else [record["image"]] if "image" in record else []
+
+
+def turns_of(record: dict[str, Any]) -> tuple[str, Turns]:
+    """(system prompt, turns) of a conversation.
+
+    Args: record: its turns are a list of {role, content}, or tfds's {'role': [], 'content': []}.
+    Raises:
+      DataError: a turn without role and content.
+    """
+    turns = record["conversation"]
+    if isinstance(turns, dict):
+        turns = [
+            {"role": r, "content": c} for r, c in zip(turns["role"], turns["content"], strict=True)
+        ]
+    if not all({"role", "content"} <= set(turn) for turn in turns):
+        raise DataError("conversation: expected turns with role and content")
+    turns = [{"role": t["role"].lower(), "content": t["content"].strip()} for t in turns]
+    if turns and turns[0]["role"] == "system":
+        return turns[0]["content"], turns[1:]
+    return chat_format.SYSTEM_PROMPT, turns
+
+
+def exchanges(turns: Turns) -> list[Turns]:
+    """Turns in groups that end with an answer; a last question without one is left out.
+
+    Raises:
+      DataError: no answer at all.
+    """
+    out: list[Turns] = [[]]
+    for turn in turns:
+        out[-1].append(turn)
+        if turn["role"] == "assistant" and turn["content"]:
+            out.append([])
+    if len(out) == 1:
+        raise DataError("conversation: expected an answer of the assistant; got none")
+    return out[:-1]
+
+
+# --- measured and encoded
+
+
+def units(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFormat) -> list[Unit]:
+    """The lengths of a record's units; of a text-only record, one unit.
+
+    Raises:
+      DataError: the record makes no sample.
     """
     slot = 1 + chat.num_image_tokens
     head = int(chat.add_bos)
@@ -165,21 +171,18 @@ def units(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFo
         longest = max(len(chat.plain_text(t).ids) for t in texts_of(record))
         return [Unit(longest, longest - head, 0)]
     if what == "caption":
-        lengths = [len(_captioned(c, task, form, chat)[0].ids) - slot for c in captions_of(record)]
+        lengths = [len(_caption(c, task, form, chat)[0].ids) - slot for c in captions_of(record)]
         return [Unit(max(lengths), max(lengths) - head, 1)]
+    whole = _Units.of(record, what, task, chat)
     out = []
-    images = images_of(record)
-    pieces = _pieces(record, what, chat)
-    _check_images(sum(p.images for p in pieces), len(images), task)
-    for i, piece in enumerate(pieces):
-        last = i == len(pieces) - 1
-        first = len(piece.encode(True, last).ids) - slot * piece.images
-        more = len(piece.encode(False, last).ids) - slot * piece.images - head
-        out.append(Unit(first, more, piece.images))
+    for i, images in enumerate(whole.images):
+        first = len(whole.encode(i, i + 1, chat).ids) - slot * images
+        more = len(whole.encode(i, i + 1, chat, first=False).ids) - slot * images - head
+        out.append(Unit(first, more, images))
     return out
 
 
-def make(
+def encode(
     record: dict[str, Any],
     task: str,
     form: str,
@@ -194,14 +197,14 @@ def make(
       task: generate | understand | text.
       form: chat | plain; for captions.
       choose: n -> which of n captions.
-      end: -1: all of it.
+      end: -1 for all of it.
     Raises:
-      DataError: it makes no sample.
+      DataError: the record makes no sample, or has fewer units than were measured.
     """
     what = kind(record, task)
     if what == "text":
-        found = texts_of(record)
-        sample = _sample(chat.plain_text(found[choose(len(found))]))
+        texts = texts_of(record)
+        sample = _sample(chat.plain_text(texts[choose(len(texts))]), [])
         head = int(chat.add_bos)
         size = len(sample.tokens) - head
         end = size if end < 0 else min(end, size)
@@ -209,97 +212,29 @@ def make(
             raise DataError(f"expected more than {begin} tokens, as measured; got {size}")
         return sample.cut(begin, end, head) if (begin, end) != (0, size) else sample
     if what == "caption":
-        found = captions_of(record)
-        encoded, prompt = _captioned(found[choose(len(found))], task, form, chat)
+        captions = captions_of(record)
+        encoded, prompt = _caption(captions[choose(len(captions))], task, form, chat)
         sample = _sample(encoded, images_of(record)[:1])
         sample.prompt_mask[int(chat.add_bos) : prompt] = True
         return sample
-    pieces = _pieces(record, what, chat)
-    images = images_of(record)
-    _check_images(sum(p.images for p in pieces), len(images), task)
-    end = len(pieces) if end < 0 else end
-    first_image = sum(p.images for p in pieces[:begin])
-    chosen = pieces[begin:end]
-    if not chosen:
-        raise DataError(f"expected more than {begin} exchanges, as measured; got {len(pieces)}")
-    whole = chosen[0].join(chosen)
-    encoded = whole.encode(True, end == len(pieces))
-    return _sample(encoded, images[first_image : first_image + whole.images])
+    whole = _Units.of(record, what, task, chat)
+    count = len(whole.images)
+    end = count if end < 0 else min(end, count)
+    if begin >= end:
+        raise DataError(f"expected more than {begin} exchanges, as measured; got {count}")
+    first_image = sum(whole.images[:begin])
+    last_image = first_image + sum(whole.images[begin:end])
+    return _sample(whole.encode(begin, end, chat), images_of(record)[first_image:last_image])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Exchange:
-    """Turns up to an answer."""
-
-    chat: chat_format.ChatFormat
-    system: str
-    turns: Turns
-    images: int
-
-    def encode(self, first: bool, last: bool) -> chat_format.Encoded:
-        del last  # every answer is closed
-        system = self.system if first else ""
-        return self.chat.conversation(self.turns, self.images, system=system)
-
-    def join(self, many: Sequence[_Exchange]) -> _Exchange:
-        turns = [turn for one in many for turn in one.turns]
-        return dataclasses.replace(self, turns=turns, images=sum(one.images for one in many))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Passage:
-    """A passage of a document: an image and the text behind it, or the text in front of all."""
-
-    chat: chat_format.ChatFormat
-    text: str
-    images: int
-
-    def encode(self, first: bool, last: bool) -> chat_format.Encoded:
-        del first
-        return self.chat.interleaved(self.text, self.images, closed=last)
-
-    def join(self, many: Sequence[_Passage]) -> _Passage:
-        text, images = "".join(one.text for one in many), sum(one.images for one in many)
-        return dataclasses.replace(self, text=text, images=images)
-
-
-def _pieces(record: dict[str, Any], what: str, chat: chat_format.ChatFormat) -> Sequence[Any]:
-    """All of one kind: exchanges or passages."""
-    tag = chat.image_tag
-    if what == "interleaved":
-        front, *behind = record["text"].strip().split(tag)
-        passages = [_Passage(chat, tag + text, 1) for text in behind]
-        return ([_Passage(chat, front, 0)] if front else []) + passages
-    system, turns = turns_of(record)
-    if wrong := sorted({t["role"] for t in turns} - {"user", "assistant"}):
-        raise DataError(f"conversation: expected roles user and assistant; got {wrong}")
-    return [
-        _Exchange(
-            chat,
-            system,
-            group,
-            sum(t["content"].count(tag) for t in group if t["role"] == "user"),
-        )
-        for group in exchanges(turns)
-    ]
-
-
-def _check_images(marked: int, given: int, task: str) -> None:
-    if task == "text" and (marked or given):
-        raise DataError(f"expected no images in a text-only source; got {max(marked, given)}")
-    if marked != given:
-        raise DataError(f"expected an image tag for each of the {given} images; got {marked}")
-
-
-def _captioned(
+def _caption(
     text: str, task: str, form: str, chat: chat_format.ChatFormat
 ) -> tuple[chat_format.Encoded, int]:
-    """A picture with one caption, and where its prompt ends (0: nothing may be dropped)."""
+    """An image with one caption, and where its prompt ends (0: nothing may be dropped)."""
     if task == "generate":
         prompt = chat.generation_ids(text, form)
         ids = np.array(prompt + [chat.gen_id] * (1 + chat.num_image_tokens), np.int32)
-        encoded = chat_format.Encoded(ids, [len(prompt)], np.zeros(len(ids), bool))
-        return encoded, len(prompt)
+        return chat_format.Encoded(ids, [len(prompt)], np.zeros(len(ids), bool)), len(prompt)
     if form == "plain":
         return chat.plain_caption(text), 0
     turns = [
@@ -309,7 +244,58 @@ def _captioned(
     return chat.conversation(turns, 1), 0
 
 
-def _sample(encoded: chat_format.Encoded, images: Sequence[Any] = ()) -> Sample:
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """A conversation or a document in its units."""
+
+    exchanges: list[Turns]  # of a conversation
+    passages: list[str]  # of a document: the text in front of all images, then one an image
+    images: list[int]  # of each unit
+    system: str = ""
+
+    @classmethod
+    def of(
+        cls, record: dict[str, Any], what: str, task: str, chat: chat_format.ChatFormat
+    ) -> _Units:
+        """Raises DataError: another number of image tags than images, or an unknown role."""
+        tag = chat.image_tag
+        if what == "interleaved":
+            front, *behind = record["text"].strip().split(tag)
+            passages = ([front] if front else []) + [tag + text for text in behind]
+            out = cls([], passages, [text.count(tag) for text in passages])
+        else:
+            system, turns = turns_of(record)
+            if wrong := sorted({t["role"] for t in turns} - {"user", "assistant"}):
+                raise DataError(f"conversation: expected roles user and assistant; got {wrong}")
+            groups = exchanges(turns)
+            images = [
+                sum(t["content"].count(tag) for t in group if t["role"] == "user")
+                for group in groups
+            ]
+            out = cls(groups, [], images, system)
+        tags, count = sum(out.images), len(images_of(record))
+        if task == "text" and (tags or count):
+            raise DataError(f"expected no images in a text-only source; got {max(tags, count)}")
+        if tags != count:
+            raise DataError(f"expected an image tag for each of the {count} images; got {tags}")
+        return out
+
+    def encode(
+        self, begin: int, end: int, chat: chat_format.ChatFormat, first: bool = True
+    ) -> chat_format.Encoded:
+        """Units [begin, end) as one sequence.
+
+        Args: first: whether a sample begins with them; a conversation then has its system prompt.
+        """
+        images = sum(self.images[begin:end])
+        if self.passages:
+            closed = end == len(self.passages)
+            return chat.interleaved("".join(self.passages[begin:end]), images, closed)
+        turns = [turn for group in self.exchanges[begin:end] for turn in group]
+        return chat.conversation(turns, images, system=self.system if first else "")
+
+
+def _sample(encoded: chat_format.Encoded, images: Sequence[Any]) -> Sample:
     if len(encoded.slot_starts) != len(images):
         raise DataError(f"expected {len(encoded.slot_starts)} image(s); got {len(images)}")
     empty = np.zeros(len(encoded.ids), bool)

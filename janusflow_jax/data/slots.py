@@ -1,12 +1,13 @@
-"""What stands in a row's image slots: pictures, or what a cache holds in their place.
+"""The image slots of a row: bytes of images, or what a cache holds for them, to arrays.
 
     images         uint8[N, H, W, 3]   N slots: those of the tasks whose encoders run
     latent_mean    [Kg, h, w, C]       where generation is cached: the VAE does not run
     latent_logvar  [Kg, h, w, C]
-    repa_target    [Kg, S, E]          where its features are, too: nor does SigLIP for REPA
-    und_features   [Ku, S, E]          where understanding is cached: nor does SigLIP for reading
+    repa_target    [Kg, S, E]          where its features are cached too: no SigLIP for REPA
+    und_features   [Ku, S, E]          where understanding is cached: no SigLIP for it
 
-Which arrays there are is a matter of the config and its caches, the same for every row.
+A row has K slots; generation uses the first Kg, understanding the last Ku. Which arrays there are
+depends on the config and its caches only, so it is the same for every row.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from janusflow_jax.config import UNDERSTAND, DataConfig, ModelConfig
-from janusflow_jax.data import cache as latent_cache, images
+from janusflow_jax.data import cache as latent_cache, images, packing
 
-CROP = 2  # purpose of a random number; `rows` has the others
 Values = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Makes and fills the slots of rows. A task is cached by all of its sources or by none."""
+    """Loads and fills the slots of rows. A task is cached by all of its sources or by none."""
 
     cfg: DataConfig
     model: ModelConfig
@@ -37,8 +38,9 @@ class Slots:
 
     @functools.cached_property
     def repa_cached(self) -> bool:
-        found = self.gen is not None and bool(self.gen.siglip) and self.cfg.cached_features
-        return self.repa and found
+        """Whether REPA's targets come from a cache."""
+        has_features = self.gen is not None and bool(self.gen.siglip) and self.cfg.cached_features
+        return self.repa and has_features
 
     @functools.cached_property
     def cached(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -56,18 +58,22 @@ class Slots:
         return out
 
     @functools.cached_property
-    def pictures(self) -> tuple[int, int]:
+    def image_slots(self) -> tuple[int, int]:
         """(slots of `images`, number of understanding's first slot among them)."""
         needs_gen = self.gen is None or (self.repa and not self.repa_cached)
         gen = self.cfg.gen_slots if needs_gen else 0
         und = self.cfg.und_slots if self.und is None else 0
         return max(gen, und), max(gen, und) - und
 
+    def first(self, task: int) -> int:
+        """Number of a task's first slot in the row."""
+        return self.cfg.num_slots - self.cfg.und_slots if task == UNDERSTAND else 0
+
     def empty(self) -> Values:
-        """The arrays of a row without pictures."""
+        """The arrays of a row without images."""
         count, side = self.cfg.num_slots, self.model.image_size
         out = {
-            "images": np.zeros((self.pictures[0], side, side, 3), np.uint8),
+            "images": np.zeros((self.image_slots[0], side, side, 3), np.uint8),
             "slot_start": np.zeros(count, np.int32),
             "slot_task": np.zeros(count, np.int32),
         }
@@ -78,66 +84,75 @@ class Slots:
         task: int,
         cache: latent_cache.Cache | None,
         record: int,
-        encoded: Sequence[Any],
+        encoded: Sequence[bytes],
         key: tuple[int, int, int],
     ) -> list[Values]:
-        """What one slot each of a sample's pictures holds.
+        """What the slots of a sample's images hold, one dict a slot.
 
         Args:
-          task: GENERATE or UNDERSTAND.
+          task: of the sample.
           cache: of the sample's source.
           record: its number in the data set.
-          encoded: the sample's pictures, as the record has them.
-          key: (seed, row, slot of the first picture).
+          encoded: the sample's images, as the record has them.
+          key: (seed, row, slot of the first image).
         Raises:
-          DataError, DataError: a picture, or what is cached of it, is bad.
+          DataError: an image, or what is cached of it, is bad.
         """
-        if task == UNDERSTAND:
-            if cache is not None:
-                return [{"und_features": x} for x in cache.features(record, 0, encoded)]
-            return [{"images": whole(x, self.model.image_size)} for x in encoded]
-        keys = [(*key[:2], key[2] + i, CROP) for i in range(len(encoded))]
-        return [self._generate(cache, record, x, k) for x, k in zip(encoded, keys, strict=True)]
+        if task != UNDERSTAND:
+            seed, row, slot = key
+            return [
+                self._load_generate(cache, record, x, (seed, row, slot + i))
+                for i, x in enumerate(encoded)
+            ]
+        if cache is not None:
+            return [{"und_features": x} for x in cache.features(record, 0, encoded)]
+        return [{"images": whole(x, self.model.image_size)} for x in encoded]
 
-    def put(self, out: Values, task: int, slot: int, start: int, values: Values) -> None:
-        """Fills a slot.
-
-        Args: slot: its number among its task's; start: the position where it begins.
-        """
-        first = self.cfg.num_slots - self.cfg.und_slots if task == UNDERSTAND else 0
-        out["slot_start"][first + slot] = start
-        out["slot_task"][first + slot] = task
-        for name, value in values.items():
-            of_images = name == "images" and task == UNDERSTAND
-            out[name][slot + (self.pictures[1] if of_images else 0)] = value
-
-    def _generate(
-        self, cache: latent_cache.Cache | None, record: int, encoded: Any, key: tuple[int, ...]
+    def _load_generate(
+        self, cache: latent_cache.Cache | None, record: int, encoded: bytes, key: tuple[int, ...]
     ) -> Values:
         size = self.model.image_size
         if cache is None:
-            return {"images": images.for_generation(to_crop(encoded, size), size, key)}
-        crop = int(np.random.default_rng(key).integers(cache.manifest.crops))
-        mean, logvar = cache.latents(record, crop, encoded)
+            crop = images.for_generation(to_crop(encoded, size), size, (*key, packing.CROP))
+            return {"images": crop}
+        number = int(packing.generator(key, packing.CROP).integers(cache.manifest.crops))
+        mean, logvar = cache.latents(record, number, encoded)
         out = {"latent_mean": mean, "latent_logvar": logvar}
         if self.repa_cached:
-            (out["repa_target"],) = cache.features(record, crop, [encoded])
+            (out["repa_target"],) = cache.features(record, number, [encoded])
         elif self.repa:
-            out["images"] = cache.pixels(record, crop, to_crop(encoded, size))
+            out["images"] = cache.pixels(record, number, to_crop(encoded, size))
         return out
+
+    def fill(
+        self, row: Values, task: int, slot: int, starts: Sequence[int], loaded: Sequence[Values]
+    ) -> None:
+        """Writes what the slots of a sample hold into a row.
+
+        Args:
+          slot: number of the first one in the row.
+          starts: the position where each begins.
+          loaded: of `load`.
+        """
+        for n, (start, values) in enumerate(zip(starts, loaded, strict=True), start=slot):
+            row["slot_start"][n] = start
+            row["slot_task"][n] = task
+            for name, value in values.items():
+                und_image = name == "images" and task == UNDERSTAND
+                row[name][n - self.first(task) + (self.image_slots[1] if und_image else 0)] = value
 
 
 def whole(encoded: bytes, size: int) -> np.ndarray:
-    """A picture to read, uint8[size, size, 3]."""
+    """An image for understanding, uint8[size, size, 3]."""
     return images.for_understanding(images.open_image(encoded, long=images.GAP * size), size)
 
 
-def to_crop(encoded: bytes, size: int) -> Any:
-    """A picture to cut a square of `size` from."""
+def to_crop(encoded: bytes, size: int) -> Image.Image:
+    """An image to crop a square of `size` from."""
     return images.open_image(encoded, short=images.GAP * size)
 
 
-def problems(
+def cache_problems(
     name: str, cache: latent_cache.Cache, records: Any, split: str, task: str, model: ModelConfig
 ) -> list[str]:
     """Every reason why a source cannot use a cache."""
@@ -155,16 +170,16 @@ def problems(
         pairs.append(("features of shape", shape, m.feature_shape))
     bad = [f"{what} {want!r}; got {got!r}" for what, want, got in pairs if want != got]
     if not bad and latent_cache.fingerprint(records) != m.pictures:
-        bad = ["the pictures of this data set; got those of another"]
+        bad = ["the images of this data set; got those of another"]
     return [f"{name}: cache {cache.folder}: expected {x}: make the cache again" for x in bad]
 
 
-def agree(caches: Sequence[latent_cache.Cache], features: bool) -> list[str]:
-    """Every reason why caches of one task's sources cannot stand in one batch."""
+def batch_problems(caches: Sequence[latent_cache.Cache], features: bool) -> list[str]:
+    """Every reason why the caches of one task's sources cannot share a batch."""
     bad = []
     names = ("dtype", "vae", "siglip") if features else ("dtype", "vae")
     for name in names:
         if len({getattr(c.manifest, name) for c in caches}) > 1:
             listed = ", ".join(f"{c.folder}: {getattr(c.manifest, name) or 'none'}" for c in caches)
-            bad.append(f"caches: expected one {name}; got {listed}: make them alike")
+            bad.append(f"caches: expected one {name}; got {listed}: make the caches alike")
     return bad

@@ -1,7 +1,8 @@
 """Prepared data sets with random access: `open_source(path, split)[i] -> record`.
 
-Any data set that tfds prepared as array_record with the features of `samples.py` will do: image or
-images (kept encoded), captions, conversation, text; with other names by `mapped`. No TensorFlow.
+A data set is a folder that tfds prepared as array_record, with some of the fields that `samples`
+reads: image or images (kept encoded), captions, conversation, text. `mapped` renames other fields.
+TensorFlow is not needed.
 """
 
 from __future__ import annotations
@@ -22,43 +23,46 @@ NEEDED = {
     "understand": (("image", "images", "conversation"), ("captions", "conversation", "text")),
     "text": (("text", "captions", "conversation"),),
 }
-"""Task -> groups of fields; of each group a record needs one."""
+"""Task -> groups of fields; a record needs one field of each group."""
 FIELDS = ("id", "image", "images", "captions", "conversation", "text")
-"""Names that `samples.py` reads: what other names can be mapped to."""
+"""The fields that `samples` reads."""
 Fields = tuple[tuple[str, str], ...]
-"""(our name, the data set's name) each; `captions/text` means `text` inside `captions`."""
+"""Pairs (our name, the data set's name); `captions/text` means `text` inside `captions`."""
 
 RETRY_SECONDS = (0.1, 1.0, 5.0)
 """Waits between attempts at a read that fails; after the last the run stops."""
+UNREADABLE = "store unreadable"
+"""`reason` of the DataError that `retry` raises: the store fails, the record may be good."""
 
 
 class TfdsSource:
     """A split of a prepared tfds data set. Records are dicts of str, bytes and list[str]."""
 
     def __init__(self, path: epath.PathLike, split: str):
+        """Raises DataError: no data set there, or no such split."""
         import tensorflow_datasets as tfds
 
         self.path, self.split = str(path), split
         folder = epath.Path(path)
         scheme = str(folder).partition("://")[0]
-        if scheme != str(folder) and scheme != "gs":  # of others array_record reads nothing
+        if scheme not in (str(folder), "gs"):  # array_record reads no other store
             raise DataError(
-                f"{folder}: expected a local path or gs:// (all that array_record reads); got "
-                f"{scheme}://: mount the store as a folder, or copy the data set"
+                f"{folder}: expected a local path or gs://; got {scheme}://: mount the store as a "
+                "folder, or copy the data set"
             )
         if not (folder / "dataset_info.json").exists():
             raise DataError(
                 f"{folder}: expected a prepared data set (a folder with dataset_info.json); "
                 + ("it has none" if folder.exists() else "the folder does not exist")
-                + ": for OpenMoji run `python tools/prepare_openmoji.py --out data/openmoji`, for "
-                "your own data tools/prepare_data.py"
+                + ": run `python tools/prepare_openmoji.py --out data/openmoji` for OpenMoji, "
+                "tools/prepare_data.py for your own data"
             )
         builder: Any = tfds.builder_from_directory(str(folder))
         form = str(getattr(builder.info.file_format, "value", builder.info.file_format))
         if form != "array_record":
             raise DataError(
-                f"{folder}: expected files in the format array_record; got {form}: prepare it "
-                "again with file_format='array_record'"
+                f"{folder}: expected the file format array_record; got {form}: prepare it again "
+                "with file_format='array_record'"
             )
         if split not in builder.info.splits:
             raise DataError(
@@ -66,7 +70,7 @@ class TfdsSource:
             )
 
         class KeepEncoded(tfds.decode.SkipDecoding):
-            """Also for sequences of images, which tfds can skip in TensorFlow only."""
+            """Also keeps sequences of images encoded, which tfds can do in TensorFlow only."""
 
             def decode_batch_example_np(self, example: Any) -> Any:
                 return example
@@ -88,23 +92,17 @@ class TfdsSource:
         """Record `index` (0 <= index < len), image still encoded.
 
         Raises:
-          DataError: the store fails again and again (a read is tried four times).
+          DataError: the store fails after every retry.
         """
         record = retry(lambda: self._records[index], f"{self.path} {self.split} record {index}")
         return {name: _plain(value, name in self._encoded) for name, value in record.items()}
 
 
-def open_source(path: epath.PathLike, split: str) -> TfdsSource:
-    """Opens a split of a prepared data set.
-
-    Raises:
-      DataError: no data set there, or no such split (names the known).
-    """
-    return TfdsSource(path, split)
+open_source = TfdsSource
 
 
 class Mapped:
-    """A data set under other field names. Fields that are not named stay as they are."""
+    """A data set under other field names. Fields that are not mapped keep their names."""
 
     def __init__(self, source: TfdsSource, fields: Fields):
         self.path, self.split, self.fields = source.path, source.split, fields
@@ -119,7 +117,7 @@ class Mapped:
         taken = {theirs.split("/")[0] for _, theirs in self.fields}
         out = {name: value for name, value in record.items() if name not in taken}
         for ours, theirs in self.fields:
-            value = _inside(record, theirs.split("/"))
+            value = _value_at(record, theirs.split("/"))
             names = self._names[theirs]
             if names is not None:
                 value = [names[v] for v in value] if isinstance(value, list) else names[value]
@@ -129,14 +127,14 @@ class Mapped:
 
 
 def mapped(source: Any, fields: Fields, task: str) -> Any:
-    """The source under our field names, checked to have what the task reads.
+    """The source under our field names; checks that it has what the task reads.
 
     Args:
       source: of `open_source`.
-      fields: (ours, theirs) of every field that is called otherwise; () for none.
+      fields: (ours, theirs) of every field with another name; () for none.
       task: generate | understand | text.
     Raises:
-      DataError: a field that is not there, or one that the task needs (lists all).
+      DataError: fields that do not exist, or that the task needs (lists all).
     """
     if not isinstance(source, TfdsSource):
         return source
@@ -147,8 +145,8 @@ def mapped(source: Any, fields: Fields, task: str) -> Any:
             problems.append(f"{ours}: expected one of {list(FIELDS)} in front; got {ours!r}")
         elif feature is None:
             problems.append(f"{ours}: expected a field {theirs!r}; the data set has none")
-        elif ours != "conversation" and (wanted := _not_of_kind(feature, ours)):
-            problems.append(f"{ours}: expected {theirs!r} to hold {wanted}; it holds {feature}")
+        elif ours != "conversation" and (expected := _wrong_kind(feature, ours)):
+            problems.append(f"{ours}: expected {theirs!r} to hold {expected}; it holds {feature}")
     taken = {theirs.split("/")[0] for _, theirs in fields}
     names = {n for n in source.features if n not in taken} | {ours for ours, _ in fields}
     for group in NEEDED.get(task, ()):
@@ -164,8 +162,8 @@ def mapped(source: Any, fields: Fields, task: str) -> Any:
     return Mapped(source, fields) if fields else source
 
 
-def _inside(value: Any, path: list[str]) -> Any:
-    """What stands at a path; through lists, of each element."""
+def _value_at(value: Any, path: list[str]) -> Any:
+    """The value at a path; inside a list, that of each element."""
     for name in path:
         value = [v[name] for v in value] if isinstance(value, list) else value[name]
     return value
@@ -190,47 +188,48 @@ def _paths(features: Any, prefix: str = "") -> list[str]:
     return out
 
 
-def _not_of_kind(feature: Any, ours: str) -> str:
-    """What the field should hold and does not; '' where it does."""
+def _wrong_kind(feature: Any, ours: str) -> str:
+    """What the field should hold; '' where it does."""
     import tensorflow_datasets as tfds
 
     if ours in ("image", "images"):
-        return "" if isinstance(feature, tfds.features.Image) else "pictures"
+        return "" if isinstance(feature, tfds.features.Image) else "images"
     text = isinstance(feature, (tfds.features.Text, tfds.features.ClassLabel))
     number = ours == "id" and getattr(feature, "np_dtype", None) is not None
     return "" if text or number else "text or class names"
 
 
 def _class_names(features: Any, path: str) -> list[str] | None:
-    """Names by number of a field of classes; None of another field."""
+    """The class names of a field of class numbers; None for another field."""
     return getattr(_feature(features, path), "names", None)
 
 
 def retry(read: Callable[[], T], what: str) -> T:
-    """Runs `read`; an error of the store is tried again after RETRY_SECONDS, then is a DataError.
+    """Runs `read`; retries after RETRY_SECONDS where the store fails.
 
-    array_record raises RuntimeError for what it cannot open, and for what does not have its hash.
+    Raises:
+      DataError: every attempt failed; its `reason` is UNREADABLE.
     """
     for wait in (*RETRY_SECONDS, None):
         try:
             return read()
-        except (OSError, RuntimeError) as e:
+        except (OSError, RuntimeError) as e:  # array_record raises RuntimeError for a missing file
             if wait is None:
                 raise DataError(
                     f"{what}: cannot be read after {len(RETRY_SECONDS) + 1} attempts ({e}): check "
-                    "the disk or the network, or prepare the data set again where a file is "
-                    "missing or corrupted; then run the same command again to resume"
+                    "the disk or the network, or prepare the data set again if a file is missing "
+                    "or corrupted; then run the same command again to resume",
+                    UNREADABLE,
                 ) from e
-            logging.warning("%s: %s; trying again in %s s", what, e, wait)
+            logging.warning("%s: %s; retrying in %s s", what, e, wait)
             time.sleep(wait)
     raise AssertionError("unreachable")
 
 
 def _plain(value: Any, encoded: bool) -> Any:
-    """tfds gives text as bytes and sequences as arrays; we want str and lists.
+    """tfds's bytes of text as str, its arrays as lists.
 
-    Args:
-      encoded: bytes are a picture, and stay.
+    Args: encoded: whether bytes are an image and stay bytes.
     """
     if isinstance(value, bytes):
         return value if encoded else value.decode("utf-8", errors="replace")

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from janusflow_jax.config import ModelConfig, TrainConfig, parts as parts_lib
 from janusflow_jax.config.errors import DataError
-from janusflow_jax.data import cache as latent_cache, images, rows, samples, slots
+from janusflow_jax.data import cache as latent_cache, images, rows, samples, slots, sources
 from janusflow_jax.data.cache import Manifest
 from janusflow_jax.models import encode, siglip, vae
 from janusflow_jax.parallel import processes, trees
@@ -148,7 +148,7 @@ def build(
       DataError: the folder holds another cache.
       DataError: the store cannot be read.
     """
-    latent_cache.start(folder, manifest)
+    latent_cache.create(folder, manifest)
     mine = range(process, manifest.num_shards, num_processes)
     todo = [k for k in mine if not latent_cache.is_done(folder, manifest, k)]
     report = Report(skipped_shards=len(mine) - len(todo))
@@ -205,6 +205,8 @@ def _entries(records: Any, manifest: Manifest, i: int) -> list[_Entry]:
             return [_Entry([zlib.crc32(x) for x in encoded], seen)]
         crc, picture = zlib.crc32(encoded[0]), slots.to_crop(encoded[0], manifest.image_size)
     except DataError as e:
+        if e.reason == sources.UNREADABLE:
+            raise
         return [_Entry([], [], latent_cache.bad_entry(str(e)))] * manifest.crops
     out = []
     for crop in range(manifest.crops):

@@ -155,12 +155,10 @@ class _Fixed:
         self._rows = rows_lib.Rows(data, cfg.model, chat, repa=False)
         self._packed = self._rows.sources[0]
         self.count = min(cfg.evaluate.rows, len(self._packed.bins))  # with fewer bins: all, once
-        pieces = [
-            self._packed.bins.samples[i]
-            for row in range(self.count)
-            for i in self._packed.sample_range(self._rows.locate(row)[2])
+        chosen = [
+            i for row in range(self.count) for i, _ in self._packed.bins[self._rows.locate(row)[2]]
         ]
-        self.samples, self.pictures = len(pieces), int(self._packed.pieces.images[pieces].sum())
+        self.samples, self.pictures = len(chosen), int(self._packed.samples.images[chosen].sum())
 
     def follows_from(self) -> dict[str, Any]:
         """What the rows follow from: where it is equal, values can be compared."""

@@ -50,7 +50,7 @@ def show(
                 continue
             where, record, _ = found
             try:
-                sample = samples.make(record, task, form, chat, choose=lambda _: 0)
+                sample = samples.encode(record, task, form, chat, choose=lambda _: 0)
             except DataError as e:
                 prepare_report.add(report.skipped, Skip(where, "sample: none", str(e)))
                 continue
