@@ -109,17 +109,16 @@ def referee(tmp_path_factory):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """The references of `evaluate` when its sheet shows the first 24 polygons; 12 are left."""
+    """The references of the suite when its sheet shows the first 24 polygons; 12 are left."""
     from helpers import drawings
 
-    from janusflow_jax import evaluate
-    from janusflow_jax.openmoji import prompts, scores
+    from janusflow_jax.openmoji import prompts, scores, suite
 
     images, labels = drawings.draw_all()
-    sheet = tuple((x.colour, x.name, True) for x in labels[:24])
+    sheet = tuple((x.color, x.name, True) for x in labels[:24])
     monkeypatch.setattr(prompts, "SHEET", sheet)
     monkeypatch.setattr(prompts, "PROMPTS", tuple(prompts.caption(c, n) for c, n, _ in sheet))
     gallery = scores.make_gallery(images, labels)
-    out = evaluate.References(gallery, labels, drawings.real_drawings(labels))
-    monkeypatch.setattr(evaluate, "references", lambda path: out)
+    out = suite.References(gallery, labels, drawings.real_drawings(labels))
+    monkeypatch.setattr(suite, "references", lambda path: out)
     return out

@@ -1,17 +1,16 @@
-"""The scores tell right pictures and captions from wrong ones, and say so with an interval."""
+"""The scores of the quick start: right images and captions score above wrong ones."""
 
+import difflib
 import json
 
 import numpy as np
 import pytest
-from helpers.drawings import SHAPES, PerfectModel, draw, draw_all
+from helpers.drawings import SHAPES, draw, draw_all
 from PIL import Image
 
-from janusflow_jax import evaluate
 from janusflow_jax.eval import sheet
 from janusflow_jax.openmoji import (
     drawings as openmoji_drawings,
-    judged,
     prompts as openmoji_prompts,
     scores as emoji,
     stats,
@@ -96,7 +95,7 @@ def test_candidates_are_in_the_colour_that_was_asked_for():
 def test_a_colour_alone_retrieves_nothing():
     gallery = emoji.make_gallery(*draw_all())
     _, labels = draw_all()
-    flat = [draw("round shape 6", x.colour) for x in labels]  # right colour, one shape
+    flat = [draw("round shape 6", x.color) for x in labels]  # right colour, one shape
     scores = emoji.score_retrieval(flat, labels, gallery)
     assert not scores["percentile"]["beats"]
     assert emoji.score_hues(flat, labels)["right"] == len(labels)
@@ -104,7 +103,7 @@ def test_a_colour_alone_retrieves_nothing():
 
 def test_gallery_keeps_as_many_views_of_each_and_names_what_lacks():
     a, b = emoji.Label("round shape 3", "red"), emoji.Label("round shape 4", "red")
-    pictures = [draw(x.name, x.colour) for x in (a, a, b)]
+    pictures = [draw(x.name, x.color) for x in (a, a, b)]
     gallery = emoji.make_gallery(pictures, [a, a, b])
     assert gallery.labels == (a, b)
     with pytest.raises(ValueError, match="pink shape 9"):
@@ -132,7 +131,7 @@ def _truth(count=40):
     names = ("cat", "dog", "race car", "key", "fish")
     colours = tuple(openmoji_prompts.PALETTE)
     labels = [emoji.Label(names[i % 5], colours[i % 8]) for i in range(count)]
-    return labels, [openmoji_drawings.captions(x.colour, x.name) for x in labels]
+    return labels, [openmoji_drawings.captions(x.color, x.name) for x in labels]
 
 
 def test_right_captions_beat_both_baselines():
@@ -146,7 +145,7 @@ def test_right_captions_beat_both_baselines():
 
 def test_right_colour_with_wrong_class_is_only_half_right():
     labels, captions = _truth()
-    answers = [f"a {x.colour} house" for x in labels]
+    answers = [f"a {x.color} house" for x in labels]
     scores = emoji.score_captions(answers, captions, labels)
     assert (scores["exact"]["right"], scores["name"]["right"]) == (0, 0)
     assert scores["colour"]["right"] == 40 and scores["colour"]["constant"]["beats"]
@@ -164,8 +163,53 @@ def test_a_constant_answer_and_exchanged_answers_beat_nothing():
 
 
 def test_captions_of_unequal_number_are_refused():
-    with pytest.raises(ValueError, match="2 pictures, 1 answers"):
+    with pytest.raises(ValueError, match="2 images, 1 answers"):
         emoji.score_captions(["a"], [["a"], ["b"]], [emoji.Label("a", "red")] * 2)
+
+
+def by_hand(a: str, b: str) -> int:
+    if not a or not b:
+        return len(a or b)
+    change = by_hand(a[1:], b[1:]) + (a[0] != b[0])
+    return min(change, by_hand(a[1:], b) + 1, by_hand(a, b[1:]) + 1)
+
+
+def test_edits_of_every_pair_are_the_edit_distance():
+    texts = ["", "red", "ared", "bred", "reed", "der", "a drawing of a Red "]
+    got = emoji.edit_similarity(texts, texts[:6])
+    for i, a in enumerate([*texts[:6], "red"]):
+        for j, b in enumerate(texts[:6]):
+            longer = max(len(a), len(b), 1)
+            assert got[i, j] == pytest.approx(1 - by_hand(a, b) / longer), (a, b)
+
+
+def test_edits_are_near_what_difflib_calls_alike():
+    a, b = "red race car with spots", "pink race car with spots"
+    got = emoji.edit_similarity([a], [b])[0, 0]
+    assert abs(got - difflib.SequenceMatcher(None, a, b).ratio()) < 0.1 and got < 1
+
+
+def test_words_in_common():
+    got = emoji.word_overlap(["a red race car", "blue"], ["red car", "the red race car", "x"])
+    np.testing.assert_allclose(got, [[0.8, 1, 0], [0, 0, 0]])
+    assert emoji.word_overlap(["a drawing of a cat"], ["a drawing of a dog"]) == 0
+
+
+def test_no_constant_answer_is_below_exchanged_ones():
+    """In every KIND: the best constant is at least the mean of all exchanges."""
+    _, labels = draw_all()
+    captions = [openmoji_drawings.captions(x.color, x.name) for x in labels]
+    answers = [c[i % 3] for i, c in enumerate(captions)]
+    scores = emoji.score_captions(answers, captions, labels)
+    for kind in ("colour", "name", "words", "edits"):
+        constant, shuffled = (scores[kind][x]["baseline"] for x in ("constant", "shuffled"))
+        assert scores[kind]["mean"] == 1 and shuffled <= constant < 0.8, kind
+
+
+def test_the_nearest_truth_of_each_picture_counts():
+    scores = np.asarray([[0.1, 0.9, 0.3], [0.5, 0.2, 0.4]])
+    got = emoji.best_of(scores, [["a", "b"], ["c"]])
+    np.testing.assert_array_equal(got, [[0.9, 0.3], [0.5, 0.4]])
 
 
 # --- intervals
@@ -215,63 +259,3 @@ def test_sheet_shows_every_picture_as_painted_with_its_label():
 def test_sheet_wants_a_label_each(labels):
     with pytest.raises(ValueError, match="one label each"):
         sheet.make_sheet([np.zeros((8, 8, 3), np.uint8)] * (2 * bool(labels)), labels)
-
-
-# --- the entry
-
-
-def test_evaluate_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """With a model that is always right every verdict holds, and the report is plain JSON."""
-    pictures, labels = draw_all()
-    trained = sorted(labels, key=lambda x: (x.name, x.colour))
-    shown = tuple((x.colour, x.name, i % 3 < 2) for i, x in enumerate(labels[:24]))
-    prompts = tuple(openmoji_prompts.caption(c, n) for c, n, _ in shown)
-    monkeypatch.setattr(openmoji_prompts, "SHEET", shown)
-    monkeypatch.setattr(openmoji_prompts, "PROMPTS", prompts)
-    refs = evaluate.References(emoji.make_gallery(pictures, labels), trained, judged.Drawn({}, {}))
-    monkeypatch.setattr(evaluate, "references", lambda path: refs)
-    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, **_: PerfectModel())
-
-    def captions(model, source, count):
-        return [
-            {
-                "id": str(i),
-                "class": x.name,
-                "colour": x.colour,
-                "captions": openmoji_drawings.captions(x.colour, x.name),
-                "answer": openmoji_drawings.captions(x.colour, x.name)[0],
-                "image": b"",
-            }
-            for i, x in enumerate(labels[:count])
-        ]
-
-    monkeypatch.setattr(evaluate.previews, "caption_source", captions)
-    monkeypatch.setattr(evaluate.sources, "open_source", lambda path, split: labels)
-    out, data, model = (tmp_path / x for x in ("eval.json", "data", "model"))
-    for folder in (data, model):
-        folder.mkdir()
-        (folder / "model.json").write_text("{}")
-    command = f"--model {model} --data {data} --out {out} --prompts 12 --captions 30".split()
-    evaluate.main([*command, "--judge", ""])
-    report = json.loads(out.read_text())
-    assert [x["what"] for x in report["verdicts"] if not x["holds"]] == []
-    assert len(report["verdicts"]) == 1 + 2 * 3 + 3 * 10
-    assert report["sheet"]["hue"]["right"] == 24 and len(report["trained_pairs"]["pictures"]) == 12
-    assert {x["prompt"] for x in report["trained_pairs"]["pictures"]}.isdisjoint(prompts)
-    assert len(report["model"]["model.json"]) == len(report["data"]["files_sha256"]) == 64
-    assert out.with_suffix(".png").exists()
-    said = capsys.readouterr().out
-    assert (
-        "24/24 (untrained pairs 8/8)" in said
-        and "captions heldout pairs: exact, against constant" in said
-    )
-    evaluate.main([*command, "--judge", ""])
-    again = json.loads(out.read_text())
-    assert {**again, "seconds": 0} == {**report, "seconds": 0}
-    evaluate.main([*command, "--judge", "", "--prompts", "0"])
-    assert json.loads(out.read_text()).keys() == report.keys() - {"sheet", "trained_pairs"}
-    evaluate.main([*command, "--judge", "", "--captions", "0"])
-    assert json.loads(out.read_text()).keys() == report.keys() - {"captions"}
-    for wrong, expected in (("1", "2 or more"), ("0", "nothing to score")):
-        with pytest.raises(ValueError, match=expected):
-            evaluate.main([*command, "--prompts", wrong, "--captions", wrong])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import io
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,6 +17,7 @@ from janusflow_jax.openmoji import (
     classes as openmoji_classes,
     drawings as openmoji_drawings,
     prompts as openmoji_prompts,
+    scores,
     tokenizer as openmoji_tokenizer,
 )
 
@@ -46,8 +46,8 @@ def test_the_sheet_is_what_the_task_asks():
 
 
 def test_held_out_pairs_are_never_trained():
-    splits = openmoji_build.plan(NAMES, seed=0)
-    pairs = {s: {(p.name, p.colour) for p in pictures} for s, pictures in splits.items()}
+    splits = openmoji_build.split_items(NAMES, seed=0)
+    pairs = {s: {(p.name, p.color) for p in pictures} for s, pictures in splits.items()}
     assert not pairs["train"] & pairs["heldout_pairs"]
     assert pairs["heldout_views"] == pairs["train"]
     for colour, name, trained in openmoji_prompts.SHEET:
@@ -72,22 +72,13 @@ def test_drawings_take_the_colour(colour):
         drawing = openmoji_drawings.load_class(point, name)
         assert drawing is not None
         png = openmoji_drawings.render(
-            drawing.recoloured(colour), openmoji_drawings.View(5.0, 0.9, 1.0, -1.0), 64
+            drawing.recolored(colour), openmoji_drawings.View(5.0, 0.9, 1.0, -1.0), 64
         )
         image = images.decode(png)
         assert image.shape == (64, 64, 3)
-        hue = openmoji_drawings.dominant_hue(image)
-        assert openmoji_drawings.hue_distance(hue, openmoji_prompts.PALETTE[colour]) <= 20, name
+        hue = scores.dominant_hue(image)
+        assert scores.hue_distance(hue, openmoji_prompts.PALETTE[colour]) <= 20, name
         assert (image[0, 0] == 255).all()
-
-
-def test_dominant_hue():
-    image = np.full((8, 8, 3), 255, np.uint8)
-    assert openmoji_drawings.dominant_hue(image) == -1
-    image[:5] = (230, 20, 30)
-    image[6:] = (20, 200, 20)
-    assert openmoji_drawings.hue_distance(openmoji_drawings.dominant_hue(image), 357.0) < 2
-    assert openmoji_drawings.hue_distance(350.0, 10.0) == 20
 
 
 def test_a_grey_drawing_without_colour_is_refused(monkeypatch, tmp_path):
@@ -97,7 +88,7 @@ def test_a_grey_drawing_without_colour_is_refused(monkeypatch, tmp_path):
         '<path fill="#000000" d="M0 0h9v9z"/></svg>'
     )
     assert openmoji_drawings.load_class("0000", "nothing") is None
-    with pytest.raises(ValueError, match=r"0000 nothing: expected one dominant colour"):
+    with pytest.raises(ValueError, match=r"0000 nothing: expected one dominant color"):
         openmoji_build.load_drawings({"0000": "nothing"})
 
 
@@ -152,7 +143,7 @@ def test_an_interrupted_build_leaves_what_was_there(monkeypatch, tmp_path):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(openmoji_build, "picture_png", stop)
+    monkeypatch.setattr(openmoji_build, "render_item", stop)
     with pytest.raises(KeyboardInterrupt):
         openmoji_build.build(tmp_path / "a", 32, seed=0, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

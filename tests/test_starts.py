@@ -35,9 +35,9 @@ def test_the_judge_knows_drawings_and_says_how_well(drawings):
     assert "CC BY-SA 4.0" in notice and loaded.about["made_by"] in notice
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 2.5e6
     assert set(loaded.cfg.classes) == set(openmoji_classes.CLASSES.values())
-    every = judge.all_labels(loaded.cfg)
+    every = loaded.cfg.labels
     labels = [scores.Label(name, colour) for colour, name, _ in drawings]
-    likeness = loaded.pictures([x for _, _, x in drawings]) @ loaded.texts(every).T
+    likeness = loaded.embed_images([x for _, _, x in drawings]) @ loaded.embed_texts(every).T
     right = np.mean([every[i] == x for i, x in zip(likeness.argmax(1), labels, strict=True)])
     assert right > 0.8  # of 1,864, in a view that it was not trained on
     for name in ("heldout_views", "heldout_pairs, a view of its own"):
@@ -50,7 +50,7 @@ def drawings() -> list[tuple[str, str, np.ndarray]]:
     out = []
     for i, (point, name) in enumerate(list(openmoji_classes.CLASSES.items())[::16]):
         colour = list(openmoji_prompts.PALETTE)[i % 8]
-        svg = openmoji_drawings.load_class(point, name).recoloured(colour)
+        svg = openmoji_drawings.load_class(point, name).recolored(colour)
         png = openmoji_drawings.render(svg, openmoji_drawings.View(3.3, 0.93, -0.7, 0.4), 64)
         out.append((colour, name, images.decode(png)))
     return out

@@ -90,8 +90,8 @@ def blurred(x: jax.Array) -> jax.Array:
 
 def accuracy(loaded: judge.LoadedJudge, pictures: np.ndarray, labels: list[emoji.Label]) -> Any:
     """How often the nearest of all texts is the picture's; has its class; has its colour."""
-    every = judge.all_labels(loaded.cfg)
-    likeness = loaded.pictures(list(pictures)) @ loaded.texts(every).T
+    every = loaded.cfg.labels
+    likeness = loaded.embed_images(list(pictures)) @ loaded.embed_texts(every).T
     said = [every[i] for i in likeness.argmax(1)]
     pairs = list(zip(said, labels, strict=True))
     return {
@@ -99,7 +99,7 @@ def accuracy(loaded: judge.LoadedJudge, pictures: np.ndarray, labels: list[emoji
         "candidates": len(every),
         "pair": round(float(np.mean([a == b for a, b in pairs])), 4),
         "class": round(float(np.mean([a.name == b.name for a, b in pairs])), 4),
-        "colour": round(float(np.mean([a.colour == b.colour for a, b in pairs])), 4),
+        "colour": round(float(np.mean([a.color == b.color for a, b in pairs])), 4),
     }
 
 
@@ -113,9 +113,9 @@ def train(
 
     Args: views: the pictures as drawn, and as the VAE gives them back, uint8[N, H, W, 3].
     """
-    classes, colours = judge.indices(cfg, judge.all_labels(cfg))
-    own_class, own_colour = judge.indices(cfg, labels)
-    target = own_class * len(cfg.colours) + own_colour
+    classes, colours = judge.label_indices(cfg, cfg.labels)
+    own_class, own_colour = judge.label_indices(cfg, labels)
+    target = own_class * len(cfg.colors) + own_colour
     key = jax.random.key(args.seed)
     params = judge.init_params(cfg, key)
     options = c.OptimConfig(
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = judge.JudgeConfig(
         image=tower,
         classes=tuple(sorted({x.name for x in labels})),
-        colours=tuple(openmoji_prompts.PALETTE),
+        colors=tuple(openmoji_prompts.PALETTE),
     )
     print(f"{len(labels)} pictures of {len(set(labels))} pairs", flush=True)
     again = round_trip(args.vae, pictures)

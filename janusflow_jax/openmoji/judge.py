@@ -1,9 +1,9 @@
-"""A small image tower and a small text tower that were trained together on the quick start's
-drawings (`experiments/starts/train_judge.py`): how well does a picture fit its prompt, and how far
-do painted pictures lie from drawn ones?
+"""The judge: a small image tower and a small text tower that score the quick start's images.
 
-Its scores are of this project alone. They are not FID and not CLIP score, and compare models of
-the quick start with one another only.
+Both were trained together on the quick start's drawings (`experiments/starts/train_judge.py`). Two
+scores use their common feature space: the alignment of an image with its prompt, and the Frechet
+distance of images from drawings. They are specific to this project. They are not CLIP score and
+not FID, and only compare models of the quick start with each other.
 """
 
 from __future__ import annotations
@@ -24,33 +24,46 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints import checksums
+from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config import SiglipConfig
 from janusflow_jax.config.errors import CheckpointError, JanusFlowError
 from janusflow_jax.hub import safetensors as safetensors_io
 from janusflow_jax.models import encode, layers, siglip
+from janusflow_jax.openmoji import stats
 from janusflow_jax.openmoji.scores import Label
 from janusflow_jax.parallel import trees
 
 START = "starts/emoji_judge"
 FILE = "judge.json"
 WEIGHTS = "judge"
-_AT_ONCE = 32
+VIEWS = 2
+"""Drawings of each prompt in the reference of the Frechet distance."""
+MIN_IMAGES = 4
+"""Images that a Frechet distance needs: two in each half."""
+_BATCH = 32
+
+
+# --- the model
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    """Sizes of the towers, and what the text tower knows."""
+    """Sizes of the towers, and the words that the text tower knows."""
 
     image: SiglipConfig
     classes: tuple[str, ...]
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     text_width: int = 64
-    width: int = 64  # of the space that both towers share
+    width: int = 64  # of the common feature space
+
+    @property
+    def labels(self) -> list[Label]:
+        """Every (class, color) pair, colors innermost."""
+        return [Label(name, color) for name in self.classes for color in self.colors]
 
 
 class Judge(nn.Module):
-    """Two towers into one space; what comes out has length 1."""
+    """Two towers into one feature space; all features have length 1."""
 
     cfg: JudgeConfig
 
@@ -60,7 +73,8 @@ class Judge(nn.Module):
         self.siglip = siglip.Siglip(cfg.image)
         self.image_head = layers.Linear(cfg.width)
         self.classes = self.param("classes", normal, (len(cfg.classes), cfg.text_width))
-        self.colours = self.param("colours", normal, (len(cfg.colours), cfg.text_width))
+        # the stored weights spell it so
+        self.colors = self.param("colours", normal, (len(cfg.colors), cfg.text_width))
         self.text_fc1 = layers.Linear(4 * cfg.text_width)
         self.text_fc2 = layers.Linear(cfg.width)
         self.scale = self.param("scale", nn.initializers.constant(np.log(10.0)), (1,))
@@ -70,131 +84,40 @@ class Judge(nn.Module):
         return _unit(self.image_head(jnp.mean(self.siglip(images), axis=1)))
 
     def embed_text(
-        self, classes: Int[Array, " B"], colours: Int[Array, " B"]
+        self, classes: Int[Array, " B"], colors: Int[Array, " B"]
     ) -> Float[Array, "B D"]:
-        """Args: indices into the config's classes and colours."""
-        x = jnp.concatenate([self.classes[classes], self.colours[colours]], axis=-1)
+        """Args: indices into the config's classes and colors."""
+        x = jnp.concatenate([self.classes[classes], self.colors[colors]], axis=-1)
         return _unit(self.text_fc2(layers.gelu(self.text_fc1(x))))
 
     def __call__(
-        self, images: Float[Array, "B H W 3"], classes: Int[Array, " N"], colours: Int[Array, " N"]
+        self, images: Float[Array, "B H W 3"], classes: Int[Array, " N"], colors: Int[Array, " N"]
     ) -> Float[Array, "B N"]:
-        """Every picture against every text: cosines times the learned scale."""
-        likeness = self.embed_image(images) @ self.embed_text(classes, colours).T
-        return jnp.exp(self.scale) * likeness
+        """Every image against every text: cosines times the learned scale."""
+        cosines = self.embed_image(images) @ self.embed_text(classes, colors).T
+        return jnp.exp(self.scale) * cosines
 
 
 def _unit(x: Array) -> Array:
     return x / layers.safe_norm(x, -1, keepdims=True)
 
 
-def all_labels(cfg: JudgeConfig) -> list[Label]:
-    """Every (class, colour) pair that the judge knows, in its order."""
-    return [Label(name, colour) for name in cfg.classes for colour in cfg.colours]
-
-
-def indices(cfg: JudgeConfig, labels: Sequence[Label]) -> tuple[np.ndarray, np.ndarray]:
-    """The text tower's input for labels, int32[N] each.
+def label_indices(cfg: JudgeConfig, labels: Sequence[Label]) -> tuple[np.ndarray, np.ndarray]:
+    """The text tower's input for labels: classes and colors, int32[N] each.
 
     Raises:
-      JanusFlowError: labels that the judge never learned (lists all).
+      JanusFlowError: labels that the judge does not know (lists all).
     """
-    classes = {name: i for i, name in enumerate(cfg.classes)}
-    colours = {name: i for i, name in enumerate(cfg.colours)}
-    unknown = sorted(
-        {f"{x.colour} {x.name}" for x in labels if x.name not in classes or x.colour not in colours}
-    )
+    unknown = {str(x) for x in labels if x.name not in cfg.classes or x.color not in cfg.colors}
     if unknown:
         raise JanusFlowError(
-            f"judge: expected pairs of its {len(classes)} classes and {len(colours)} colours; "
-            f"got {unknown}"
+            f"judge: expected pairs of its {len(cfg.classes)} classes and {len(cfg.colors)} "
+            f"colors; got {sorted(unknown)}: pass --judge '' to score without it"
         )
     return (
-        np.asarray([classes[x.name] for x in labels], np.int32),
-        np.asarray([colours[x.colour] for x in labels], np.int32),
+        np.asarray([cfg.classes.index(x.name) for x in labels], np.int32),
+        np.asarray([cfg.colors.index(x.color) for x in labels], np.int32),
     )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed_images(cfg: JudgeConfig, params: Any, images: Array) -> Array:
-    x = encode.to_float(images, jnp.float32)
-    return Judge(cfg).apply({"params": params}, x, method="embed_image")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed_texts(cfg: JudgeConfig, params: Any, classes: Array, colours: Array) -> Array:
-    return Judge(cfg).apply({"params": params}, classes, colours, method="embed_text")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedJudge:
-    """A judge that is ready to score."""
-
-    cfg: JudgeConfig
-    params: Any  # float32
-    about: dict[str, Any]  # of `judge.json`: its own accuracy, what made it
-    sha256: str  # of its weights
-
-    def pictures(self, pictures: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[np.ndarray, "N D"]:
-        """Features of length 1, a part at a time, so that a picture's do not depend on how many
-        there are."""
-        out, side = [], self.cfg.image.image_size
-        given = np.stack(list(pictures))
-        if given.shape[1:] != (side, side, 3):
-            raise JanusFlowError(
-                f"judge: expected pictures of {side} x {side}; got {given.shape[1]} x "
-                f"{given.shape[2]}: it judges the quick start's pictures only"
-            )
-        for at in range(0, len(given), _AT_ONCE):
-            part = given[at : at + _AT_ONCE]
-            room = np.pad(part, ((0, _AT_ONCE - len(part)), (0, 0), (0, 0), (0, 0)))
-            out.append(np.asarray(_embed_images(self.cfg, self.params, room))[: len(part)])
-        return np.concatenate(out)
-
-    def texts(self, labels: Sequence[Label]) -> Float[np.ndarray, "N D"]:
-        """Features of length 1."""
-        return np.asarray(_embed_texts(self.cfg, self.params, *indices(self.cfg, labels)))
-
-    def every_text(self) -> Float[np.ndarray, "M D"]:
-        """Of all pairs that it knows (`all_labels`)."""
-        return self.texts(all_labels(self.cfg))
-
-
-def load(path: Any) -> LoadedJudge:
-    """Reads what `save` has written.
-
-    Raises:
-      CheckpointError: nothing there, or arrays that do not fit the config.
-    """
-    folder = epath.Path(path)
-    if not (folder / FILE).exists():
-        raise CheckpointError(
-            f"{folder}: expected a judge ({FILE}); found none. It ships as {START}; "
-            "experiments/starts/train_judge.py makes one"
-        )
-    about = checksums.read_json(folder / FILE)
-    given = about["config"]
-    cfg = JudgeConfig(
-        **{
-            **given,
-            "image": config_lib.from_dict(SiglipConfig, given["image"]),
-            "classes": tuple(given["classes"]),
-            "colours": tuple(given["colours"]),
-        }
-    )
-    weights = folder / f"{WEIGHTS}.safetensors"
-    found = safetensors_io.open_folder(folder, (WEIGHTS,))
-    params = trees.nested({n: np.asarray(x).astype(np.float32) for n, x in found.tensors.items()})
-    want, have = trees.flat(param_shapes(cfg)), trees.flat(params)
-    wrong = sorted(n for n in want.keys() | have if _shape(want, n) != _shape(have, n))
-    problems = [*found.problems, *(f"{n}: does not fit its config" for n in wrong)]
-    if problems:
-        raise CheckpointError(f"{folder}: " + "; ".join(problems))
-    return LoadedJudge(cfg, params, about, hashlib.sha256(weights.read_bytes()).hexdigest())
-
-
-def _shape(tree: dict[str, Any], name: str) -> tuple[int, ...] | None:
-    return tuple(tree[name].shape) if name in tree else None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -204,8 +127,82 @@ def init_params(cfg: JudgeConfig, key: Array) -> Any:
     return Judge(cfg).init(key, jnp.zeros((1, side, side, 3)), one, one)["params"]
 
 
-def param_shapes(cfg: JudgeConfig) -> Any:
-    return jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_images(cfg: JudgeConfig, params: Any, images: Array) -> Array:
+    x = encode.to_float(images, jnp.float32)
+    return Judge(cfg).apply({"params": params}, x, method="embed_image")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_texts(cfg: JudgeConfig, params: Any, classes: Array, colors: Array) -> Array:
+    return Judge(cfg).apply({"params": params}, classes, colors, method="embed_text")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedJudge:
+    """A judge with its parameters."""
+
+    cfg: JudgeConfig
+    params: Any  # float32
+    about: dict[str, Any]  # judge.json: its accuracy, and the command that made it
+    sha256: str  # of its weights
+
+    def embed_images(
+        self, images: Sequence[UInt8[np.ndarray, "H W 3"]]
+    ) -> Float[np.ndarray, "N D"]:
+        """Features of images.
+
+        Batches have a fixed size, so the features of an image do not depend on the others.
+
+        Raises:
+          JanusFlowError: images of another size.
+        """
+        x, side = np.stack(list(images)), self.cfg.image.image_size
+        if x.shape[1:] != (side, side, 3):
+            raise JanusFlowError(
+                f"judge: expected images of {side} x {side}; got {x.shape[1]} x {x.shape[2]}: pass "
+                "--judge '' to score without it"
+            )
+        out = []
+        for at in range(0, len(x), _BATCH):
+            part = x[at : at + _BATCH]
+            padded = np.pad(part, ((0, _BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
+            out.append(np.asarray(_embed_images(self.cfg, self.params, padded))[: len(part)])
+        return np.concatenate(out)
+
+    def embed_texts(self, labels: Sequence[Label]) -> Float[np.ndarray, "N D"]:
+        """Features of labels."""
+        return np.asarray(_embed_texts(self.cfg, self.params, *label_indices(self.cfg, labels)))
+
+
+def load(path: Any) -> LoadedJudge:
+    """Loads what `save` wrote.
+
+    Raises:
+      CheckpointError: no judge, or arrays that do not fit its config.
+    """
+    folder = epath.Path(path)
+    if not (folder / FILE).exists():
+        raise CheckpointError(
+            f"{folder}: expected a judge ({FILE}); got none: use {START}, or train one with "
+            "experiments/starts/train_judge.py"
+        )
+    about = checksums.read_json(folder / FILE)
+    sizes = about["config"]
+    cfg = JudgeConfig(
+        image=config_lib.from_dict(SiglipConfig, sizes["image"]),
+        classes=tuple(sizes["classes"]),
+        colors=tuple(sizes["colours"]),
+        text_width=sizes["text_width"],
+        width=sizes["width"],
+    )
+    weights = folder / f"{WEIGHTS}.safetensors"
+    stored = safetensors_io.open_folder(folder, (WEIGHTS,))
+    params = trees.nested({n: np.asarray(x).astype(np.float32) for n, x in stored.tensors.items()})
+    shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+    if problems := [*stored.problems, *model_folder.compare_trees(shapes, params, WEIGHTS)]:
+        raise CheckpointError(f"{folder}: " + "; ".join(problems))
+    return LoadedJudge(cfg, params, about, hashlib.sha256(weights.read_bytes()).hexdigest())
 
 
 def save(path: Any, cfg: JudgeConfig, params: Any, about: dict[str, Any]) -> None:
@@ -214,6 +211,153 @@ def save(path: Any, cfg: JudgeConfig, params: Any, about: dict[str, Any]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     leaves = {n: np.asarray(x).astype(ml_dtypes.bfloat16) for n, x in trees.flat(params).items()}
     (folder / f"{WEIGHTS}.safetensors").write_bytes(safetensors_io.to_bytes(sorted(leaves.items())))
-    given = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    text = json.dumps({"config": given, **about}, indent=1, ensure_ascii=False)
+    sizes = {
+        "image": dataclasses.asdict(cfg.image),
+        "classes": cfg.classes,
+        "colours": cfg.colors,
+        "text_width": cfg.text_width,
+        "width": cfg.width,
+    }
+    text = json.dumps({"config": sizes, **about}, indent=1, ensure_ascii=False)
     (folder / FILE).write_text(text + "\n")
+
+
+# --- alignment
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawings:
+    """Real drawings, uint8[H, W, 3]: those of the data set, and one more view of some pairs."""
+
+    views: dict[Label, list[np.ndarray]]
+    unseen: dict[Label, np.ndarray]
+
+
+def score_alignment(
+    judge: LoadedJudge, images: Sequence[np.ndarray], labels: Sequence[Label], drawings: Drawings
+) -> dict[str, Any]:
+    """Cosine between image and prompt, beside the same of real drawings and of noise.
+
+    Returns:
+      of: number of images; likeness: compared with the mean over shuffled prompts; in_colour:
+      compared with the mean over all other classes in the prompt's color (so the right color gives
+      no help); median_rank: of the prompt among these; candidates: their number; top1, top5: images
+      whose own text is among the nearest of all texts that the judge knows; drawn: the cosine of
+      real drawings of the same prompts; drawn_top1; noise: the cosine of uniform noise.
+    """
+    own, texts = judge.embed_images(images), judge.embed_texts(labels)
+    real = judge.embed_images([drawings.views[x][0] for x in labels])
+    random = judge.embed_images(noise(images))
+    every_text = judge.embed_texts(judge.cfg.labels)
+
+    def ranks(features: np.ndarray) -> np.ndarray:
+        return 1 + (features @ every_text.T > _cosines(features, texts)[:, None] + 1e-6).sum(1)
+
+    # the texts of all classes in the prompt's color
+    classes, colors = label_indices(judge.cfg, labels)
+    grid = every_text.reshape(len(judge.cfg.classes), len(judge.cfg.colors), -1)
+    scores = np.einsum("nd,cnd->nc", own, grid[:, colors])
+    hits = np.take_along_axis(scores, classes[:, None], axis=1)
+    others = (scores.sum(1) - hits[:, 0]) / (scores.shape[1] - 1)
+    return {
+        "of": len(labels),
+        "likeness": stats.compare(*stats.against_others(own @ texts.T)),
+        "in_colour": stats.compare(hits[:, 0], others),
+        "median_rank": float(np.median((scores > hits).sum(1) + 1)),
+        "candidates": len(judge.cfg.classes),
+        "top1": int((ranks(own) == 1).sum()),
+        "top5": int((ranks(own) <= 5).sum()),
+        "drawn": float(_cosines(real, texts).mean()),
+        "drawn_top1": int((ranks(real) == 1).sum()),
+        "noise": float(_cosines(random, texts).mean()),
+    }
+
+
+def _cosines(features: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    return (features * texts).sum(1)
+
+
+def noise(like: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Images of uniform noise, as many and as large; always the same."""
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, x.shape, np.uint8) for x in like]
+
+
+# --- Frechet distance
+
+
+def frechet_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
+    """Squared Frechet distance of the normal distributions with the sets' means and covariances.
+
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): the formula of FID, on other features. It is
+    larger for smaller sets; `half_distance` shows by how much.
+
+    Raises:
+      JanusFlowError: fewer than two in a set, or features of two widths.
+    """
+    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
+        raise JanusFlowError(
+            "Frechet distance: expected two sets of two or more features of one width; got "
+            f"{a.shape} and {b.shape}"
+        )
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # (C_a C_b)^(1/2) has the trace of (C_a^(1/2) C_b C_a^(1/2))^(1/2), which is symmetric.
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    values = np.linalg.eigvalsh(root @ cov_b @ root)
+    cross = np.sqrt(np.maximum(values, 0.0)).sum()
+    gap = a.mean(0) - b.mean(0)
+    return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def half_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
+    """Mean distance of a's even and odd rows from b: the distance at half the sample size."""
+    return (frechet_distance(a[::2], b) + frechet_distance(a[1::2], b)) / 2
+
+
+def too_few(labels: Sequence[Label], drawings: Drawings) -> str:
+    """Why images of these labels have no Frechet distance; '' if they have one."""
+    own = [x for x in labels if x in drawings.unseen]
+    if len(own) < MIN_IMAGES:
+        return f"expected {MIN_IMAGES} or more generated pairs with an unseen view; got {len(own)}"
+    if not drawings.unseen.keys() - own:
+        return "expected pairs with an unseen view beside the generated ones; got none"
+    return ""
+
+
+def score_frechet(
+    judge: LoadedJudge, images: Sequence[np.ndarray], labels: Sequence[Label], drawings: Drawings
+) -> dict[str, Any]:
+    """Frechet distance of images from real drawings (VIEWS of each prompt).
+
+    Only pairs with one more real view count (`drawings.unseen`): the distance of these views from
+    the same drawings is the floor, with the bias of the same sample size.
+
+    Returns:
+      of: number of images; reference: number of drawings; distances of: painted (the images), drawn
+      (the floor), both also at half the sample size (`_half`), other_prompts (real drawings of as
+      many other pairs) and noise.
+    Raises:
+      JanusFlowError: too few images (`too_few`).
+    """
+    if reason := too_few(labels, drawings):
+        raise JanusFlowError(f"Frechet distance: {reason}")
+    used = [i for i, x in enumerate(labels) if x in drawings.unseen]
+    own = [labels[i] for i in used]
+    others = sorted(drawings.unseen.keys() - own)
+    others = [others[i * len(others) // len(own)] for i in range(len(own))]
+    sets = {
+        "painted": [images[i] for i in used],
+        "drawn": [drawings.unseen[x] for x in own],
+        "other_prompts": [drawings.unseen[x] for x in others],
+        "noise": noise([images[i] for i in used]),
+    }
+    reference = judge.embed_images([x for label in own for x in drawings.views[label][:VIEWS]])
+    out: dict[str, Any] = {"of": len(own), "reference": len(reference)}
+    for name, members in sets.items():
+        features = judge.embed_images(members)
+        out[name] = frechet_distance(features, reference)
+        if name in ("painted", "drawn"):
+            out[f"{name}_half"] = half_distance(features, reference)
+    return out

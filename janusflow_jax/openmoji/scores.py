@@ -1,13 +1,14 @@
-"""The quick start's scores, on pictures as painted: hue, the right drawing, captions.
+"""Scores of the quick start: hue, retrieval of the right drawing, captions.
 
-NumPy and strings only; nothing here was fitted to a model's output. Every score stands beside what
-the same pictures or answers get with the prompts exchanged among them, and the difference has a
-95 % interval (`stats.compare`).
+NumPy and strings only; nothing here was fitted to the output of a model. Every score stands beside
+the score of the same images or answers with the prompts shuffled, and their difference has a 95 %
+interval (`stats.compare`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,39 +18,44 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageFilter
 
 from janusflow_jax.config.errors import JanusFlowError
-from janusflow_jax.openmoji import partial, prompts as openmoji_prompts, stats
+from janusflow_jax.openmoji import prompts, stats
 
 HUE_TOLERANCE = 30.0
-"""Degrees that the dominant hue may lie from the prompt's."""
+"""Largest distance in degrees of the dominant hue from the prompt's."""
 
 KINDS = ("exact", "colour", "name", "words", "edits")
-"""How a caption is compared with the truth: whole, by part, and by nearness."""
+"""How a caption is compared with the true ones: whole, its color, its class, words, letters."""
 
 GRID = 20
-"""Side of the grid on which silhouettes and colours are compared."""
+"""Side of the grid on which silhouettes and colors are compared."""
 
 _INK = 0.2  # a pixel this far from white, in any channel, belongs to the drawing
-_SPREADS = 2.4  # half the side that is compared, in standard deviations of the ink
+_SPREADS = 2.4  # half the side of the compared square, in standard deviations of the ink
+_ARTICLES = frozenset(("a", "an", "the"))
+_FRAMES = (["drawing", "of"], ["picture", "of"])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, order=True)
 class Label:
-    """What a picture shows, or should show."""
+    """What an image shows, or should show."""
 
     name: str  # class
-    colour: str  # a key of openmoji_sheet.PALETTE
+    color: str  # a key of prompts.PALETTE
+
+    def __str__(self) -> str:
+        return f"{self.color} {self.name}"
 
 
 # --- hue
 
 
-def dominant_hue(picture: UInt8[np.ndarray, "H W 3"]) -> float:
-    """The hue in degrees around which most colour lies; NaN where nothing is coloured.
+def dominant_hue(image: UInt8[np.ndarray, "H W 3"]) -> float:
+    """The hue in degrees around which most color lies; NaN for an image without color.
 
-    A pixel counts as much as it is coloured (largest minus smallest channel); the fullest window of
-    30 degrees is found, and its circular mean taken.
+    Every pixel is weighted by its chroma (largest minus smallest channel). The result is the
+    circular mean in the window of about 30 degrees with the largest sum of weights.
     """
-    rgb = picture.reshape(-1, 3).astype(np.float64) / 255
+    rgb = image.reshape(-1, 3).astype(np.float64) / 255
     high, chroma = rgb.max(1), np.ptp(rgb, axis=1)
     rgb, high, chroma = (x[chroma > 0.2] for x in (rgb, high, chroma))
     if not len(rgb):
@@ -64,8 +70,8 @@ def dominant_hue(picture: UInt8[np.ndarray, "H W 3"]) -> float:
     bins = np.bincount(hue.astype(int) % 360, weights=chroma, minlength=360)
     windows = sum(np.roll(bins, shift) for shift in range(-15, 16))
     near = hue_distance(hue, float(np.argmax(windows)) + 0.5) <= 15.5
-    turn = np.exp(1j * np.deg2rad(hue[near])) @ chroma[near]
-    return float(np.rad2deg(np.angle(turn)) % 360)
+    mean = np.exp(1j * np.deg2rad(hue[near])) @ chroma[near]
+    return float(np.rad2deg(np.angle(mean)) % 360)
 
 
 def hue_distance(a: Any, b: Any) -> Any:
@@ -73,55 +79,54 @@ def hue_distance(a: Any, b: Any) -> Any:
     return np.abs((np.asarray(a) - b + 180) % 360 - 180)
 
 
-def score_hues(pictures: Sequence[np.ndarray], targets: Sequence[Label]) -> dict[str, Any]:
-    """Dominant hues against the prompts'.
+def score_hues(images: Sequence[np.ndarray], targets: Sequence[Label]) -> dict[str, Any]:
+    """Compares dominant hues with the prompts' hues.
 
     Args:
-      pictures: uint8[H, W, 3] each.
+      images: uint8[H, W, 3] each.
       targets: what each should show.
     Returns:
-      right: how many lie within HUE_TOLERANCE; of; nearest: how many lie nearer to their prompt's
-      colour than to any other of the palette (harder: neighbours are 24 degrees apart); against
-      exchanged prompts: `within`; hues: per picture, None where nothing is coloured.
+      right: number of images within HUE_TOLERANCE; of; nearest: number of images nearer to their
+      prompt's color than to any other of the palette (harder: neighbors are 24 degrees apart);
+      within: right against shuffled prompts; hues: one per image, None without color; right_each.
     """
-    found = np.asarray([dominant_hue(p) for p in pictures])
-    palette = np.asarray(list(openmoji_prompts.PALETTE.values()), np.float64)
-    wanted = np.asarray([openmoji_prompts.PALETTE[t.colour] for t in targets], np.float64)
-    within = hue_distance(found[:, None], wanted[None]) <= HUE_TOLERANCE  # False for NaN
-    nearest = palette[hue_distance(found[:, None], palette[None]).argmin(1)] == wanted
-    nearest &= np.isfinite(found)
+    hues = np.asarray([dominant_hue(x) for x in images])
+    palette = np.asarray(list(prompts.PALETTE.values()), np.float64)
+    expected = np.asarray([prompts.PALETTE[t.color] for t in targets], np.float64)
+    within = hue_distance(hues[:, None], expected[None]) <= HUE_TOLERANCE  # False for NaN
+    nearest = palette[hue_distance(hues[:, None], palette[None]).argmin(1)] == expected
+    nearest &= np.isfinite(hues)
     right = np.diagonal(within)
     return {
         "right": int(right.sum()),
-        "of": len(found),
+        "of": len(hues),
         "nearest": int(nearest.sum()),
         "within": stats.compare(*stats.against_others(within.astype(float))),
-        "hues": [None if np.isnan(h) else round(float(h), 1) for h in found],
+        "hues": [None if np.isnan(h) else round(float(h), 1) for h in hues],
         "right_each": right.tolist(),
     }
 
 
-# --- the right drawing among many
+# --- retrieval
 
 
-def describe(picture: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, " F"]:
-    """Silhouette and colours on a grid, wherever and however large the drawing stands.
+def describe(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, " F"]:
+    """Silhouette and colors on a grid, independent of the drawing's position and size.
 
-    A square about the drawing's centre, in proportion to its spread (moments: a speck moves them
-    little), is averaged to GRID x GRID cells: how much of the cell is ink, and its darkness per
-    channel. Both parts are centred and have length 1: their inner products add two correlations.
+    A square around the drawing, as large as its spread (moments: a speck changes them little), is
+    averaged to GRID x GRID cells: the share of ink in the cell, and its darkness per channel. Both
+    parts are centered and have length 1, so an inner product of two descriptions adds two
+    correlations.
     """
-    dark = 1 - picture.astype(np.float32) / 255
-    smooth = Image.fromarray(picture).filter(ImageFilter.BoxBlur(1))
+    dark = 1 - image.astype(np.float32) / 255
+    smooth = Image.fromarray(image).filter(ImageFilter.BoxBlur(1))
     ink = (255 - np.asarray(smooth).min(-1) > _INK * 255).astype(np.float32)
     if not ink.any():
-        ink = np.ones_like(ink)  # an empty picture is compared as a whole
-    rows, columns = ink.sum(1), ink.sum(0)
-    (y, spread_y), (x, spread_x) = _moments(rows), _moments(columns)
+        ink = np.ones_like(ink)  # an empty image is compared as a whole
+    (y, spread_y), (x, spread_x) = _moments(ink.sum(1)), _moments(ink.sum(0))
     half = _SPREADS * max(spread_y, spread_x) + 1
     box = (x - half, y - half, x + half, y + half)
-    planes = [ink, *np.moveaxis(dark, -1, 0)]
-    cells = np.stack([_resample(plane, box) for plane in planes])
+    cells = np.stack([_resample(plane, box) for plane in (ink, *np.moveaxis(dark, -1, 0))])
     return np.concatenate([_unit(cells[:1].ravel()), _unit(cells[1:].ravel())])
 
 
@@ -135,8 +140,9 @@ def _moments(mass: np.ndarray) -> tuple[float, float]:
 def _resample(plane: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
     """A box of a plane, zero outside the plane, averaged to the grid."""
     pad = 2 * max(plane.shape)
+    left, top, right, bottom = (x + pad for x in box)
     image = Image.fromarray(np.pad(plane, pad))
-    box = (box[0] + pad, box[1] + pad, box[2] + pad, box[3] + pad)
+    box = (left, top, right, bottom)
     return np.asarray(image.resize((GRID, GRID), Image.Resampling.BOX, box=box))
 
 
@@ -147,64 +153,67 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """Reference drawings to find a picture among."""
+    """Descriptions of the reference drawings."""
 
     features: np.ndarray  # float32[M, F]
     labels: tuple[Label, ...]
 
 
-def make_gallery(pictures: Sequence[np.ndarray], labels: Sequence[Label]) -> Gallery:
-    """Describes reference pictures (uint8[H, W, 3] each), as many of every label.
+def make_gallery(images: Sequence[np.ndarray], labels: Sequence[Label]) -> Gallery:
+    """Describes reference images (uint8[H, W, 3]), the same number of every label.
 
-    More views of one drawing would be more chances to be near: where the numbers differ, the first
-    ones are kept.
+    More views of one drawing would be more chances to be near. If labels have different numbers of
+    images, the first ones of each are used.
     """
     counts = Counter(labels)
-    if not counts or len(pictures) != len(labels):
+    if not counts or len(images) != len(labels):
         raise JanusFlowError(
-            f"gallery: expected pictures and one label each; got {len(pictures)} and {len(labels)}"
+            f"gallery: expected images and one label each; got {len(images)} and {len(labels)}"
         )
     views = min(counts.values())
     seen: Counter[Label] = Counter()
-    kept = []
+    used = []
     for i, label in enumerate(labels):
         seen[label] += 1
         if seen[label] <= views:
-            kept.append(i)
-    features = np.stack([describe(pictures[i]) for i in kept])
-    return Gallery(features, tuple(labels[i] for i in kept))
+            used.append(i)
+    features = np.stack([describe(images[i]) for i in used])
+    return Gallery(features, tuple(labels[i] for i in used))
 
 
 def ranks(
-    pictures: Sequence[np.ndarray], targets: Sequence[Label], gallery: Gallery
+    images: Sequence[np.ndarray], targets: Sequence[Label], gallery: Gallery
 ) -> tuple[Float[np.ndarray, "N T"], list[int]]:
-    """Where each target's drawing stands among the gallery's classes, by likeness to each picture.
+    """Rank of each target's drawing among the gallery's classes, by similarity to each image.
 
-    The candidates for a target are all drawings *in the target's colour*, one a class (its nearest
-    view): the colour asked for gives no help, silhouette and inner colours decide.
+    The candidates for a target are all drawings *in the target's color*, one per class (its nearest
+    view). So the requested color gives no help; silhouette and inner colors decide.
 
     Args:
-      pictures: N of uint8[H, W, 3].
+      images: N of uint8[H, W, 3].
       targets: T, each in the gallery.
     Returns:
-      float[N, T], 1 for the most alike (ties count half); and the candidates of each target.
+      float[N, T], 1 for the most similar (ties count half); and each target's number of candidates.
     Raises:
-      JanusFlowError: a target that the gallery lacks (lists all).
+      JanusFlowError: the gallery has no drawing of a target, or of no other class in its color
+        (lists all).
     """
-    lacking = sorted({f"{t.colour} {t.name}" for t in targets} - _names(gallery))
-    if lacking:
+    counts = Counter(color for _, color in {(x.name, x.color) for x in gallery.labels})
+    known = set(gallery.labels)
+    if missing := sorted({str(t) for t in targets if t not in known or counts[t.color] < 2}):
         raise JanusFlowError(
-            f"gallery: expected a reference picture of each target; got none {lacking}"
+            "gallery: expected a drawing of each target and of another class in its color; got "
+            f"none for {missing}"
         )
-    features = np.stack([describe(p) for p in pictures])
+    features = np.stack([describe(x) for x in images])
     distance = -features @ gallery.features.T
-    out, candidates = np.zeros((len(pictures), len(targets))), []
+    out, candidates = np.zeros((len(images), len(targets))), []
     for j, target in enumerate(targets):
-        classes = list(dict.fromkeys(x.name for x in gallery.labels if x.colour == target.colour))
+        classes = list(dict.fromkeys(x.name for x in gallery.labels if x.color == target.color))
         index = {name: i for i, name in enumerate(classes)}
-        best = np.full((len(pictures), len(classes)), np.inf)
+        best = np.full((len(images), len(classes)), np.inf)
         for m, label in enumerate(gallery.labels):
-            if label.colour == target.colour:
+            if label.color == target.color:
                 column = best[:, index[label.name]]
                 np.minimum(column, distance[:, m], out=column)
         own = best[:, [index[target.name]]]
@@ -213,21 +222,18 @@ def ranks(
     return out, candidates
 
 
-def _names(gallery: Gallery) -> set[str]:
-    return {f"{x.colour} {x.name}" for x in gallery.labels}
-
-
 def score_retrieval(
-    pictures: Sequence[np.ndarray], targets: Sequence[Label], gallery: Gallery
+    images: Sequence[np.ndarray], targets: Sequence[Label], gallery: Gallery
 ) -> dict[str, Any]:
-    """Retrieval of the prompts' drawings, against exchanged prompts.
+    """Retrieval of the prompts' drawings, against shuffled prompts.
 
     Returns:
-      candidates: the fewest drawings that any target was sought among; top1, top5, top10: how many
-      pictures; median_rank; ranks: per picture; against exchanged prompts: `percentile` (share of
-      the other candidates that are less alike; 0.5 is chance) and `reciprocal_rank`.
+      candidates: the smallest number of drawings in a target's color; of: number of images; top1,
+      top5, top10: numbers of images; median_rank; ranks: one per image; against shuffled prompts:
+      `percentile` (share of the other candidates that are less similar; 0.5 is chance) and
+      `reciprocal_rank`.
     """
-    table, candidates = ranks(pictures, targets, gallery)
+    table, candidates = ranks(images, targets, gallery)
     own = np.diagonal(table)
     percentile = 1 - (table - 1) / (np.asarray(candidates) - 1)
     return {
@@ -244,68 +250,128 @@ def score_retrieval(
 # --- captions
 
 
-def parse_caption(text: str) -> Label:
-    """A caption's colour word and class: 'A drawing of a red race car.' -> ('race car', 'red').
+def words(text: str) -> list[str]:
+    """The words of a caption in lower case, without articles and without a leading 'drawing of'.
 
-    '' for what it does not name. The class is all that follows the colour, so that 'red car' is no
-    part of 'red race car'.
+    That frame is not part of the answer: it alone would be half of the words of two captions.
     """
-    words = partial.words(text)
-    colour = words[0] if words and words[0] in openmoji_prompts.PALETTE else ""
-    return Label(" ".join(words[1:] if colour else words), colour)
+    out = [w for w in re.findall(r"[a-z0-9'-]+", text.lower()) if w not in _ARTICLES]
+    return out[2:] if out[:2] in _FRAMES else out
+
+
+def parse_caption(text: str) -> Label:
+    """Color word and class of a caption: 'A drawing of a red race car.' -> ('race car', 'red').
+
+    '' for what it does not name. The class is everything after the color: 'red car' is not a part
+    of 'red race car'.
+    """
+    first, *rest = words(text) or [""]
+    if first in prompts.PALETTE:
+        return Label(" ".join(rest), first)
+    return Label(" ".join([first, *rest]), "")
+
+
+def word_overlap(a: Sequence[str], b: Sequence[str]) -> Float[np.ndarray, "A B"]:
+    """F1 of the words of every pair of captions: 1 for the same words, 0 for none in common."""
+    left, right = [frozenset(words(t)) for t in a], [frozenset(words(t)) for t in b]
+    return np.asarray(
+        [[2 * len(x & y) / (len(x) + len(y)) if x or y else 1.0 for y in right] for x in left],
+        np.float64,
+    )
+
+
+def edit_similarity(a: Sequence[str], b: Sequence[str]) -> Float[np.ndarray, "A B"]:
+    """1 - (edit distance) / (letters of the longer caption) of every pair, on their `words`.
+
+    The dynamic program of the Levenshtein distance runs for all pairs at once.
+    """
+    x, y = ([" ".join(words(t)) for t in texts] for texts in (a, b))
+    left, right = _codes(x), _codes(y)
+    size_x, size_y = (np.asarray([len(t) for t in texts]) for texts in (x, y))
+    row = np.broadcast_to(np.arange(right.shape[1] + 1), (len(x), len(y), right.shape[1] + 1))
+    row = row.astype(np.int32)
+    distance = np.where(size_x[:, None] == 0, size_y[None], 0)
+    last = np.broadcast_to(size_y[None, :, None], (len(x), len(y), 1))
+    for i in range(left.shape[1]):
+        new = np.empty_like(row)
+        new[..., 0] = i + 1
+        for j in range(right.shape[1]):
+            change = row[..., j] + (left[:, None, i] != right[None, :, j])
+            new[..., j + 1] = np.minimum(np.minimum(row[..., j + 1], new[..., j]) + 1, change)
+        row = new
+        ended = np.take_along_axis(row, last, axis=2)[..., 0]
+        distance = np.where(size_x[:, None] == i + 1, ended, distance)
+    longer = np.maximum(np.maximum(size_x[:, None], size_y[None]), 1)
+    return 1 - distance / longer
+
+
+def _codes(texts: Sequence[str]) -> np.ndarray:
+    """Letters as numbers, int32[N, longest]; 0 after the end."""
+    out = np.zeros((len(texts), max((len(t) for t in texts), default=0)), np.int32)
+    for i, text in enumerate(texts):
+        out[i, : len(text)] = [ord(letter) for letter in text]
+    return out
+
+
+def best_of(
+    scores: Float[np.ndarray, "A T"], groups: Sequence[Sequence[str]]
+) -> Float[np.ndarray, "A N"]:
+    """The best score in each group of true captions; groups are side by side in `scores`."""
+    ends = np.cumsum([len(g) for g in groups])
+    return np.stack([part.max(1) for part in np.split(scores, ends[:-1], axis=1)], axis=1)
 
 
 def caption_table(
     answers: Sequence[str], captions: Sequence[Sequence[str]], labels: Sequence[Label]
 ) -> dict[str, np.ndarray]:
-    """Every answer against every picture's truth -> float[N answers, N] in [0, 1] of each KIND."""
-    said = [parse_caption(a) for a in answers]
-    exact = [[a.strip() in truth for truth in captions] for a in answers]
-    truths = [t for truth in captions for t in truth]
+    """Every answer against every image: KIND -> float[N answers, N images] in [0, 1]."""
+    parsed = [parse_caption(a) for a in answers]
+    exact = [[a.strip() in group for group in captions] for a in answers]
+    flat = [caption for group in captions for caption in group]
     return {
         "exact": np.asarray(exact, np.float64),
-        "colour": np.asarray([[s.colour == x.colour for x in labels] for s in said], np.float64),
-        "name": np.asarray([[s.name == x.name for x in labels] for s in said], np.float64),
-        "words": partial.best_of(partial.word_overlap(answers, truths), captions),
-        "edits": partial.best_of(partial.edit_likeness(answers, truths), captions),
+        "colour": np.asarray([[p.color == x.color for x in labels] for p in parsed], np.float64),
+        "name": np.asarray([[p.name == x.name for x in labels] for p in parsed], np.float64),
+        "words": best_of(word_overlap(answers, flat), captions),
+        "edits": best_of(edit_similarity(answers, flat), captions),
     }
 
 
 def score_captions(
     answers: Sequence[str], captions: Sequence[Sequence[str]], labels: Sequence[Label]
 ) -> dict[str, Any]:
-    """Answers to 'what is in the picture' against the truth.
+    """Compares answers to 'what is in the image' with the true captions.
 
     Args:
-      answers: what the model said of each picture.
+      answers: the model's answer for each image.
       captions: the true captions of each.
       labels: what each shows.
     Returns:
-      for every KIND - exact (one of the captions, to the letter), colour, name (class), and in
-      part: words (F1 of words), edits (share of letters that need not change), of the caption that
-      is nearest - against `constant` (the one answer that scores best on these very pictures) and
-      against `shuffled` (the same answers exchanged among the pictures). Intervals draw whole
-      classes. `right` counts the whole ones, `mean` is the mean score.
+      for every KIND - exact (equal to a true caption), colour, name (class), words (F1) and edits
+      (share of letters that need no change) of the nearest true caption - `right`: answers with
+      score 1; `mean` score; `constant`: compared with the single answer that scores best on these
+      images; `shuffled`: compared with the same answers shuffled among the images. Intervals
+      resample whole classes.
     """
     if not len(answers) == len(captions) == len(labels) >= 2:
         raise JanusFlowError(
-            "captions: expected two or more pictures with an answer, captions and a label each; "
-            f"got {len(labels)} pictures, {len(answers)} answers, {len(captions)} lists of captions"
+            "captions: expected two or more images with an answer, captions and a label each; got "
+            f"{len(labels)} images, {len(answers)} answers, {len(captions)} lists of captions"
         )
     groups = [x.name for x in labels]
-    # A constant answer that is right of colour, class or both is some picture's own caption.
-    candidates = list(dict.fromkeys(c[0] for c in captions))
-    every = caption_table(candidates, captions, labels)
+    # The best constant answer for color, class or both is the caption of one of the images.
+    constants = list(dict.fromkeys(c[0] for c in captions))
+    constant_tables = caption_table(constants, captions, labels)
     out: dict[str, Any] = {"of": len(answers)}
     for kind, table in caption_table(answers, captions, labels).items():
-        best = int(every[kind].mean(1).argmax())
+        best = int(constant_tables[kind].mean(1).argmax())
         own, others = stats.against_others(table)
         out[kind] = {
             "right": int((own == 1).sum()),
             "mean": float(own.mean()),
             "constant": {
-                "answer": candidates[best],
-                **stats.compare(own, every[kind][best], groups),
+                "answer": constants[best],
+                **stats.compare(own, constant_tables[kind][best], groups),
             },
             "shuffled": stats.compare(own, others, groups),
         }

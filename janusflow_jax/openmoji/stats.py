@@ -1,4 +1,4 @@
-"""Is a score better than its baseline? Paired differences with a bootstrap interval."""
+"""Compares a score with its baseline: paired differences with a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from janusflow_jax.config.errors import JanusFlowError
 
 RESAMPLES = 10_000
-_ROUNDING = 1e-9  # equal scores differ by this at most, and beat nothing
+_ROUNDING = 1e-9  # equal scores may differ by this much
 
 
 def bootstrap_interval(
@@ -22,10 +22,11 @@ def bootstrap_interval(
 
     Args:
       values: float[N].
-      groups: N labels; values of one group are not independent (views of one drawing), so whole
-        groups are drawn. None: every value on its own.
-      level: share of resamples inside.
-      seed: the interval is the same for the same values.
+      groups: N labels. Values of one group depend on each other (views of one drawing), so whole
+        groups are resampled. None: every value is its own group.
+      level: share of the resampled means inside the interval.
+    Raises:
+      JanusFlowError: no values, or another number of groups.
     """
     values = np.asarray(values, np.float64)
     labels = list(range(len(values))) if groups is None else list(groups)
@@ -37,20 +38,17 @@ def bootstrap_interval(
     member = np.asarray([index[label] for label in labels])
     sums = np.bincount(member, weights=values)
     counts = np.bincount(member)
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), RESAMPLES)
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(len(index), np.full(len(index), 1 / len(index)), RESAMPLES)
     means = (drawn @ sums) / (drawn @ counts)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def compare(
-    scores: np.ndarray,
-    baseline: np.ndarray,
-    groups: Sequence[Hashable] | None = None,
-    seed: int = 0,
+    scores: np.ndarray, baseline: np.ndarray, groups: Sequence[Hashable] | None = None
 ) -> dict[str, float | bool]:
-    """A score against a baseline on the same items; higher is better.
+    """Compares scores with a baseline on the same items; higher is better.
 
     Args:
       scores, baseline: float[N], item by item.
@@ -60,7 +58,7 @@ def compare(
       the whole interval is above 0.
     """
     scores, baseline = np.asarray(scores, np.float64), np.asarray(baseline, np.float64)
-    low, high = bootstrap_interval(scores - baseline, groups, seed=seed)
+    low, high = bootstrap_interval(scores - baseline, groups)
     return {
         "score": float(scores.mean()),
         "baseline": float(baseline.mean()),
@@ -72,15 +70,19 @@ def compare(
 
 
 def against_others(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Own score and the mean over the others', from a table of every item with every target.
+    """Splits a table of every item against every target into own scores and the mean of the others.
 
-    The mean over all ways to exchange the targets, so no shuffle has to be drawn.
+    The mean over the others is the mean over all ways to shuffle the targets.
 
     Args:
       table: float[N, N], item i scored against target j.
     Returns:
       float[N], float[N]: the diagonal; the mean of each row without its diagonal.
+    Raises:
+      JanusFlowError: fewer than two items.
     """
     table = np.asarray(table, np.float64)
+    if len(table) < 2:
+        raise JanusFlowError(f"expected two or more items to shuffle; got {len(table)}")
     own = np.diagonal(table)
     return own, (table.sum(1) - own) / (len(table) - 1)

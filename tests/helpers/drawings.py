@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from janusflow_jax import config as c, pipeline
-from janusflow_jax.openmoji import drawings as openmoji_drawings, judge, judged, scores
+from janusflow_jax.openmoji import drawings as openmoji_drawings, judge, scores
 
 SHAPES = {
     f"{word} shape {sides}": (sides, thin)
@@ -37,13 +37,13 @@ def draw(name: str, color: str, turn=0.0, scale=1.0, shift=(0, 0)) -> np.ndarray
 def draw_all(**view) -> tuple[list[np.ndarray], list[scores.Label]]:
     """Every shape in every color, and the labels."""
     labels = [scores.Label(name, color) for name in SHAPES for color in COLORS]
-    return [draw(x.name, x.colour, **view) for x in labels], labels
+    return [draw(x.name, x.color, **view) for x in labels], labels
 
 
-def real_drawings(labels: list[scores.Label]) -> judged.Drawn:
+def real_drawings(labels: list[scores.Label]) -> judge.Drawings:
     """Two views and an unseen one of every label."""
-    views = {x: [draw(x.name, x.colour, turn=t) for t in (0, 3)] for x in labels}
-    return judged.Drawn(views, {x: draw(x.name, x.colour, turn=6) for x in labels})
+    views = {x: [draw(x.name, x.color, turn=t) for t in (0, 3)] for x in labels}
+    return judge.Drawings(views, {x: draw(x.name, x.color, turn=6) for x in labels})
 
 
 class PerfectModel(pipeline.JanusFlowPipeline):
@@ -57,7 +57,7 @@ class PerfectModel(pipeline.JanusFlowPipeline):
     def generate(self, prompts, *, seed, cfg_weight, num_steps, output):  # pyright: ignore
         assert output == "numpy"
         labels = [scores.parse_caption(p) for p in prompts]
-        return np.stack([draw(x.name, x.colour, turn=4) for x in labels])
+        return np.stack([draw(x.name, x.color, turn=4) for x in labels])
 
 
 def save_judge(folder: Path) -> tuple[judge.JudgeConfig, dict[str, Any]]:
@@ -65,7 +65,7 @@ def save_judge(folder: Path) -> tuple[judge.JudgeConfig, dict[str, Any]]:
     tower = c.SiglipConfig(
         image_size=64, patch_size=16, width=24, num_layers=1, num_heads=2, mlp_width=48
     )
-    cfg = judge.JudgeConfig(image=tower, classes=tuple(sorted(SHAPES)), colours=COLORS, width=8)
+    cfg = judge.JudgeConfig(image=tower, classes=tuple(sorted(SHAPES)), colors=COLORS, width=8)
     params = judge.init_params(cfg, jax.random.key(0))
     judge.save(folder, cfg, params, {"accuracy": {}})
     return cfg, params
