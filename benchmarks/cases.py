@@ -1,4 +1,4 @@
-"""What is measured: every case times our code and its peers on the same weights and requests."""
+"""The benchmark's cases. Each times our code and its peers on the same weights and inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PEERS = ("torch, as published", "torch, prompt cached", "torch compiled, as publ
 
 @dataclasses.dataclass
 class Setup:
-    """Where and how; `torch` is None where the peers are left out."""
+    """The settings of a run."""
 
     size: str
     ours: pathlib.Path
@@ -55,19 +55,19 @@ class Setup:
 
 @dataclasses.dataclass
 class Result:
-    """One line: seconds of every way for `units` of what is made, and its lower bound."""
+    """The times of every implementation for one case, and the least work that it needs."""
 
     case: str
-    unit: str  # 'images', 'tokens', 'steps', 'rows'
-    units: float
-    ways: dict[str, timing.Timing]
-    tflop: float = 0.0  # operations that the result asks for, in all
-    gbytes: float = 0.0  # that must be read at least
-    note: str = ""
+    unit: str  # 'images', 'tokens', ...
+    units: float  # that one run produces
+    ways: dict[str, timing.Timing]  # by implementation
+    tflop: float = 0.0  # useful operations
+    gbytes: float = 0.0  # to be read at least
+    note: str = ""  # whether the results agree
 
 
 def matmul(s: Setup) -> Iterator[Result]:
-    """The machine's own speed in this run, by both libraries: [n, n] x [n, n]."""
+    """The speed of the machine in both libraries: [n, n] x [n, n]."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     x = np.random.default_rng(0).standard_normal((n, n), np.float32)
     a = jnp.asarray(x, s.dtype)
@@ -91,24 +91,24 @@ def matmul(s: Setup) -> Iterator[Result]:
     )
 
 
-def paint(s: Setup) -> Iterator[Result]:
-    """Latents by guidance 2: latency of one picture by length of the prompt."""
+def generate(s: Setup) -> Iterator[Result]:
+    """Latency of one image (latents, guidance 2) by the length of the prompt."""
     model, peer = s.model(), s.peer() if s.peers else None
     fast = s.peer(compiled=True) if s.peers and s.compiled else None
     for length in (16, 100, 300):
-        yield _paint(s, model, peer, fast, length, 1)
+        yield _generate(s, model, peer, fast, length, 1)
 
 
-def paint_many(s: Setup) -> Iterator[Result]:
-    """Pictures a second of batches of 1, 2, 4 ... to the largest asked for; 40 tokens."""
+def generate_batches(s: Setup) -> Iterator[Result]:
+    """Throughput of batches of 1, 2, 4, ... images with prompts of 40 tokens."""
     model, peer = s.model(), s.peer() if s.peers else None
     batch = 1
     while batch <= s.max_batch:
-        yield _paint(s, model, peer, None, 40, batch)
+        yield _generate(s, model, peer, None, 40, batch)
         batch *= 2
 
 
-def _paint(s: Setup, model: Any, peer: Any, fast: Any, length: int, batch: int) -> Result:
+def _generate(s: Setup, model: Any, peer: Any, fast: Any, length: int, batch: int) -> Result:
     cfg = model.cfg
     ids = models.prompt(cfg, length)
     model.text = models.FixedText(ids)
@@ -117,21 +117,22 @@ def _paint(s: Setup, model: Any, peer: Any, fast: Any, length: int, batch: int) 
     ways: dict[str, Callable[[], Any]] = {"ours": lambda: model.generate(["x"] * batch, **options)}
     rows = np.stack([ids] * batch)
     if peer:
-        ways[PEERS[0]] = lambda: peer.paint(rows, noise, s.steps, 2.0, cached=False)
-        ways[PEERS[1]] = lambda: peer.paint(rows, noise, s.steps, 2.0, cached=True)
+        ways[PEERS[0]] = lambda: peer.generate(rows, noise, s.steps, 2.0, cached=False)
+        ways[PEERS[1]] = lambda: peer.generate(rows, noise, s.steps, 2.0, cached=True)
     if fast:
-        ways[PEERS[2]] = lambda: fast.paint(rows, noise, s.steps, 2.0, cached=False)
+        ways[PEERS[2]] = lambda: fast.generate(rows, noise, s.steps, 2.0, cached=False)
     note = ""
     if peer:
-        want, got = ways[PEERS[0]](), ways["ours"]()
-        note = f"largest difference {np.abs(got - want).max() / np.abs(want).max():.0e}"
+        theirs, ours = ways[PEERS[0]](), ways["ours"]()
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        note = f"largest difference {error:.0e}"
     work = batch * flops.image_flops(cfg, length, s.steps)["all"]
-    case = f"paint, {s.steps} steps, prompt {length}, batch {batch}"
+    case = f"image, {s.steps} steps, prompt {length}, batch {batch}"
     return Result(case, "images", batch, timing.alternate(ways, s.rounds), work / 1e12, note=note)
 
 
 def decode_latents(s: Setup) -> Iterator[Result]:
-    """The VAE's decoder on one picture."""
+    """The VAE's decoder on one image."""
     model, peer = s.model(), s.peer() if s.peers else None
     z = np.random.default_rng(1).standard_normal((1, *model.cfg.latent_shape), np.float32)
     ways: dict[str, Callable[[], Any]] = {"ours": lambda: model.decode_latents(z, "numpy")}
@@ -141,30 +142,30 @@ def decode_latents(s: Setup) -> Iterator[Result]:
     yield Result("VAE decode", "images", 1, timing.alternate(ways, s.rounds), work)
 
 
-def answer(s: Setup) -> Iterator[Result]:
-    """Text: tokens a second behind a prompt of 64, and the first token about a picture."""
+def chat(s: Setup) -> Iterator[Result]:
+    """Tokens per second after a prompt of 64 tokens; the first token about an image."""
     model, peer = s.model(), s.peer() if s.peers else None
     fast = s.peer(compiled=True) if s.peers and s.compiled else None
     cfg = model.cfg
     for batch in sorted({1, min(16, max(s.max_batch, 4))}):
         ids = models.prompt(cfg, 64)
         model.text = models.FixedText(ids)
-        talk = lambda b=batch: model.chat(  # noqa: E731
+        ours = lambda b=batch: model.chat(  # noqa: E731
             ["x"] * b, [[]] * b, max_new_tokens=s.new_tokens
         )
-        ways: dict[str, Callable[[], Any]] = {"ours": talk}
+        ways: dict[str, Callable[[], Any]] = {"ours": ours}
         rows = np.stack([ids] * batch)
         note = ""
         if peer:
-            ways["torch, prompt cached"] = lambda r=rows: peer.answer(r, None, s.new_tokens)
-            want = " ".join(map(str, peer.answer(rows, None, s.new_tokens)[0]))
-            note = "same tokens" if talk()[0] == want else "OTHER TOKENS"
+            ways["torch, prompt cached"] = lambda r=rows: peer.chat(r, None, s.new_tokens)
+            theirs = " ".join(map(str, peer.chat(rows, None, s.new_tokens)[0]))
+            note = "same tokens" if ours()[0] == theirs else "OTHER TOKENS"
         if fast:
-            ways["torch compiled"] = lambda r=rows: fast.answer(r, None, s.new_tokens)
+            ways["torch compiled"] = lambda r=rows: fast.chat(r, None, s.new_tokens)
         weights = flops.llm_kernel(cfg) + cfg.llm.width * cfg.llm.vocab_size
         size = 2 if s.dtype == "bfloat16" else 4
         yield Result(
-            f"{s.new_tokens} tokens behind 64, batch {batch}",
+            f"{s.new_tokens} tokens after 64, batch {batch}",
             "tokens",
             batch * s.new_tokens,
             timing.alternate(ways, s.rounds),
@@ -180,16 +181,16 @@ def _first_token(s: Setup, model: Any, peer: Any) -> Result:
     ids = models.prompt(cfg, at + cfg.slot_len + 31)
     model.text = models.FixedText(ids, at)
     side = cfg.image_size
-    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
     ways: dict[str, Callable[[], Any]] = {
-        "ours": lambda: model.chat("x", [picture], max_new_tokens=1)
+        "ours": lambda: model.chat("x", [image], max_new_tokens=1)
     }
     if peer:
-        pixels = picture[None].astype(np.float32) / 127.5 - 1
-        ways["torch"] = lambda: peer.answer(ids[None], (pixels, at), 1)
+        pixels = image[None].astype(np.float32) / 127.5 - 1
+        ways["torch"] = lambda: peer.chat(ids[None], (pixels, at), 1)
     work = flops.siglip(cfg) + 2.0 * flops.llm_kernel(cfg) * len(ids)
     work += flops.attention_per_pair(cfg) * len(ids) ** 2 / 2
-    case = f"first token about a picture, {len(ids)} positions"
+    case = f"first token about an image, {len(ids)} positions"
     return Result(case, "answers", 1, timing.alternate(ways, s.rounds), work / 1e12)
 
 
@@ -227,7 +228,7 @@ def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
     loaded = model_folder.load_model(s.ours)
     with jax.set_mesh(mesh):
-        params = {**(loaded.params or {}), "repa_head": {}}  # idle: REPA is off
+        params = {**(loaded.params or {}), "repa_head": {}}  # REPA is off
         state = {"state": run_state.make(cfg, mesh, params, loaded.vae)}
         put = sharding.put_batch(batch, mesh, 1)
         step = train_step.jit_train_step(cfg, mesh, state["state"], put)
@@ -245,18 +246,18 @@ def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
         trainer = torch_peer.TorchTrainer(s.peer())
         draws = jax.device_get(losses.draw(jax.random.key(cfg.seed), put, model, cfg.loss, gen))
         ways["torch"] = lambda: trainer.step(batch, gen, und, draws)
-        mine, theirs = float(ours()["loss"]), ways["torch"]()
-        note = f"first losses {mine:.4f}, {theirs:.4f}"
+        own, theirs = float(ours()["loss"]), ways["torch"]()
+        note = f"first losses {own:.4f}, {theirs:.4f}"
     work = flops.count(batch, gen, und).flops(model, set(parts_lib.trained_paths(cfg)), False)
     positions = int((batch["segment_ids"] > 0).sum())
     case = f"train: {name}, {positions} positions"
     return Result(case, "rows", 1, timing.alternate(ways, s.rounds), work / 1e12, note=note)
 
 
-def first_picture(s: Setup) -> Iterator[Result]:
-    """New processes: import, and from start to the first picture, compilation cache cold, warm."""
-    run = _process("import janusflow_jax.pipeline")  # what `load` imports
-    yield Result("import the face", "starts", 1, timing.alternate({"ours": run}, s.rounds))
+def first_image(s: Setup) -> Iterator[Result]:
+    """New processes: the import, and the time to the first image (cold cache first, then warm)."""
+    run = _process("import janusflow_jax.pipeline")  # which `load` imports
+    yield Result("import", "starts", 1, timing.alternate({"ours": run}, s.rounds))
     code = f"""
 import janusflow_jax
 model = janusflow_jax.load({str(s.ours)!r}, dtype={s.dtype!r})
@@ -265,9 +266,8 @@ model.generate("a red apple", num_steps={s.steps})
     with tempfile.TemporaryDirectory() as cache:
         run = _process(code, JANUSFLOW_COMPILATION_CACHE=cache)
         times = timing.alternate({"ours": run}, s.rounds)["ours"]
-    note = "first is with a cold cache"
-    case = f"start to first picture, {s.steps} steps, warm cache"
-    yield Result(case, "starts", 1, {"ours": times}, note=note)
+    case = f"start to first image, {s.steps} steps, warm cache"
+    yield Result(case, "starts", 1, {"ours": times}, note="the first run has a cold cache")
 
 
 def _process(code: str, **env: str) -> Callable[[], None]:
@@ -279,10 +279,11 @@ def _process(code: str, **env: str) -> Callable[[], None]:
 
 CASES: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "matmul": matmul,
-    "paint": paint,
-    "paint_many": paint_many,
+    "generate": generate,
+    "generate_batches": generate_batches,
     "vae": decode_latents,
-    "answer": answer,
+    "chat": chat,
     "train": train_steps,
-    "start": first_picture,
+    "start": first_image,
 }
+OLD_NAMES = {"paint": "generate", "paint_many": "generate_batches", "answer": "chat"}

@@ -2,11 +2,10 @@
 
     python benchmarks/conversion.py --scratch /tmp/conversion
 
-Makes (once) a JanusFlow of the released names and shapes in bfloat16 (4.09 GB) and an SDXL-VAE in
-float32 (0.33 GB) in the scratch folder, which needs 15 GB. Then, alternating: `cp` and `sync` of
-the weights, and tools/convert_checkpoint.py and `sync`. Memory is the highest sum, over the
-converting process and its children, of resident pages, mapped files included (VmHWM for the
-process itself, so no peak between two looks is missed).
+Creates (once) a JanusFlow with the released names and shapes in bfloat16 (4.09 GB) and an SDXL-VAE
+in float32 (0.33 GB) in the scratch folder, which needs 15 GB. Then alternates between `cp` + `sync`
+of the weights and tools/convert_checkpoint.py + `sync`. Memory is the peak of the resident pages of
+the converting process and its children, mapped files included.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ def random_tensor(shape: tuple[int, ...], dtype: np.dtype, seed: int) -> np.ndar
     return (rng.standard_normal(shape, np.float32) * 0.02).astype(dtype)
 
 
-def make(scratch: pathlib.Path) -> None:
-    """The two folders as they would come, of the released sizes."""
+def create_checkpoint(scratch: pathlib.Path) -> None:
+    """Writes the two folders in the released layout, with random weights."""
     model, autoencoder = scratch / "janusflow", scratch / "vae"
     for folder in (model, autoencoder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,7 @@ def make(scratch: pathlib.Path) -> None:
     processor = json.loads((GOLDEN / "tiny/janusflow/processor_config.json").read_text())
     (model / "processor_config.json").write_text(json.dumps(processor | {"num_image_tokens": 576}))
     shapes = json.loads((GOLDEN / "janusflow_1p3b_tensors.json").read_text())
-    sides = (
+    folders = (
         (model, "model", shapes, np.dtype(ml_dtypes.bfloat16)),
         (
             autoencoder,
@@ -69,18 +68,18 @@ def make(scratch: pathlib.Path) -> None:
             np.dtype(np.float32),
         ),
     )
-    for folder, name, wanted, dtype in sides:
+    for folder, name, shapes, dtype in folders:
         tensors = {
             n: safetensors_io.Made(
                 tuple(s), dtype, lambda s=tuple(s), i=i, d=dtype: random_tensor(s, d, i)
             )
-            for i, (n, s) in enumerate(wanted.items())
+            for i, (n, s) in enumerate(shapes.items())
         }
         safetensors_io.write_folder(epath.Path(folder), name, tensors, 1 << 40)
 
 
 def status(pid: int, key: str) -> int:
-    """A line of /proc/PID/status in bytes; 0 when the process is gone."""
+    """A value of /proc/PID/status in bytes; 0 when the process is gone."""
     try:
         for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{key}:"):
@@ -98,19 +97,19 @@ def children(pid: int) -> list[int]:
     return [x for n in text.split() for x in (int(n), *children(int(n)))]
 
 
-def watched(command: list[str]) -> tuple[float, int]:
+def measure(command: list[str]) -> tuple[float, int]:
     """Seconds and peak resident bytes of a command."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        mine = status(process.pid, "VmHWM")
-        peak = max(peak, mine + sum(status(p, "VmRSS") for p in children(process.pid)))
+        own = status(process.pid, "VmHWM")  # the process's own peak, whenever it was
+        peak = max(peak, own + sum(status(p, "VmRSS") for p in children(process.pid)))
         time.sleep(0.02)
     if process.returncode:
         sys.exit(f"{command} failed with {process.returncode}")
     subprocess.run(["sync"], check=True)
-    return time.perf_counter() - began, peak
+    return time.perf_counter() - start, peak
 
 
 def main() -> None:
@@ -121,18 +120,18 @@ def main() -> None:
     scratch = pathlib.Path(args.scratch)
     weights = scratch / "janusflow" / "model.safetensors"
     if not weights.exists():
-        make(scratch)
+        create_checkpoint(scratch)
     source = [weights, scratch / "vae" / "diffusion_pytorch_model.safetensors"]
     print(f"{sum(f.stat().st_size for f in source) / 1e9:.2f} GB, {os.cpu_count()} cores")
     subprocess.run(["sync"], check=True)
     copies, conversions, peaks = [], [], []
     for n in range(args.rounds):
-        seconds, _ = watched(["cp", *map(str, source), str(fresh(scratch / "copy"))])
+        seconds, _ = measure(["cp", *map(str, source), str(empty(scratch / "copy"))])
         copies.append(seconds)
         out = scratch / "model"
         command = [sys.executable, "tools/convert_checkpoint.py", "--janusflow"]
         command += [str(scratch / "janusflow"), "--vae", str(scratch / "vae"), "--out", str(out)]
-        seconds, peak = watched([*command, "--overwrite"])
+        seconds, peak = measure([*command, "--overwrite"])
         conversions.append(seconds)
         peaks.append(peak)
         print(
@@ -148,7 +147,7 @@ def main() -> None:
     )
 
 
-def fresh(folder: pathlib.Path) -> pathlib.Path:
+def empty(folder: pathlib.Path) -> pathlib.Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder

@@ -1,15 +1,15 @@
-"""Rows a second that a host's cores make: `python benchmarks/loading.py --photos FOLDER`.
+"""Data-loading throughput per core: `python benchmarks/loading.py --photos FOLDER`.
 
-Two mixtures, each read from disk: the quick start's rows (64 px, PNG; needs data/openmoji) and
+Two kinds of rows, read from disk: the quick start's rows (64 px, PNG; needs data/openmoji) and
 packed rows of 4,096 positions with 6 images of 384 px, from JPEGs rendered in a temporary folder
 from real photographs (`--photos`; by default scikit-image's, where it is installed). A third of the
 images has a short side of 512 px, a third of 1,024, a third of 2,048.
 
-Rounds alternate between the settings. For each, the output has the fastest round in rows a second,
-and the fewest CPU seconds that a row took (all threads together), whose inverse is rows a second
-per core; both without the time to start. `--cached` adds rows of latents and features as
-tools/cache_latents.py stores them (noise, bfloat16). `--profile` prints instead where one thread
-spends its time.
+Rounds alternate between the settings. For each it prints the rows per second of the fastest
+round, the least CPU time per row (all threads together) and its inverse, the rows per second and
+core; all without the time to start. `--cached` adds rows of latents and features as
+tools/cache_latents.py stores them (noise, bfloat16). `--profile` prints a profile of one
+thread instead.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ CAPTION = "a photograph of something that a caption describes in some twenty wor
 
 
 def photographs(folder: str) -> list[Image.Image]:
-    """Colour pictures of a folder that are no icons."""
+    """Color images of a folder, without icons."""
     if not folder:
         import importlib
 
         skimage: Any = importlib.import_module("skimage")
         folder = str(pathlib.Path(skimage.__file__).parent / "data")
     files = sorted(p for p in pathlib.Path(folder).iterdir() if p.suffix in (".png", ".jpg"))
-    found = []
+    photos = []
     for file in files:
         with Image.open(file) as image:
             if image.mode == "RGB" and min(image.size) >= 300:
-                found.append(image.copy())
-    if not found:
+                photos.append(image.copy())
+    if not photos:
         raise SystemExit(f"{folder}: expected .png or .jpg photographs of 300 px or more")
-    return found
+    return photos
 
 
 def render(photos: list[Image.Image], i: int) -> bytes:
@@ -99,15 +99,15 @@ def prepare(folder: pathlib.Path, photos: list[Image.Image], count: int) -> str:
 
         def _generate_examples(self) -> Iterator[Any]:
             for i in range(count):
-                picture = io.BytesIO(render(photos, i))
-                yield i, {"id": str(i), "image": picture, "captions": [CAPTION]}
+                jpeg = io.BytesIO(render(photos, i))
+                yield i, {"id": str(i), "image": jpeg, "captions": [CAPTION]}
 
     builder = Photos(data_dir=str(folder), file_format="array_record")
     builder.download_and_prepare()
     return str(builder.data_dir)
 
 
-def made_up_cache(data: str, out: str, model: c.ModelConfig) -> None:
+def random_cache(data: str, out: str, model: c.ModelConfig) -> None:
     """A cache of the right shapes: noise, because reading does not care."""
     records = sources.open_source(data, "train")
     manifest = latent_cache.Manifest(
@@ -142,13 +142,13 @@ def quick_start(data: str) -> rows.Rows:
     import runpy
 
     cfg = runpy.run_path(str(ROOT / "configs" / "emoji.py"))["get_config"]()
-    given = tuple(dataclasses.replace(s, path=data) for s in cfg.data.sources)
+    mixture = tuple(dataclasses.replace(s, path=data) for s in cfg.data.sources)
     chat = chat_format.ChatFormat.load(HUB, cfg.model.num_image_tokens)
-    return rows.Rows(dataclasses.replace(cfg.data, sources=given), cfg.model, chat)
+    return rows.Rows(dataclasses.replace(cfg.data, sources=mixture), cfg.model, chat)
 
 
 def packed(data: str, task: str, cache: str = "") -> rows.Rows:
-    """Rows of six pictures at 384 px."""
+    """Rows of six images at 384 px."""
     model = c.model_config("1p3b")
     chat = chat_format.ChatFormat.load(HUB, model.num_image_tokens)
     source = c.SourceConfig(name=task, path=data, task=task, format="plain", cache=cache)
@@ -162,22 +162,22 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def read(made: rows.Rows, first: int, count: int, threads: int) -> None:
-    """Makes rows first .. first + count by threads, as the loader does."""
+def read(source: rows.Rows, first: int, count: int, threads: int) -> None:
+    """Reads rows first .. first + count with threads, as the loader does."""
     with futures.ThreadPoolExecutor(threads) as pool:
-        collections.deque(pool.map(made.row, range(first, first + count)), maxlen=0)
+        collections.deque(pool.map(source.row, range(first, first + count)), maxlen=0)
 
 
-def measure(made: dict[str, rows.Rows], counts: dict[str, int], rounds: int) -> None:
+def measure(kinds: dict[str, rows.Rows], counts: dict[str, int], rounds: int) -> None:
     """Every setting reads few rows, then many; the difference does not include starting."""
     best: dict[Any, np.ndarray] = {}  # (few, many) x (wall, CPU) seconds
     for n in range(rounds):
-        for name, threads in itertools.product(made, (1, 2)):
+        for name, threads in itertools.product(kinds, (1, 2)):
             spent = []
             for count in (counts[name] // 4, counts[name] + counts[name] // 4):
-                began, cpu = time.perf_counter(), cpu_seconds()
-                read(made[name], 1000 * n, count, threads)
-                spent.append((time.perf_counter() - began, cpu_seconds() - cpu))
+                start, cpu = time.perf_counter(), cpu_seconds()
+                read(kinds[name], 1000 * n, count, threads)
+                spent.append((time.perf_counter() - start, cpu_seconds() - cpu))
             key = name, threads
             best[key] = np.minimum(best.get(key, np.full((2, 2), 1e9)), spent)
     print(f"{'rows':22}{'threads':>8}{'rows/s':>9}{'ms CPU/row':>12}{'/s core':>9}")
@@ -192,26 +192,24 @@ def main() -> None:
     p.add_argument("--emoji", default="data/openmoji")
     p.add_argument("--records", type=int, default=120)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument(
-        "--rows", type=int, default=12, help="of six pictures; 40 times as many of 64 px"
-    )
+    p.add_argument("--rows", type=int, default=12, help="of six images; 40 times as many of 64 px")
     p.add_argument("--cached", action="store_true")
     p.add_argument("--profile", action="store_true")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(pathlib.Path(folder), photographs(args.photos), args.records)
-        made = {"384 px generate": packed(data, "generate")}
-        made["384 px understand"] = packed(data, "understand")
+        kinds = {"384 px generate": packed(data, "generate")}
+        kinds["384 px understand"] = packed(data, "understand")
         if pathlib.Path(args.emoji).exists():
-            made = {"quick start": quick_start(args.emoji)} | made
+            kinds = {"quick start": quick_start(args.emoji)} | kinds
         if args.cached:
             cache = f"{folder}/cache"
-            made_up_cache(data, cache, c.model_config("1p3b"))
-            made["384 px cached"] = packed(data, "generate", cache)
-        counts = {n: args.rows * (40 if n == "quick start" else 1) for n in made}
+            random_cache(data, cache, c.model_config("1p3b"))
+            kinds["384 px cached"] = packed(data, "generate", cache)
+        counts = {n: args.rows * (40 if n == "quick start" else 1) for n in kinds}
         if not args.profile:
-            return measure(made, counts, args.rounds)
-        for name, one in made.items():
+            return measure(kinds, counts, args.rounds)
+        for name, one in kinds.items():
             one.row(0)
             profile = cProfile.Profile()
             profile.runcall(lambda one=one, n=counts[name]: [one.row(r) for r in range(n)])

@@ -1,4 +1,4 @@
-"""Random models of a size, as our model folder and as the published layout, and fixed requests."""
+"""Random models as our model folder and in the published layout, fixed prompts, packed rows."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "tests/data/golden/tiny/j
 def folders(
     scratch: pathlib.Path, size: str, peers: bool = True
 ) -> tuple[pathlib.Path, pathlib.Path]:
-    """(model folder, published folder) of random weights, made where they are not there yet.
+    """(model folder, published folder) with the same random weights, created once.
 
-    The tokenizer is the golden model's small one: requests here are token ids.
+    The tokenizer is the small one of the golden model: the benchmarks use token ids.
 
-    Args: peers: whether the published folder is needed; the size `emoji` has no published form.
+    Args: peers: whether to create the published folder; the size `emoji` has no published form.
     """
     ours, published = scratch / size, scratch / f"{size}-published"
     if not model_folder.is_model(ours):
         cfg = c.model_config(size)
         key = jax.random.key(0)
         params = jax.jit(janusflow.init_params, static_argnums=0)(cfg, key)
-        params = dict(params) | {"gen_decoder": _alive(params["gen_decoder"])}
+        params = dict(params) | {"gen_decoder": _nonzero(params["gen_decoder"])}
         hub = {p.name: p.read_bytes() for p in GOLDEN.iterdir() if p.name.startswith("token")}
         processor = json.loads((GOLDEN / "processor_config.json").read_text())
         processor["num_image_tokens"] = cfg.num_image_tokens
@@ -54,8 +54,8 @@ def folders(
     return ours, published
 
 
-def _alive(decoder: Any) -> Any:
-    """Fresh output convolutions are zero, and a velocity of zero compares nothing."""
+def _nonzero(decoder: Any) -> Any:
+    """A fresh output convolution is zero, and velocities of zero would compare nothing."""
     kernel = decoder["out_conv"]["kernel"]
     noise = jax.random.normal(jax.random.key(1), kernel.shape, kernel.dtype)
     return {**decoder, "out_conv": {**decoder["out_conv"], "kernel": 0.05 * noise}}
@@ -67,12 +67,12 @@ def prompt(cfg: c.ModelConfig, length: int, seed: int = 0) -> np.ndarray:
 
 
 class FixedText:
-    """Stands where a model's tokenizer stands: every prompt is the given ids, eos never comes."""
+    """Replaces a model's tokenizer: every prompt has the same ids, and EOS never comes."""
 
     image_tag, pad_id, eos_id = "<image_placeholder>", 0, -1
 
     def __init__(self, ids: np.ndarray, slot_at: int = -1) -> None:
-        """Args: slot_at: position of the picture's slot in `ids`; -1: there is none."""
+        """Args: slot_at: position of the image slot in `ids`; -1: none."""
         self.ids = [int(i) for i in ids]
         self.starts = [slot_at] if slot_at >= 0 else []
 
@@ -87,9 +87,9 @@ class FixedText:
 
 
 def rows(cfg: c.ModelConfig, tasks: str, text: int) -> tuple[dict[str, np.ndarray], int, int]:
-    """One packed row of samples, one a letter: g paints, u reads, t is text alone.
+    """One packed row with a sample per letter: g generates, u understands, t is text only.
 
-    Args: text: tokens of each sample beside its picture; of u half of them are targets.
+    Args: text: tokens of each sample beside its image; of a u sample half of them are targets.
     Returns: the row as a batch of one, generation slots, understanding slots.
     """
     gen, und = tasks.count("g"), tasks.count("u")
@@ -107,18 +107,18 @@ def rows(cfg: c.ModelConfig, tasks: str, text: int) -> tuple[dict[str, np.ndarra
         "slot_start": np.zeros((1, slots), np.int32),
         "slot_task": np.zeros((1, slots), np.int32),
     }
-    at, free = 0, {"g": 0, "u": gen}
+    at, next_slot = 0, {"g": 0, "u": gen}
     for i, (task, size) in enumerate(zip(tasks, parts, strict=True)):
-        here = slice(at, at + size)
-        out["segment_ids"][0, here] = i + 1
-        out["positions"][0, here] = np.arange(size)
-        if task in free:
-            slot, front = free[task], text if task == "g" else text // 4
-            free[task] += 1
+        sample = slice(at, at + size)
+        out["segment_ids"][0, sample] = i + 1
+        out["positions"][0, sample] = np.arange(size)
+        if task in next_slot:
+            slot, front = next_slot[task], text if task == "g" else text // 4
+            next_slot[task] += 1
             out["slot_start"][0, slot] = at + front
             out["slot_task"][0, slot] = GENERATE if task == "g" else UNDERSTAND
         if task != "g":
-            learned = text // 2 if task == "u" else text - 1
-            out["target_mask"][0, at + size - 1 - learned : at + size - 1] = True
+            targets = text // 2 if task == "u" else text - 1
+            out["target_mask"][0, at + size - 1 - targets : at + size - 1] = True
         at += size
     return out, gen, und

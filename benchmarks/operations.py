@@ -1,10 +1,10 @@
-"""Operations of painting, reading, answering and training: wanted, wasted and what programs do.
+"""Operations of image generation, chat and training: useful ones, others by cause, and a count.
 
     python -m benchmarks.operations              # 1.3B, a minute on a CPU; nothing is computed
     python -m benchmarks.operations --size small
 
-Every program is traced and its jaxpr counted (`plan_flops.count`); beside it stands what is wanted
-by `flops.py` and, by name, what is done besides. `difference` is how far both counts are apart.
+Every program is traced and the operations of its jaxpr are counted (`planning/flops.py`). The
+useful operations are those of `training/flops.py`. `difference` compares both totals.
 """
 
 from __future__ import annotations
@@ -29,24 +29,27 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass
 class Line:
-    """A program: operations wanted, those done besides by name, those counted on its jaxpr."""
+    """A program: its useful operations, the others by cause, and the count of its jaxpr."""
 
-    what: str
-    wanted: float
-    wasted: dict[str, float]
+    program: str
+    useful: float
+    overhead: dict[str, float]
     counted: float
 
     @property
+    def total(self) -> float:
+        return self.useful + sum(self.overhead.values())
+
+    @property
     def difference(self) -> float:
-        return self.counted / (self.wanted + sum(self.wasted.values())) - 1
+        return self.counted / self.total - 1
 
     def text(self) -> str:
         """As a row of a Markdown table."""
-        total = self.wanted + sum(self.wasted.values())
-        named = ", ".join(f"{n} {x / total:.1%}" for n, x in self.wasted.items() if x)
+        causes = ", ".join(f"{n} {x / self.total:.1%}" for n, x in self.overhead.items() if x)
         return (
-            f"| {self.what} | {self.wanted / 1e12:.4g} | {self.wanted / total:.1%} | {named} "
-            f"| {self.counted / 1e12:.4g} | {self.difference:+.2%} |"
+            f"| {self.program} | {self.useful / 1e12:.4g} | {self.useful / self.total:.1%} "
+            f"| {causes} | {self.counted / 1e12:.4g} | {self.difference:+.2%} |"
         )
 
 
@@ -55,7 +58,7 @@ def shape(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
 
 
 def params_of(cfg: c.ModelConfig) -> Any:
-    """The parameters as the pipeline holds them, without numbers."""
+    """The parameters as the pipeline holds them, without values."""
     shapes = janusflow.param_shapes(cfg)
     return {**shapes, "llm": jax.eval_shape(llama.unstack, shapes["llm"])}
 
@@ -68,19 +71,18 @@ def causal(size: int) -> float:
     return size * (size + 1) / 2
 
 
-def painting(cfg: c.ModelConfig, prompt: int, padded: int, steps: int) -> Line:
-    """One picture with guidance; its prompt of `prompt` tokens is padded to `padded`."""
+def generation(cfg: c.ModelConfig, prompt: int, padded: int, steps: int) -> Line:
+    """One image with guidance; its prompt of `prompt` tokens is padded to `padded`."""
     model, slot = janusflow.JanusFlow(cfg), cfg.slot_len
     per_pair = flops.attention_per_pair(cfg)
-    asked = flops.image_flops(cfg, prompt, steps)["all"]
-    rectangle = padded**2 + steps * 2 * slot * (slot + padded)
-    needed = causal(prompt) + steps * (2 * causal(slot) + slot * (prompt + 1))
+    computed = padded**2 + steps * 2 * slot * (slot + padded)
+    visible = causal(prompt) + steps * (2 * causal(slot) + slot * (prompt + 1))
     return Line(
-        f"painting, {steps} steps, prompt {prompt}",
-        asked,
+        f"image, {steps} steps, prompt {prompt}",
+        flops.image_flops(cfg, prompt, steps)["all"],
         {
-            "padding of the prompt": 2 * flops.llm_kernel(cfg) * (padded - prompt),
-            "pairs that do not see each other": per_pair * (rectangle - needed),
+            "prompt padding": 2 * flops.llm_kernel(cfg) * (padded - prompt),
+            "masked attention": per_pair * (computed - visible),
         },
         counted(
             pipeline._sample,
@@ -96,15 +98,18 @@ def painting(cfg: c.ModelConfig, prompt: int, padded: int, steps: int) -> Line:
     )
 
 
-def decoding(cfg: c.ModelConfig) -> Line:
-    """A picture's latents to pixels."""
+def vae_decode(cfg: c.ModelConfig) -> Line:
+    """Latents to pixels."""
     latents = shape(1, *cfg.latent_shape, dtype=jnp.float32)
-    done = counted(pipeline._decode_vae, cfg, "float32", vae.param_shapes(cfg.vae), latents)
-    return Line("VAE decode", flops.vae_decoder(cfg), {}, done)
+    count = counted(pipeline._decode_vae, cfg, "float32", vae.param_shapes(cfg.vae), latents)
+    return Line("VAE decode", flops.vae_decoder(cfg), {}, count)
 
 
-def reading(cfg: c.ModelConfig, question: int, room: int) -> tuple[Line, Any]:
-    """A question with one picture, SigLIP apart; and the state that answering goes on from."""
+def prefill(cfg: c.ModelConfig, question: int, room: int) -> tuple[Line, Any]:
+    """A question with one image, without SigLIP; and the state that decoding starts from.
+
+    Args: room: tokens that the key-value cache has room for.
+    """
     model, one = janusflow.JanusFlow(cfg), shape(1, 1)
     slots = shape(1, cfg.slot_len, cfg.llm.width, dtype=jnp.float32)
     args = (
@@ -120,11 +125,11 @@ def reading(cfg: c.ModelConfig, question: int, room: int) -> tuple[Line, Any]:
     head = 2.0 * cfg.llm.width * cfg.llm.vocab_size
     per_pair = flops.attention_per_pair(cfg)
     line = Line(
-        f"a question of {question} positions",
+        f"prefill, {question} positions",
         2 * flops.llm_kernel(cfg) * question + per_pair * causal(question) + head,
         {
-            "pairs that do not see each other": per_pair * (question**2 - causal(question)),
-            "the answer's free room": per_pair * question * room,
+            "masked attention": per_pair * (question**2 - causal(question)),
+            "unused cache": per_pair * question * room,
         },
         counted(pipeline._start, model, *args, max_new=room),
     )
@@ -132,24 +137,24 @@ def reading(cfg: c.ModelConfig, question: int, room: int) -> tuple[Line, Any]:
     return line, jax.eval_shape(start, *args)
 
 
-def answering(cfg: c.ModelConfig, question: int, room: int) -> Line:
-    """All tokens that the room holds, one after another."""
-    _, state = reading(cfg, question, room)
-    number = shape(dtype=jnp.float32)
+def decode(cfg: c.ModelConfig, question: int, room: int) -> Line:
+    """All tokens that the cache has room for, one after another."""
+    _, state = prefill(cfg, question, room)
+    scalar = shape(dtype=jnp.float32)
     head = 2.0 * cfg.llm.width * cfg.llm.vocab_size
     per_pair = flops.attention_per_pair(cfg)
-    seen = room * question + causal(room)
+    visible = room * question + causal(room)
     return Line(
-        f"{room} tokens of an answer to {question} positions",
-        room * (2 * flops.llm_kernel(cfg) + head) + per_pair * seen,
-        {"free room of the buffer": per_pair * (room * (question + room) - seen)},
+        f"decode, {room} tokens after {question} positions",
+        room * (2 * flops.llm_kernel(cfg) + head) + per_pair * visible,
+        {"unused cache": per_pair * (room * (question + room) - visible)},
         counted(
             pipeline._advance,
             janusflow.JanusFlow(cfg),
             params_of(cfg),
             state,
-            number,
-            number,
+            scalar,
+            scalar,
             trips=float(room),
             num_tokens=room,
             eos_id=-1,
@@ -158,28 +163,28 @@ def answering(cfg: c.ModelConfig, question: int, room: int) -> Line:
 
 
 def training(name: str, arg: str | None) -> Line:
-    """A step of a config, with the rows that its mixture has in the mean."""
+    """A step of a config on typical rows of its mixture."""
     cfg = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](arg)
     work = plan_report.operations(cfg, sharding.make_mesh(c.MeshConfig(), jax.devices()[:1]))
-    wasted = {
+    overhead = {
         "padding": work.padding,
-        "pairs that do not see each other (XLA's form)": work.pairs,
+        "masked attention (XLA's)": work.pairs,
         "idle slots": work.idle_slots,
         "head": work.head,
         "recomputation": work.recomputed,
     }
-    return Line(f"training step, `{name}`", work.useful, wasted, work.jaxpr)
+    return Line(f"training step, `{name}`", work.useful, overhead, work.jaxpr)
 
 
 def lines(size: str) -> list[Line]:
     """The table."""
     cfg = c.model_config(size)
     out = [
-        painting(cfg, 40, 64, 30),
-        painting(cfg, 100, 128, 30),
-        decoding(cfg),
-        reading(cfg, 768, 128)[0],
-        answering(cfg, 768, 128),
+        generation(cfg, 40, 64, 30),
+        generation(cfg, 100, 128, 30),
+        vae_decode(cfg),
+        prefill(cfg, 768, 128)[0],
+        decode(cfg, 768, 128),
     ]
     stages = ("adaptation", "pretrain", "sft") if size == "1p3b" else ()
     return out + [training(name, None) for name in stages]
@@ -188,7 +193,7 @@ def lines(size: str) -> list[Line]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--size", default="1p3b", help="test | emoji | small | 1p3b")
-    print("| program | wanted, TFLOP | share | besides | counted, TFLOP | difference |")
+    print("| program | useful, TFLOP | share | overhead | counted, TFLOP | difference |")
     print("| --- | --- | --- | --- | --- | --- |")
     for line in lines(p.parse_args().size):
         print(line.text(), flush=True)

@@ -1,10 +1,9 @@
-"""How full the rows of a mixture are: `python benchmarks/packing.py`.
+"""How full the packed rows of a mixture are: `python benchmarks/packing.py`.
 
 The paper's second mixture, 14:80:6 by positions, in rows of 4,096 with the slots of 384 px (577
-positions). The records are made up; their lengths are drawn from log-normal distributions with the
-means of SPEC section 6 (80 tokens of prompt, 200 of an understanding conversation) and, for text, a
-long tail that has to be cut. Prints the histogram of lengths, then the share of positions that are
-no padding, by the rows that the loader makes.
+positions). The records are synthetic. Their lengths come from log-normal distributions with means
+of 80 tokens for prompts and 200 for understanding conversations, and, for text, a long tail that
+has to be cut. Prints the histogram of lengths, then the share of positions that are not padding.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from janusflow_jax import config as c
 from janusflow_jax.data import chat_format, rows, sources
 
 HUB = pathlib.Path(__file__).parents[1] / "starts" / "emoji_llm" / "hub"
-WORD = "red"  # one token with its space
-MEAN = {"generate": 70, "understand": 150, "text": 900}  # words; the forms add their own tokens
+WORD = "red"  # one token, with its space
+MEAN = {"generate": 70, "understand": 150, "text": 900}  # words; the chat format adds tokens
 SPREAD = {"generate": 0.7, "understand": 0.6, "text": 1.2}  # sigma of the logarithm
 WEIGHTS = {"understand": 14.0, "generate": 80.0, "text": 6.0}
 
 
 @functools.cache
-def picture() -> bytes:
+def image() -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (32, 32), "white").save(out, "PNG")
     return out.getvalue()
 
 
-class MadeUp:
-    """Random-access records of one task, each of a length drawn from its number."""
+class SyntheticSource:
+    """Random-access records of one task; the length of each is drawn from its number."""
 
     def __init__(self, task: str, count: int):
         self.task, self.count = task, count
@@ -53,12 +52,12 @@ class MadeUp:
         words = " ".join([WORD] * max(1, int(rng.lognormal(mean, sigma))))
         if self.task == "text":
             return {"id": str(i), "text": words}
-        return {"id": str(i), "image": picture(), "captions": [words]}
+        return {"id": str(i), "image": image(), "captions": [words]}
 
 
 def open_rows(count: int, folder: str) -> rows.Rows:
-    """The mixture over `count` records a source; lengths are stored in `folder`."""
-    sources.open_source = lambda path, split: MadeUp(pathlib.Path(path).name, count)  # type: ignore
+    """The mixture with `count` records per source; lengths are stored in `folder`."""
+    sources.open_source = lambda path, split: SyntheticSource(pathlib.Path(path).name, count)  # type: ignore
     model = c.model_config("1p3b")
     chat = chat_format.ChatFormat.load(HUB, model.num_image_tokens)
     mixture = tuple(
@@ -69,36 +68,36 @@ def open_rows(count: int, folder: str) -> rows.Rows:
     return rows.Rows(cfg, model, chat)
 
 
-def used_share(made: rows.Rows, count: int) -> float:
-    """Of all positions of the first `count` rows, those that belong to a sample."""
-    return float(np.mean([(made.row(r)[0]["segment_ids"] > 0).mean() for r in range(count)]))
+def used_share(packed: rows.Rows, count: int) -> float:
+    """Share of the positions of the first `count` rows that belong to a sample."""
+    return float(np.mean([(packed.row(r)[0]["segment_ids"] > 0).mean() for r in range(count)]))
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--records", type=int, default=20_000, help="a source")
+    p.add_argument("--records", type=int, default=20_000, help="per source")
     p.add_argument("--rows", type=int, default=400)
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        made = open_rows(args.records, folder)
-        seconds = time.perf_counter() - began
+        start = time.perf_counter()
+        packed = open_rows(args.records, folder)
+        seconds = time.perf_counter() - start
         print(f"measured and packed 3 x {args.records:,} records in {seconds:.0f} s")
         edges = [0, 50, 100, 200, 400, 800, 1600, 4096]
         print(f"{'text tokens':12}" + "".join(f"{f'<{e}':>8}" for e in edges[1:]) + "    mean")
-        for source in made.sources:
-            slots = source.samples.images * made.model.slot_len
+        for source in packed.sources:
+            slots = source.samples.images * packed.model.slot_len
             text = source.samples.length - slots
             share = np.histogram(text, edges)[0] / len(text)
             cells = "".join(f"{x:8.1%}" for x in share)
             print(f"{source.name:12}{cells}  {text.mean():6.0f}")
-        for line in made.describe():
+        for line in packed.describe():
             print(
                 "{source}: {samples} samples in {bins} bins, {fill:.1%} full, "
                 "{share_of_positions:.1%} of the positions".format(**line)
             )
-        share = used_share(made, args.rows)
-        print(f"{share:.2%} of the positions of {args.rows} rows used")
+        share = used_share(packed, args.rows)
+        print(f"{share:.2%} of the positions of {args.rows} rows are used")
 
 
 if __name__ == "__main__":

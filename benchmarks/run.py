@@ -1,14 +1,14 @@
-"""Our speed beside PyTorch's on the same weights, in one run: `python -m benchmarks.run`.
+"""Compares our speed with PyTorch's on the same weights: `python -m benchmarks.run`.
 
     python -m benchmarks.run --size small --scratch /tmp/bench                # 2 CPU cores, ~15 min
     python -m benchmarks.run --size 1p3b --scratch /tmp/bench --dtype bfloat16 --steps 30  # a GPU
-    python -m benchmarks.run --only paint,answer --rounds 5 --json out.json
+    python -m benchmarks.run --only generate,chat --rounds 5 --json out.json
 
-Makes a random model of the size (once, in the scratch folder), then times every case: ours and its
-peers in turn (A B A B), median and spread. Peers are PyTorch on the same weights (benchmarks/
-torch_peer.py), in the published form, with the prompt cached, and with --compile by torch.compile;
-they need the extra `dev`, and are left out with --no-peers. Ratios above 1 mean ours is faster.
-Conversion and rows a second have scripts of their own: benchmarks/conversion.py, loading.py.
+Creates a random model of the size (once, in the scratch folder). Then times our implementation and
+its PyTorch peers (benchmarks/torch_peer.py) in turn (A B A B) for every case; prints medians and
+spreads. The peers use the same weights: as published, with the prompt cached, and, with --compile,
+with torch.compile. They need the extra `dev`; --no-peers leaves them out. Where a ratio is above 1,
+ours is faster. Conversion and data loading have their own scripts: conversion.py and loading.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks import cases, models
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-    """What the figures depend on."""
+    """Everything that the figures depend on."""
     device = jax.devices()[0]
     versions = {n: importlib.metadata.version(n) for n in ("jax", "flax")}
     if not args.no_peers:
@@ -46,21 +46,22 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
 
 
 def line(result: cases.Result) -> str:
-    """A result for a person."""
-    ours = result.ways["ours"].median
+    """A result as one line."""
+    timing = result.ways["ours"]
+    ours = timing.median
     rate = result.units / ours
-    bits = [f"{result.case:48} {ours:8.3f} s  {rate:8.3g} {result.unit}/s"]
+    fields = [f"{result.case:48} {ours:8.3f} s  {rate:8.3g} {result.unit}/s"]
     if result.tflop:
-        bits.append(f"{result.tflop / ours:7.3g} TFLOP/s")
+        fields.append(f"{result.tflop / ours:7.3g} useful TFLOP/s")
     if result.gbytes:
-        bits.append(f"{result.gbytes / ours:.3g} GB/s")
-    bits.append(f"spread {result.ways['ours'].spread:.0%}, first {result.ways['ours'].first:.1f} s")
-    bits += [
-        f"| {way}: {t.median:.3f} s (spread {t.spread:.0%}), ratio {t.median / ours:.2f}"
-        for way, t in result.ways.items()
-        if way != "ours"
+        fields.append(f"{result.gbytes / ours:.3g} GB/s")
+    fields.append(f"spread {timing.spread:.0%}, first {timing.first:.1f} s")
+    fields += [
+        f"| {name}: {t.median:.3f} s (spread {t.spread:.0%}), ratio {t.median / ours:.2f}"
+        for name, t in result.ways.items()
+        if name != "ours"
     ]
-    return "  ".join(bits + ([f"| {result.note}"] if result.note else []))
+    return "  ".join(fields + ([f"| {result.note}"] if result.note else []))
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
     p.add_argument("--size", default="small", help="test | small | 1p3b, or emoji: --no-peers")
     p.add_argument("--scratch", default="/tmp/janusflow-bench", help="folder for random models")
     p.add_argument("--only", default=",".join(cases.CASES), help="cases, comma-separated")
-    p.add_argument("--rounds", type=int, default=3, help="of every way in turn, after a first")
+    p.add_argument("--rounds", type=int, default=3, help="per implementation, after a first run")
     p.add_argument("--dtype", default="", help="float32 | bfloat16; default: the device's")
     p.add_argument("--steps", type=int, default=0, help="Euler steps; default: 8 on CPU, else 30")
     p.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer")
@@ -80,8 +81,9 @@ def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     args.steps = args.steps or (8 if on_cpu else 30)
-    wanted = [n.strip() for n in args.only.split(",") if n.strip()]
-    if unknown := sorted(set(wanted) - set(cases.CASES)):
+    names = [n.strip() for n in args.only.split(",") if n.strip()]
+    names = [cases.OLD_NAMES.get(n, n) for n in names]
+    if unknown := sorted(set(names) - set(cases.CASES)):
         sys.exit(f"error: --only: expected some of {', '.join(cases.CASES)}; got {unknown}")
     scratch = pathlib.Path(args.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -98,16 +100,16 @@ def main() -> None:
         args.compile,
         not args.no_peers,
     )
-    about = settings(args)
-    print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
-    found = []
-    for name in wanted:
+    used = settings(args)
+    print(", ".join(f"{k} {v}" for k, v in used.items()), flush=True)
+    results = []
+    for name in names:
         for result in cases.CASES[name](setup):
             print(line(result), flush=True)
-            ways = {w: {"first": t.first, "runs": t.runs} for w, t in result.ways.items()}
-            found.append({**dataclasses.asdict(result), "ways": ways})
+            times = {n: t._asdict() for n, t in result.ways.items()}
+            results.append({**dataclasses.asdict(result), "ways": times})
     if args.json:
-        text = json.dumps({"settings": about, "results": found}, indent=1)
+        text = json.dumps({"settings": used, "results": results}, indent=1)
         pathlib.Path(args.json).write_text(text)
 
 

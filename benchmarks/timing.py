@@ -1,4 +1,4 @@
-"""Timing of several ways to do one thing, in turn (A B A B), so that a noisy machine hits all."""
+"""Times several implementations in turn (A B A B), so that a noisy machine affects all alike."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import jax
 
 
 class Timing(NamedTuple):
-    """Seconds of one way."""
+    """Seconds of one implementation."""
 
-    first: float  # compilation and warming up included
+    first: float  # with compilation and warm-up
     runs: list[float]
 
     @property
@@ -26,22 +26,17 @@ class Timing(NamedTuple):
         return (max(self.runs) - min(self.runs)) / self.median
 
 
-def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """Runs every way once unmeasured, then all of them `rounds` times in turn.
+def alternate(implementations: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
+    """Runs each implementation once without measuring, then all of them `rounds` times in turn.
 
-    Args: ways: name -> what is timed; results are waited for (JAX's arrays, CUDA's by the way
-      itself).
+    Args: implementations: by name. JAX's results are waited for; PyTorch code must wait itself.
     """
-    first = {name: once(run) for name, run in ways.items()}
-    runs: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, run in ways.items():
-            runs[name].append(once(run))
-    return {name: Timing(first[name], runs[name]) for name in ways}
+    first = {name: seconds(run) for name, run in implementations.items()}
+    rest = [{n: seconds(run) for n, run in implementations.items()} for _ in range(rounds)]
+    return {name: Timing(first[name], [r[name] for r in rest]) for name in implementations}
 
 
-def once(run: Callable[[], Any]) -> float:
-    """Seconds until the result is there."""
-    began = time.perf_counter()
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
     jax.block_until_ready(run())
-    return time.perf_counter() - began
+    return time.perf_counter() - start

@@ -1,9 +1,9 @@
 # pyright: reportMissingImports=false, reportOptionalMemberAccess=false
-"""What people would run instead: JanusFlow in PyTorch on the same weights, as the benchmark's peer.
+"""The benchmark's peer: JanusFlow in PyTorch on the same weights.
 
-transformers' Llama with its cache and PyTorch's own attention, diffusers' VAE, and the rest from
-tools/torch_reference.py. `paint` comes in two forms: the published code's, which computes the
-prompt again at every Euler step, and one that computes it once. Trained by autograd and AdamW.
+It combines transformers' Llama with its cache and PyTorch's own attention, diffusers' VAE, and the
+rest from tools/torch_reference.py. `generate` has two forms: the published code computes the prompt
+again at every Euler step; the cached form computes it once. Training uses autograd and AdamW.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserW
 class TorchPeer(torch_reference.Reference):
     """A published folder on a device.
 
-    Args: compiled: the network of a step, and the LLM, go through torch.compile.
+    Args: compiled: whether to apply torch.compile to the Euler step's network and to the LLM.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TorchPeer(torch_reference.Reference):
     def to_device(self, x: Any) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
 
-    # --- painting
+    # --- images
 
     def branches(
         self,
@@ -58,7 +58,7 @@ class TorchPeer(torch_reference.Reference):
         features: torch.Tensor,
         t_emb: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows with the prompt in front -> velocities of both branches."""
+        """Rows that begin with the prompt -> velocities of both branches of the guidance."""
         out = self.llm.model(
             inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False
         )
@@ -74,7 +74,7 @@ class TorchPeer(torch_reference.Reference):
         return torch.cat([t_emb[:, None], aligned], dim=1).repeat(2, 1, 1), features, t_emb
 
     @torch.inference_mode()
-    def paint(
+    def generate(
         self, ids: np.ndarray, noise: np.ndarray, steps: int, weight: float, cached: bool
     ) -> np.ndarray:
         """Latents NHWC of prompts int[B, P] of one length, from noise [B, h, w, C]."""
@@ -83,7 +83,7 @@ class TorchPeer(torch_reference.Reference):
         embeds = self.llm.model.embed_tokens(prompt).repeat(2, 1, 1)
         slot_len = 1 + (z.shape[-1] // 2) * (z.shape[-2] // 2)
         mask = torch.ones(2 * count, size + slot_len, dtype=torch.long, device=self.device)
-        mask[count:, 1:size] = 0  # unconditional: BOS stays, positions do not move
+        mask[count:, 1:size] = 0  # unconditional: BOS stays, positions stay the same
         positions = torch.arange(size + slot_len, device=self.device)[None].repeat(2 * count, 1)
         cache: Any = None
         if cached:
@@ -117,30 +117,32 @@ class TorchPeer(torch_reference.Reference):
         self._wait()
         return torch_reference.nhwc(x.float().cpu())
 
-    # --- answering
+    # --- text
 
     @torch.inference_mode()
-    def answer(self, ids: np.ndarray, slots: Any, new: int) -> np.ndarray:
-        """Greedy tokens int[B, new] behind prompts of one length, by transformers' cache.
+    def chat(self, ids: np.ndarray, slots: Any, new: int) -> np.ndarray:
+        """Greedy tokens int[B, new] after prompts of one length, with transformers' cache.
 
-        Args: slots: (pixels NHWC [B, H, W, 3], position of the picture's slot), or None.
+        Args: slots: (pixels NHWC [B, H, W, 3], position of the image slot), or None.
         """
         tokens = self.to_device(ids)
         x = self.llm.model.embed_tokens(tokens)
         if slots is not None:
             pixels, at = slots
-            seen = self.linear("vision_und_enc_aligner", self.tower(pixels))
+            features = self.linear("vision_und_enc_aligner", self.tower(pixels))
             x[:, at] = self.t["beg_of_und_embed"].reshape(-1)
-            x[:, at + 1 : at + 1 + seen.shape[1]] = seen
+            x[:, at + 1 : at + 1 + features.shape[1]] = features
         out = self.llm(inputs_embeds=x, use_cache=True, logits_to_keep=1)
-        found = []
+        chosen = []
         for _ in range(new):
-            found.append(out.logits[:, -1].argmax(-1))
+            chosen.append(out.logits[:, -1].argmax(-1))
             out = self._decode_step(
-                input_ids=found[-1][:, None], past_key_values=out.past_key_values, use_cache=True
+                input_ids=chosen[-1][:, None],
+                past_key_values=out.past_key_values,
+                use_cache=True,
             )
         self._wait()
-        return torch.stack(found, 1).cpu().numpy()
+        return torch.stack(chosen, 1).cpu().numpy()
 
     def tower(self, pixels: Any) -> torch.Tensor:
         """SigLIP's features by PyTorch's attention: NHWC pixels (array or tensor) -> [B, S, E]."""
@@ -158,8 +160,8 @@ class TorchPeer(torch_reference.Reference):
             block = f"{name}.blocks.{i}"
             qkv = self.linear(f"{block}.attn.qkv", self._layer_norm(f"{block}.norm1", x))
             q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-            seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + self.linear(f"{block}.attn.proj", seen)
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + self.linear(f"{block}.attn.proj", out)
             h = self.linear(f"{block}.mlp.fc1", self._layer_norm(f"{block}.norm2", x))
             x = x + self.linear(f"{block}.mlp.fc2", F.gelu(h))
         return self._layer_norm(f"{name}.norm", x)
@@ -168,7 +170,7 @@ class TorchPeer(torch_reference.Reference):
 class TorchTrainer:
     """A training step of the same rows as ours: AR + RF, SigLIP and VAE frozen.
 
-    REPA is off on both sides: its head is no part of a published folder.
+    REPA is off on both sides: a published folder has no head for it.
     """
 
     def __init__(self, peer: TorchPeer, lr: float = 1e-4) -> None:
@@ -201,23 +203,23 @@ class TorchTrainer:
         return float(loss.detach())
 
     def loss(self, batch: dict[str, np.ndarray], gen: int, und: int, draws: Any) -> torch.Tensor:
-        """AR + RF, each a mean over what there is of it."""
+        """AR + RF, each averaged over its own targets."""
         p = self.peer
         row = {n: p.to_device(x) for n, x in batch.items() if n != "row"}
         x = p.llm.model.embed_tokens(row["tokens"].long())
         start, task = row["slot_start"].tolist(), row["slot_task"].tolist()
         images = row["images"].float() / 127.5 - 1
-        painted: list[Any] = []
+        generated: list[Any] = []
         for b, slots in enumerate(start):
             for k, at in enumerate(slots):
                 if task[b][k] == 1:
                     slot, *rest = self._noisy(images[b, k], {n: y[b, k] for n, y in draws.items()})
-                    painted.append((b, at, *rest))
+                    generated.append((b, at, *rest))
                 elif task[b][k] == 2:
                     with torch.no_grad():
-                        seen = p.tower(images[b, k][None])
+                        features = p.tower(images[b, k][None])
                     begin = p.t["beg_of_und_embed"].reshape(1, 1, -1)
-                    slot = torch.cat([begin, p.linear("vision_und_enc_aligner", seen)], dim=1)
+                    slot = torch.cat([begin, p.linear("vision_und_enc_aligner", features)], dim=1)
                 else:
                     continue
                 index = torch.arange(at, at + slot.shape[1], device=p.device)
@@ -228,17 +230,17 @@ class TorchTrainer:
         if len(labels):
             logits = p.llm.lm_head(hidden[row["target_mask"]]).float()
             loss = loss + F.cross_entropy(logits, labels)
-        for b, at, features, t_emb, target in painted:
+        for b, at, features, t_emb, target in generated:
             length = features.shape[-1] * features.shape[-2]
             v = p.gen_decoder(hidden[b : b + 1, at + 1 : at + 1 + length], features, t_emb)
-            loss = loss + (v.float() - target).square().mean() / len(painted)
+            loss = loss + (v.float() - target).square().mean() / len(generated)
         return loss
 
     def _llm(self, x: torch.Tensor, row: dict[str, torch.Tensor]) -> torch.Tensor:
         ids = row["segment_ids"]
-        seen = (ids[:, :, None] == ids[:, None, :]).tril()[:, None]
-        mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device)
-        mask = mask.masked_fill(~seen, torch.finfo(x.dtype).min)
+        visible = (ids[:, :, None] == ids[:, None, :]).tril()[:, None]
+        mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
+        mask = mask.masked_fill(~visible, torch.finfo(x.dtype).min)
         return self.peer.llm.model(
             inputs_embeds=x,
             attention_mask=mask,
@@ -247,13 +249,13 @@ class TorchTrainer:
         ).last_hidden_state
 
     def _noisy(self, image: torch.Tensor, draws: dict[str, np.ndarray]) -> tuple[Any, ...]:
-        """A generation slot, what the decoder needs again, and the velocity's target."""
+        """A generation slot, the decoder's other inputs, and the target velocity."""
         p = self.peer
         with torch.no_grad():
             pixels = image.movedim(-1, 0)[None].to(p.dtype)
             posterior = p.vae.encode(pixels).latent_dist
-            chance = torch_reference.nchw(draws["posterior"])[None].to(p.device)
-            latent = (posterior.mean + posterior.std * chance).float() * p.scale
+            sample = torch_reference.nchw(draws["posterior"])[None].to(p.device)
+            latent = (posterior.mean + posterior.std * sample).float() * p.scale
             noise = torch_reference.nchw(draws["noise"])[None].to(p.device)
             t = float(draws["t"])
             z = t * latent + (1 - t) * noise
