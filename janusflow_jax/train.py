@@ -30,7 +30,7 @@ from janusflow_jax.config import (
 from janusflow_jax.config.errors import CheckpointError, DivergedError
 from janusflow_jax.data import chat_format, loader
 from janusflow_jax.eval import previews
-from janusflow_jax.parallel import processes, sharding
+from janusflow_jax.parallel import chips, processes, sharding
 from janusflow_jax.training import (
     encode_cache,
     flops,
@@ -186,7 +186,7 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
     mine = sharding.rows_of_process(run.mesh, cfg.batch_rows)
     counted = run.saved.get("samples", 0), run.saved.get("bad_samples", 0)
     batches = run.data.batches(step * cfg.batch_rows, mine, counted)
-    peak = cfg.peak_tflops or flops.peak_tflops(jax.devices()[0].device_kind)
+    peak = cfg.peak_tflops or chips.peak_tflops(jax.devices()[0].device_kind)
     progress = metrics.Progress(cfg.num_steps, step, peak * jax.device_count())
     trained = parts_lib.trained_parts(cfg)
     watch = guard.Guard(run.workdir, cfg.max_bad_steps, step)

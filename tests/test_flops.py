@@ -12,6 +12,7 @@ import pytest
 from janusflow_jax import config as c
 from janusflow_jax.config import GENERATE, UNDERSTAND
 from janusflow_jax.models import janusflow, vae
+from janusflow_jax.parallel import chips
 from janusflow_jax.training import flops
 
 FULL = c.model_config("1p3b")
@@ -98,5 +99,6 @@ def test_rows_are_counted():
 
 
 def test_peaks():
-    assert flops.peak_tflops("TPU v5 lite") == 197 and flops.peak_tflops("TPU v5") == 459
-    assert flops.peak_tflops("NVIDIA H100 80GB HBM3") == 989 and not flops.peak_tflops("cpu")
+    assert chips.peak_tflops("NVIDIA A100-SXM4-80GB") == 312
+    assert chips.peak_tflops("TPU v5 lite") == 197 and chips.peak_tflops("TPU v5") == 459
+    assert chips.peak_tflops("NVIDIA H100 80GB HBM3") == 989 and not chips.peak_tflops("cpu")

@@ -1,4 +1,4 @@
-"""Plans without a device: names, operations, what a program sends, what to change."""
+"""Plans without a device: topologies, operations, collectives, reports."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.gathers import activation_gathers, stack_gathers
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from janusflow_jax import config as c
@@ -24,7 +25,6 @@ from janusflow_jax.planning import (
     compile as plan_compile,
     flops as plan_flops,
     report as plan_report,
-    text as plan_text,
     topology as plan_topology,
 )
 
@@ -38,38 +38,35 @@ def load(name: str, arg: str | None = None) -> c.TrainConfig:
 # --- names
 
 
-def test_names():
+def test_topology_names():
     machine = plan_topology.parse("v5e:16x16", slices=2)
     assert (machine.chips, machine.name) == (512, "2 x v5e:16x16")
     assert plan_topology.parse("h100:8").shape == (1, 8)
     assert plan_topology.parse("h100:8x8").chips == 64
     for bad in ("v5e-256", "v5e:16", "v5p:4x4", "h200:8", "v5e:0x4", "v5e:"):
-        with pytest.raises(c.ConfigError, match=f"got '{bad}'; expected one of v5e:AxB"):
+        with pytest.raises(c.ConfigError, match=f"got '{bad}'; expected .*v5e:AxB"):
             plan_topology.parse(bad)
-    with pytest.raises(c.ConfigError, match="slices: expected 1 or more; got 0"):
+    with pytest.raises(c.ConfigError, match="slices"):
         plan_topology.parse("v5e:4x4", slices=0)
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "package"),
     [("v5e:4x4", r"pip install 'jax\[tpu\]=="), ("h100:8", "pip install jax-cuda13-plugin==")],
 )
-def test_a_compiler_that_is_not_installed(monkeypatch, name, says):
+def test_a_missing_compiler_names_its_package(monkeypatch, name, package):
     monkeypatch.setattr(plan_topology.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(c.ConfigError, match=says):
+    with pytest.raises(c.ConfigError, match=package):
         plan_topology.devices(plan_topology.parse(name))
 
 
-def test_the_command_says_what_is_wrong_in_one_line():
+def test_errors_of_the_command_have_no_traceback():
     command = [sys.executable, "tools/plan.py", "--config=configs/pretrain.py"]
-    for flag, says in (
-        ("--topology=v9:4x4", "error: topology: got 'v9:4x4'; expected one of"),
-        ("--config.mesh.fdsp=2", "did you mean 'fsdp'?"),
-    ):
+    for flag, word in (("--topology=v9:4x4", "v9:4x4"), ("--config.mesh.fdsp=2", "'fsdp'")):
         done = subprocess.run(
             [*command, "--topology=v5e:4x4", flag], cwd=ROOT, capture_output=True, text=True
         )
-        assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 1 and word in done.stderr and "Traceback" not in done.stderr
 
 
 # --- operations
@@ -97,8 +94,8 @@ def test_operations_of_a_jaxpr():
     )
     block = jax.checkpoint(lambda x, w: jnp.sin(jnp.sin(x @ w) @ w))
     grad = jax.value_and_grad(lambda x, w: jnp.sum(block(x, w)), (0, 1))
-    assert counted(grad, x, w) == (2 + 2 + 4) * once  # forward, again, twice as much backward
-    assert counted(lambda x, w: (x @ w, x)[1], x, w) == 0  # nobody asks for it
+    assert counted(grad, x, w) == (2 + 2 + 4) * once  # forward, remat, 2 x backward
+    assert counted(lambda x, w: (x @ w, x)[1], x, w) == 0  # an unused result
 
 
 def test_operations_of_branches_and_shards():
@@ -151,7 +148,7 @@ def test_both_counts_of_the_step_agree(name, arg):
     """The full size too: nothing is computed, so it takes seconds."""
     cfg = load(name, arg)
     budget = budget_of(cfg)
-    assert abs(budget.difference) < 0.005  # 3 % is asked for
+    assert abs(budget.difference) < 0.005  # 3 % is the requirement
     assert budget.useful < 0.8 * budget.analytic
     wrong = budget._replace(recomputed=0.0)
     assert abs(wrong.difference) > 0.03
@@ -174,7 +171,7 @@ def test_splash_does_half_the_pairs_and_more_matmuls():
     assert plan_flops.executed(cfg, work) == 0
 
 
-# --- what a program sends
+# --- collectives
 
 TPU_LOOP = """HloModule jit_step, num_partitions=8
 
@@ -224,18 +221,20 @@ ENTRY %main (x: bf16[2,128]) -> f32[4] {
 """  # noqa: E501
 
 
-def test_a_tpu_programs_loops_and_asynchronous_gathers():
-    found = {x.kind: x for x in plan_collectives.collectives(TPU_LOOP, slices=2)}
-    # A gather's start and end are one; two sums of one channel (shard_map's) are two.
+def test_loops_and_asynchronous_collectives_of_a_tpu_program():
+    by_kind = {x.kind: x for x in plan_collectives.collectives(TPU_LOOP, slices=2)}
+    # Start and end of a gather count once; two sums of one channel (shard_map) count twice.
     assert len(plan_collectives.collectives(TPU_LOOP)) == 5
-    gather, permute, reduce = (found[k] for k in ("all-gather", "collective-permute", "all-reduce"))
+    gather, permute, reduce = (
+        by_kind[k] for k in ("all-gather", "collective-permute", "all-reduce")
+    )
     assert (gather.times, gather.group, gather.bytes) == (10, 4, 8 * 128 * 2)  # 4, 6, .. 22
     assert gather.sent == 10 * 8 * 128 * 2 * 3 / 4 and not gather.between
     assert (permute.times, permute.bytes) == (10, 2 * 128 * 2) and permute.between
     assert reduce.times == 1 and reduce.sent == 2 * 16 * 7 / 8 and reduce.between
     inside = plan_collectives.collectives(TPU_LOOP, slices=2, devices=16)  # one slice's program
     assert not any(x.between for x in inside)
-    lines = plan_collectives.totals(found.values())
+    lines = plan_collectives.totals(by_kind.values())
     assert [t.kind for t in lines] == ["all-gather", "collective-permute", "all-reduce"]
     small = [x for x in plan_collectives.collectives(TPU_LOOP) if x.group == 2]
     assert [x.times for x in small if x.kind == "all-reduce"] == [10, 10]
@@ -284,22 +283,22 @@ def compiled_stack(keep_rows: bool, at_once: bool) -> list[plan_collectives.Coll
     return plan_collectives.collectives(text)
 
 
-def test_what_a_stack_of_layers_gathers():
+def test_gathers_of_stacked_layers():
     shapes = [(LAYERS, WIDTH, WIDTH)]
-    found = compiled_stack(keep_rows=True, at_once=False)
-    gathers = [x for x in found if x.kind == "all-gather"]
+    items = compiled_stack(keep_rows=True, at_once=False)
+    gathers = [x for x in items if x.kind == "all-gather"]
     assert sum(x.times for x in gathers) == LAYERS
     assert sum(x.times * x.bytes for x in gathers) == LAYERS * WIDTH * WIDTH * 4
     own = ROWS // 8 * 3 * WIDTH
-    assert not plan_collectives.gathers_of_activations(found, shapes, own)
-    assert not plan_collectives.gathers_of_stacks(found, shapes)
+    assert not activation_gathers(items, shapes, own)
+    assert not stack_gathers(items, shapes)
     whole = compiled_stack(keep_rows=True, at_once=True)
-    assert plan_collectives.gathers_of_stacks(whole, shapes)
+    assert stack_gathers(whole, shapes)
     moved = compiled_stack(keep_rows=False, at_once=False)
-    assert plan_collectives.gathers_of_activations(moved, shapes, own)
+    assert activation_gathers(moved, shapes, own)
 
 
-# --- what it says
+# --- reports
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +308,8 @@ def planned():
     cfg.mesh = c.MeshConfig(data=2, fsdp=4)
     mesh = sharding.make_mesh(cfg.mesh)
     state, batch = plan_compile.state_shapes(cfg), plan_compile.batch_shapes(cfg)
-    state = plan_compile.placed(state, sharding.tree_shardings(state, mesh))
-    batch = plan_compile.placed(batch, sharding.batch_shardings(batch, mesh))
+    state = plan_compile.with_shardings(state, sharding.tree_shardings(state, mesh))
+    batch = plan_compile.with_shardings(batch, sharding.batch_shardings(batch, mesh))
     cfg.attention = "xla"
     machine = plan_topology.Machine("v5e", (2, 4))
     return plan_compile.Compiled(
@@ -318,15 +317,15 @@ def planned():
     )
 
 
-def test_a_plan_that_does_not_fit_says_what_to_change(planned):
-    report = json.loads(json.dumps(plan_report.report(planned)))
+def test_a_plan_that_does_not_fit_gives_advice(planned):
+    report = json.loads(json.dumps(plan_report.report(planned, (), plan_report.Assumptions())))
     memory = report["memory"]
     assert not memory["fits"] and memory["parts"]["opt_state"] >= 2 * memory["parts"]["params"]
-    assert memory["parts"]["batch"] == plan_compile.bytes_of(planned.arguments["batch"])
-    words = plan_text.text(report)
-    assert "does not fit" in words and "Used 33.2G" in words
-    assert memory["peak"] == int(33.2 * 2**30) and "  33.200\n" in words
-    assert "--config.remat" not in words  # it is on
+    assert memory["parts"]["batch"] == plan_compile.bytes_per_device(planned.arguments["batch"])
+    text = plan_report.text(report)
+    assert "Used 33.2G" in text
+    assert memory["peak"] == int(33.2 * 2**30) and "  33.200\n" in text
+    assert "--config.remat" not in text  # it is on
     flags = [tip.split()[0] for tip in report["advice"] if tip.startswith("--")]
     assert "--config.loss.ce_chunk=128" in flags and "--config.mesh.tensor=2" in flags
     for flag in flags:
@@ -337,24 +336,28 @@ def test_a_plan_that_does_not_fit_says_what_to_change(planned):
 
 
 @pytest.mark.parametrize(
-    ("words", "needed"),
+    ("message", "required"),
     [
         ("total memory required for HLO temporaries (28.5G) exceeds available", 28.5 * 2**30),
         ("Used 512.25M of 15.75G hbm. Exceeded hbm capacity", 512.25 * 2**20),
         ("RESOURCE_EXHAUSTED: out of memory", None),
     ],
 )
-def test_what_a_program_needs_is_in_the_compilers_words(words, needed):
-    assert plan_compile.needed(words) == needed
+def test_the_compilers_message_has_the_memory_that_is_required(message, required):
+    assert plan_compile.required_bytes(message) == required
 
 
-def test_time_is_the_sum_of_its_parts(planned):
-    given = plan_report.Assumptions(efficiency=0.5, overlap=0.7, link=1.0)
-    time = plan_report.step_time(planned, 8 * 197e12, (90e9, 0.0), given)
+def test_step_time(planned):
+    assume = plan_report.Assumptions(efficiency=0.5, overlap=0.7, link=1.0)
+
+    def send(count: float, between: bool) -> plan_collectives.Collective:
+        return plan_collectives.Collective("send", (("u8", (1,)),), 8, count, between, "")
+
+    time = plan_report.step_time(planned, 8 * 197e12, [send(90e9, False)], assume)
     assert time["compute"] == pytest.approx(2.0) and time["links"] == pytest.approx(1.0)
     assert time["worst"] == pytest.approx(3.0, rel=0.01)
     assert time["estimate"] == pytest.approx(2.3, rel=0.01)
     assert time["best"] == pytest.approx(2.0, rel=0.01)
-    slow = plan_report.step_time(planned, 0.0, (0.0, 3.1e9), given)
+    slow = plan_report.step_time(planned, 0.0, [send(3.1e9, True)], assume)
     assert slow["links"] == pytest.approx(1.0) and slow["estimate"] >= 1.0
     assert os.environ["JAX_PLATFORMS"] == "cpu" and np.isfinite(slow["worst"])

@@ -1,4 +1,4 @@
-"""What the real widths compile to for a TPU that is not there. Needs libtpu: `jax[tpu]`."""
+"""The real widths, compiled for TPUs without having one. Needs libtpu: `jax[tpu]`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.gathers import activation_gathers, stack_gathers
 
 from janusflow_jax import config as c
 from janusflow_jax.models import llama
-from janusflow_jax.parallel import sharding
+from janusflow_jax.parallel import chips, sharding
 from janusflow_jax.planning import (
     collectives as plan_collectives,
     compile as plan_compile,
@@ -35,7 +36,7 @@ pytestmark = [
 
 
 def thin() -> c.TrainConfig:
-    """Pre-training with the LLM's own widths, and little of all else: it compiles in a minute."""
+    """Pre-training with the real widths of the LLM and small other parts; compiles in a minute."""
     cfg = runpy.run_path(str(ROOT / "configs" / "pretrain.py"))["get_config"]()
     cfg.model.llm.num_layers, cfg.model.repa.layer, cfg.model.und.num_layers = 3, 2, 2
     cfg.model.und.width, cfg.model.und.num_heads, cfg.model.und.mlp_width = 256, 4, 1024
@@ -64,7 +65,7 @@ def own(cfg: c.TrainConfig, mesh) -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def precision():
-    """The runs' own: the tests' (highest) is not for Mosaic's bfloat16 matmuls."""
+    """As in a run: Mosaic has no bfloat16 matmuls at the tests' precision (highest)."""
     with jax.default_matmul_precision("default"):
         yield
 
@@ -74,29 +75,29 @@ def run(precision):
     return plan_compile.train(thin(), plan_topology.parse("v5e:4x4"))
 
 
-def test_no_activation_of_all_and_not_all_parameters_are_gathered(run):
-    found = sent(run)
-    gathers = [x for x in found if x.kind == "all-gather"]
+def test_neither_activations_nor_stacked_parameters_are_gathered(run):
+    items = sent(run)
+    gathers = [x for x in items if x.kind == "all-gather"]
     cfg = run.cfg
     # Kernels of the LLM's layers are gathered layer by layer: forward, again, backward.
     per_layer = math.prod((cfg.model.llm.width, cfg.model.llm.mlp_width)) // 2  # of two: tensor
     assert sum(x.times for x in gathers if per_layer in (x.elements, x.elements // 2)) >= 3 * 3
-    assert not plan_collectives.gathers_of_activations(found, shapes(run), own(cfg, run.mesh))
-    assert not plan_collectives.gathers_of_stacks(found, shapes(run))
+    assert not activation_gathers(items, shapes(run), own(cfg, run.mesh))
+    assert not stack_gathers(items, shapes(run))
     head = cfg.model.llm.width * cfg.model.llm.vocab_size
-    assert max(x.elements for x in gathers) < head // 8  # neither head nor table moves
+    assert max(x.elements for x in gathers) < head // 8  # neither the head nor the embedding moves
     assert plan_report.memory(run)["fits"]
 
 
-def test_a_plain_look_up_is_found(monkeypatch):
-    """The fault that PROTOTYPES section 2 tells of: this test must be able to fail."""
+def test_an_embedding_look_up_by_indexing_gathers_activations(monkeypatch):
+    """So the test above can fail."""
     plain = lambda table, tokens, dtype: table[tokens].astype(dtype)  # noqa: E731
     monkeypatch.setattr(llama, "lookup", plain)
     run = plan_compile.train(thin(), plan_topology.parse("v5e:4x4"))
-    assert plan_collectives.gathers_of_activations(sent(run), shapes(run), own(run.cfg, run.mesh))
+    assert activation_gathers(sent(run), shapes(run), own(run.cfg, run.mesh))
 
 
-def test_what_does_not_fit_says_so():
+def test_a_program_that_does_not_fit():
     cfg = thin()
     cfg.batch_rows, cfg.remat, cfg.attention = 16 * 16, False, "xla"
     run = plan_compile.train(cfg, plan_topology.parse("v5e:4x4"))
@@ -106,8 +107,8 @@ def test_what_does_not_fit_says_so():
     assert plan_report.advice(run, memory)[0].startswith("--config.remat=True")
 
 
-def test_the_compilers_figure_of_what_does_not_fit_is_the_peak_where_it_does():
-    """Arguments of 8 GiB beside temporaries of about as much: the message has the sum."""
+def test_the_figure_in_the_compilers_message_is_the_peak_memory():
+    """8 GiB of arguments and as much of temporaries: the message contains their sum."""
 
     def step(x, y):
         a = y @ y.T
@@ -126,7 +127,7 @@ def test_the_compilers_figure_of_what_does_not_fit_is_the_peak_where_it_does():
         runs.append(plan_compile.build(traced, machine, False))
     (none, lacks, _), (program, _, _) = runs
     assert none is None
-    assert plan_compile.needed(lacks) == pytest.approx(
+    assert plan_compile.required_bytes(lacks) == pytest.approx(
         program.memory_analysis().peak_memory_in_bytes, rel=0.01
     )
 
@@ -136,10 +137,10 @@ def test_adapters_of_the_released_size_train_on_one_small_chip():
     cfg = runpy.run_path(str(ROOT / "configs" / "finetune.py"))["get_config"]("paint,lora,light")
     cfg.mesh = c.MeshConfig(fsdp=1)
     run = plan_compile.train(cfg, plan_topology.parse("v5e:1x1"))
-    assert plan_report.memory(run)["peak"] < 4.6 * plan_topology.GIB
+    assert plan_report.memory(run)["peak"] < 4.6 * chips.GIB
 
 
-def test_two_slices_send_gradients_alone_between_them():
+def test_only_gradients_cross_slices():
     cfg = thin()
     cfg.mesh = c.MeshConfig(fsdp=8, tensor=2)
     cfg.batch_rows = 32
@@ -150,8 +151,8 @@ def test_two_slices_send_gradients_alone_between_them():
     within = sum(t.sent for t in totals if not t.between)
     assert 0 < across < within
     assert {t.kind for t in totals if t.between} == {"send"}
-    # Float32 or less of every trained number, cut over fsdp and tensor; nothing of activations.
-    trained = plan_compile.bytes_of(run.arguments["params"])
+    # At most float32 gradients, sharded over fsdp and tensor; no activations.
+    trained = plan_compile.bytes_per_device(run.arguments["params"])
     assert across < 1.1 * trained
 
 

@@ -1,8 +1,9 @@
-"""Operations of a traced computation, counted on its jaxpr, beside what `flops.py` says of them.
+"""Operations of a traced computation, counted on its jaxpr, beside the analytic count.
 
-XLA's own count takes the body of a scan once and sees nothing inside a Pallas kernel, so the step
-is traced with XLA's attention and its jaxpr is walked: matmuls and convolutions, two operations a
-multiply-add, scans times their length. Element-wise work is not counted; neither does `flops.py`.
+XLA's own count takes the body of a scan once and sees nothing inside a Pallas kernel. So the step
+is traced with XLA's attention and its jaxpr is walked: matmuls and convolutions, two operations
+per multiply-add, scans times their length. Element-wise work is not counted, as in
+`training/flops.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from janusflow_jax.training import flops
 
 
 def count(closed: Any, while_trips: float = 1.0, platform: str = "tpu") -> float:
-    """Matmul and convolution operations of a closed jaxpr, over all devices.
+    """Operations of the matmuls and convolutions of a closed jaxpr, over all devices.
 
     Args:
-      closed: of `jit(f).trace(...).jaxpr`; what no output needs is dropped first, as XLA does.
-      while_trips: passes of every loop whose number depends on data.
+      closed: from `jit(f).trace(...).jaxpr`; what no output needs is dropped, as XLA does.
+      while_trips: iterations of every loop whose number depends on data.
       platform: whose branch of `lax.platform_dependent` runs.
     """
     jaxpr = closed.jaxpr
@@ -33,66 +34,54 @@ def count(closed: Any, while_trips: float = 1.0, platform: str = "tpu") -> float
 def _walk(jaxpr: Any, trips: float, platform: str) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name == "dot_general":
-            total += _dot(eqn)
-        elif name == "conv_general_dilated":
-            total += _conv(eqn)
-        elif name == "cond":
-            total += max(_walk(b.jaxpr, trips, platform) for b in _branches(eqn, platform))
-        elif name == "while":
-            total += trips * _walk(eqn.params["body_jaxpr"].jaxpr, trips, platform)
-        else:
-            times = 1.0
-            if name == "scan":
-                times = eqn.params["length"]
-            elif name == "shard_map":  # its body is one device's
-                times = eqn.params["mesh"].size
-            for inner in _inner(eqn):
-                total += times * _walk(inner, trips, platform)
+        p = eqn.params
+        match eqn.primitive.name:
+            case "dot_general":
+                (lhs, _), _ = p["dimension_numbers"]
+                shape = eqn.invars[0].aval.shape
+                macs = math.prod(shape[i] for i in lhs)
+                total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * macs
+            case "conv_general_dilated":
+                # Zeros of a dilation are not counted; zeros of padding are.
+                kernel = eqn.invars[1].aval.shape
+                _, *spec = p["dimension_numbers"].rhs_spec  # (out features, in features, *space)
+                macs = math.prod(kernel[i] for i in spec) / math.prod(p["lhs_dilation"])
+                total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * macs
+            case "cond":
+                branches = _branches(p["branches"], p.get("branches_platforms"), platform)
+                total += max(_walk(b.jaxpr, trips, platform) for b in branches)
+            case "while":
+                total += trips * _walk(p["body_jaxpr"].jaxpr, trips, platform)
+            case name:
+                times = 1
+                if name == "scan":
+                    times = p["length"]
+                elif name == "shard_map":
+                    times = p["mesh"].size  # the body is the work of one device
+                for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):  # not a custom derivative's rules
+                    inner = p.get(key)
+                    if inner is not None:
+                        total += times * _walk(getattr(inner, "jaxpr", inner), trips, platform)
     return total
 
 
-def _branches(eqn: Any, platform: str) -> list[Any]:
-    """What may run: all branches, or the one of the platform where that decides."""
-    branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
+def _branches(branches: Any, platforms: Any, platform: str) -> list[Any]:
+    """Those that may run: all, or the one of the platform where that decides."""
     if platforms is None:
         return list(branches)
     return [next(b for b, p in zip(branches, platforms, strict=True) if p is None or platform in p)]
 
 
-def _inner(eqn: Any) -> list[Any]:
-    """The jaxprs that run once when `eqn` runs; of a custom derivative only the function itself."""
-    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    found = [eqn.params[n] for n in names if eqn.params.get(n) is not None]
-    return [getattr(j, "jaxpr", j) for j in found]
-
-
-def _dot(eqn: Any) -> float:
-    (lhs, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
-    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in lhs)
-
-
-def _conv(eqn: Any) -> float:
-    """Zeros that the padding or a dilation puts in are counted out only for the dilation."""
-    p = eqn.params
-    spec = p["dimension_numbers"].rhs_spec  # (out features, in features, *space)
-    kernel = eqn.invars[1].aval.shape
-    macs = math.prod(kernel[i] for i in spec[1:])
-    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * macs / math.prod(p["lhs_dilation"])
-
-
 class Budget(NamedTuple):
-    """One step's operations over all devices: what is wanted, and what is done beside it."""
+    """Operations of one step over all devices: the useful ones, and the others by cause."""
 
-    useful: float  # `flops.train_flops` of a typical batch: what utilisation counts
+    useful: float  # `flops.train_flops` of a typical batch: what utilization counts
     padding: float  # positions that belong to no sample
-    pairs: float  # attention between positions that must not see each other
-    idle_slots: float  # image encoders on slots without a picture
-    head: float  # the head on positions without a target, and its gradient where it is frozen
-    recomputed: float  # forward passes that rematerialisation runs again
-    jaxpr: float  # counted on the jaxpr, head included; the others sum to `analytic`
+    pairs: float  # attention between positions that are masked
+    idle_slots: float  # image encoders on slots without an image
+    head: float  # the head on positions without a target
+    recomputed: float  # forward passes that rematerialization runs again
+    jaxpr: float  # counted on the jaxpr; all others sum to `analytic`
 
     @property
     def analytic(self) -> float:
@@ -100,29 +89,29 @@ class Budget(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """Of the two counts, as a share."""
+        """Of the two counts, relative."""
         return self.jaxpr / self.analytic - 1
 
 
-# A sample's text tokens, and its targets among them: SPEC section 6 and benchmarks/RESULTS.md.
 TEXT = {"generate": (80, 0), "understand": (200, 100)}
-FILL = 0.988  # of positions belong to a sample
+"""Text tokens of a typical sample, and the targets among them (benchmarks/RESULTS.md)."""
+FILL = 0.988  # share of positions that belong to a sample (benchmarks/RESULTS.md)
 
 
 def typical(cfg: TrainConfig) -> flops.Work:
-    """What a batch of the config's last mixture holds, by the lengths assumed above."""
+    """The contents of a typical batch of the config's last mixture."""
     _, weights = cfg.data.phases()[-1]
     total = cfg.batch_rows * cfg.data.row_len * FILL
     positions = pairs = targets = 0.0
     images = dict.fromkeys(TEXT, 0.0)
     for weight, source in zip(weights, cfg.data.sources, strict=True):
-        here = total * weight / sum(weights)
-        text, asked = TEXT.get(source.task, (cfg.data.row_len, cfg.data.row_len))
+        share = total * weight / sum(weights)
+        text, wanted = TEXT.get(source.task, (cfg.data.row_len, cfg.data.row_len))
         length = min(text + (cfg.model.slot_len if source.task in TEXT else 0), cfg.data.row_len)
-        samples = here / length
-        positions += here
+        samples = share / length
+        positions += share
         pairs += samples * length * (length + 1) / 2
-        targets += samples * asked
+        targets += samples * wanted
         if source.task in images:
             images[source.task] += samples
     slots = cfg.batch_rows * (cfg.data.gen_slots + cfg.data.und_slots)
@@ -139,11 +128,12 @@ def typical(cfg: TrainConfig) -> flops.Work:
 
 
 def budget(cfg: TrainConfig, jaxpr: Any, head_positions: int, trips: float) -> Budget:
-    """Splits a train step's operations, and holds their sum against the jaxpr's.
+    """Splits the operations of a train step by cause, beside the count of its jaxpr.
 
     Args:
       jaxpr: of the step with XLA's attention.
-      head_positions: on which the head runs, over all devices: `trips` of its loop.
+      head_positions: on which the head runs, over all devices.
+      trips: iterations of the head's loop.
     """
     trained = parts_lib.trained_parts(cfg)
     work = typical(cfg)
@@ -173,7 +163,7 @@ def budget(cfg: TrainConfig, jaxpr: Any, head_positions: int, trips: float) -> B
 
 
 def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
-    """Forward passes that a backward pass runs again: whole blocks but for their last matmul, whose
+    """Operations that the backward pass runs again: whole blocks except their last matmul, whose
     result no gradient needs."""
     if not cfg.remat:
         return 0.0
@@ -191,10 +181,10 @@ def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
 
 
 def executed(cfg: TrainConfig, work: Budget) -> float:
-    """Operations that the chips do, over all devices: the jaxpr's, with the attention that runs.
+    """Operations over all devices with the attention that runs, not XLA's.
 
-    Splash attention does the blocks on and under the diagonal, and in its backward pass computes
-    the scores again twice: 7 matmuls of a block where XLA's form has 4.
+    Splash attention computes only the blocks on and below the diagonal. Its backward pass computes
+    the scores twice: 7 matmuls per block where XLA's attention has 4.
     """
     if cfg.attention != "splash":
         return work.jaxpr
@@ -202,5 +192,5 @@ def executed(cfg: TrainConfig, work: Budget) -> float:
     per_pass = flops.attention_per_pair(cfg.model) * cfg.batch_rows * length**2
     blocks = length / (splash.BLOCK if length % splash.BLOCK == 0 else splash.UNIT)
     forward = 2 if cfg.remat else 1
-    ours = per_pass * (forward + 7 / 2) * (blocks + 1) / (2 * blocks)
-    return work.jaxpr - per_pass * (forward + 2) + ours
+    splash_flops = per_pass * (forward + 7 / 2) * (blocks + 1) / (2 * blocks)
+    return work.jaxpr - per_pass * (forward + 2) + splash_flops

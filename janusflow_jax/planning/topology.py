@@ -1,53 +1,22 @@
-"""Machines that a run can be planned for, by name: their devices, without having them.
+"""Machines to plan for, by name, and XLA's stand-ins for their devices.
 
-`v5e:16x16` is a TPU slice by its chips, `h100:8x8` hosts by cards. Figures are the makers' and
-assumptions of every estimate; what XLA leaves of a TPU's memory was read off its own error messages
-(libtpu 0.0.42).
+`v5e:16x16` is a TPU slice of 16 x 16 chips, `h100:8x8` is 8 hosts with 8 GPUs each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from typing import Any
 
-import numpy as np
+import jax
+from jax.experimental import topologies
 
 from janusflow_jax.config.errors import ConfigError
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One accelerator as it is rented. Rates are a chip's, `memory` a device's (a core, a card)."""
-
-    platform: str  # tpu | gpu
-    axes: int  # of the shape in its name
-    memory: int  # bytes of a device that a program can use
-    tflops: float  # dense bfloat16
-    hbm: float  # bytes/s
-    link: float  # bytes/s of a ring over one mesh axis: both directions of a torus axis, or NVLink
-    network: float  # bytes/s between slices or hosts
-    cores: int = 1  # devices of a chip, as JAX sees them
-    examples: tuple[str, ...] = ()
-
-
-CHIPS = {
-    "v5e": Chip("tpu", 2, int(15.75 * GIB), 197.0, 819e9, 90e9, 3.1e9, 1, ("4x4", "8x8", "16x16")),
-    "v6e": Chip(
-        "tpu", 2, int(31.25 * GIB), 918.0, 1600e9, 180e9, 12.5e9, 1, ("4x4", "8x8", "16x16")
-    ),
-    "v5p": Chip("tpu", 3, int(95.74 * GIB), 459.0, 2765e9, 180e9, 6.25e9, 1, ("2x2x2", "4x4x4")),
-    "v4": Chip("tpu", 3, int(15.25 * GIB), 275.0, 1228e9, 90e9, 3.1e9, 2, ("2x2x1", "4x4x4")),
-    "v3": Chip("tpu", 2, int(15.48 * GIB), 123.0, 900e9, 140e9, 3.1e9, 2, ("2x2", "4x4")),
-    "tpu7x": Chip("tpu", 3, int(94.75 * GIB), 2307.0, 7380e9, 200e9, 12.5e9, 2, ("2x2x1", "4x4x4")),
-    # Of 79.1 GiB; JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-    "h100": Chip("gpu", 2, int(0.92 * 79.1 * GIB), 989.0, 3352e9, 450e9, 50e9, 1, ("8", "8x8")),
-}
-"""What is known, by the first part of a topology's name."""
+from janusflow_jax.parallel.chips import CHIPS, Chip
 
 H100_TARGET = """
 gpu_device_info {
@@ -75,12 +44,12 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-"""What XLA asks of a card (stream_executor's GpuTargetConfig, in text form)."""
+"""What XLA needs to know to compile for a GPU (GpuTargetConfig of its stream_executor, as text)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A topology by name: `kind` of CHIPS, its shape, and how many slices of that shape."""
+    """A topology: a `kind` of `CHIPS`, the shape of a slice and the number of slices."""
 
     kind: str
     shape: tuple[int, ...]
@@ -92,92 +61,85 @@ class Machine:
 
     @property
     def chips(self) -> int:
-        return int(np.prod(self.shape)) * self.slices
+        return math.prod(self.shape) * self.slices
 
     @property
     def islands(self) -> int:
-        """Parts of equal size between which only the slow network goes: slices, or GPU hosts."""
+        """Equal groups of devices that only the slow network connects: TPU slices, GPU hosts."""
         return self.slices * (self.shape[0] if self.chip.platform == "gpu" else 1)
 
     @property
     def name(self) -> str:
-        shape = "x".join(str(n) for n in self.shape)
-        times = f"{self.slices} x " if self.slices > 1 else ""
-        return f"{times}{self.kind}:{shape}"
+        shape = f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        return f"{self.slices} x {shape}" if self.slices > 1 else shape
 
 
 def parse(name: str, slices: int = 1) -> Machine:
     """A machine by its name.
 
     Raises:
-      ConfigError: the name says nothing that is known; the message lists what is.
+      ConfigError: an unknown name; the message lists those that work.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip())
-    kind = found[1] if found else ""
+    kind, _, sizes = name.strip().partition(":")
+    shape = tuple(map(int, sizes.split("x"))) if re.fullmatch(r"\d+(x\d+)*", sizes) else ()
     chip = CHIPS.get(kind)
-    shape = tuple(int(n) for n in found[2].split("x")) if found else ()
     if chip is not None and chip.platform == "gpu" and len(shape) == 1:
         shape = (1, *shape)
     if chip is None or len(shape) != chip.axes or not all(shape):
-        raise ConfigError(f"topology: got {name!r}; expected {known()}")
+        raise ConfigError(f"topology: got {name!r}; expected {expected()}")
     if slices < 1:
         raise ConfigError(f"slices: expected 1 or more; got {slices}")
     return Machine(kind, shape, slices)
 
 
-def known() -> str:
-    """The names that work, in words."""
+def expected() -> str:
+    """The names that work, for error messages."""
     lines = []
     for kind, chip in CHIPS.items():
-        what = "cards, or hosts x cards" if chip.platform == "gpu" else "x".join("ABC"[: chip.axes])
-        shown = ", ".join(f"{kind}:{e}" for e in chip.examples)
-        lines.append(f"{kind}:{what} ({shown})")
+        shape = "GPUS or HOSTSxGPUS" if chip.platform == "gpu" else "x".join("ABC"[: chip.axes])
+        examples = ", ".join(f"{kind}:{e}" for e in chip.examples.split())
+        lines.append(f"{kind}:{shape} ({examples})")
     return "one of " + "; ".join(lines)
 
 
 def devices(machine: Machine) -> list[Any]:
-    """Devices that programs can be compiled for and not run on.
+    """Devices that programs can be compiled for but not run on.
 
     Raises:
-      ConfigError: the compiler for it is not installed (says what to install), or knows no such
-        shape.
+      ConfigError: the compiler is not installed (the message says what to install), or it knows
+        no such shape.
     """
-    return list(_topology(machine).devices)
-
-
-def _topology(machine: Machine) -> Any:
-    import jax
-    from jax.experimental import topologies
-
     if machine.chip.platform == "gpu":
-        if not importlib.util.find_spec("jax_cuda13_plugin"):
-            version = jax.__version__
-            raise ConfigError(
-                f"{machine.name}: XLA's compiler for NVIDIA is not installed; no card is needed:\n"
-                f"  pip install jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
-            )
-        hosts, cards = machine.shape
-        shape = f"{machine.slices}x{hosts}x{cards}"
-        return topologies.get_topology_desc(
-            platform="cuda", target_config=H100_TARGET, topology=shape
+        return list(_gpus(machine).devices)
+    return list(_tpus(machine).devices)
+
+
+def _gpus(machine: Machine) -> Any:
+    if not importlib.util.find_spec("jax_cuda13_plugin"):
+        raise ConfigError(
+            f"{machine.name}: XLA's compiler for NVIDIA is not installed. No GPU is needed:\n"
+            f"  pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"
         )
+    shape = "x".join(map(str, (machine.slices, *machine.shape)))
+    return topologies.get_topology_desc(platform="cuda", target_config=H100_TARGET, topology=shape)
+
+
+def _tpus(machine: Machine) -> Any:
     if not importlib.util.find_spec("libtpu"):
         raise ConfigError(
-            f"{machine.name}: XLA's compiler for TPU is not installed; no TPU is needed:\n"
+            f"{machine.name}: XLA's compiler for TPU is not installed. No TPU is needed:\n"
             f"  pip install 'jax[tpu]=={jax.__version__}'"
         )
-    # libtpu looks for a machine around it, and for another process that uses it.
+    # Without these libtpu queries the metadata server and refuses to share the host's lock.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    shape = "x".join(str(n) for n in machine.shape)
-    more: dict[str, Any] = {"num_slices": machine.slices} if machine.slices > 1 else {}
-    if machine.chips == machine.slices:
-        more["chips_per_host_bounds"] = (1, 1, 1)
+    options: dict[str, Any] = {"num_slices": machine.slices} if machine.slices > 1 else {}
+    if math.prod(machine.shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    name = f"{machine.kind}:{'x'.join(map(str, machine.shape))}"
     try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{machine.kind}:{shape}", **more
-        )
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # JAX's own, with libtpu's reason in it
-        raise ConfigError(f"topology {machine.name}: {error}\nexpected {known()}") from error
+        raise ConfigError(f"topology {machine.name}: {error}\nexpected {expected()}") from error

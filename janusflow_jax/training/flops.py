@@ -13,21 +13,6 @@ import numpy as np
 
 from janusflow_jax.config import GENERATE, UNDERSTAND, ModelConfig
 
-PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "NVIDIA A100": 312.0,
-    "NVIDIA H100": 989.0,
-    "NVIDIA H200": 989.0,
-}
-"""Dense bfloat16, by the start of jax's device_kind (the longest that fits); makers' figures."""
-
-
 CACHED = frozenset({"latent_mean", "repa_target", "und_features"})
 
 
@@ -113,12 +98,6 @@ def train_flops(cfg: ModelConfig, work: Work, trained: set[str], repa: bool) -> 
         target = siglip(cfg) * ("repa_target" not in work.cached)
         total += (target + 3 * repa_head(cfg)) * work.gen_images
     return total
-
-
-def peak_tflops(device_kind: str) -> float:
-    """A device's dense bfloat16 peak; 0 where it is not known."""
-    found = [k for k in PEAK_TFLOPS if device_kind.startswith(k)]
-    return PEAK_TFLOPS[max(found, key=len)] if found else 0.0
 
 
 # --- forward passes of the parts, one image or one position
