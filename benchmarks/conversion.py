@@ -19,19 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from janusflow_jax import config as c
-from janusflow_jax.hub import (
-    configs as hub_configs,
-    names as tensor_names,
-    safetensors as safetensors_io,
-    tensors as convert,
-)
-from janusflow_jax.models import vae
+from janusflow_jax.hub import configs as hub_configs, names, safetensors, tensors
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -64,18 +59,16 @@ def create_checkpoint(scratch: pathlib.Path) -> None:
         (
             autoencoder,
             "diffusion_pytorch_model",
-            convert.torch_shapes(tensor_names.vae_rules(cfg.vae), vae.param_shapes(cfg.vae)),
+            tensors.torch_shapes(names.vae_rules(cfg.vae), tensors.vae_shapes(cfg.vae)),
             np.dtype(np.float32),
         ),
     )
     for folder, name, shapes, dtype in folders:
-        tensors = {
-            n: safetensors_io.Made(
-                tuple(s), dtype, lambda s=tuple(s), i=i, d=dtype: random_tensor(s, d, i)
-            )
-            for i, (n, s) in enumerate(shapes.items())
+        weights = {
+            n: safetensors.LazyTensor(tuple(shape), dtype, partial(random_tensor, shape, dtype, i))
+            for i, (n, shape) in enumerate(shapes.items())
         }
-        safetensors_io.write_folder(epath.Path(folder), name, tensors, 1 << 40)
+        safetensors.write_folder(epath.Path(folder), name, weights, 1 << 40)
 
 
 def status(pid: int, key: str) -> int:

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from janusflow_jax import config as c
+from janusflow_jax import config as c, hub
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import GENERATE, UNDERSTAND
-from janusflow_jax.hub import configs as hub_configs, export as hub_export
+from janusflow_jax.hub import configs as hub_configs
 from janusflow_jax.models import janusflow, vae
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "tests/data/golden/tiny/janusflow"
@@ -34,23 +34,23 @@ def folders(
         key = jax.random.key(0)
         params = jax.jit(janusflow.init_params, static_argnums=0)(cfg, key)
         params = dict(params) | {"gen_decoder": _nonzero(params["gen_decoder"])}
-        hub = {p.name: p.read_bytes() for p in GOLDEN.iterdir() if p.name.startswith("token")}
+        hub_files = {p.name: p.read_bytes() for p in GOLDEN.iterdir() if p.name.startswith("token")}
         processor = json.loads((GOLDEN / "processor_config.json").read_text())
         processor["num_image_tokens"] = cfg.num_image_tokens
-        hub["processor_config.json"] = json.dumps(processor).encode()
+        hub_files["processor_config.json"] = json.dumps(processor).encode()
         files = hub_configs.model_config_to_hf(cfg, {})
-        hub["config.json"] = json.dumps(files["config.json"]).encode()
+        hub_files["config.json"] = json.dumps(files["config.json"]).encode()
         model_folder.save_model(
             ours,
             model_cfg=cfg,
             params=params,
             vae=jax.jit(vae.init_params, static_argnums=0)(cfg.vae, key),
-            hub_files=hub,
+            hub_files=hub_files,
             extra={"made_by": "benchmarks"},
             overwrite=True,
         )
     if peers and not published.exists():
-        hub_export.export(ours, published, say=lambda line: None)
+        hub.export(ours, published, log=lambda line: None)
     return ours, published
 
 

@@ -1,4 +1,4 @@
-"""Published checkpoints in and out: every name, every bit, and errors that tell all."""
+"""The tables of names and layouts, and the config files, in both directions."""
 
 import json
 
@@ -6,11 +6,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import golden, torch_trees
+from helpers.published import read_config
+from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import config
 from janusflow_jax.config.errors import ConvertError
-from janusflow_jax.hub import configs as hub_configs, tensors as convert
+from janusflow_jax.hub import configs as hub_configs, names, source, tensors
 from janusflow_jax.models import janusflow, vae
 
 
@@ -26,12 +28,14 @@ def hub_files():
 
 def test_every_tensor_of_the_released_model_has_its_place():
     published = json.loads((golden.ROOT / "janusflow_1p3b_tensors.json").read_text())
-    used = {n: tuple(s) for n, s in published.items() if ".attn_pool." not in n}
+    pool = {n: tuple(s) for n, s in published.items() if torch_trees.is_pool(n)}
+    used = {n: tuple(s) for n, s in published.items() if n not in pool}
     cfg = config.model_config("1p3b")
     shapes = dict(janusflow.param_shapes(cfg))
     del shapes["repa_head"]
     assert len(published) == 587
-    assert convert.torch_shapes(convert.janusflow_rules(cfg), shapes) == used
+    assert tensors.torch_shapes(names.janusflow_rules(cfg), shapes) == used
+    assert names.pool_shapes(cfg.und) == pool
 
 
 def test_parameter_counts_of_the_full_size():
@@ -49,22 +53,27 @@ def test_parameter_counts_of_the_full_size():
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_round_trip_is_exact(dtype):
     cfg = config.model_config("test")
-    tensors = {n: x.astype(dtype) for n, x in golden.arrays("janusflow/model").items()}
-    params, unused = convert.janusflow_from_torch(tensors, cfg)
+    model = {n: x.astype(dtype) for n, x in golden.arrays("janusflow/model").items()}
+    autoencoder = {
+        n: x.astype(dtype) for n, x in golden.arrays("vae/diffusion_pytorch_model").items()
+    }
+    params = torch_trees.janusflow_from_torch(model, cfg)
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(dtype)}
-    back = convert.janusflow_to_torch(params, unused, cfg)
-    assert {n: x.tobytes() for n, x in back.items()} == {n: x.tobytes() for n, x in tensors.items()}
-    assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
-    tensors = golden.arrays("vae/diffusion_pytorch_model")
-    tensors = {n: x.astype(dtype) for n, x in tensors.items()}
-    back = convert.vae_to_torch(convert.vae_from_torch(tensors, cfg.vae), cfg.vae)
-    assert {n: x.tobytes() for n, x in back.items()} == {n: x.tobytes() for n, x in tensors.items()}
-    assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
+    vae_params = torch_trees.vae_from_torch(autoencoder, cfg.vae)
+    used = {n: x for n, x in model.items() if not torch_trees.is_pool(n)}
+    for back, want in (
+        (torch_trees.janusflow_to_torch(params, cfg), used),
+        (torch_trees.vae_to_torch(vae_params, cfg.vae), autoencoder),
+    ):
+        assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in want.items()}
+        assert {n: x.tobytes() for n, x in back.items()} == {
+            n: x.tobytes() for n, x in want.items()
+        }
 
 
-def test_old_names_of_the_vaes_attention():
-    cfg = config.model_config("test").vae
-    tensors = golden.arrays("vae/diffusion_pytorch_model")
+def test_old_names_of_the_vaes_attention(vae_folder):
+    weights = vae_folder / "diffusion_pytorch_model.safetensors"
+    current = load_file(weights)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def rename(name):
@@ -72,40 +81,43 @@ def test_old_names_of_the_vaes_attention():
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
         return name
 
-    got = convert.vae_from_torch({rename(n): x for n, x in tensors.items()}, cfg)
-    jax.tree.map(np.testing.assert_array_equal, got, convert.vae_from_torch(tensors, cfg))
+    renamed = {rename(n): x for n, x in current.items()}
+    assert len(renamed.keys() - current.keys()) == 16
+    save_file(renamed, weights)
+    opened = source.open_vae(vae_folder)
+    assert not opened.problems and opened.tensors.keys() == current.keys()
+    for name, x in current.items():
+        np.testing.assert_array_equal(opened.tensors[name], x)
+    save_file(current | renamed, weights)
+    assert len([p for p in source.open_vae(vae_folder).problems if "duplicate" in p]) == 16
 
 
-def test_all_problems_are_told_at_once():
-    tensors = dict(golden.arrays("janusflow/model"))
-    del tensors["vision_gen_dec_aligner.bias"]
-    tensors["stranger"] = np.zeros(3)
-    tensors["language_model.model.norm.weight"] = np.zeros(5)
+def test_one_error_lists_all_problems():
+    published = dict(golden.arrays("janusflow/model"))
+    del published["vision_gen_dec_aligner.bias"]
+    published["stranger"] = np.zeros(3)
+    published["language_model.model.norm.weight"] = np.zeros(5)
     with pytest.raises(ConvertError) as error:
-        convert.janusflow_from_torch(tensors, config.model_config("test"))
-    for part in (
-        "3 problems",
-        "missing: vision_gen_dec_aligner.bias [32]",
-        "unknown: stranger [3]",
-        "shape of language_model.model.norm.weight: expected [64]; got [5]",
-    ):
+        torch_trees.janusflow_from_torch(published, config.model_config("test"))
+    for part in ("3 problems", "vision_gen_dec_aligner.bias", "stranger", "model.norm.weight"):
         assert part in str(error.value)
 
 
-def test_layers_of_different_types_are_no_stack():
-    tensors = dict(golden.arrays("janusflow/model"))
+def test_layers_of_different_dtypes_are_refused():
+    published = dict(golden.arrays("janusflow/model"))
     name = "language_model.model.layers.1.input_layernorm.weight"
-    tensors[name] = tensors[name].astype(np.float16)
-    with pytest.raises(ConvertError, match="one type in all layers"):
-        convert.janusflow_from_torch(tensors, config.model_config("test"))
+    published[name] = published[name].astype(np.float16)
+    with pytest.raises(ConvertError, match="same in all layers"):
+        torch_trees.janusflow_from_torch(published, config.model_config("test"))
 
 
-def test_config_of_the_tiny_folder(recwarn):
-    got = hub_configs.model_config_from_hf(*hub_files())
+def test_config_of_the_tiny_folder():
+    notes = []
+    got = hub_configs.model_config_from_hf(*hub_files(), problems=[], notes=notes)
     want = config.model_config("test")
     got.name, got.repa = want.name, want.repa
     assert got == want
-    assert not recwarn.list
+    assert not notes
 
 
 def test_config_of_the_released_size():
@@ -129,32 +141,31 @@ def test_config_of_the_released_size():
     files[0]["vision_gen_dec_config"]["params"]["in_channels"] = 768
     files[1]["image_size"] = 384
     files[2] |= {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32}
-    got = hub_configs.model_config_from_hf(*files)
+    got = read_config(*files)
     got.name = "1p3b"
     assert got == config.model_config("1p3b")
 
 
 @pytest.mark.parametrize(("size", "image_size"), [("1p3b", 384), ("1p3b", 256), ("small", 0)])
-def test_towers_take_the_name_that_the_published_code_knows(size, image_size):
+def test_towers_have_a_name_that_the_published_code_knows(size, image_size):
     cfg = config.model_config(size, image_size)
     files = hub_configs.model_config_to_hf(cfg, {})
     params = files["config.json"]["vision_und_enc_config"]["params"]
     known = f"siglip_large_patch16_{image_size}"
     assert params["model_name"] == (known if size == "1p3b" else "siglip")
-    assert hub_configs.model_config_from_hf(*files.values()) == cfg
+    assert read_config(*files.values()) == cfg
 
 
-def test_unknown_keys_warn_and_unsupported_values_are_errors():
-    files = hub_files()
+def test_unknown_keys_are_noted_and_unsupported_values_are_errors():
+    files, notes = hub_files(), []
     files[0]["language_config"]["novelty"] = 1
-    with pytest.warns(UserWarning, match="language_config.novelty"):
-        hub_configs.model_config_from_hf(*files)
-    del files[0]["language_config"]["novelty"]
+    assert hub_configs.model_config_from_hf(*files, problems=[], notes=notes)
+    assert len(notes) == 1 and "language_config.novelty" in notes[0]
     files[0]["language_config"]["tie_word_embeddings"] = True
     del files[0]["vision_gen_enc_config"]["params"]["kernel_size"]
     files[2]["shift_factor"] = 0.1
     with pytest.raises(config.ConfigError) as error:
-        hub_configs.model_config_from_hf(*files)
+        read_config(*files)
     for part in ("tie_word_embeddings", "kernel_size: expected 2; got 7", "shift_factor"):
         assert part in str(error.value)
 
@@ -162,4 +173,4 @@ def test_unknown_keys_warn_and_unsupported_values_are_errors():
 def test_select_layer_keeps_fewer_blocks():
     files = hub_files()
     files[0]["vision_und_enc_config"]["params"]["select_layer"] = -2
-    assert hub_configs.model_config_from_hf(*files).und.num_layers == 1
+    assert read_config(*files).und.num_layers == 1

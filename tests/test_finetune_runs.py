@@ -15,11 +15,10 @@ from helpers.published import to_model
 from helpers.runs import HUB, ROOT, config, fresh_params
 
 import janusflow_jax
-from janusflow_jax import config as c, pipeline, train
+from janusflow_jax import config as c, hub, pipeline, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, loader, sources
-from janusflow_jax.hub import export as hub_export
 from janusflow_jax.parallel import sharding
 from janusflow_jax.training import init as initialization, run_state, step as train_step
 
@@ -99,7 +98,7 @@ def test_a_run_in_bfloat16_resumes_bit_for_bit_and_is_exported(store, tmp_path):
     assert len(losses) == 4 and np.isfinite(losses).all()
 
     said = model_folder.flat(model_folder.load_model("whole").params)
-    hub_export.export("whole", "out", say=lambda _: None)
+    hub.export("whole", "out", log=lambda _: None)
     to_model("out", "out/vae", "again")
     again = model_folder.flat(model_folder.load_model("again").params)
     assert len(again) > 80

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import golden, torch_trees
 
 from janusflow_jax.config import UNDERSTAND, LossConfig
 from janusflow_jax.data import chat_format, images
-from janusflow_jax.hub import tensors
 from janusflow_jax.models import convnext, encode, layers, vae
 from janusflow_jax.sampling import image as image_sampling, text as text_sampling
 from janusflow_jax.training import losses
@@ -273,8 +272,8 @@ def train_numbers(in_one_row=False):
         return sum(terms.values()), (terms, extras["velocity"], totals)
 
     (value, rest), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
-    torch = tensors.janusflow_to_torch(grads, {}, model.cfg)
-    torch |= tensors.repa_to_torch(grads["repa_head"], model.cfg)
+    torch = torch_trees.janusflow_to_torch(grads, model.cfg)
+    torch |= torch_trees.repa_to_torch(grads["repa_head"], model.cfg)
     return value, rest, torch
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import golden, records, runs
 from helpers.published import to_model
 
-from janusflow_jax import config as c, pipeline, train
+from janusflow_jax import config as c, hub, pipeline, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import (
     checks as config_checks,
@@ -22,7 +22,6 @@ from janusflow_jax.config import (
 )
 from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import packing, sources
-from janusflow_jax.hub import export as hub_export
 from janusflow_jax.models import encode, janusflow, vae
 from janusflow_jax.parallel import trees
 from janusflow_jax.training import losses, step as train_step
@@ -168,7 +167,7 @@ def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_pat
             same = np.array_equal(before, model_folder.flat(now.params)[name])
             assert same == frozen or not np.any(before), (stage, name)
         params = now.params
-    hub_export.export(start, tmp_path / "published", licence="mit", say=lambda _: None)
+    hub.export(start, tmp_path / "published", license="mit", log=lambda _: None)
     to_model(tmp_path / "published", tmp_path / "published" / "vae", tmp_path / "again")
     trained, again = model_folder.load_model(start), model_folder.load_model(tmp_path / "again")
     want = model_folder.flat({n: x for n, x in (trained.params or {}).items() if n != "repa_head"})
@@ -258,7 +257,7 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
         assert isinstance(answer, str)
     if letter in "BC":
         with pytest.raises(ConvertError, match="und_encoder"):
-            hub_export.export(workdir, tmp_path / "out")
+            hub.export(workdir, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -1,14 +1,15 @@
-"""Our model beside PyTorch on the same weights, layer by layer: a table, and an exit status.
+"""Compares our model with PyTorch on the same weights, layer by layer.
 
     pip install -e '.[dev]'
     python tools/check_parity.py --janusflow DIR --vae DIR [--model CONVERTED] [--steps 4]
 
-DIR: the folders as published. Ours is converted in memory, or is CONVERTED, the folder that
-`tools/convert_checkpoint.py` made. The other side is `tools/torch_reference.py`: transformers'
-Llama, diffusers' AutoencoderKL, the rest in plain torch. Both compute in float32, ours on what JAX
-finds, theirs on CPU. A part's row gets the reference's inputs; answers, latents and pictures run
-their own way from the tokens, so that differences of the parts add up. One model is in memory at
-a time. By arithmetic, not measured: 1.3B takes about 20 GB and, on two cores, a minute a step.
+DIR: the folders as published. Our side is CONVERTED, the folder that `tools/convert_checkpoint.py`
+wrote; without it, they are converted into a temporary folder. The other side is
+`tools/torch_reference.py`: transformers' Llama, diffusers' AutoencoderKL, the rest in plain torch.
+Both compute in float32, ours on JAX's device, theirs on the CPU. The row of a part gets the
+reference's inputs. Answers, latents and images are computed by each side from the tokens on, so
+that differences of the parts add up. One model is in memory at a time. By arithmetic, not measured:
+1.3B takes about 20 GB and, on two cores, a minute a step.
 
 Exit status: 0 if every row agrees, 1 if one does not, 2 if there is nothing to compare.
 """
@@ -18,9 +19,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import operator
-import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -28,11 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from janusflow_jax import cli, pipeline
+from janusflow_jax import cli, hub, pipeline
 from janusflow_jax.config import UNDERSTAND
 from janusflow_jax.config.errors import JanusFlowError
-from janusflow_jax.data import chat_format, images
-from janusflow_jax.hub import configs as hub_configs, tensors as convert
+from janusflow_jax.data import images
 from janusflow_jax.models import encode, siglip, vae
 from janusflow_jax.sampling import image as image_sampling, text as text_sampling
 
@@ -46,19 +45,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--janusflow", required=True, metavar="DIR", help="the published JanusFlow")
     p.add_argument("--vae", required=True, metavar="DIR", help="the SDXL-VAE, diffusers' form")
-    p.add_argument("--model", metavar="CONVERTED", help="our side; default: convert in memory")
-    p.add_argument("--image", metavar="FILE", help="a picture to ask about; default: one is drawn")
+    p.add_argument("--model", metavar="CONVERTED", help="our side; default: convert now")
+    p.add_argument("--image", metavar="FILE", help="an image to ask about; default: one is drawn")
     p.add_argument("--question", default="What is in the picture?")
     p.add_argument("--prompt", default="A red fox sits in the snow beside a quiet river.")
     p.add_argument("--steps", type=int, default=30, help="Euler steps; default 30")
-    p.add_argument("--cfg", type=float, default=2.0, help="guidance; default 2")
-    p.add_argument("--tokens", type=int, default=24, help="greedy tokens at most; default 24")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--guidance-scale", type=float, default=2.0, help="default 2")
+    p.add_argument("--cfg", dest="guidance_scale", type=float, help=argparse.SUPPRESS)  # old name
+    p.add_argument("--tokens", type=int, default=24, help="most greedy tokens; default 24")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise")
     return p.parse_args(argv)
 
 
-def draw_picture() -> Image.Image:
-    """Something to look at, wider than high: a sun over a hill."""
+def draw_scene() -> Image.Image:
+    """An image wider than high: a sun over a hill."""
     image = Image.new("RGB", (200, 130), (120, 180, 240))
     pen = ImageDraw.Draw(image)
     pen.ellipse((130, 15, 170, 55), fill=(250, 220, 60))
@@ -67,28 +67,17 @@ def draw_picture() -> Image.Image:
 
 
 def load_ours(args: argparse.Namespace) -> pipeline.JanusFlowPipeline:
-    """Our model in float32: a converted folder, or the published ones converted in memory."""
+    """Our model in float32: a converted folder, or the published ones converted now."""
     if args.model:
         return pipeline.load(args.model, dtype="float32")
-    import torch_reference
-
-    tensors = lambda path: {n: x.numpy() for n, x in torch_reference.read_tensors(path).items()}  # noqa: E731
-    folder, vae_folder = pathlib.Path(args.janusflow), pathlib.Path(args.vae)
-    read = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
-    cfg = hub_configs.model_config_from_hf(
-        read(folder / "config.json"),
-        read(folder / "preprocessor_config.json"),
-        read(vae_folder / "config.json"),
-    )
-    params, _ = convert.janusflow_from_torch(tensors(folder), cfg)
-    vae_params = convert.vae_from_torch(tensors(vae_folder), cfg.vae)
-    text = chat_format.ChatFormat.load(folder, cfg.num_image_tokens)
-    return pipeline.JanusFlowPipeline(cfg, params, vae_params, text, dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        hub.convert(args.janusflow, args.vae, f"{folder}/model", log=lambda line: None)
+        return pipeline.load(f"{folder}/model", dtype="float32")
 
 
 @dataclasses.dataclass
 class Table:
-    """Rows of comparisons, printed as they come."""
+    """Rows of comparisons, printed as they are added."""
 
     failed: int = 0
     rows: int = 0
@@ -127,12 +116,12 @@ def compare_understanding(
     run = lambda method, *a, **k: jax.jit(  # noqa: E731
         lambda p, a: model.apply({"params": p}, *a, method=method, **k)
     )(params, a)
-    picture = images.for_understanding(images.read(image), cfg.image_size)
+    array = images.for_understanding(images.read(image), cfg.image_size)
     turns = [{"role": "user", "content": f"{ours.text.image_tag}\n{args.question}"}]
     prompt = ours.text.conversation(turns, 1)
     table.same("question: token ids", prompt.ids.tolist(), want["ids"])
-    pixels = np.asarray(encode.to_float(jnp.asarray(picture), jnp.float32))
-    table.add("picture: pixels", pixels[None], want["pixels"], PART)
+    pixels = np.asarray(encode.to_float(jnp.asarray(array), jnp.float32))
+    table.add("image: pixels", pixels[None], want["pixels"], PART)
     pixels = jnp.asarray(want["pixels"])
     for count in range(1, cfg.und.num_layers + 1):
         part = dataclasses.replace(cfg.und, num_layers=count, final_norm=False)
@@ -147,9 +136,8 @@ def compare_understanding(
     x = text_sampling.embed_prompt(model, params, ids, slots, start, task)
     table.add("LLM: input", x, want["embeds"], PART)
     mask = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
-    given = jnp.asarray(want["embeds"])
     positions = jnp.arange(x.shape[1])[None]
-    hidden, _, blocks = run("run_llm", given, positions, mask, keep="hidden")
+    hidden, _, blocks = run("run_llm", jnp.asarray(want["embeds"]), positions, mask, keep="hidden")
     for i, state in enumerate(blocks[:-1], 1):
         table.add(f"LLM: block {i}", state, want["hidden"][i], PART)
     table.add("LLM: last block and final norm", hidden, want["hidden"][-1], PART)
@@ -172,11 +160,11 @@ def compare_understanding(
     table.same(
         "answer: greedy tokens", np.asarray(tokens)[0][: len(want["tokens"])], want["tokens"]
     )
-    said = ours.chat(args.question, [image], max_new_tokens=args.tokens)
-    table.same("answer: text", said, ours.text.decode(want["tokens"]).strip())
+    answer = ours.chat(args.question, [image], max_new_tokens=args.tokens)
+    table.same("answer: text", answer, ours.text.decode(want["tokens"]).strip())
 
 
-def compare_painting(
+def compare_generation(
     table: Table, ours: pipeline.JanusFlowPipeline, want: dict[str, Any], args: argparse.Namespace
 ) -> None:
     model, params = ours.model, ours.params
@@ -200,7 +188,7 @@ def compare_painting(
     table.add("generation decoder: velocity", part, want["velocity"], PART)
     table.add("first step: conditional velocity", cond, want["velocity"][:1], PART)
     table.add("first step: unconditional velocity", uncond, want["velocity"][1:], PART)
-    options = {"noise": noise, "num_steps": args.steps, "cfg_weight": args.cfg}
+    options = {"noise": noise, "num_steps": args.steps, "cfg_weight": args.guidance_scale}
     path = ours.generate(args.prompt, output="trajectory", **options)
     for k in sorted({1, args.steps // 4, args.steps // 2, args.steps} - {0}):
         table.add(f"latents: step {k}", path[k], want["trajectory"][k], WHOLE)
@@ -210,7 +198,7 @@ def compare_painting(
     table.add("VAE: decoded latents", jnp.clip(decoded, -1, 1), want["image"], PART)
     pixels = ours.generate(args.prompt, output="numpy", **options).astype(np.float32)
     expected = np.round((want["image"] + 1) * 127.5)
-    table.add("picture: pixels, 0 to 255", pixels, expected, 1.001 / 255)  # one step of rounding
+    table.add("image: pixels, 0 to 255", pixels, expected, 1.001 / 255)  # one step of rounding
 
 
 def compare_encoder(
@@ -218,9 +206,7 @@ def compare_encoder(
 ) -> None:
     scale, module = ours.cfg.vae.scaling_factor, vae.Vae(ours.cfg.vae)
     encode_vae = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode")[0])
-    table.add(
-        "VAE: encoded picture", encode_vae(ours.vae, jnp.asarray(pixels)) * scale, want, WHOLE
-    )
+    table.add("VAE: encoded image", encode_vae(ours.vae, jnp.asarray(pixels)) * scale, want, WHOLE)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -233,21 +219,21 @@ def main(argv: list[str] | None = None) -> int:
             f"expected the extra `dev` (pip install -e '.[dev]'); {error}"
         ) from error
     jax.config.update("jax_default_matmul_precision", "highest")
-    image = Image.open(args.image).convert("RGB") if args.image else draw_picture()
+    image = Image.open(args.image).convert("RGB") if args.image else draw_scene()
     # One model in memory at a time: first all of theirs, then ours.
     reference = torch_reference.Reference(args.janusflow, args.vae)
     side = reference.image_size // 2 ** (len(reference.vae.config.block_out_channels) - 1)
     shape = (1, side, side, reference.vae.config.latent_channels)
     noise = np.random.default_rng(args.seed).standard_normal(shape, np.float32)
     understood = reference.understand(image, args.question, args.tokens)
-    painted = reference.paint(args.prompt, noise, args.steps, args.cfg)
+    generated = reference.generate(args.prompt, noise, args.steps, args.guidance_scale)
     latents = reference.encode(understood["pixels"])
     del reference
     gc.collect()
     ours, table = load_ours(args), Table()
     print(f"{'':34} {'max |a-b|':>12} {'/ max |b|':>12} {'limit':>8}")
     compare_understanding(table, ours, understood, args, image)
-    compare_painting(table, ours, painted, args)
+    compare_generation(table, ours, generated, args)
     compare_encoder(table, ours, understood["pixels"], latents)
     print(f"{table.rows - table.failed} of {table.rows} rows agree")
     return int(table.failed > 0)

@@ -1,9 +1,9 @@
 # pyright: reportMissingImports=false, reportOptionalMemberAccess=false
-"""JanusFlow in PyTorch, to compare with: transformers' Llama, diffusers' AutoencoderKL, and the
-rest written here from SPEC sections 1 to 3. It shares no code with the package, keeps no cache
-between Euler steps and computes one example at a time: slow, and simple. Needs the extra `dev`.
+"""A reference JanusFlow in PyTorch: transformers' Llama, diffusers' AutoencoderKL, and the rest
+written here after docs/model.md. It shares no code with the package, keeps no cache between Euler
+steps and computes one example at a time: slow and simple. Needs the extra `dev`.
 
-Everything is float32 on CPU. Arrays come and go as numpy, pictures and latents NHWC.
+Everything is float32 on the CPU. Inputs and outputs are numpy arrays; images and latents are NHWC.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class Reference:
         self.llm: Any = transformers.LlamaForCausalLM(llama).eval()
         self.llm.load_state_dict(weights, strict=True, assign=True)
         self.llm_eps = llama.rms_norm_eps
-        diffusers.utils.logging.set_verbosity_error()  # it advises to install accelerate
+        diffusers.utils.logging.set_verbosity_error()  # it recommends accelerate
         self.vae: Any = diffusers.AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32)
         self.vae.eval()
         self.scale = self.vae.config.scaling_factor
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         self.add_bos = read("tokenizer_config.json").get("add_bos_token", True) is not False
 
-    # --- text and pictures
+    # --- text and images
 
     def _ids(self, text: str) -> list[int]:
         """User text: special strings in it are text."""
@@ -91,17 +91,17 @@ class Reference:
         return self.tokenizer.convert_tokens_to_ids(self.processor[key])
 
     def question_ids(self, question: str) -> list[int]:
-        """One picture, then the question."""
+        """One image, then the question."""
         front = self._bos() + self._ids(f"{SYSTEM}\n\nUser: ")
-        picture = [self._tag("image_tag")] * self.processor["num_image_tokens"]
-        picture = [self._tag("image_start_tag"), *picture, self._tag("image_end_tag")]
-        return front + picture + self._ids(f"\n{question}\n\nAssistant:")
+        image = [self._tag("image_tag")] * self.processor["num_image_tokens"]
+        image = [self._tag("image_start_tag"), *image, self._tag("image_end_tag")]
+        return front + image + self._ids(f"\n{question}\n\nAssistant:")
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return self._bos() + self._ids(f"User: {prompt}\n\nAssistant:")
 
     def prepare(self, image: Image.Image) -> np.ndarray:
-        """float32[1, H, W, 3]: the long side to the model's, centred on grey."""
+        """float32[1, H, W, 3]: the long side resized to the model's, centered on gray."""
         size = self.image_size
         factor = max(image.size)
         width, height = (max(int(side / factor * size), 14) for side in image.size)
@@ -199,7 +199,7 @@ class Reference:
 
     @torch.no_grad()
     def understand(self, image: Image.Image, question: str, max_new: int) -> dict[str, Any]:
-        """Everything on the way from a picture and a question to an answer."""
+        """Every intermediate result from an image and a question to an answer."""
         pixels, ids = self.prepare(image), self.question_ids(question)
         states = self.siglip(pixels)
         x = self.embed(ids)
@@ -227,8 +227,11 @@ class Reference:
         }
 
     @torch.no_grad()
-    def paint(self, prompt: str, noise: np.ndarray, steps: int, weight: float) -> dict[str, Any]:
-        """Everything on the way from a prompt and noise [1, h, w, C] to a picture."""
+    def generate(self, prompt: str, noise: np.ndarray, steps: int, weight: float) -> dict[str, Any]:
+        """Every intermediate result from a prompt and noise [1, h, w, C] to an image.
+
+        Args: weight: guidance scale.
+        """
         ids = self.prompt_ids(prompt)
         embeds, z = self.embed(ids), nchw(noise)
         states, first = [z], {}

@@ -1,17 +1,14 @@
-"""The published folders' JSON files <-> ModelConfig (SPEC section 1).
+"""The JSON files of published folders <-> ModelConfig.
 
-Keys may be missing: the published modules' own defaults fill them, and the tensors' shapes decide
-later. Unknown keys are listed in one warning; a known key with a value that we do not implement
-is an error.
+A missing key takes the default of the published module; the tensors' shapes are compared later. An
+unknown key is noted. A known key with a value that is not implemented here is a problem.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from janusflow_jax import config
 from janusflow_jax.config import (
     GenConfig,
     LlamaConfig,
@@ -31,9 +28,9 @@ SIGLIP_SIZES = {
 """model_name -> width, layers, heads, mlp width, patch size."""
 
 OURS = "janusflow_jax"
-"""Key of config.json for what the published format has no word for: the name, and REPA's head."""
+"""Key of config.json for what the published format cannot hold: the name and REPA's head."""
 
-# Keys that say nothing about what is computed at inference and training here.
+# Keys that change nothing about what is computed here.
 _NEUTRAL = {
     "_name_or_path",
     "architectures",
@@ -63,8 +60,12 @@ _NEUTRAL = {
 }
 
 
+WRONG_TYPE = (TypeError, AttributeError, ValueError, ZeroDivisionError)
+"""What reading a config raises if a value has the wrong type."""
+
+
 class _Section:
-    """One JSON object: reads keys, remembers problems and the keys that nobody read."""
+    """One JSON object. Remembers problems, and which keys were read."""
 
     def __init__(self, values: Mapping[str, Any], where: str, problems: list[str]):
         self.values, self.where, self.problems = values, where, problems
@@ -76,12 +77,12 @@ class _Section:
         return default if value is None else value
 
     def only(self, key: str, default: Any, *allowed: Any) -> None:
-        """Notes a problem unless the value (or the default) is one of `allowed`."""
+        """Adds a problem unless the value (or the default) is one of `allowed`."""
         value = self.get(key, default)
         if value not in allowed:
-            told = "" if key in self.values else " (the default of a key that is missing)"
+            origin = "" if key in self.values else " (the default of the missing key)"
             options = " or ".join(repr(a) for a in allowed)
-            self.problems.append(f"{self.where}{key}: expected {options}; got {value!r}{told}")
+            self.problems.append(f"{self.where}{key}: expected {options}; got {value!r}{origin}")
 
     def section(self, key: str) -> _Section:
         return _Section(self.get(key, {}), f"{self.where}{key}.", self.problems)
@@ -91,88 +92,81 @@ class _Section:
 
 
 def model_config_from_hf(
-    janusflow_config: Mapping[str, Any],
-    preprocessor_config: Mapping[str, Any],
-    vae_config: Mapping[str, Any],
-    repa: RepaConfig | None = None,
-) -> ModelConfig:
-    """The model that a Hub folder's files describe.
+    janusflow: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    problems: list[str],
+    notes: list[str],
+) -> ModelConfig | None:
+    """The model that a published folder describes; None if there are problems.
+
+    REPA's head is no part of a published model: its config comes from our own key, else its layer
+    is a quarter of the depth.
 
     Args:
-      janusflow_config: its config.json; preprocessor_config: its preprocessor_config.json ({} if
-        there is none); vae_config: config.json of the AutoencoderKL.
-      repa: the head is no part of a published model; default: what the key `janusflow_jax` says,
-        else a quarter of the depth and llm.width.
-    Raises:
-      ConfigError: every known key with a value that is not implemented, and what cannot work.
+      janusflow, preprocessor, vae: config.json, preprocessor_config.json ({} if there is none) and
+        the AutoencoderKL's config.json.
+      problems: gets every value that is not implemented; notes: gets the unknown keys.
     """
-    problems: list[str] = []
-    root = _Section(janusflow_config, "config.json: ", problems)
-    pictures = _Section(preprocessor_config, "preprocessor_config.json: ", problems)
-    autoencoder = _Section(vae_config, "vae/config.json: ", problems)
-    parts = {
-        n: root.section(n)
-        for n in (
-            "language_config",
-            "vision_und_enc_config",
-            "vision_gen_enc_config",
-            "vision_gen_dec_config",
+    known = len(problems)
+    root = _Section(janusflow, "config.json: ", problems)
+    processor = _Section(preprocessor, "preprocessor_config.json: ", problems)
+    autoencoder = _Section(vae, "vae/config.json: ", problems)
+    try:
+        language = root.section("language_config")
+        parts = {n: root.section(f"vision_{n}_config") for n in ("und_enc", "gen_enc", "gen_dec")}
+        params = {n: s.section("params") for n, s in parts.items()}
+        parts["und_enc"].only("cls", "CLIPVisionTower", "CLIPVisionTower")
+        parts["gen_enc"].only("cls", "ShallowUViTEncoder", "ShallowUViTEncoder")
+        parts["gen_dec"].only("cls", "ShallowUViTDecoder", "ShallowUViTDecoder")
+        llm, und, vae_cfg = _llama(language), _siglip(params["und_enc"]), _vae(autoencoder)
+        gen = _gen(params["gen_enc"], params["gen_dec"], llm, vae_cfg)
+        _images(processor)
+        ours = root.get(OURS, {})
+        repa = RepaConfig(layer=max(1, llm.num_layers // 4), width=llm.width)
+        cfg = ModelConfig(
+            name=ours.get("name", "hub"),
+            image_size=processor.get("image_size", und.image_size),
+            llm=llm,
+            und=und,
+            gen=gen,
+            vae=vae_cfg,
+            repa=RepaConfig(**ours["repa"]) if "repa" in ours else repa,
         )
-    }
-    params = {n: s.section("params") for n, s in parts.items() if n != "language_config"}
-    for name, cls in (
-        ("vision_und_enc_config", "CLIPVisionTower"),
-        ("vision_gen_enc_config", "ShallowUViTEncoder"),
-        ("vision_gen_dec_config", "ShallowUViTDecoder"),
-    ):
-        parts[name].only("cls", cls, cls)
-    llm = _llama(parts["language_config"])
-    und = _siglip(params["vision_und_enc_config"])
-    vae = _vae(autoencoder)
-    gen = _gen(params["vision_gen_enc_config"], params["vision_gen_dec_config"], llm, vae)
-    _pictures(pictures)
-    image_size = pictures.get("image_size", und.image_size)
-    ours = root.get(OURS, {})
-    if repa is None and "repa" in ours:
-        repa = RepaConfig(**ours["repa"])
-    _warn_unknown([root, pictures, autoencoder, *parts.values(), *params.values()])
-    cfg = ModelConfig(
-        name=ours.get("name", "hub"),
-        image_size=image_size,
-        llm=llm,
-        und=und,
-        gen=gen,
-        vae=vae,
-        repa=repa or RepaConfig(layer=max(1, llm.num_layers // 4), width=llm.width),
+        if len(problems) == known:
+            problems += config_checks.model_problems(cfg)
+    except WRONG_TYPE as error:
+        problems.append(f"config.json: a value has the wrong type: {error}")
+        return None
+    _note_unknown(
+        [root, processor, autoencoder, language, *parts.values(), *params.values()], notes
     )
-    if not problems:
-        problems += config_checks.model_problems(cfg)
-    config.raise_problems("the published config", problems)
-    return cfg
+    return cfg if len(problems) == known else None
 
 
-def _warn_unknown(sections: list[_Section]) -> None:
+def _note_unknown(sections: list[_Section], notes: list[str]) -> None:
     unknown = [key for section in sections for key in section.unknown()]
     if unknown:
-        warnings.warn(
-            f"keys that we do not know, kept for export but not used: {', '.join(unknown)}",
-            stacklevel=3,
-        )
+        notes.append(f"unknown keys, kept for export but not used: {', '.join(unknown)}")
 
 
-def llama_config_from_hf(values: Mapping[str, Any], problems: list[str]) -> LlamaConfig:
-    """config.json of a Llama's own folder; its head may be tied. Adds to `problems`."""
+def llama_config_from_hf(
+    values: Mapping[str, Any], problems: list[str], notes: list[str]
+) -> LlamaConfig:
+    """config.json of a Llama's own folder. Its head may be tied."""
     section = _Section(values, "config.json: ", problems)
     cfg = _llama(section, tied=(False, True))
-    _warn_unknown([section])
+    _note_unknown([section], notes)
     return cfg
 
 
-def vae_config_from_hf(values: Mapping[str, Any], problems: list[str]) -> VaeConfig:
-    """config.json of an AutoencoderKL. Adds to `problems`."""
+def vae_config_from_hf(
+    values: Mapping[str, Any], problems: list[str], notes: list[str]
+) -> VaeConfig:
+    """config.json of an AutoencoderKL."""
     section = _Section(values, "vae/config.json: ", problems)
     cfg = _vae(section)
-    _warn_unknown([section])
+    _note_unknown([section], notes)
     return cfg
 
 
@@ -184,10 +178,9 @@ def _llama(s: _Section, tied: tuple[bool, ...] = (False,)) -> LlamaConfig:
     for key in ("attention_bias", "mlp_bias"):
         s.only(key, False, False)
     s.only("attention_dropout", 0.0, 0.0)
-    rope = s.get("rope_parameters", {})  # transformers 5's form
-    scaling = s.get("rope_scaling", {})
-    for given in (rope, scaling):
-        kind = given.get("rope_type", given.get("type", "default"))
+    rope = s.get("rope_parameters", {})  # the form of transformers 5
+    for scaling in (rope, s.get("rope_scaling", {})):
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
             s.problems.append(f"{s.where}rope_scaling: expected none; got {kind!r}")
     width, heads = s.get("hidden_size", 4096), s.get("num_attention_heads", 32)
@@ -257,8 +250,8 @@ def _gen(enc: _Section, dec: _Section, llm: LlamaConfig, vae: VaeConfig) -> GenC
     return GenConfig(width=width, num_blocks=blocks, patch_size=2, norm_eps=eps)
 
 
-def _pictures(s: _Section) -> None:
-    """Image preparation is fixed (SPEC section 4); other values are problems."""
+def _images(s: _Section) -> None:
+    """Image preparation is fixed (docs/model.md); other values are problems."""
     s.only("image_mean", [0.5] * 3, [0.5] * 3)
     s.only("image_std", [0.5] * 3, [0.5] * 3)
     s.only("do_normalize", True, True)
@@ -292,17 +285,19 @@ def _vae(s: _Section) -> VaeConfig:
 
 
 def _siglip_name(und: SiglipConfig) -> str:
-    """The published code builds towers by name and knows only SIGLIP_SIZES; 'siglip' for others,
-    whose sizes stand beside the name and which load here only."""
+    """The published code builds towers by name and knows SIGLIP_SIZES only.
+
+    Others are called 'siglip', with their sizes beside the name, and load only here.
+    """
     size = (und.width, und.num_layers, und.num_heads, und.mlp_width, und.patch_size)
     names = [n for n, known in SIGLIP_SIZES.items() if known == size]
     same = [n for n in names if n.endswith(f"_{und.image_size}")]
     return [*same, *names, "siglip"][0]
 
 
-def unsayable(cfg: ModelConfig) -> list[str]:
-    """What of a model the published format has no word for; empty when it can be exported."""
-    facts = (
+def export_problems(cfg: ModelConfig) -> list[str]:
+    """What the published format cannot hold of a model; empty if it can be exported."""
+    fixed = (
         ("und_encoder", cfg.und_encoder, "siglip"),
         ("gen.patch_size", cfg.gen.patch_size, 2),
         ("und.norm_eps", cfg.und.norm_eps, 1e-6),
@@ -310,16 +305,16 @@ def unsayable(cfg: ModelConfig) -> list[str]:
         ("vae.norm_eps", cfg.vae.norm_eps, 1e-6),
     )
     return [
-        f"model.{name}: the published format knows only {only!r}; got {value!r}"
-        for name, value, only in facts
+        f"model.{name}: the published format allows only {only!r}; got {value!r}"
+        for name, value, only in fixed
         if value != only
     ]
 
 
 def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The inverse of `model_config_from_hf`, for a model that `unsayable` has nothing against.
+    """The inverse of `model_config_from_hf`, for a model without `export_problems`.
 
-    Args: llm_extra: keys of the language model's own config.json; those that we write win.
+    Args: llm_extra: more keys for `language_config`, from the language model's own config.json.
     Returns: file name -> content: config.json, preprocessor_config.json, vae/config.json.
     """
     llm, und, gen, vae = cfg.llm, cfg.und, cfg.gen, cfg.vae
@@ -375,14 +370,14 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
         ("vision_gen_enc", "ShallowUViTEncoder", convnext | encoder),
         ("vision_gen_dec", "ShallowUViTDecoder", convnext | decoder),
     )
-    config = {
+    main = {
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
         "language_config": language,
         **{f"{n}_config": {"cls": c, "model_type": n, "params": p} for n, c, p in parts},
         OURS: {"name": cfg.name, "repa": {"layer": cfg.repa.layer, "width": cfg.repa.width}},
     }
-    pictures = {
+    preprocessor = {
         "processor_class": "VLChatProcessor",
         "image_processor_type": "VLMImageProcessor",
         "image_size": cfg.image_size,
@@ -409,7 +404,7 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
         "sample_size": cfg.image_size,
     }
     return {
-        "config.json": config,
-        "preprocessor_config.json": pictures,
+        "config.json": main,
+        "preprocessor_config.json": preprocessor,
         "vae/config.json": autoencoder,
     }

@@ -1,11 +1,12 @@
-"""The published checkpoints' names and layouts, as tables of rules that are read both ways.
+"""Names and layouts of published tensors: tables of rules that `tensors` reads in both directions.
 
-Names: those of the released JanusFlow-1.3B, of diffusers' AutoencoderKL, of Hugging Face's Llama,
-and of SigLIP in timm's and in transformers' naming. `convert` moves the arrays.
+They cover the released JanusFlow-1.3B, diffusers' AutoencoderKL, Hugging Face's Llama, and SigLIP
+in the naming of timm and of transformers.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,9 +14,20 @@ from janusflow_jax.config import ModelConfig, SiglipConfig, VaeConfig
 
 TOWER = "vision_und_enc_model.vision_tower."
 POOL = "attn_pool."
-"""SigLIP's pooling head: in the published files, used by nothing, kept for export."""
+"""SigLIP's attention pooling head. The model never uses it; conversion carries its bytes along."""
 
-OLD_VAE_NAMES = {
+HF_POOL = r"(vision_model\.)?head\."
+"""The pooling head in transformers' naming."""
+
+HF_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$"
+"""Computed from the config, not weights; in some older files."""
+
+SIGLIP_TEXT = (
+    r"(text\.|text_model\.|logit_(scale|bias)$|(vision_model\.)?embeddings\.position_ids$)"
+)
+"""SigLIP's text tower and loss, which JanusFlow has no use for."""
+
+OLD_VAE_ATTENTION = {
     "query": "to_q",
     "key": "to_k",
     "value": "to_v",
@@ -23,17 +35,16 @@ OLD_VAE_NAMES = {
 }
 """Names of the VAE's attention before diffusers 0.17, which some files still have."""
 
-LLM_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$"
-"""Not weights: computed from the config; in some old files."""
 
-SIGLIP_OTHERS = (
-    r"(text\.|text_model\.|logit_(scale|bias)$|(vision_model\.)?embeddings\.position_ids$)"
-)
-"""The other half of a SigLIP folder: the text tower and the loss. The model has no use for it."""
+def current_vae_name(name: str) -> str:
+    """A VAE tensor's name in diffusers 0.17 and later."""
+    old = "|".join(OLD_VAE_ATTENTION)
+    pattern = rf"(mid_block\.attentions\.0)\.({old})\."
+    return re.sub(pattern, lambda m: f"{m[1]}.{OLD_VAE_ATTENTION[m[2]]}.", name)
 
 
 class Layout(NamedTuple):
-    """torch's array <-> ours."""
+    """A published array <-> ours."""
 
     ours: Callable[[Any], Any]
     torch: Callable[[Any], Any]
@@ -50,9 +61,10 @@ LAYOUTS = {
 
 
 class Rule(NamedTuple):
-    """One published tensor: `name` has '{}' for the layer where ours is stacked over layers.
+    """One published tensor and the path of our parameter.
 
-    Several `paths` mean that the tensor is our arrays joined on its first axis (a fused qkv).
+    A '{}' in `name` stands for the layer; our parameter then stacks all layers. With several
+    `paths`, the tensor is our arrays joined on its first axis (a fused qkv).
     """
 
     name: str
@@ -76,9 +88,9 @@ def _norm(name: str, path: str) -> list[Rule]:
 
 
 def llm_rules(prefix: str = "", tied: bool = False) -> list[Rule]:
-    """A Llama of Hugging Face; JanusFlow's has the prefix 'language_model.'.
+    """Hugging Face's Llama. In a JanusFlow its prefix is 'language_model.'.
 
-    Args: tied: the head is the embedding table; the file has none, or one that does not count.
+    Args: tied: the head is the embedding table, so no rule reads a head.
     """
     block, ours = f"{prefix}model.layers.{{}}", "llm/layers/block"
     rules = [
@@ -97,7 +109,7 @@ def llm_rules(prefix: str = "", tied: bool = False) -> list[Rule]:
 
 
 def siglip_rules(prefix: str) -> list[Rule]:
-    """SigLIP in timm's naming; open_clip's has the prefix 'visual.trunk.', JanusFlow's TOWER."""
+    """SigLIP in timm's naming. JanusFlow's prefix is TOWER, open_clip's 'visual.trunk.'."""
     ours = "und_encoder"
     block, our_block = f"{prefix}blocks.{{}}", f"{ours}/layers/block"
     qkv = [f"{our_block}/attn/{n}" for n in "qkv"]
@@ -116,7 +128,7 @@ def siglip_rules(prefix: str) -> list[Rule]:
 
 
 def siglip_hf_rules(prefix: str) -> list[Rule]:
-    """SigLIP in transformers' naming; the prefix is 'vision_model.' or ''."""
+    """SigLIP in transformers' naming. The prefix is 'vision_model.' or ''."""
     ours = "und_encoder"
     block, our_block = f"{prefix}encoder.layers.{{}}", f"{ours}/layers/block"
     rules = [
@@ -132,40 +144,22 @@ def siglip_hf_rules(prefix: str) -> list[Rule]:
     return rules
 
 
-def pool_shapes(cfg: SiglipConfig, prefix: str = TOWER) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the pooling head's tensors, in timm's naming."""
-    width, mlp = cfg.width, cfg.mlp_width
-    shapes = {
-        "latent": (1, 1, width),
-        "q.weight": (width, width),
-        "q.bias": (width,),
-        "kv.weight": (2 * width, width),
-        "kv.bias": (2 * width,),
-        "proj.weight": (width, width),
-        "proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-        "mlp.fc1.weight": (mlp, width),
-        "mlp.fc1.bias": (mlp,),
-        "mlp.fc2.weight": (width, mlp),
-        "mlp.fc2.bias": (width,),
+def pool_shapes(cfg: SiglipConfig) -> dict[str, tuple[int, ...]]:
+    """Published name -> shape of the pooling head's tensors."""
+    width, mlp_width = cfg.width, cfg.mlp_width
+    weights = {
+        "q": (width, width),
+        "kv": (2 * width, width),
+        "proj": (width, width),
+        "norm": (width,),
+        "mlp.fc1": (mlp_width, width),
+        "mlp.fc2": (width, mlp_width),
     }
-    return {f"{prefix}{POOL}{n}": s for n, s in shapes.items()}
-
-
-HF_POOL = {
-    "head.probe": ("latent",),
-    "head.attention.in_proj_weight": ("q.weight", "kv.weight"),
-    "head.attention.in_proj_bias": ("q.bias", "kv.bias"),
-    "head.attention.out_proj.weight": ("proj.weight",),
-    "head.attention.out_proj.bias": ("proj.bias",),
-    **{
-        f"head.{theirs}.{n}": (f"{timm}.{n}",)
-        for theirs, timm in (("layernorm", "norm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))
-        for n in ("weight", "bias")
-    },
-}
-"""transformers' pooling head -> timm's names; two names are the tensor's rows, a third and two."""
+    shapes: dict[str, tuple[int, ...]] = {f"{TOWER}{POOL}latent": (1, 1, width)}
+    for name, shape in weights.items():
+        shapes[f"{TOWER}{POOL}{name}.weight"] = shape
+        shapes[f"{TOWER}{POOL}{name}.bias"] = shape[:1]
+    return shapes
 
 
 def _und_rules() -> list[Rule]:
@@ -204,10 +198,6 @@ def _gen_rules(num_blocks: int) -> list[Rule]:
     return rules
 
 
-def repa_rules() -> list[Rule]:
-    return [r for i in range(3) for r in _affine(f"repa_head.{2 * i}", f"linear_{i}")]
-
-
 def _resnet_rules(name: str, path: str, shortcut: bool) -> list[Rule]:
     rules = []
     for i in (1, 2):
@@ -219,6 +209,7 @@ def _resnet_rules(name: str, path: str, shortcut: bool) -> list[Rule]:
 
 
 def vae_rules(cfg: VaeConfig) -> list[Rule]:
+    """diffusers' AutoencoderKL."""
     last = len(cfg.channels) - 1
     rules = [
         *_affine("quant_conv", "quant_conv", "pointwise"),
@@ -251,5 +242,5 @@ def vae_rules(cfg: VaeConfig) -> list[Rule]:
 
 
 def janusflow_rules(cfg: ModelConfig) -> list[Rule]:
-    """The table for the JanusFlow checkpoint: every name but the unused pooling head's."""
+    """The JanusFlow checkpoint, except the unused pooling head."""
     return llm_rules("language_model.") + _und_rules() + _gen_rules(cfg.gen.num_blocks)

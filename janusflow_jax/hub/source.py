@@ -1,54 +1,68 @@
-"""A folder as people publish it: its JSON files, its tensors, its licence, and what is wrong."""
+"""A published folder (config files, weights, licenses) and what both conversions share."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 from etils import epath
+from huggingface_hub import metadata_load
 
-from janusflow_jax.checkpoints import checksums
-from janusflow_jax.hub import safetensors as safetensors_io
+from janusflow_jax.checkpoints import checksums, model_folder
+from janusflow_jax.config import ModelConfig
+from janusflow_jax.config.errors import DataError
+from janusflow_jax.data import chat_format
+from janusflow_jax.hub import names, safetensors as safetensors_io, tensors
 
-DTYPES = {"": None, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-LICENCES_FILE, UNUSED_FILE = "licences.json", "unused.safetensors"
+LICENSES_FILE, UNUSED_FILE = "licences.json", "unused.safetensors"
 VAE_CONFIG_FILE, LLM_CONFIG_FILE = "vae_config.json", "llm_config.json"
-_LICENCE_FILE = re.compile(r"(licen[cs]e|notice|copying|copyright)", re.IGNORECASE)
-_KEPT_ENDINGS = (".json", ".model", ".txt", ".jinja")
-_MAX_KEPT = 64 << 20
+_LICENSE_NAME = re.compile(r"(licen[cs]e|notice|copying|copyright)", re.IGNORECASE)
+_COPIED_ENDINGS = (".json", ".model", ".txt", ".jinja")
+_MAX_COPIED = 64 << 20
 
 _KINDS = {
     "janusflow": "JanusFlow",
-    "janus": "Janus or Janus-Pro, which paint with tokens of a codebook (gen_vision_config)",
-    "vae": "a VAE (AutoencoderKL; --vae)",
-    "llm": "a Llama (--llm)",
-    "siglip": "a SigLIP (--siglip)",
+    "janus": "Janus or Janus-Pro, which generate images from a codebook (gen_vision_config)",
+    "vae": "a VAE (AutoencoderKL)",
+    "llm": "a Llama",
+    "siglip": "a SigLIP",
 }
 
 
 class Source:
-    """One published folder, opened: headers only. Problems gather; nothing is raised here."""
+    """One published folder, opened: its config and the headers of its weights.
 
-    def __init__(self, path: Any, role: str, names: Sequence[str] = safetensors_io.SINGLE):
-        """Args: role: key of _KINDS; names: what the weights may be called."""
+    Opening raises nothing: `problems` collects what is wrong and `notes` what a user should know.
+    """
+
+    def __init__(
+        self, path: Any, role: str, weights: Sequence[str] = safetensors_io.WEIGHT_NAMES
+    ) -> None:
+        """Args: role: a key of _KINDS; weights: possible names of the weights."""
         self.folder, self.role = epath.Path(path), role
-        opened = safetensors_io.open_folder(self.folder, names)
+        opened = safetensors_io.open_folder(self.folder, weights)
         self.tensors: dict[str, Any] = dict(opened.tensors)
-        self.files, self.problems = opened.files, list(opened.problems)
+        self.files, self.problems, self.complete = opened.files, opened.problems, opened.complete
         self.notes = [f"{self.folder / n}: not read" for n in opened.ignored if opened.files]
-        # Whether names and shapes can be compared: nothing is missing for another reason.
-        self.whole = all(p.startswith("duplicate") for p in self.problems)
         self.config: dict[str, Any] = {}
         if self.folder.is_dir():
             self.config = self.json("config.json", required=role != "siglip")
-            self._check_kind()
+            if self.config and not self.right_kind:
+                kind = kind_of(self.config)
+                self.problems.append(
+                    f"{self.folder / 'config.json'}: expected {_KINDS[role]}; got "
+                    f"{_KINDS.get(kind, f'model_type {kind!r}')}"
+                )
+
+    @property
+    def right_kind(self) -> bool:
+        return kind_of(self.config) == self.role
 
     def json(self, name: str, required: bool = False) -> dict[str, Any]:
-        """A JSON file's object; {} when it is not there or is damaged (noted as a problem)."""
+        """The object in a JSON file; {} if the file is missing or damaged."""
         path = self.folder / name
         if not path.exists():
             if required:
@@ -57,63 +71,67 @@ class Source:
         try:
             value = json.loads(path.read_text())
             if not isinstance(value, dict):
-                raise ValueError(f"expected an object; got {type(value).__name__}")
+                raise ValueError(f"got {type(value).__name__}")
             return value
         except (OSError, ValueError) as error:
-            self.problems.append(f"{path}: expected a JSON file; {error}")
+            self.problems.append(f"{path}: expected a JSON object; {error}")
             return {}
 
-    def _check_kind(self) -> None:
-        got = kind_of(self.config)
-        if self.config and not self.right_kind:
-            told = _KINDS.get(got, f"of model_type {got!r}")
-            self.problems.append(
-                f"{self.folder / 'config.json'}: expected {_KINDS[self.role]}; it is {told}"
-            )
-
-    @property
-    def right_kind(self) -> bool:
-        return kind_of(self.config) == self.role
+    def pop(self, pattern: str) -> dict[str, Any]:
+        """Removes and returns the tensors whose names match."""
+        popped = {n: x for n, x in self.tensors.items() if re.match(pattern, n)}
+        self.tensors = {n: x for n, x in self.tensors.items() if n not in popped}
+        return popped
 
     def drop(self, pattern: str, what: str) -> None:
-        """Forgets tensors that are not for us, with a note."""
-        gone = [n for n in self.tensors if re.match(pattern, n)]
-        if gone:
-            self.tensors = {n: x for n, x in self.tensors.items() if n not in set(gone)}
-            self.notes.append(f"{self.folder}: {len(gone)} tensors not used ({what})")
+        """Removes tensors that no model of ours uses, with a note."""
+        if dropped := self.pop(pattern):
+            self.notes.append(f"{self.folder}: {len(dropped)} tensors not used ({what})")
+
+    def misfits(self, rules: list[names.Rule], expected: Any, dtype: Any) -> list[str]:
+        """`tensors.problems` of this folder; none if some of its weights could not be read."""
+        if not self.complete:
+            return []
+        problems = tensors.problems(self.tensors, rules, expected, dtype)
+        return [f"{self.folder}: {p}" for p in problems]
 
     def hub_files(self) -> dict[str, bytes]:
-        """Config, tokenizer, processor and licence files as they are, by name."""
-        out = {}
-        for path in sorted(self.folder.iterdir()):
-            ours = path.name in (LICENCES_FILE, VAE_CONFIG_FILE, LLM_CONFIG_FILE)
-            index = path.name.endswith(".index.json")
-            kept = path.name.endswith(_KEPT_ENDINGS) or _LICENCE_FILE.match(path.name)
-            if path.is_file() and kept and not ours and not index:
-                if path.stat().length <= _MAX_KEPT:
-                    out[path.name] = path.read_bytes()
-        return out
+        """Config, tokenizer, processor and license files by name."""
+        reserved = (LICENSES_FILE, VAE_CONFIG_FILE, LLM_CONFIG_FILE)
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and (path.name.endswith(_COPIED_ENDINGS) or _LICENSE_NAME.match(path.name))
+            and not path.name.endswith(".index.json")
+            and path.name not in reserved
+            and path.stat().length <= _MAX_COPIED
+        }
 
-    def licence(self) -> dict[str, Any]:
-        """What the folder says of its licence: {} or of, license..., files."""
-        files = [p.name for p in sorted(self.folder.iterdir()) if _LICENCE_FILE.match(p.name)]
+    def license_files(self) -> list[epath.Path]:
+        return [p for p in sorted(self.folder.iterdir()) if _LICENSE_NAME.match(p.name)]
+
+    def card_license(self) -> dict[str, str]:
+        """The fields license, license_name, license_link of the model card; {} without a card."""
         card = self.folder / "README.md"
-        said = front_matter(card.read_bytes().decode(errors="replace")) if card.exists() else {}
-        said = {k: v for k, v in said.items() if k.startswith("license")}
-        return {"of": self.role, **said, "files": files} if said or files else {}
+        try:
+            fields = metadata_load(safetensors_io.local(card)) if card.exists() else None
+        except Exception:  # noqa: BLE001 - YAML's errors have no base that callers know
+            return {}
+        return {k: str(v) for k, v in (fields or {}).items() if k.startswith("license")}
 
-    def dtypes(self, tensors: Iterable[str] | None = None) -> Any:
-        """Types of the source's tensors: one name if all are alike, else name -> type."""
-        kinds = {n: str(self.tensors[n].dtype) for n in tensors or self.tensors}
+    def dtypes(self) -> Any:
+        """One dtype name if all tensors have the same, else name -> dtype name."""
+        kinds = {n: str(x.dtype) for n, x in self.tensors.items()}
         return next(iter(kinds.values())) if len(set(kinds.values())) == 1 else kinds
 
     def sums(self) -> dict[str, str]:
-        """SHA-256 of the weight files, by name."""
+        """SHA-256 of the weight files by name."""
         return {p.name: checksums.file_sha256(p) for p in self.files}
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """Key of _KINDS that a config.json belongs to, or its model_type."""
+    """The key of _KINDS that a config.json belongs to, or its model_type."""
     kind = str(config.get("model_type") or config.get("_class_name") or "?")
     if "vision_gen_enc_config" in config:
         return "janusflow"
@@ -126,23 +144,81 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return {"llama": "llm", "multi_modality": "janusflow"}.get(kind, kind)
 
 
-def front_matter(text: str) -> dict[str, str]:
-    """`key: value` lines of a model card's head."""
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return {}
-    head = text[4:].split("\n---")[0]
-    pairs = re.findall(r"^([A-Za-z_]+):[ \t]*(\S.*)$", head, re.MULTILINE)
-    return {k: v.strip().strip("'\"") for k, v in pairs}
+def open_vae(path: Any) -> Source:
+    """An AutoencoderKL's folder, its tensors under their current names."""
+    source = Source(path, "vae", ("diffusion_pytorch_model",))
+    if not source.files and (source.folder / "vae" / "config.json").exists():
+        source.problems.append(f"{source.folder}: expected a VAE; use {source.folder / 'vae'}")
+    for name in list(source.tensors):
+        current = names.current_vae_name(name)
+        if current != name and current in source.tensors:
+            source.problems.append(f"{source.folder}: duplicate: {name} and {current}")
+        source.tensors[current] = source.tensors.pop(name)
+    return source
 
 
-def licence_files(source: Source, prefix: str = "") -> dict[str, bytes]:
-    """The licence texts of a folder, under names that several folders can share."""
-    names = source.licence().get("files", [])
-    return {f"{prefix}{n}": (source.folder / n).read_bytes() for n in names}
+def load_chat_format(
+    folder: epath.Path, num_image_tokens: int, problems: list[str]
+) -> chat_format.ChatFormat | None:
+    """The folder's tokenizer, or None and a problem."""
+    try:
+        return chat_format.ChatFormat.load(folder, num_image_tokens)
+    except DataError as error:
+        problems.append(str(error).replace("\n", " "))
+    except Exception as error:  # noqa: BLE001 - the library raises its own and plain Exception
+        problems.append(f"{folder}: cannot read the tokenizer; {error}")
+    return None
 
 
-def licences(sources: Sequence[tuple[Source, str]]) -> dict[str, bytes]:
-    """`licences.json`, {} when no folder says anything. Args: (folder, prefix of its files)."""
-    said = [(s.licence(), prefix) for s, prefix in sources]
-    listed = [{**x, "files": [f"{prefix}{n}" for n in x["files"]]} for x, prefix in said if x]
-    return {LICENCES_FILE: json.dumps(listed, indent=1).encode()} if listed else {}
+def license_files(sources: Iterable[tuple[Source, str]]) -> dict[str, bytes]:
+    """License texts, and what the model cards say of licenses, for the model folder's `hub/`.
+
+    Args: sources: folders, each with a prefix for its files, since several share one folder.
+    """
+    out: dict[str, bytes] = {}
+    listed = []
+    for source, prefix in sources:
+        texts = {f"{prefix}{p.name}": p.read_bytes() for p in source.license_files()}
+        fields = source.card_license()
+        out |= texts
+        if texts or fields:
+            listed.append({"of": source.role, **fields, "files": list(texts)})
+    return out | ({LICENSES_FILE: json.dumps(listed, indent=1).encode()} if listed else {})
+
+
+def save_converted(
+    out: Any,
+    cfg: ModelConfig,
+    parts: Iterator[tuple[str, Any]],
+    sources: Sequence[Source],
+    hub_files: dict[str, bytes],
+    extra: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    """Writes the model folder. The sources' checksums are computed meanwhile."""
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    sums: dict[str, concurrent.futures.Future] = {}
+
+    def hash_and_convert() -> Iterator[tuple[str, Any]]:
+        sums.update({s.role: pool.submit(s.sums) for s in sources})
+        yield from parts
+
+    about = {
+        "made_by": "tools/convert_checkpoint.py",
+        "source_dtypes": {s.role: s.dtypes() for s in sources},
+    }
+    try:
+        model_folder.save_parts(
+            out,
+            model_cfg=cfg,
+            parts=hash_and_convert(),
+            hub_files=hub_files,
+            extra=lambda: {
+                **about,
+                **extra,
+                "source_sha256": {role: x.result() for role, x in sums.items()},
+            },
+            overwrite=overwrite,
+        )
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
+from safetensors.numpy import save as safetensors_bytes
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums, model_folder
@@ -210,7 +211,7 @@ def save(path: Any, cfg: JudgeConfig, params: Any, about: dict[str, Any]) -> Non
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     leaves = {n: np.asarray(x).astype(ml_dtypes.bfloat16) for n, x in trees.flat(params).items()}
-    (folder / f"{WEIGHTS}.safetensors").write_bytes(safetensors_io.to_bytes(sorted(leaves.items())))
+    (folder / f"{WEIGHTS}.safetensors").write_bytes(safetensors_bytes(leaves))
     sizes = {
         "image": dataclasses.asdict(cfg.image),
         "classes": cfg.classes,

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+from helpers import torch_trees
 from janusflow_jax import config
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.hub import tensors
 from janusflow_jax.models import janusflow
 
 ROOT = pathlib.Path(__file__).parents[1] / "data" / "golden"
@@ -40,10 +40,10 @@ def facts(name: str) -> dict[str, Any]:
 def model() -> tuple[janusflow.JanusFlow, dict[str, Any], dict[str, Any]]:
     """The tiny model, its parameters with the REPA head, and the VAE's."""
     cfg = config.model_config("test")
-    params, _ = tensors.janusflow_from_torch(arrays("janusflow/model"), cfg)
+    params = torch_trees.janusflow_from_torch(arrays("janusflow/model"), cfg)
     head = {n: x for n, x in arrays("train").items() if n.startswith("repa_head.")}
-    params["repa_head"] = tensors.repa_from_torch(head, cfg)
-    vae = tensors.vae_from_torch(arrays("vae/diffusion_pytorch_model"), cfg.vae)
+    params["repa_head"] = torch_trees.repa_from_torch(head, cfg)
+    vae = torch_trees.vae_from_torch(arrays("vae/diffusion_pytorch_model"), cfg.vae)
     with jax.ensure_compile_time_eval():  # the first caller may be inside a trace
         params, vae = jax.tree.map(jnp.asarray, (params, vae))
     return janusflow.JanusFlow(cfg), params, vae
