@@ -25,7 +25,7 @@ from janusflow_jax.config import UNDERSTAND, ModelConfig, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, JanusFlowError
 from janusflow_jax.data import chat_format, images as pictures_lib
 from janusflow_jax.hub import adapters
-from janusflow_jax.models import encode, janusflow, llama, quantize, vae
+from janusflow_jax.models import encode, int8 as int8_lib, janusflow, llama, vae
 from janusflow_jax.parallel import compile_cache, sharding
 from janusflow_jax.sampling import image as image_sampling, inputs, text as text_sampling
 
@@ -55,7 +55,7 @@ def load(
       mesh: a `jax.sharding.Mesh` to spread the parameters over; None: one device.
       weights: 'ema' or 'params' (raw); folders without an EMA have only 'params'.
       int8: the language model's weights, and its keys and values in `chat`, take a byte each
-        (`models/quantize.py`; benchmarks/RESULTS.md has what it costs in accuracy).
+        (`models/int8.py`; benchmarks/RESULTS.md has what it costs in accuracy).
       adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
     Raises:
       CheckpointError: nothing there that loads.
@@ -111,7 +111,7 @@ class JanusFlowPipeline:
             if not part.startswith("repa"):
                 self.params[part] = cast(tree)
         if int8:
-            quantize.llm_weights(self.params["llm"])
+            int8_lib.quantize_llm(self.params["llm"])
         if mesh is not None:
             self.params = jax.device_put(self.params, sharding.tree_shardings(self.params, mesh))
             self.vae = jax.device_put(self.vae, NamedSharding(mesh, PartitionSpec()))

@@ -1,4 +1,4 @@
-"""Attention inside segments: TPU kernel (interpreted) and CPU form against the masked form."""
+"""Attention inside segments: splash (interpreted) and blocks against the masked form of XLA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config as c
-from janusflow_jax.models import layers
+from janusflow_jax.models import attention
 from janusflow_jax.parallel import sharding
 
 ROWS, LENGTH, HEADS, SIZE = 4, 256, 4, 32
@@ -27,7 +27,7 @@ def inputs(kv_heads: int = HEADS):
 
 def value_and_gradients(impl: str):
     def run(q, k, v, ids):
-        out = layers.attention(q, k, v, layers.make_mask(ids, impl), impl)
+        out = attention.dot_product_attention(q, k, v, attention.row_mask(ids, impl), impl)
         weight = jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
         return jnp.sum(out * weight), out
 
@@ -72,7 +72,7 @@ def test_on_a_mesh_it_equals_one_device(impl):
 def test_rows_that_splash_cannot_take():
     q, k, v, ids = inputs()
     with pytest.raises(ValueError, match="multiple of 128 positions; got 200"):
-        layers.attention(q[:, :200], k[:, :200], v[:, :200], ids[:, :200], "splash")
+        attention.dot_product_attention(q[:, :200], k[:, :200], v[:, :200], ids[:, :200], "splash")
     mesh = sharding.make_mesh(c.MeshConfig(data=8))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="divide over 8 devices"):
-        layers.attention(q, k, v, ids, "splash")
+        attention.dot_product_attention(q, k, v, ids, "splash")

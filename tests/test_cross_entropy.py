@@ -34,7 +34,7 @@ def plain(head, hidden, tokens, mask):
 
 
 def ours(chunk: int):
-    return lambda *args: cross_entropy.summed(CFG.llm, *args, chunk)
+    return lambda head, *args: cross_entropy.summed(head["kernel"], *args, chunk)
 
 
 def both(fn, args):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import janusflow_jax
-from janusflow_jax.models import layers, quantize
+from janusflow_jax.models import attention, int8
 from janusflow_jax.sampling import text as text_sampling
 
 
@@ -25,7 +25,7 @@ def test_weights_take_a_byte_and_are_close(small, golden_model):
     assert size(narrow) < 0.3 * size(wide)
     kernel = golden_model.params["llm"]["layers"][0]["mlp"]["gate"]["kernel"]
     x = jax.random.normal(jax.random.key(0), (5, kernel.shape[0]))
-    got = quantize.matmul(x, small.params["llm"]["layers"][0]["mlp"]["gate"]["kernel"])
+    got = int8.matmul(x, small.params["llm"]["layers"][0]["mlp"]["gate"]["kernel"])
     want = x @ kernel
     error = np.abs(np.asarray(got - want)).max() / np.abs(np.asarray(want)).max()
     assert 1e-5 < error < 0.02  # rounded, and to 8 bits
@@ -36,14 +36,14 @@ def test_scales_after_the_matmuls_equal_widened_keys_and_values():
     key = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(key[0], (2, 3, 4, 16))
     k, v = (jax.random.normal(k, (2, 7, 2, 16)) for k in key[1:])
-    new = quantize.keys_values(k, v)
+    new = int8.keys_values(k, v)
     assert new["k"].dtype == jnp.int8 and new["k_scale"].shape == (2, 7, 2, 1)
     scales = (new["k_scale"], new["v_scale"])
     mask = jnp.tril(jnp.ones((3, 7), bool), 4)[None].repeat(2, 0)
-    got = layers.attention(q, new["k"], new["v"], mask, scales=scales)
+    got = attention.dot_product_attention(q, new["k"], new["v"], mask, scales=scales)
     wide = [new[n] * s for n, s in zip("kv", scales, strict=True)]
-    np.testing.assert_allclose(got, layers.attention(q, *wide, mask), atol=1e-5)
-    np.testing.assert_allclose(got, layers.attention(q, k, v, mask), atol=0.05)
+    np.testing.assert_allclose(got, attention.dot_product_attention(q, *wide, mask), atol=1e-5)
+    np.testing.assert_allclose(got, attention.dot_product_attention(q, k, v, mask), atol=0.05)
 
 
 def test_decoding_keeps_int8_and_follows_the_wide_model(small, golden_model):

@@ -10,7 +10,7 @@ from helpers import golden
 
 from janusflow_jax import config
 from janusflow_jax.config import LossConfig, MeshConfig
-from janusflow_jax.models import convnext, janusflow, layers
+from janusflow_jax.models import attention, convnext, janusflow
 from janusflow_jax.parallel import sharding
 from janusflow_jax.sampling import image as image_sampling, text as text_sampling
 from janusflow_jax.training import losses
@@ -39,7 +39,7 @@ def vectors(length=12, rows=1, seed=0):
 
 
 def causal(length, rows=1):
-    return layers.segment_mask(jnp.ones((rows, length), jnp.int32))
+    return attention.segment_mask(jnp.ones((rows, length), jnp.int32))
 
 
 def test_no_position_sees_a_later_one():
@@ -169,7 +169,7 @@ def test_a_packed_sample_sees_no_other():
     batch = rows([[("u", 5), ("g", 7)]], 60)
     x = vectors(60)
     read = lambda x: run(  # noqa: E731
-        "run_llm", x, batch["positions"], layers.segment_mask(batch["segment_ids"])
+        "run_llm", x, batch["positions"], attention.segment_mask(batch["segment_ids"])
     )[0][0, 30].sum()
     grad = np.abs(np.asarray(jax.grad(read)(x)))[0].max(-1)
     assert batch["segment_ids"][0, 30] == 2
@@ -245,4 +245,7 @@ def test_grouped_heads_equal_repeated_ones():
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 5, n, 8)) for i, n in enumerate((4, 2, 2)))
     wide = [jnp.repeat(y, 2, axis=2) for y in (k, v)]
     mask = causal(5)
-    close(layers.attention(q, k, v, mask), layers.attention(q, *wide, mask))
+    close(
+        attention.dot_product_attention(q, k, v, mask),
+        attention.dot_product_attention(q, *wide, mask),
+    )

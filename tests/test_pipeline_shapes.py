@@ -11,7 +11,7 @@ from helpers import golden
 from janusflow_jax import config, pipeline
 from janusflow_jax.config import UNDERSTAND
 from janusflow_jax.data import chat_format
-from janusflow_jax.models import encode, janusflow, layers, vae
+from janusflow_jax.models import attention, encode, janusflow, vae
 from janusflow_jax.sampling import text as text_sampling
 
 LONG = "a red fox, a blue whale and a green frog sit in the snow beside a quiet river " * 2
@@ -68,7 +68,7 @@ def test_other_shapes_answer_as_without_a_cache():
     ids, want = jnp.asarray(prompt.ids)[None], []
     x = text_sampling.embed_prompt(model.model, model.params, ids, slots, start, task)
     for _ in range(6):
-        mask = layers.segment_mask(jnp.ones((1, x.shape[1]), jnp.int32))
+        mask = attention.segment_mask(jnp.ones((1, x.shape[1]), jnp.int32))
         hidden, _, _ = run(x, jnp.arange(x.shape[1])[None], mask, method="run_llm")
         want.append(int(jnp.argmax(run(hidden[:, -1], method="logits"))))
         x = jnp.concatenate([x, run(jnp.asarray([want[-1:]]), method="embed_tokens")], axis=1)

@@ -18,7 +18,7 @@ from helpers.gathers import activation_gathers, stack_gathers
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from janusflow_jax import config as c
-from janusflow_jax.models import splash
+from janusflow_jax.models import attention
 from janusflow_jax.parallel import sharding
 from janusflow_jax.planning import (
     collectives as plan_collectives,
@@ -164,7 +164,7 @@ def test_splash_does_half_the_pairs_and_more_matmuls():
     work = plan_flops.Budget(*[0.0] * 6, jaxpr=0.0)
     pairs = cfg.batch_rows * cfg.data.row_len**2
     per_pass = 4.0 * 24 * 16 * 128 * pairs
-    blocks = cfg.data.row_len / splash.BLOCK
+    blocks = cfg.data.row_len / attention.SPLASH_BLOCK
     ours = (2 + 3.5) * (blocks + 1) / (2 * blocks)
     assert plan_flops.executed(cfg, work) == pytest.approx(per_pass * (ours - 4))
     cfg.attention = "xla"

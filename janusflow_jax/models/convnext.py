@@ -1,7 +1,7 @@
 """The generation encoder and decoder: shallow ConvNeXt V2 stacks around the LLM.
 
-Source: arXiv 2411.07975 section 3 and SPEC section 1. FiLM by the time embedding comes after the
-residual addition, so its initialisation must leave the block near the identity.
+Source: arXiv 2411.07975 section 3, and the published code. FiLM by the time embedding comes after
+the residual addition, so its initialization must leave the block near the identity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ TIMESTEP_SCALE = 1000.0
 
 
 def _shift_add(x: Array, kernel: Array) -> Array:
-    """Depthwise 7x7 as 49 shifted multiply-adds: 20-30x XLA's convolution on CPU."""
+    """Depthwise 7x7 as 49 shifted multiply-adds: 20 to 30 times as fast as XLA's convolution on
+    CPU."""
     height, width = x.shape[1:3]
     edge = KERNEL // 2
     p = jnp.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
@@ -73,23 +74,21 @@ def _depthwise_conv(x: Array, kernel: Array) -> Array:
 def depthwise(
     x: Float[Array, "B h w C"], kernel: Float[Array, "7 7 1 C"]
 ) -> Float[Array, "B h w C"]:
-    """Depthwise 7x7 convolution, zero padding; the form that is fast where it is compiled for."""
+    """Depthwise 7x7 convolution with zero padding, in the form that is fast on its platform."""
     return lax.platform_dependent(x, kernel, cpu=_depthwise_cpu, default=_depthwise_conv)
 
 
 class Depthwise(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2)
-        )
-        kernel = self.param("kernel", init, (KERNEL, KERNEL, 1, x.shape[-1]))
+        kernel = self.param("kernel", layers.kernel_init, (KERNEL, KERNEL, 1, x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return depthwise(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
 
 
 class GlobalResponseNorm(nn.Module):
-    """GRN of ConvNeXt V2: `bias + (scale * n + 1) * x`, n the channel's share of the L2 norm."""
+    """GRN of ConvNeXt V2 (arXiv 2301.00808): `bias + (scale * n + 1) * x`, where n is the L2 norm
+    of a channel relative to the mean over channels."""
 
     eps: float = 1e-6
 
@@ -116,7 +115,7 @@ class Block(nn.Module):
         h = sharding.constrain(h, "batch", None, None, "tensor")
         h = GlobalResponseNorm(name="grn")(h)
         x = x + layers.Linear(width, name="linear_2")(h)
-        # NOTE(init, ours): zero FiLM, so that a fresh block starts as its residual form.
+        # Zero, so that a fresh block starts without FiLM. The paper gives no initialization.
         film = layers.Linear(2 * width, kernel_init=nn.initializers.zeros, name="film")
         scale, shift = jnp.split(film(jax.nn.silu(t_emb))[:, None, None], 2, axis=-1)
         return x * (1 + scale) + shift
@@ -140,7 +139,7 @@ class TimeEmbedding(nn.Module):
 
 
 class GenEncoder(nn.Module):
-    """Noisy latents -> features of half the side, and the time embedding."""
+    """Noisy latents -> features, one a patch, and the time embedding."""
 
     cfg: GenConfig
     llm_width: int
@@ -153,34 +152,14 @@ class GenEncoder(nn.Module):
         """Args: z: noisy latents; t: times in [0, 1]. Returns: features, time embedding."""
         cfg = self.cfg
         t_emb = TimeEmbedding(cfg.width, self.llm_width, self.dtype, name="time_embed")(t)
-        x = PatchConv(cfg.width, cfg.patch_size, name="in_conv")(z.astype(self.dtype))
+        x = layers.PatchEmbed(cfg.width, cfg.patch_size, name="in_conv")(z.astype(self.dtype))
         for i in range(cfg.num_blocks):
             x = Block(cfg, name=f"block_{i}")(x, t_emb)
         return x, t_emb
 
 
-class PatchConv(nn.Module):
-    """A p x p convolution of stride p as a matmul on patches."""
-
-    width: int
-    patch_size: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        p, channels = self.patch_size, x.shape[-1]
-        init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2)
-        )
-        kernel = self.param("kernel", init, (p, p, channels, self.width))
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
-        b, h, w = x.shape[0], x.shape[1] // p, x.shape[2] // p
-        x = x.reshape(b, h, p, w, p, channels).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(b, h, w, p * p * channels)
-        return x @ kernel.reshape(-1, self.width).astype(x.dtype) + bias.astype(x.dtype)
-
-
 class GenDecoder(nn.Module):
-    """LLM features beside the encoder's -> velocity in latent space."""
+    """Features of the LLM and of the encoder -> velocity in latent space."""
 
     cfg: GenConfig
     latent_channels: int
@@ -193,7 +172,7 @@ class GenDecoder(nn.Module):
         skip: Float[Array, "B h w G"],
         t_emb: Float[Array, "B D"],
     ) -> Float[Array, "B H V C"]:
-        """Args: hidden: LLM features through `gen_head`; skip: the encoder's output."""
+        """Args: hidden: LLM features after `gen_head`; skip: the encoder's output."""
         cfg, p = self.cfg, self.cfg.patch_size
         x = layers.RMSNorm(cfg.norm_eps, name="input_norm")(hidden)
         x = jnp.concatenate([x, skip], axis=-1)

@@ -1,4 +1,4 @@
-"""Images as the model sees them: pixels in [-1, 1], VAE latents, and encoders over image slots."""
+"""Images as inputs of the model: pixels in [-1, 1], VAE latents, and encoders over image slots."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from janusflow_jax.parallel import sharding
 
 IMAGES_AT_ONCE = 16
 PIXELS_AT_ONCE = 256 * 256
-"""Of a VAE that understanding sees through: its activations are many. More than one slot of small
-pictures: XLA's gradient of a convolution inside a loop takes 16 times as long on CPU."""
+"""For an understanding encoder with a VAE, whose activations are large. Small images share a pass:
+XLA's gradient of a convolution inside a loop takes 16 times as long on CPU."""
 
 
 def to_float(images: Array, dtype: Any) -> Array:
@@ -25,28 +25,30 @@ def to_float(images: Array, dtype: Any) -> Array:
 
 
 def over_slots(fn: Any, x: Shaped[Array, "B K ..."], at_once: int = 1) -> Any:
-    """Applies an image encoder to `at_once` slots of every row at a time (`lax.map`): less memory,
-    and rows stay where they are."""
+    """Applies an image encoder to `at_once` slots of every row at a time (`lax.map`).
+
+    That takes less memory, and rows stay on their devices.
+    """
     rows, slots = x.shape[:2]
     x = jnp.moveaxis(x.reshape(rows, slots // at_once, at_once, *x.shape[2:]), 1, 0)
     x = x.reshape(-1, rows * at_once, *x.shape[3:])
     out = lax.map(fn, x) if len(x) > 1 else jax.tree.map(lambda y: y[None], fn(x[0]))
 
-    def back(y: Array) -> Array:
+    def unfold(y: Array) -> Array:
         y = y.reshape(slots // at_once, rows, at_once, *y.shape[2:])
         return jnp.moveaxis(y, 0, 1).reshape(rows, slots, *y.shape[3:])
 
-    return jax.tree.map(back, out)
+    return jax.tree.map(unfold, out)
 
 
 def slots_at_once(rows: int, slots: int, images: int = IMAGES_AT_ONCE) -> int:
-    """Slots that an encoder takes together: as many as keep a device at `images` or below.
+    """The number of slots in a pass of an encoder: a device gets at most `images` images.
 
-    On a mesh SigLIP's parameters are gathered for every pass, which for one slot at a time is most
-    of what pre-training would send.
+    On a mesh the parameters of SigLIP are gathered for every pass. With one slot a pass that is
+    most of the traffic of pre-training.
     """
-    here = max(rows // sharding.batch_size(), 1)
-    fits = (n for n in range(2, slots + 1) if slots % n == 0 and n * here <= images)
+    local_rows = max(rows // sharding.batch_size(), 1)
+    fits = (n for n in range(2, slots + 1) if slots % n == 0 and n * local_rows <= images)
     return max(fits, default=1)
 
 
@@ -69,7 +71,7 @@ def scaled_latents(
     posterior: Array | None,
     cfg: ModelConfig,
 ) -> Float[Array, "*b h w C"]:
-    """Scaled latents, float32, of a posterior (of the VAE, or cached); no gradient."""
+    """Scaled latents, float32 and without gradient, of a posterior from the VAE or a cache."""
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     if posterior is not None:
         mean = mean + jnp.exp(0.5 * logvar) * posterior
@@ -79,7 +81,7 @@ def scaled_latents(
 def understanding_input(
     vae_params: Any, images: Array, cfg: ModelConfig, dtype: Any
 ) -> Float[Array, "B ..."]:
-    """What `JanusFlow.understanding_slot` takes of images uint8[B, H, W, 3]."""
+    """The input of `JanusFlow.understanding_slot` for images uint8[B, H, W, 3]."""
     if cfg.und_encoder != "shared":
         return to_float(images, dtype)
     return encode_latents(vae_params, images[:, None], None, cfg, dtype)[:, 0]

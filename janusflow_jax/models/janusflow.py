@@ -1,8 +1,8 @@
 """JanusFlow: the composition of the parts, and the assembly of rows from text and image slots.
 
 An image is always a slot of 1 + num_image_tokens positions: `[und_begin, SigLIP features]` or
-`[t_emb, latent features]` (DESIGN section 1). Training, chat and sampling fill slots by the same
-functions.
+`[t_emb, latent features]` (arXiv 2411.07975 section 3.1, docs/model.md). Training, chat and
+sampling fill slots with the same functions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from janusflow_jax.parallel import sharding
 
 
 class RepaHead(nn.Module):
-    """Three linears with SiLU between: LLM features -> SigLIP features (REPA, 2410.06940)."""
+    """Three linears with SiLU between: LLM features -> SigLIP features (REPA, arXiv 2410.06940)."""
 
     width: int
     out_width: int
@@ -33,7 +33,7 @@ class RepaHead(nn.Module):
 
 
 class BeginEmbedding(nn.Module):
-    """The learned embedding that stands where `<image_beg>` stands."""
+    """The learned embedding in place of the token `<image_beg>`."""
 
     width: int
 
@@ -43,9 +43,9 @@ class BeginEmbedding(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """Ablation C's understanding encoder: an SDXL-VAE encoder that trains, and ConvNeXt blocks.
+    """The understanding encoder of ablation C: a trainable SDXL-VAE encoder and ConvNeXt blocks.
 
-    The posterior's mean is encoded as a latent without noise, at t = 1 (SPEC section 4).
+    The posterior's mean is encoded as a latent without noise, at t = 1 (docs/model.md).
     """
 
     cfg: ModelConfig
@@ -61,13 +61,13 @@ class LatentEncoder(nn.Module):
 
 
 def encode_clean(encoder: Any, latents: Float[Array, "B H W C"]) -> Float[Array, "B S G"]:
-    """Features, row-major, of scaled latents without noise."""
+    """Features, row-major, of scaled latents without noise (t = 1)."""
     features, _ = encoder(latents, jnp.ones((len(latents),)))
     return features.reshape(len(latents), -1, features.shape[-1])
 
 
 class JanusFlow(nn.Module):
-    """Every trained part; the VAE stands beside it with a tree of its own."""
+    """Every part but the VAE, which has a parameter tree of its own."""
 
     cfg: ModelConfig
     dtype: Any = jnp.float32
@@ -77,7 +77,7 @@ class JanusFlow(nn.Module):
     def setup(self) -> None:
         cfg, dtype = self.cfg, self.dtype
         self.llm = llama.Llama(cfg.llm, dtype, self.remat, self.impl)
-        # The tower's head dimension and length suit XLA's own attention everywhere.
+        # XLA's attention suits the tower's head dimension and length on every platform.
         if cfg.und_encoder == "siglip":
             self.und_encoder = siglip.Siglip(cfg.und, dtype, self.remat)
         elif cfg.und_encoder == "own":
@@ -95,7 +95,7 @@ class JanusFlow(nn.Module):
         self.repa_head = RepaHead(cfg.repa.width, cfg.und.width)
 
     def siglip(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S E"]:
-        """The SigLIP features that REPA aligns with, of images in [-1, 1]."""
+        """SigLIP features, the target of REPA, of images in [-1, 1]."""
         own = self.cfg.repa_target == "siglip"
         return self.repa_target(images) if own else self.und_encoder(images)
 
@@ -103,19 +103,19 @@ class JanusFlow(nn.Module):
         return self.llm.embed(tokens)
 
     def understanding_slot(self, x: Float[Array, "B ..."]) -> Float[Array, "B S D"]:
-        """A slot's vectors: `[und_begin, aligned features]`.
+        """The vectors of a slot: `[und_begin, aligned features]`.
 
-        Args: x: images [B, H, W, 3] in [-1, 1]; where the generation's encoder is shared, their
-          scaled latents [B, h, w, C].
+        Args:
+          x: images [B, H, W, 3] in [-1, 1]; with a shared encoder scaled latents [B, h, w, C].
         """
         shared = self.cfg.und_encoder == "shared"
         return self.features_slot(
             encode_clean(self.gen_encoder, x) if shared else self.und_encoder(x)
         )
 
-    def features_slot(self, seen: Float[Array, "B N E"]) -> Float[Array, "B S D"]:
-        """`understanding_slot` of what its encoder saw."""
-        features = self.und_aligner(seen)
+    def features_slot(self, features: Float[Array, "B N E"]) -> Float[Array, "B S D"]:
+        """`understanding_slot` from the features of its encoder."""
+        features = self.und_aligner(features)
         begin = jnp.broadcast_to(
             self.und_begin().astype(features.dtype), (len(features), 1, features.shape[-1])
         )
@@ -124,7 +124,7 @@ class JanusFlow(nn.Module):
     def generation_slot(
         self, z: Float[Array, "B H W C"], t: Float[Array, " B"]
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B h w G"], Float[Array, "B D"]]:
-        """A slot's vectors for noisy latents, with what the decoder needs again.
+        """The vectors of a slot for noisy latents, and what the decoder reuses.
 
         Args: z: noisy latents; t: times in [0, 1].
         Returns: `[t_emb, aligned features]`, the encoder's features, t_emb.
@@ -139,7 +139,7 @@ class JanusFlow(nn.Module):
         features: Float[Array, "B h w G"],
         t_emb: Float[Array, "B D"],
     ) -> Float[Array, "B H W C"]:
-        """The velocity, float32, from the LLM's normed states at the slot's latent positions."""
+        """The velocity, float32, from the LLM's final states at the latent positions of a slot."""
         x = self.gen_head(self.gen_norm(hidden)).reshape(features.shape)
         return self.gen_decoder(x, features, t_emb).astype(jnp.float32)
 
@@ -154,7 +154,7 @@ class JanusFlow(nn.Module):
         return self.repa_head(hidden)
 
     def init_all(self) -> None:
-        """Touches every parameter once, on the smallest inputs; only for `init`."""
+        """Uses every parameter once, on the smallest inputs; only for `init`."""
         cfg = self.cfg
         image = jnp.zeros((1, cfg.image_size, cfg.image_size, 3), self.dtype)
         latents = jnp.zeros((1, *cfg.latent_shape), self.dtype)
@@ -172,7 +172,7 @@ class JanusFlow(nn.Module):
 
 
 def init_params(cfg: ModelConfig, key: Array) -> dict[str, Any]:
-    """Fresh float32 parameters of every part but the VAE. Free under `jax.eval_shape`."""
+    """Fresh float32 parameters of every part but the VAE."""
     return JanusFlow(cfg).init(key, method="init_all")["params"]
 
 
@@ -188,34 +188,34 @@ def place_slots(
     slot_start: Int[Array, "B K"],
     slot_task: Int[Array, "B K"],
 ) -> Float[Array, "B T D"]:
-    """Assembles rows: text embeddings, with each slot's vectors at its positions.
+    """Assembles rows: text embeddings with the vectors of each slot at its positions.
 
     Generation vectors belong to slots[:G], understanding vectors to slots[K-U:]. One gather.
     """
-    given = [x for x in (gen, und) if x is not None and x.shape[1]]
-    if not given:
+    slots = [x for x in (gen, und) if x is not None and x.shape[1]]
+    if not slots:
         return text
-    num_slots, length = slot_start.shape[1], given[0].shape[2]
+    num_slots, length = slot_start.shape[1], slots[0].shape[2]
     num_gen = gen.shape[1] if gen is not None else 0
     num_und = und.shape[1] if und is not None else 0
     k = jnp.arange(num_slots)
     first = jnp.where(slot_task == GENERATE, k, num_gen + k - (num_slots - num_und)) * length
-    where = jnp.arange(text.shape[1])[None, :, None] - slot_start[:, None]  # [B, T, K]
-    inside = (where >= 0) & (where < length) & (slot_task != NONE)[:, None]
-    source = jnp.sum(jnp.where(inside, first[:, None] + where, 0), axis=-1)  # slots never overlap
-    vectors = jnp.concatenate(given, axis=1)
+    offset = jnp.arange(text.shape[1])[None, :, None] - slot_start[:, None]  # [B, T, K]
+    inside = (offset >= 0) & (offset < length) & (slot_task != NONE)[:, None]
+    source = jnp.sum(jnp.where(inside, first[:, None] + offset, 0), axis=-1)  # slots never overlap
+    vectors = jnp.concatenate(slots, axis=1)
     vectors = vectors.reshape(len(text), -1, text.shape[-1]).astype(text.dtype)
     vectors = sharding.constrain(vectors, "batch", None, None)  # a gather inside each row
     placed = jnp.take_along_axis(vectors, source[..., None], axis=1)
     return jnp.where(inside.any(-1)[..., None], placed, text)
 
 
-def take_slots(
+def gather_slots(
     x: Float[Array, "B T D"], slot_start: Int[Array, "B K"], length: int
 ) -> Float[Array, "B K S D"]:
-    """Reads back each slot's `length` feature positions (those after its first vector)."""
+    """Reads back the `length` feature positions of each slot, those after its first vector."""
     index = slot_start[..., None] + 1 + jnp.arange(length)  # [B, K, S]
     index = jnp.minimum(index, x.shape[1] - 1).reshape(len(x), -1)
     x = sharding.constrain(x, "batch", None, None)
-    taken = jnp.take_along_axis(x, index[..., None], axis=1)
-    return taken.reshape(*slot_start.shape, length, x.shape[-1])
+    features = jnp.take_along_axis(x, index[..., None], axis=1)
+    return features.reshape(*slot_start.shape, length, x.shape[-1])

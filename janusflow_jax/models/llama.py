@@ -1,10 +1,10 @@
 """The language model: Llama with RMSNorm, rotary positions, SwiGLU, grouped heads, untied head.
 
-Source: SPEC section 1 (transformers' Llama is the reference). One `nn.scan` over the layers, whose
-parameters are stacked; for inference `unstack` gives each layer its own arrays, and the same
-blocks run one after another: a scan copies every layer's weights out of the stack before it uses
-them, which is half the time of a decoded token. Keys and values go in and come out as values, never
-as mutable state.
+Source: Llama, arXiv 2302.13971; the reference is transformers' Llama. Training runs one `nn.scan`
+over layers with stacked parameters. For inference `unstack` gives each layer its own arrays, and
+the same blocks run one after another: a scan copies the weights of a layer out of the stack before
+it uses them, which is half the time of a decoded token. Keys and values go in and come out as
+values, never as mutable state.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from janusflow_jax.config import LlamaConfig
-from janusflow_jax.models import layers, quantize
+from janusflow_jax.models import int8, layers
+from janusflow_jax.models.attention import dot_product_attention
 from janusflow_jax.parallel import sharding
 
 Cache = Any
-"""{'k', 'v'}: [L, B, S, K, H], rotary positions already applied to k. Of unstacked layers: a tuple
-of {'k', 'v'}: [B, S, K, H], or of what `quantize.keys_values` gives."""
+"""{'k', 'v'}: [L, B, S, K, H], with rotary positions applied to k. Of unstacked layers: a tuple of
+{'k', 'v'}: [B, S, K, H], or of the result of `int8.keys_values`."""
 
 
 class Attention(nn.Module):
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         k = layers.rope(k, positions, cfg.rope_theta)
         new = {"k": k, "v": v}
         if cache is not None and "k_scale" in cache:
-            new = quantize.keys_values(k, v)
+            new = int8.keys_values(k, v)
         if cache is not None and index is None:  # a fixed prefix before this call's own positions
             new = {n: jnp.concatenate([cache[n], y], axis=1) for n, y in new.items()}
         elif cache is not None:  # a buffer that this call's positions are written into
@@ -61,7 +62,7 @@ class Attention(nn.Module):
                 for n, y in new.items()
             }
         scales = (new["k_scale"], new["v_scale"]) if "k_scale" in new else None
-        out = layers.attention(q, new["k"], new["v"], mask, self.impl, scales)
+        out = dot_product_attention(q, new["k"], new["v"], mask, self.impl, scales)
         out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
         return layers.Linear(x.shape[-1], use_bias=False, name="o")(out), new
 
@@ -95,7 +96,7 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    """One step of the scan over layers; the carry is (x, what REPA reads or None)."""
+    """One step of the scan over layers; the carry is (x, the captured states or None)."""
 
     cfg: LlamaConfig
     impl: str
@@ -108,19 +109,19 @@ class Body(nn.Module):
         self, carry: Any, layer: Any, cache: Any, positions: Array, mask: Array, index: Any
     ) -> tuple[Any, Any]:
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        x, seen = carry
+        x, captured = carry
         x, kv = block(self.cfg, self.impl, name="block")(x, positions, mask, cache, index)
         if self.capture:
-            seen = jnp.where(layer == self.capture - 1, x, seen)
+            captured = jnp.where(layer == self.capture - 1, x, captured)
         out = {"none": None, "kv": kv, "hidden": x}[self.keep]
-        return (x, seen), out
+        return (x, captured), out
 
 
 class Llama(nn.Module):
     """The language model.
 
-    `embed`, `__call__` (the blocks and the final norm) and `logits` are separate because image
-    slots enter between the first two and the head runs only where there are targets.
+    `embed`, `__call__` (the blocks and the final norm) and `logits` are separate: image slots enter
+    between the first two, and the head runs only where there are targets.
     """
 
     cfg: LlamaConfig
@@ -134,10 +135,12 @@ class Llama(nn.Module):
             "embedding", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.width)
         )
         self.norm = layers.RMSNorm(cfg.norm_eps)
-        self.head = make_head(cfg)
+        self.head = layers.Linear(
+            cfg.vocab_size, use_bias=False, kernel_init=nn.initializers.normal(0.02)
+        )
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings: looked up in float32 and cast after (the gradient adds in float32)."""
+        """Token embeddings. The cast comes after the look-up, so gradients add in float32."""
         return lookup(self.embedding, tokens, self.dtype)
 
     @nn.compact
@@ -155,27 +158,28 @@ class Llama(nn.Module):
         """Runs the blocks and the final norm.
 
         Args:
-          mask: True where a query may look; S is T, plus the prefix when there is a cache. Of
-            `layers.make_mask` for whole rows.
-          cache: keys and values computed before; with `index` None they stand before this
-            call's positions, else this call's are written into them at `index`.
-          keep: 'none', 'kv' (a Cache of the keys and values seen) or 'hidden' (the states after
-            each block, before the final norm).
-          capture: returns the states after this many blocks (0: nothing).
+          mask: True where a query attends; S is T, plus the prefix if there is a cache. For whole
+            rows: of `attention.row_mask`.
+          cache: keys and values computed before. Without `index` they precede the positions of this
+            call; with it, those of this call are written into the cache at `index`.
+          keep: 'none', 'kv' (a Cache of all keys and values) or 'hidden' (the states after each
+            block, before the final norm).
+          capture: number of blocks after which states are returned as well; 0: none.
         Returns:
-          hidden states after the final norm, the captured states or None, what `keep` names.
+          hidden states after the final norm; the captured states or None; what `keep` names.
         """
-        seen = jnp.zeros_like(x) if capture else None
+        captured = jnp.zeros_like(x) if capture else None
         blocks = {} if self.is_initializing() else self.variables["params"]["layers"]
         if isinstance(blocks, tuple):
             body = Body(self.cfg, self.impl, self.remat, capture, keep, parent=None)
             outs = []
             for i, block in enumerate(blocks):
-                run = {"params": {"block": block}}
-                own = None if cache is None else cache[i]
-                (x, seen), out = body.apply(run, (x, seen), i, own, positions, mask, index)
+                carry, own = (x, captured), None if cache is None else cache[i]
+                (x, captured), out = body.apply(
+                    {"params": {"block": block}}, carry, i, own, positions, mask, index
+                )
                 outs.append(out)
-            return self.norm(x), seen, (None if keep == "none" else tuple(outs))
+            return self.norm(x), captured, (None if keep == "none" else tuple(outs))
         stack = nn.scan(
             Body,
             variable_axes={"params": 0},
@@ -183,68 +187,59 @@ class Llama(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.cfg.num_layers,
         )(self.cfg, self.impl, self.remat, capture, keep, name="layers")
-        (x, seen), kept = stack(
-            (x, seen), jnp.arange(self.cfg.num_layers), cache, positions, mask, index
+        (x, captured), outs = stack(
+            (x, captured), jnp.arange(self.cfg.num_layers), cache, positions, mask, index
         )
-        return self.norm(x), seen, kept
+        return self.norm(x), captured, outs
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-        """Float32 next-token logits of normed hidden states."""
+        """Next-token logits, float32, of hidden states after the final norm."""
         return self.head(x).astype(jnp.float32)
 
 
-def unstack(llm: dict[str, Any], take: Any = lambda x, i: x[i]) -> dict[str, Any]:
-    """The LLM's parameters with a tree for every layer (`layers` a tuple), for inference.
+def unstack(llm: dict[str, Any], index: Any = lambda x, i: x[i]) -> dict[str, Any]:
+    """The LLM's parameters with one tree a layer (`layers` is a tuple), for inference.
 
-    The stacked arrays are dropped one by one as they are split, so that memory holds one of them
-    twice, if the caller keeps none.
+    Drops each stacked array once it is split, so memory holds one of them twice at most.
 
-    Args: llm: its tree; emptied. take: (stacked array, layer) -> that layer's.
+    Args:
+      llm: its parameters; emptied.
+      index: (stacked array, layer) -> the layer's array.
     """
-    flat, shape = jax.tree.flatten(llm.pop("layers")["block"])
+    stacked, structure = jax.tree.flatten(llm.pop("layers")["block"])
     split = []
-    while flat:
-        x = flat.pop()
-        split.append([take(x, i) for i in range(x.shape[0])])
+    while stacked:
+        x = stacked.pop()
+        split.append([index(x, i) for i in range(x.shape[0])])
         del x
     layers = zip(*reversed(split), strict=True)
-    out = {**llm, "layers": tuple(jax.tree.unflatten(shape, own) for own in layers)}
+    out = {**llm, "layers": tuple(jax.tree.unflatten(structure, leaves) for leaves in layers)}
     llm.clear()
     return out
 
 
 def empty_cache(cfg: LlamaConfig, llm: dict[str, Any], batch: int, size: int, dtype: Any) -> Cache:
-    """A buffer of zeros for `size` positions, in the layout of the parameters `llm`; int8 with
-    scales where its weights are int8."""
+    """Zeros for `size` positions, in the layout and number format of the parameters `llm`."""
     shape = (batch, size, cfg.num_kv_heads, cfg.head_dim)
-    kinds = {"k": (shape, dtype), "v": (shape, dtype)}
-    if quantize.is_int8(llm["head"]["kernel"]):
-        kinds = dict.fromkeys(kinds, (shape, jnp.int8))
-        kinds |= {f"{n}_scale": ((*shape[:-1], 1), jnp.float32) for n in ("k", "v")}
-    make = lambda *lead: {  # noqa: E731
-        n: jnp.zeros((*lead, *shape), dtype) for n, (shape, dtype) in kinds.items()
+    arrays = {"k": (shape, dtype), "v": (shape, dtype)}
+    if int8.is_int8(llm["head"]["kernel"]):
+        arrays = dict.fromkeys(("k", "v"), (shape, jnp.int8))
+        arrays |= {f"{n}_scale": ((*shape[:-1], 1), jnp.float32) for n in ("k", "v")}
+    zeros = lambda *lead: {  # noqa: E731
+        n: jnp.zeros((*lead, *shape), dtype) for n, (shape, dtype) in arrays.items()
     }
     if isinstance(llm["layers"], tuple):
-        return tuple(make() for _ in range(cfg.num_layers))
-    return make(cfg.num_layers)
-
-
-def make_head(cfg: LlamaConfig) -> layers.Linear:
-    return layers.Linear(cfg.vocab_size, use_bias=False, kernel_init=nn.initializers.normal(0.02))
-
-
-def logits(cfg: LlamaConfig, head: Any, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-    """`Llama.logits` from the head's parameters alone."""
-    return make_head(cfg).apply({"params": head}, x).astype(jnp.float32)
+        return tuple(zeros() for _ in range(cfg.num_layers))
+    return zeros(cfg.num_layers)
 
 
 def lookup(
     embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any
 ) -> Float[Array, "B T D"]:
-    """Rows of the embedding table, local to each device's rows.
+    """Rows of the embedding table.
 
-    Plain indexing all-gathers the whole batch's activations on a mesh with fsdp and tensor
-    (PROTOTYPES section 2), so on a mesh the look-up is a small `shard_map`.
+    On a mesh with fsdp and tensor, plain indexing all-gathers the activations of the whole batch.
+    There each device looks up its part of the table, in a `shard_map`.
     """
     fsdp, tensor = sharding.axis_size("fsdp"), sharding.axis_size("tensor")
     vocab, width = embedding.shape
@@ -252,15 +247,15 @@ def lookup(
     if fsdp * tensor == 1 or vocab % tensor or width % fsdp or not splits:
         return embedding[tokens].astype(dtype)
 
-    def local(e: Array, tok: Array) -> Array:
+    def look_up(e: Array, tok: Array) -> Array:
         rows = lax.all_gather(tok, "fsdp", axis=0, tiled=True) - lax.axis_index("tensor") * len(e)
-        here = ((rows >= 0) & (rows < len(e)))[..., None]
-        x = jnp.where(here, e[jnp.clip(rows, 0, len(e) - 1)], 0).astype(dtype)
+        local = ((rows >= 0) & (rows < len(e)))[..., None]
+        x = jnp.where(local, e[jnp.clip(rows, 0, len(e) - 1)], 0).astype(dtype)
         x = lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
         return lax.psum(x, "tensor")
 
     return jax.shard_map(
-        local,
+        look_up,
         in_specs=(P("tensor", "fsdp"), P(sharding.BATCH)),
         out_specs=P(sharding.BATCH),
     )(embedding, tokens)

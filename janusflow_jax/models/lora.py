@@ -1,9 +1,9 @@
-"""Low-rank adapters of the language model's matmuls (LoRA, arXiv 2106.09685).
+"""Low-rank adapters of the matmuls in the language model (LoRA, arXiv 2106.09685).
 
-An adapter stands beside its kernel in the tree: `lora_a` [.., D, R], `lora_b` [.., R, F] and
-`lora_scale` [..] (alpha / rank). `layers.Linear` adds `scale * (x @ a) @ b` where it finds them, so
-training, sampling and sharding know nothing of them; `merge` folds them into the kernels. `lora_b`
-begins at zero: an adapted model is the model itself until it is trained.
+An adapter lies next to its kernel in the tree: `lora_a` [.., D, R], `lora_b` [.., R, F] and
+`lora_scale` [..] (alpha / rank). `layers.Linear` adds `scale * (x @ a) @ b` where the tree has
+them, so training, sampling and sharding need no code for them; `merge` folds them into the kernels.
+`lora_b` starts at zero: before training, an adapted model equals its base.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tree = dict[str, Any]
 
 
 def add(llm: Tree, cfg: LoraConfig, key: jax.Array) -> Tree:
-    """The LLM's tree with fresh adapters (stacked layers); what is there stays as it is."""
+    """The LLM's parameters (stacked layers) with fresh adapters added."""
     block = dict(llm["layers"]["block"])
     for i, target in enumerate(cfg.targets):
         part = LORA_TARGETS[target]
@@ -37,7 +37,7 @@ def add(llm: Tree, cfg: LoraConfig, key: jax.Array) -> Tree:
 
 
 def merge(tree: Any) -> Any:
-    """The tree with every adapter added to its kernel, in float32 on the host; others untouched."""
+    """The tree with every adapter added to its kernel, in float32 on the host."""
     if not isinstance(tree, dict):
         return tree
     if "lora_a" not in tree:

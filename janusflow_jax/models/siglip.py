@@ -1,7 +1,7 @@
 """The understanding encoder: a SigLIP vision transformer without its pooling head.
 
-Pre-LN blocks, erf GELU, learned positions, final LN, no class token (SPEC section 1). Source:
-SigLIP, arXiv 2303.15343; big_vision's ViT is the reference.
+Pre-LN blocks, erf GELU, learned positions, final LN, no class token. Source: SigLIP,
+arXiv 2303.15343; the reference is big_vision's ViT.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from jaxtyping import Array, Float
 
 from janusflow_jax.config import SiglipConfig
 from janusflow_jax.models import layers
+from janusflow_jax.models.attention import dot_product_attention
 from janusflow_jax.parallel import sharding
+
+
+def layer_norm(eps: float, dtype: Any, name: str) -> nn.LayerNorm:
+    # The fast variance, flax's default, loses digits.
+    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class Attention(nn.Module):
@@ -28,7 +34,7 @@ class Attention(nn.Module):
             layers.Linear(width, name=name)(x).reshape(batch, length, self.num_heads, -1)
             for name in ("q", "k", "v")
         )
-        out = layers.attention(q, k, v, impl=self.impl).reshape(x.shape)
+        out = dot_product_attention(q, k, v, impl=self.impl).reshape(x.shape)
         return layers.Linear(width, name="o")(out)
 
 
@@ -48,9 +54,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         eps = self.cfg.norm_eps
-        h = layers.LayerNorm(eps, name="norm1")(x)
+        h = layer_norm(eps, x.dtype, "norm1")(x)
         x = x + Attention(self.cfg.num_heads, self.impl, name="attn")(h)
-        h = layers.LayerNorm(eps, name="norm2")(x)
+        h = layer_norm(eps, x.dtype, "norm2")(x)
         x = x + Mlp(self.cfg.mlp_width, name="mlp")(h)
         return sharding.constrain(x, "batch", None, None)
 
@@ -67,7 +73,7 @@ class Body(nn.Module):
 
 
 class Siglip(nn.Module):
-    """Image tower: pixels to one feature a patch, row-major."""
+    """The image tower: pixels to one feature vector a patch, row-major."""
 
     cfg: SiglipConfig
     dtype: Any = jnp.float32
@@ -76,17 +82,14 @@ class Siglip(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
-        """Args: images in [-1, 1]. Returns: features after the final norm (if it has one)."""
+        """Args: images: in [-1, 1]. Returns: features, after the final norm if there is one."""
         cfg = self.cfg
         if cfg.pixel_mean:
             mean, std = jnp.asarray(cfg.pixel_mean), jnp.asarray(cfg.pixel_std)
             images = (images - mean) / std
-        batch, p = images.shape[0], cfg.patch_size
-        side = cfg.image_size // p
-        x = images.astype(self.dtype).reshape(batch, side, p, side, p, 3)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side * side, p * p * 3)
-        x = PatchEmbed(cfg.width, p, name="patch_embed")(x)
-        # Fresh, as the published SigLIP was: at 0.02 a small tower is blind to shapes for long.
+        embed = layers.PatchEmbed(cfg.width, cfg.patch_size, name="patch_embed")
+        x = embed(images.astype(self.dtype)).reshape(len(images), cfg.num_tokens, cfg.width)
+        # Initialized as in SigLIP: at 0.02 a small tower takes long to see shapes.
         init = nn.initializers.normal(cfg.width**-0.5)
         position = self.param("pos_embedding", init, (cfg.num_tokens, cfg.width))
         x = sharding.constrain(x + position.astype(x.dtype), "batch", None, None)
@@ -97,22 +100,4 @@ class Siglip(nn.Module):
             length=cfg.num_layers,
         )
         x, _ = stack(cfg, self.impl, self.remat, name="layers")(x, None)
-        return layers.LayerNorm(cfg.norm_eps, name="norm")(x) if cfg.final_norm else x
-
-
-class PatchEmbed(nn.Module):
-    """A stride-p convolution, written as a matmul on flattened patches (row, column, colour)."""
-
-    width: int
-    patch_size: int
-
-    @nn.compact
-    def __call__(self, patches: Float[Array, "B S P"]) -> Float[Array, "B S D"]:
-        p = self.patch_size
-        init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2)
-        )
-        kernel = self.param("kernel", init, (p, p, 3, self.width))
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
-        kernel = kernel.reshape(-1, self.width).astype(patches.dtype)
-        return patches @ kernel + bias.astype(patches.dtype)
+        return layer_norm(cfg.norm_eps, x.dtype, "norm")(x) if cfg.final_norm else x

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import TrainConfig, checks as config_checks
-from janusflow_jax.models import janusflow, vae
+from janusflow_jax.models import attention, janusflow, vae
 from janusflow_jax.parallel import sharding
 from janusflow_jax.planning import topology
 from janusflow_jax.planning.topology import Machine
@@ -52,8 +52,7 @@ def prepare(cfg: TrainConfig, machine: Machine) -> TrainConfig:
     """
     cfg = copy.deepcopy(cfg)
     platform = machine.chip.platform
-    if cfg.attention == "auto":
-        cfg.attention = "splash" if platform == "tpu" else "xla"
+    cfg.attention = attention.implementation(cfg.attention, platform)
     problems = config_checks.train_problems(cfg)
     if {"splash": "tpu", "cudnn": "gpu"}.get(cfg.attention, platform) != platform:
         problems.append(f"attention: {cfg.attention} does not run on {machine.name}; use auto")

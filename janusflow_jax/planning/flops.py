@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jax.interpreters import partial_eval
 
 from janusflow_jax.config import TrainConfig, parts as parts_lib
-from janusflow_jax.models import splash
+from janusflow_jax.models import attention
 from janusflow_jax.training import flops
 
 
@@ -190,7 +190,8 @@ def executed(cfg: TrainConfig, work: Budget) -> float:
         return work.jaxpr
     length = cfg.data.row_len
     per_pass = flops.attention_per_pair(cfg.model) * cfg.batch_rows * length**2
-    blocks = length / (splash.BLOCK if length % splash.BLOCK == 0 else splash.UNIT)
+    unit, block = attention.SPLASH_UNIT, attention.SPLASH_BLOCK
+    blocks = length / (block if length % block == 0 else unit)
     forward = 2 if cfg.remat else 1
     splash_flops = per_pass * (forward + 7 / 2) * (blocks + 1) / (2 * blocks)
     return work.jaxpr - per_pass * (forward + 2) + splash_flops

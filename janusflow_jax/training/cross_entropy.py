@@ -1,12 +1,13 @@
-"""Cross-entropy of next tokens. The head runs only where there are targets, in chunks.
+"""Cross-entropy of next tokens. The head runs on targets only, in chunks.
 
-On a mesh every chip keeps its part of the vocabulary and the head never moves: the devices that
-share a head (`fsdp` and `tensor`) put their targets into one line and take it chunk by chunk, so
-they also share the work of whoever has many. What is sent is hidden states of targets and a few
-numbers a target. Gathering the head instead moves it once a chunk, and its gradient too.
+On a mesh each device keeps its part of the vocabulary and the head never moves. The devices that
+share a head (`fsdp` and `tensor`) put their targets into one queue and work on it chunk by chunk,
+so they also share the work of a device with many targets. Only hidden states of targets and a few
+numbers per target are sent. Gathering the head instead would send it, and its gradient, for every
+chunk.
 
-The gradient is computed beside the loss, chunk by chunk (three matmuls; recomputing the logits in
-the backward pass would make it four), so logits of one chunk are all that is ever held.
+The gradient is computed together with the loss, chunk by chunk, so only the logits of one chunk are
+in memory. That takes three matmuls; recomputing the logits in the backward pass would take four.
 """
 
 from __future__ import annotations
@@ -20,42 +21,40 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from janusflow_jax.config import LlamaConfig
 from janusflow_jax.parallel import sharding
 
-MOST_CHUNKS = 16
-"""A group's chunk is at most this many of one device's: hidden states must be held too."""
+MAX_CHUNKS = 16
+"""A group's chunk is at most this many chunks of one device: its hidden states take memory too."""
 
 
-class Plan(NamedTuple):
+class Split(NamedTuple):
     """How a loss is split over the mesh."""
 
-    size: int  # positions that a group takes at a time
-    lines: int  # groups, each with its own line of targets
-    group: str | None  # mesh axis along which devices join their targets
+    size: int  # positions in a chunk of a group
+    groups: int  # each has its own queue of targets
+    group: str | None  # mesh axis of the devices that share a queue
     vocab: tuple[str, ...]  # mesh axes over which the vocabulary is split
-    everywhere: str | None  # mesh axis over which lines are added up
+    data: str | None  # mesh axis over which the losses of the groups are added
 
 
-def plan(vocab_size: int, rows: int, length: int, chunk: int) -> Plan:
+def split(vocab_size: int, rows: int, length: int, chunk: int) -> Split:
     """The split of the loss of [rows, length] positions on the current mesh.
 
-    Args: chunk: positions of a device that the head takes at a time; 0: all at once.
+    Args:
+      chunk: positions of a device that the head processes at a time; 0: all.
     """
     fsdp, tensor = sharding.axis_size("fsdp"), sharding.axis_size("tensor")
-    alone = sharding.current_mesh() is None
-    split = not alone and rows % sharding.batch_size() == 0 and vocab_size % (fsdp * tensor) == 0
-    if not split:
-        line = rows * length
-        return Plan(min(chunk or line, line), 1, None, (), None)
-    line = rows * length // sharding.axis_size("data")
-    size = min((chunk or line) * min(fsdp, MOST_CHUNKS), line)
-    return Plan(size, sharding.axis_size("data"), "fsdp", ("fsdp", "tensor"), "data")
+    divides = rows % sharding.batch_size() == 0 and vocab_size % (fsdp * tensor) == 0
+    if sharding.current_mesh() is None or not divides:
+        queue = rows * length
+        return Split(min(chunk or queue, queue), 1, None, (), None)
+    queue = rows * length // sharding.axis_size("data")
+    size = min((chunk or queue) * min(fsdp, MAX_CHUNKS), queue)
+    return Split(size, sharding.axis_size("data"), "fsdp", ("fsdp", "tensor"), "data")
 
 
 def summed(
-    cfg: LlamaConfig,
-    head: Any,
+    kernel: Float[Array, "D V"],
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
@@ -64,12 +63,12 @@ def summed(
     """Summed cross-entropy of the next token over the positions in `mask`.
 
     Args:
-      head: its parameters; hidden: the LLM's normed states.
-      tokens: of the row; position i is asked for tokens[i + 1].
-      chunk: positions of a device that the head takes at a time; 0: all at once.
+      kernel: of the LLM's head.
+      hidden: final states of the LLM.
+      tokens: of the rows; the target of position i is tokens[i + 1].
+      chunk: positions of a device that the head processes at a time; 0: all.
     """
-    rows, length = tokens.shape
-    how = plan(cfg.vocab_size, rows, length, chunk)
+    how = split(kernel.shape[1], tokens.shape[0], tokens.shape[1], chunk)
     labels = jnp.roll(tokens, -1, axis=1)
 
     def call(needed: tuple[bool, bool], *args: Any) -> tuple[Array, Array | None, Array | None]:
@@ -78,11 +77,10 @@ def summed(
 
         if how.group is None:
             return local(*args)
-        batch = P(sharding.BATCH)
-        kernel = P(None, how.vocab)
-        out = (P(), kernel if needed[0] else None, batch if needed[1] else None)
+        batch, head = P(sharding.BATCH), P(None, how.vocab)
+        out = (P(), head if needed[0] else None, batch if needed[1] else None)
         return jax.shard_map(
-            local, in_specs=(kernel, batch, batch, batch), out_specs=out, check_vma=False
+            local, in_specs=(head, batch, batch, batch), out_specs=out, check_vma=False
         )(*args)
 
     @jax.custom_vjp
@@ -100,40 +98,42 @@ def summed(
         return (*scaled, None, None)
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run(head["kernel"], hidden, labels, mask)
+    return run(kernel, hidden, labels, mask)
 
 
 def _local(
-    how: Plan, needed: tuple[bool, bool], kernel: Array, hidden: Array, labels: Array, mask: Array
+    how: Split, needed: tuple[bool, bool], kernel: Array, hidden: Array, labels: Array, mask: Array
 ) -> tuple[Array, Array | None, Array | None]:
-    """One device's part: the loss of all lines, and the gradients of its kernel and its states.
+    """The part of one device: the loss of all groups; gradients of its kernel and its states.
 
-    Args: needed: which of the two gradients; kernel [D, V / vocab axes]; hidden [b, T, D].
+    Args:
+      needed: which of the two gradients to compute.
+      kernel: [D, V / vocab axes]; hidden: [b, T, D].
     """
     x = hidden.reshape(-1, hidden.shape[-1])
     labels, mask = labels.reshape(-1), mask.reshape(-1)
     order = jnp.argsort(~mask, stable=True)  # targets first
     count = jnp.sum(mask)
-    first, total = _line(count, how.group)
+    first, total = _queue(count, how.group)
     steps = -(-total // how.size)
-    if how.everywhere:  # one number of chunks: whoever has done waits for the others anyway
-        steps = lax.pmax(steps, how.everywhere)
+    if how.data:  # every group runs as many chunks: it would wait for the slowest anyway
+        steps = lax.pmax(steps, how.data)
 
-    def take(i: Array) -> tuple[Array, Array, Array, Array]:
-        """The chunk's states and labels on every device of the group, and where they came from."""
-        at = i * how.size + jnp.arange(how.size)
-        rank = at - first
+    def gather_chunk(i: Array) -> tuple[Array, Array, Array, Array]:
+        """States and labels of a chunk on every device of the group, and their source."""
+        place = i * how.size + jnp.arange(how.size)
+        rank = place - first
         mine = (rank >= 0) & (rank < count)
         source = order[jnp.clip(rank, 0, len(order) - 1)]
         chunk = jnp.where(mine[:, None], x[source], 0)
         label = jnp.where(mine, labels[source], 0)
-        if how.group:  # each position is of one device, so the sums are exact
+        if how.group:  # each position belongs to one device, so the sums are exact
             chunk, label = lax.psum((chunk, label), how.group)
-        return chunk, label, at < total, jnp.where(mine, source, len(x))
+        return chunk, label, place < total, jnp.where(mine, source, len(x))
 
     def body(i: Array, carry: Any) -> Any:
         loss, d_kernel, d_x = carry
-        chunk, label, valid, source = take(i)
+        chunk, label, valid, source = gather_chunk(i)
         part, d_logits = _losses(_logits(kernel, chunk), label, valid, how.vocab)
         d_logits = d_logits.astype(chunk.dtype)
         if needed[0]:
@@ -152,20 +152,20 @@ def _local(
             d_x = d_x.at[source].set(d_chunk.astype(d_x.dtype), mode="drop", unique_indices=True)
         return loss + part, d_kernel, d_x
 
-    start = (
+    zeros = (
         jnp.float32(0),
         jnp.zeros(kernel.shape, jnp.float32) if needed[0] else None,
         jnp.zeros_like(x) if needed[1] else None,
     )
-    loss, d_kernel, d_x = lax.fori_loop(0, steps, body, start)
-    if how.everywhere:
-        loss = lax.psum(loss, how.everywhere)
-        d_kernel = None if d_kernel is None else lax.psum(d_kernel, how.everywhere)
+    loss, d_kernel, d_x = lax.fori_loop(0, steps, body, zeros)
+    if how.data:
+        loss = lax.psum(loss, how.data)
+        d_kernel = None if d_kernel is None else lax.psum(d_kernel, how.data)
     return loss, d_kernel, None if d_x is None else d_x.reshape(hidden.shape)
 
 
-def _line(count: Array, group: str | None) -> tuple[Array, Array]:
-    """Where this device's targets begin in its group's line, and how long the line is."""
+def _queue(count: Array, group: str | None) -> tuple[Array, Array]:
+    """The place of this device's first target in the queue of its group, and the queue's length."""
     if not group:
         return jnp.int32(0), count
     counts = lax.all_gather(count, group)
@@ -174,7 +174,7 @@ def _line(count: Array, group: str | None) -> tuple[Array, Array]:
 
 
 def _logits(kernel: Array, x: Array) -> Array:
-    """Float32 logits of this device's part of the vocabulary, as `llama.Llama.logits`."""
+    """`Llama.logits` of this device's part of the vocabulary."""
     return (x @ kernel.astype(x.dtype)).astype(jnp.float32)
 
 
@@ -184,32 +184,34 @@ def _losses(
     valid: Bool[Array, " G"],
     axes: tuple[str, ...],
 ) -> tuple[Array, Float[Array, "G V"]]:
-    """Summed loss of the valid positions, and its gradient by the logits.
+    """Summed loss of the valid positions, and its gradient with respect to the logits.
 
-    Args: logits: of this device's part of the vocabulary; axes: over which it is split.
+    Args:
+      logits: of this device's part of the vocabulary.
+      axes: mesh axes over which the vocabulary is split.
     """
     width = logits.shape[1]
     top = jnp.max(logits, axis=1)
-    here = labels
+    local = labels
     if axes:
         top = lax.pmax(top, axes)
-        here = labels - lax.axis_index(axes) * width
-    inside = (here >= 0) & (here < width)
+        local = labels - lax.axis_index(axes) * width
+    inside = (local >= 0) & (local < width)
     spread = jnp.exp(logits - top[:, None])
-    at_label = jnp.take_along_axis(logits, jnp.clip(here, 0, width - 1)[:, None], axis=1)[:, 0]
+    at_label = jnp.take_along_axis(logits, jnp.clip(local, 0, width - 1)[:, None], axis=1)[:, 0]
     norm, at_label = jnp.sum(spread, axis=1), jnp.where(inside, at_label, 0)
     if axes:
         norm, at_label = lax.psum((norm, at_label), axes)
     loss = jnp.sum(jnp.where(valid, top + jnp.log(norm) - at_label, 0))
-    one_hot = (jnp.arange(width) == here[:, None]).astype(jnp.float32)
+    one_hot = (jnp.arange(width) == local[:, None]).astype(jnp.float32)
     return loss, jnp.where(valid[:, None], spread / norm[:, None] - one_hot, 0)
 
 
 def head_positions(
     vocab_size: int, rows: int, length: int, chunk: int, targets: int
 ) -> tuple[int, int]:
-    """On the current mesh: (positions that the head runs on, passes of its loop), where every
-    group has its share of `targets`."""
-    how = plan(vocab_size, rows, length, chunk)
-    passes = math.ceil(targets / how.lines / how.size)
-    return passes * how.size * how.lines, passes
+    """(Positions that the head processes, iterations of its loop) on the current mesh, where every
+    group has an equal share of `targets`."""
+    how = split(vocab_size, rows, length, chunk)
+    passes = math.ceil(targets / how.groups / how.size)
+    return passes * how.size * how.groups, passes

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
 from janusflow_jax.config import TrainConfig, parts as parts_lib
-from janusflow_jax.models import janusflow, lora
+from janusflow_jax.models import attention, janusflow, lora
 from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.training import losses, optim
 
@@ -26,9 +26,7 @@ SAVED = ("params", "ema", "opt_state")
 
 def make_model(cfg: TrainConfig) -> janusflow.JanusFlow:
     """The model as this run computes it."""
-    impl = cfg.attention
-    if impl == "auto":  # cuDNN's is asked for by name; so is splash where TPUs are compiled for
-        impl = {"tpu": "splash", "cpu": "blocks"}.get(jax.default_backend(), "xla")
+    impl = attention.implementation(cfg.attention, jax.default_backend())
     return janusflow.JanusFlow(cfg.model, jnp.dtype(cfg.dtype), cfg.remat, impl)
 
 

@@ -1,10 +1,10 @@
-"""int8 for decoding text: the LLM's weights, and the keys and values it has seen.
+"""int8 weights, keys and values of the LLM, to decode text with fewer bytes.
 
-A decoded token reads every weight once, so a quarter of the bytes (of float32) is up to four times
-the speed where memory is the limit and the hardware widens int8 on the fly. Weights are symmetric,
-one scale an output channel; keys and values one scale a position and head. Activations stay as
-they are, and each scale is applied after its matmul, so that nothing wide is made of what is
-stored. The arrays are qwix's QArrays (extra `int8`).
+Decoding a token reads every weight once, so a quarter of the bytes of float32 gives up to four
+times the speed where memory is the limit and the hardware widens int8 on the fly. Weights are
+symmetric, with one scale an output channel; keys and values have one scale a position and head.
+Activations keep their type. Each scale is applied after its matmul, so that no wide copy of the
+weights exists. The arrays are qwix's QArrays (extra `int8`).
 """
 
 from __future__ import annotations
@@ -19,27 +19,26 @@ from jaxtyping import Array, Float
 Tree = dict[str, Any]
 
 
-def llm_weights(llm: Tree) -> Tree:
-    """An LLM's tree with its matmuls' kernels, the head's too, as int8; in place, one by one.
+def quantize_llm(llm: Tree) -> Tree:
+    """Quantizes the kernels of the blocks and of the head, in place, one by one.
 
-    Norms and the embedding (a look-up reads a row of it) stay.
+    Norms and the embedding (a look-up reads single rows) stay as they are.
 
-    Args: llm: of `llama.unstack`.
+    Args:
+      llm: parameters of `llama.unstack`.
     Raises:
       ImportError: qwix is not installed.
     """
-    for tree in [llm["head"], *(m for block in llm["layers"] for m in _linears(block))]:
-        tree["kernel"] = _quantize(tree["kernel"], (1,))
-    return llm
-
-
-def _linears(block: Tree) -> list[Tree]:
-    return [
+    linears = [
         linear
+        for block in llm["layers"]
         for part in block.values()
         for linear in part.values()
         if isinstance(linear, dict) and "kernel" in linear
     ]
+    for tree in [llm["head"], *linears]:
+        tree["kernel"] = _quantize(tree["kernel"], (1,))
+    return llm
 
 
 def is_int8(kernel: Any) -> bool:
@@ -48,7 +47,10 @@ def is_int8(kernel: Any) -> bool:
 
 
 def matmul(x: Float[Array, "*b D"], kernel: Any) -> Float[Array, "*b F"]:
-    """`x @ kernel` in x's type; kernel: an array [D, F], or one that is quantized."""
+    """`x @ kernel` in the type of x.
+
+    Args: kernel: an array [D, F] or a quantized one.
+    """
     if is_int8(kernel):
         return (x @ kernel.qvalue.astype(x.dtype)) * kernel.scale[0].astype(x.dtype)
     return x @ kernel.astype(x.dtype)
@@ -58,8 +60,8 @@ def keys_values(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> dict[
     """{'k', 'v'}: int8[B, T, K, H]; {'k_scale', 'v_scale'}: float32[B, T, K, 1]."""
     out = {}
     for name, x in (("k", k), ("v", v)):
-        small = _quantize(x.astype(jnp.float32), (0, 1, 2))
-        out |= {name: small.qvalue, f"{name}_scale": small.scale}
+        quantized = _quantize(x.astype(jnp.float32), (0, 1, 2))
+        out |= {name: quantized.qvalue, f"{name}_scale": quantized.scale}
     return out
 
 
