@@ -168,7 +168,7 @@ def test_a_document_learns_all_its_text_and_is_never_cut_inside_an_image(stores,
         learned += int(mask.sum())
     whole = 0
     for record in stores["docs"]:
-        encoded = chat.interleaved(record["text"].strip(), len(record["images"]))
+        encoded = chat.interleaved(record["text"].strip())
         whole += int(encoded.target_mask.sum())
     assert learned == whole
 

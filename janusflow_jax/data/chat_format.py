@@ -255,25 +255,17 @@ class ChatFormat:
         """`{text}<eos>`; everything but BOS is target."""
         return self._encode([_Span(text, target_from=0), self.eos_id])
 
-    def interleaved(self, text: str, num_images: int, closed: bool = True) -> Encoded:
+    def interleaved(self, text: str, closed: bool = True) -> Encoded:
         """A document of text and images; every text token but BOS is target, and eos.
 
         Args:
           text: the image tag marks each image.
-          num_images: how many images there are.
           closed: whether the document ends here, with eos.
-        Raises:
-          DataError: another number of image tags than images.
         """
-        pieces = text.split(self.image_tag)
-        if len(pieces) - 1 != num_images:
-            raise DataError(
-                f"document: expected one {self.image_tag} for each of the {num_images} images; "
-                f"got {len(pieces) - 1}"
-            )
-        parts: list[_Span | int] = [_Span(pieces[0], target_from=0)]
-        for piece in pieces[1:]:
-            parts += [self.image_id, _Span(piece, target_from=0)]
+        first, *others = text.split(self.image_tag)
+        parts: list[_Span | int] = [_Span(first, target_from=0)]
+        for other in others:
+            parts += [self.image_id, _Span(other, target_from=0)]
         return self._encode([*parts, self.eos_id] if closed else parts)
 
     def _bos(self) -> list[int]:

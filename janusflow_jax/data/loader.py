@@ -51,12 +51,12 @@ class Loader:
         self.rows = rows_lib.Rows(cfg, model, chat, repa)
 
     def summary(self) -> str:
-        """A line for each source and phase."""
+        """A line for each source in each mixture."""
         lines = []
-        for phase, (first_row, _) in enumerate(self.cfg.phases()):
-            if first_row:
-                lines.append(f"after step {first_row // self.batch_rows}:")
-            for source in self.rows.describe(phase):
+        for number, mixture in enumerate(self.rows.mixtures):
+            if mixture.first_row:
+                lines.append(f"after step {mixture.first_row // self.batch_rows}:")
+            for source in self.rows.describe(number):
                 lines.append(
                     "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
                     "{fill:.1%} of positions used, {share_of_positions:.1%} of the "

@@ -151,9 +151,9 @@ class Rows:
         source = self.sources[which]
         return source.name, [int(source.samples.record[i]) for i, _ in source.bins[b]]
 
-    def describe(self, phase: int = 0) -> list[dict[str, Any]]:
-        """Per source: name, task, records, samples, bins, left_out, fill, shares in a phase."""
-        mixture = self.mixtures[phase]
+    def describe(self, number: int = 0) -> list[dict[str, Any]]:
+        """Per source: name, task, records, samples, bins, left_out, fill, shares in a mixture."""
+        mixture = self.mixtures[number]
         rows = np.array(mixture.shares) / packing.SHARE_UNITS
         fill = np.array(self.fill)
         is_text = np.array([s.cfg.task == "text" for s in self.sources])

@@ -287,11 +287,11 @@ class _Units:
 
         Args: first: whether a sample begins with them; a conversation then has its system prompt.
         """
-        images = sum(self.images[begin:end])
         if self.passages:
             closed = end == len(self.passages)
-            return chat.interleaved("".join(self.passages[begin:end]), images, closed)
+            return chat.interleaved("".join(self.passages[begin:end]), closed)
         turns = [turn for group in self.exchanges[begin:end] for turn in group]
+        images = sum(self.images[begin:end])
         return chat.conversation(turns, images, system=self.system if first else "")
 
 
