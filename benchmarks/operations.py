@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from janusflow_jax import config as c, pipeline
+from janusflow_jax import config as c
 from janusflow_jax.models import janusflow, llama, vae
 from janusflow_jax.parallel import sharding
 from janusflow_jax.planning import flops as plan_flops, report as plan_report
+from janusflow_jax.sampling import programs
 from janusflow_jax.training import flops
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def generation(cfg: c.ModelConfig, prompt: int, padded: int, steps: int) -> Line
             "masked attention": per_pair * (computed - visible),
         },
         counted(
-            pipeline._sample,
+            programs.sample,
             model,
             params_of(cfg),
             shape(1, padded),
@@ -101,7 +102,7 @@ def generation(cfg: c.ModelConfig, prompt: int, padded: int, steps: int) -> Line
 def vae_decode(cfg: c.ModelConfig) -> Line:
     """Latents to pixels."""
     latents = shape(1, *cfg.latent_shape, dtype=jnp.float32)
-    count = counted(pipeline._decode_vae, cfg, "float32", vae.param_shapes(cfg.vae), latents)
+    count = counted(programs.latents_to_pixels, cfg, "float32", vae.param_shapes(cfg.vae), latents)
     return Line("VAE decode", flops.vae_decoder(cfg), {}, count)
 
 
@@ -131,9 +132,9 @@ def prefill(cfg: c.ModelConfig, question: int, room: int) -> tuple[Line, Any]:
             "masked attention": per_pair * (question**2 - causal(question)),
             "unused cache": per_pair * question * room,
         },
-        counted(pipeline._start, model, *args, max_new=room),
+        counted(programs.prefill, model, *args, max_new=room),
     )
-    start = lambda *a: pipeline._start(model, *a, max_new=room)  # noqa: E731
+    start = lambda *a: programs.prefill(model, *a, max_new=room)  # noqa: E731
     return line, jax.eval_shape(start, *args)
 
 
@@ -149,7 +150,7 @@ def decode(cfg: c.ModelConfig, question: int, room: int) -> Line:
         room * (2 * flops.llm_kernel(cfg) + head) + per_pair * visible,
         {"unused cache": per_pair * (room * (question + room) - visible)},
         counted(
-            pipeline._advance,
+            programs.decode,
             janusflow.JanusFlow(cfg),
             params_of(cfg),
             state,

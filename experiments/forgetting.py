@@ -172,7 +172,7 @@ def paint(args: argparse.Namespace, seed: str, file: Path, num_steps: int = 30) 
     pictures, labels = [], []
     for words, run in shown.items():
         model = janusflow_jax.load(run)
-        pictures += list(model.generate(PROMPTS, cfg_weight=2.0, num_steps=num_steps, seed=0))
+        pictures += list(model.generate(PROMPTS, guidance_scale=2.0, num_steps=num_steps, seed=0))
         labels += [f"{words}: {prompt}" for prompt in PROMPTS]
     sheet.make_sheet(pictures, labels, columns=len(PROMPTS)).save(file, optimize=True)
 

@@ -1,4 +1,4 @@
-"""JanusFlow in JAX: one model that reads pictures and paints them."""
+"""JanusFlow in JAX: unified image understanding and generation."""
 
 from __future__ import annotations
 
@@ -19,16 +19,7 @@ def load(
     int8: bool = False,
     adapter: Any = "",
 ) -> Any:
-    """Loads a model to paint, chat and encode with: `janusflow_jax.pipeline.load`.
-
-    Args:
-      path: a model folder, a training run's folder or one of its checkpoints.
-      dtype: 'float32' or 'bfloat16'; None: float32 on CPU, bfloat16 on TPU and GPU.
-      mesh: a `jax.sharding.Mesh` to spread the parameters over; None: one device.
-      weights: 'ema', or 'params' (raw) of a training run.
-      int8: the language model in a byte a weight (extra `int8`).
-      adapter: a folder of `tools/export_checkpoint.py --adapter-only`, added to the language model.
-    """
-    from janusflow_jax import pipeline  # here, so that config files do not import JAX
+    """Loads a model to generate images, chat and encode images: see `pipeline.load`."""
+    from janusflow_jax import pipeline  # config files must not import JAX
 
     return pipeline.load(path, dtype=dtype, mesh=mesh, weights=weights, int8=int8, adapter=adapter)

@@ -108,7 +108,7 @@ def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParse
     return p
 
 
-def load(args: argparse.Namespace) -> pipeline.JanusFlowPipeline:
+def load(args: argparse.Namespace) -> pipeline.Pipeline:
     """Loads the model of the options; logs its name, image size, device and dtype."""
     from janusflow_jax import pipeline
 

@@ -110,7 +110,7 @@ def check(args: argparse.Namespace) -> None:
     if not (args.prompts or args.captions):
         raise JanusFlowError("--prompts, --captions: expected a number; got 0: nothing to score")
     for first in (args.seed, args.seed + suite.MORE_SEED):
-        inputs.picture_seeds(first, max(args.prompts, len(prompts.PROMPTS)), 1)
+        inputs.image_seeds(first, max(args.prompts, len(prompts.PROMPTS)), 1)
 
 
 def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:

@@ -1,38 +1,46 @@
-"""The Python face: load a model, paint, read pictures, answer.
+"""The Python API: load a model, generate images, answer questions about images.
 
     model = janusflow_jax.load("runs/emoji")
     model.generate("a red apple")[0].save("apple.png")
-    model.chat("What is in the picture?", images=["apple.png"])
+    model.chat("What is in the image?", images=["apple.png"])
 
-Shapes are bucketed (`data/requests.py`) and compiled programs are kept on disk
-(`compile_cache.py`), so a new prompt seldom compiles anything.
+Shapes are rounded up to a few sizes (`sampling/inputs.py`) and compiled programs are cached on
+disk, so a new prompt seldom compiles anything.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import UNDERSTAND, ModelConfig, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, JanusFlowError
-from janusflow_jax.data import chat_format, images as pictures_lib
+from janusflow_jax.data import chat_format, images as images_lib
 from janusflow_jax.hub import adapters
-from janusflow_jax.models import encode, int8 as int8_lib, janusflow, llama, vae
-from janusflow_jax.parallel import compile_cache, sharding
-from janusflow_jax.sampling import image as image_sampling, inputs, text as text_sampling
+from janusflow_jax.models import int8 as int8_lib, janusflow, llama
+from janusflow_jax.parallel import sharding
+from janusflow_jax.sampling import inputs, programs
 
 CHUNK_TOKENS = 16
-MAX_BATCH = 16
+MAX_BATCH = programs.IMAGES_AT_ONCE
 DTYPES = ("float32", "bfloat16")
-"""The parts that painting, and answering about pictures by each understanding encoder, need."""
+
+CACHE_VARIABLE = "JANUSFLOW_COMPILATION_CACHE"
+CACHE_BYTES = 4 << 30
+CACHE_MIN_SECONDS = 0.5
+"""Programs that compile faster are not cached."""
 
 ImageLike = Any
 """A path, a PIL image, encoded bytes, or uint8[H, W, 3]."""
@@ -45,21 +53,22 @@ def load(
     weights: str = "ema",
     int8: bool = False,
     adapter: Any = "",
-) -> JanusFlowPipeline:
-    """Loads a model folder, a workdir or one of its checkpoints.
+) -> Pipeline:
+    """Loads a model to generate images, chat and encode images.
 
-    A folder with some parts only does what those parts can do; the rest says what is missing.
+    A model without some parts does what the other parts can do; a call that needs them raises.
 
     Args:
+      path: a model folder, the workdir of a training run, or one of its checkpoints.
       dtype: 'float32' or 'bfloat16'; None: float32 on CPU, bfloat16 on TPU and GPU.
       mesh: a `jax.sharding.Mesh` to spread the parameters over; None: one device.
-      weights: 'ema' or 'params' (raw); folders without an EMA have only 'params'.
-      int8: the language model's weights, and its keys and values in `chat`, take a byte each
-        (`models/int8.py`; benchmarks/RESULTS.md has what it costs in accuracy).
-      adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
+      weights: 'ema', or 'params' for the raw weights. Folders without an EMA have only these.
+      int8: keep the weights of the language model, and its keys and values in `chat`, as int8
+        (extra `int8`); benchmarks/RESULTS.md has the cost in accuracy.
+      adapter: a folder of `tools/export_checkpoint.py --adapter-only`, added to the language model.
     Raises:
-      CheckpointError: nothing there that loads.
-      JanusFlowError: another dtype, a tokenizer of another model, or adapters of another base.
+      CheckpointError: there is no model that loads.
+      JanusFlowError: an unknown dtype, a tokenizer of another model, or adapters of another base.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -67,23 +76,53 @@ def load(
         raise JanusFlowError(
             f"dtype: expected one of {DTYPES}; got {dtype!r} (the VAE overflows in float16)"
         )
-    compile_cache.enable()
+    enable_compilation_cache()
     loaded = model_folder.load_model(path, weights=weights)
     chat = None
     if loaded.params and "llm" in loaded.params:
         chat = chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens)
         chat.check_vocab(loaded.cfg.llm.vocab_size)
-    params, loaded.params = loaded.params or {}, None  # the one reference goes along
+    params, loaded.params = loaded.params or {}, None  # no second reference: see Pipeline
     if adapter:
         params["llm"] = adapters.apply(params.get("llm"), adapter)
     options = {"dtype": dtype, "mesh": mesh, "source": loaded.source, "int8": int8}
-    return JanusFlowPipeline(loaded.cfg, params, loaded.vae, chat, **options)
+    return Pipeline(loaded.cfg, params, loaded.vae, chat, **options)
 
 
-class JanusFlowPipeline:
-    """A loaded model. Not to be built by hand: see `load`.
+def enable_compilation_cache() -> str | None:
+    """Caches compiled programs in `~/.cache/janusflow_jax` (`$XDG_CACHE_HOME` applies).
 
-    Takes the parameters over: what it is given is emptied, so that no array is held twice.
+    `JANUSFLOW_COMPILATION_CACHE` names another folder, or `off`. A folder that JAX has already
+    (`JAX_COMPILATION_CACHE_DIR`) stays. The folder may be deleted at any time.
+
+    Returns:
+      the folder; None if the cache is off or cannot be written.
+    """
+    if folder := getattr(jax.config, "jax_compilation_cache_dir", None):
+        return str(folder)
+    setting = os.environ.get(CACHE_VARIABLE, "")
+    if setting.lower() in ("off", "0", "no", "none"):
+        return None
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = pathlib.Path(setting or f"{base}/janusflow_jax").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_MIN_SECONDS)
+    if importlib.util.find_spec("filelock"):  # JAX needs it to delete the least used programs
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    compilation_cache.reset_cache()  # a compilation before this call has switched it off
+    return str(folder)
+
+
+class Pipeline:
+    """A loaded model. Use `load` to construct it.
+
+    Consumes `params`: it empties the tree part by part, so that no array is in memory twice.
     """
 
     def __init__(
@@ -100,14 +139,15 @@ class JanusFlowPipeline:
     ) -> None:
         self.cfg, self.dtype, self.mesh, self.text, self.source = cfg, dtype, mesh, chat, source
         self.model = janusflow.JanusFlow(cfg, jnp.dtype(dtype))
-        cast = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), t)  # noqa: E731
-        pick = jax.jit(lambda x, i: x[i].astype(dtype))  # not of host arrays: a mesh takes those
-        take = lambda x, i: x[i] if isinstance(x, np.ndarray) else pick(x, i)  # noqa: E731
+        cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), tree)  # noqa: E731
+        index = jax.jit(lambda x, i: x[i].astype(dtype))
+        # Host arrays stay on the host until they are placed: on a mesh one device has no room.
+        layer = lambda x, i: x[i] if isinstance(x, np.ndarray) else index(x, i)  # noqa: E731
         self.params, self.vae = {}, cast(vae_params or {})
         for part in sorted(params):
             tree = params.pop(part)
             if part == "llm":
-                tree = llama.unstack(tree, take)
+                tree = llama.unstack(tree, layer)
             if not part.startswith("repa"):
                 self.params[part] = cast(tree)
         if int8:
@@ -120,69 +160,64 @@ class JanusFlowPipeline:
         self,
         prompts: str | Sequence[str],
         *,
-        cfg_weight: float = 2.0,
+        guidance_scale: float = 2.0,
         num_steps: int = 30,
         seed: int | Sequence[int] = 0,
         images_per_prompt: int = 1,
         noise: Any = None,
         output: str = "pil",
+        cfg_weight: float | None = None,
     ) -> Any:
-        """Paints pictures, prompt by prompt.
+        """Generates images, prompt by prompt.
 
         Args:
-          cfg_weight: guidance; 1 runs the conditional branch only.
+          guidance_scale: of classifier-free guidance; 1 runs the conditional branch only.
           num_steps: Euler steps.
-          seed: picture n of the output uses seed + n; a list gives each prompt its first.
-          noise: float32[B, h, w, C] instead of the seeds.
+          seed: image n of the output gets seed + n; a list has the first seed of each prompt.
+          images_per_prompt: number of images of each prompt.
+          noise: float32[B, h, w, C], instead of noise drawn from the seeds.
           output: 'pil'; 'numpy' uint8[B, H, W, 3]; 'latent' float32[B, h, w, C], scaled;
             'trajectory' float32[N + 1, B, h, w, C], the noise first.
         Raises:
           JanusFlowError: an empty prompt, a wrong noise shape, a seed out of range or an unknown
-            output (all in one message).
-          CheckpointError: the model has no parts that paint.
+            output.
+          CheckpointError: the model lacks parts that generation needs.
         """
+        if cfg_weight is not None:  # the name of 0.1; remove in 0.3
+            guidance_scale = cfg_weight
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         inputs.check_generate(prompts, num_steps, images_per_prompt, output)
-        self._need(
-            "painting",
-            *parts_lib.needed_to_generate(),
-            *(["vae"] if output in ("pil", "numpy") else []),
-        )
-        total = len(prompts) * images_per_prompt
+        decodes = output in ("pil", "numpy")
+        self._require("generating", *parts_lib.needed_to_generate(), *(["vae"] if decodes else []))
         if noise is None:
-            seeds = inputs.picture_seeds(seed, len(prompts), images_per_prompt)
-            noise = self._noise(np.asarray(seeds, np.uint32))
+            noise = self._noise(inputs.image_seeds(seed, len(prompts), images_per_prompt))
         noise = np.asarray(noise, np.float32)
-        if noise.shape != (total, *self.cfg.latent_shape):
-            raise JanusFlowError(
-                f"noise: expected shape {(total, *self.cfg.latent_shape)} (one per picture); "
-                f"got {noise.shape}"
-            )
+        shape = (len(prompts) * images_per_prompt, *self.cfg.latent_shape)
+        if noise.shape != shape:
+            raise JanusFlowError(f"noise: expected shape {shape} (one an image); got {noise.shape}")
         ids = [self.text.generation_ids(p) for p in prompts for _ in range(images_per_prompt)]
         tokens, lengths = inputs.pad(ids, self.text.pad_id)
-        fn = _trajectory if output == "trajectory" else _sample
 
-        def paint(tokens: Any, lengths: Any, noise: Any) -> Any:
-            return fn(
+        def sample(tokens: Any, lengths: Any, noise: Any) -> Any:
+            run = programs.trajectory if output == "trajectory" else programs.sample
+            return run(
                 self.model,
                 self.params,
                 tokens,
                 lengths,
                 noise,
-                jnp.float32(cfg_weight),
+                jnp.float32(guidance_scale),
                 num_steps=num_steps,
-                guided=cfg_weight != 1,
+                guided=guidance_scale != 1,
             )
 
         axis = int(output == "trajectory")
-        latents = self._batched(paint, tokens, lengths, noise, axis=axis)
-        if output in ("latent", "trajectory"):
-            return latents
-        return self.decode_latents(latents, output)
+        latents = self._batched(sample, tokens, lengths, noise, axis=axis)
+        return self.decode_latents(latents, output) if decodes else latents
 
     def decode_latents(self, latents: Any, output: str = "pil") -> Any:
-        """Scaled latents float32[B, h, w, C] -> pictures, 'pil' or 'numpy' uint8[B, H, W, 3]."""
-        self._need("decoding latents", "vae")
+        """Scaled latents float32[B, h, w, C] -> images, 'pil' or 'numpy' uint8[B, H, W, 3]."""
+        self._require("decoding latents", "vae")
         latents = np.asarray(latents, np.float32)
         if latents.ndim != 4 or latents.shape[1:] != self.cfg.latent_shape or not len(latents):
             raise JanusFlowError(
@@ -190,19 +225,20 @@ class JanusFlowPipeline:
             )
         if output not in ("pil", "numpy"):
             raise JanusFlowError(f"output: expected 'pil' or 'numpy'; got {output!r}")
-        fn = functools.partial(_decode_vae, self.cfg, self.dtype, self.vae)
-        pixels = self._batched(fn, latents)
+        decode = functools.partial(programs.latents_to_pixels, self.cfg, self.dtype, self.vae)
+        pixels = self._batched(decode, latents)
         return [Image.fromarray(p) for p in pixels] if output == "pil" else pixels
 
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
-        """Pictures (a square of each) -> float32[B, h, w, C]: posterior mean times the scale."""
-        self._need("encoding pictures", "vae")
+        """Images, cropped to squares -> scaled latents float32[B, h, w, C] (posterior mean)."""
+        self._require("encoding images", "vae")
         many = images if isinstance(images, (list, tuple)) else [images]
         if not many:
-            raise JanusFlowError("encode_image: expected at least one picture; got an empty list")
+            raise JanusFlowError("encode_image: expected at least one image; got an empty list")
         size = self.cfg.image_size
-        pixels = np.stack([pictures_lib.for_generation(pictures_lib.read(p), size) for p in many])
-        return self._batched(functools.partial(_encode_vae, self.cfg, self.dtype, self.vae), pixels)
+        pixels = np.stack([images_lib.for_generation(images_lib.read(x), size) for x in many])
+        encode = functools.partial(programs.pixels_to_latents, self.cfg, self.dtype, self.vae)
+        return self._batched(encode, pixels)
 
     def chat(
         self,
@@ -217,26 +253,28 @@ class JanusFlowPipeline:
         """Answers one conversation (-> str) or a list of them (-> list of str).
 
         Args:
-          conversation: turns {'role': 'System' | 'User' | 'Assistant', 'content': ...}, or just
-            the question; `<image_placeholder>` marks where a picture stands (a question as a
-            string gets them in front). A first System turn replaces the default prompt; a last
-            Assistant turn with text is continued.
-          images: pictures in order; for several conversations a list of lists.
-          temperature: 0 is greedy. top_p: nucleus. seed: conversation n draws with seed + n.
+          conversation: a question, or turns {'role': 'System' | 'User' | 'Assistant', 'content':
+            ...}. `<image_placeholder>` marks the place of an image; a question without it gets its
+            images in front. A first System turn replaces the default prompt; a last Assistant turn
+            with text is continued.
+          images: in order; for several conversations a list of lists.
+          max_new_tokens: longest answer.
+          temperature: 0 is greedy.
+          top_p: share of probability of nucleus sampling.
+          seed: conversation n samples with seed + n.
         Raises:
           JanusFlowError: lists, turns, tags or options that do not fit.
+          CheckpointError: the model lacks parts that answering needs.
         """
         options = (max_new_tokens, temperature, top_p)
-        inputs.check_chat(*options)
-        self._need("answering", "llm")
-        many, given, single = inputs.conversations(conversation, images, self.text.image_tag)
+        many, images, single = self._conversations(conversation, images, options)
         answers: list[str] = []
-        for at in range(0, len(many), MAX_BATCH):
-            said = [""]
-            here = slice(at, at + MAX_BATCH)
-            for said in self._stream(many[here], given[here], *options, seed + at):  # noqa: B007
+        for begin in range(0, len(many), MAX_BATCH):
+            rows = slice(begin, begin + MAX_BATCH)
+            texts = [""]
+            for texts in self._stream(many[rows], images[rows], *options, seed + begin):  # noqa: B007
                 pass
-            answers += [text.strip() for text in said]
+            answers += [text.strip() for text in texts]
         return answers[0] if single else answers
 
     def stream(
@@ -249,112 +287,106 @@ class JanusFlowPipeline:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """Like `chat` for one conversation, as pieces of text as they come; joined, they are
-        `chat`'s answer."""
+        """`chat` for one conversation, in pieces as they are generated; joined, they are the answer
+        of `chat`."""
         options = (max_new_tokens, temperature, top_p)
-        inputs.check_chat(*options)
-        self._need("answering", "llm")
-        many, given, single = inputs.conversations(conversation, images, self.text.image_tag)
+        many, images, single = self._conversations(conversation, images, options)
         if not single:
-            raise JanusFlowError("stream: expected one conversation; got a list of them, use chat")
-        return self._pieces(self._stream(many, given, *options, seed))
+            raise JanusFlowError("stream: expected one conversation; got a list of them: use chat")
+        return text_pieces(text for (text,) in self._stream(many, images, *options, seed))
 
-    @staticmethod
-    def _pieces(texts: Iterator[list[str]]) -> Iterator[str]:
-        now = said = ""
-        for (text,) in texts:
-            now = text.strip()
-            # The end may be inside a character of several bytes: held back, as ending spaces are.
-            sure = now.rstrip("\ufffd").rstrip()
-            if len(sure) > len(said) and sure.startswith(said):
-                yield sure[len(said) :]
-                said = sure
-        if now != said:
-            yield now[len(said) :]
+    def _conversations(
+        self, conversation: Any, images: Any, options: tuple[int, float, float]
+    ) -> tuple[list, list, bool]:
+        inputs.check_chat(*options)
+        self._require("answering", "llm")
+        return inputs.conversations(conversation, images, self.text.image_tag)
 
     def _stream(
         self,
         many: list,
-        pictures: list,
+        images: list,
         max_new_tokens: int,
         temperature: float,
         top_p: float,
         seed: int,
     ) -> Iterator[list[str]]:
-        """All text so far of every row, after each compiled chunk of tokens."""
-        state = self._start_decode(many, pictures, max_new_tokens, seed)
+        """The whole text so far of every conversation, after each compiled chunk of tokens."""
+        state = self._prefill(many, images, max_new_tokens, seed)
+        eos = self.text.eos_id
         out = np.zeros((len(many), 0), np.int32)
         while out.shape[1] < max_new_tokens:
             state, tokens = self._run(
-                _advance,
+                programs.decode,
                 self.model,
                 self.params,
                 state,
                 jnp.float32(temperature),
                 jnp.float32(top_p),
                 num_tokens=CHUNK_TOKENS,
-                eos_id=self.text.eos_id,
+                eos_id=eos,
             )
             out = np.concatenate([out, np.asarray(tokens)[: len(many)]], axis=1)
             out = out[:, :max_new_tokens]
-            yield [self.text.decode(inputs.until(row, self.text.eos_id)) for row in out]
-            if (out == self.text.eos_id).any(1).all():
+            yield [self.text.decode(inputs.before_eos(row, eos)) for row in out]
+            if (out == eos).any(1).all():
                 return
 
-    def _start_decode(self, many: list, pictures: list, max_new: int, seed: int) -> Any:
+    def _prefill(self, many: list, images: list, max_new: int, seed: int) -> Any:
+        """Encodes the prompts of conversations with their images."""
         prompts = [
-            self.text.conversation(rest, len(p), closed=False, system=system)
-            for (system, rest), p in zip(map(inputs.split_system, many), pictures, strict=True)
+            self.text.conversation(turns, len(own), closed=False, system=system)
+            for (system, turns), own in zip(map(inputs.split_system, many), images, strict=True)
         ]
-        tokens, lengths = inputs.pad([p.ids for p in prompts], self.text.pad_id)
         rows = inputs.batch_bucket(len(many))
-        most = max(len(p) for p in pictures)
+        most = max(len(own) for own in images)
         shape = (rows, inputs.batch_bucket(most) if most else 0)
-        start, task, which = (np.zeros(shape, np.int32) for _ in range(3))
+        start, task, index = (np.zeros(shape, np.int32) for _ in range(3))
         pixels: list[np.ndarray] = []
-        for i, (prompt, given) in enumerate(zip(prompts, pictures, strict=True)):
-            for j, picture in enumerate(given):
-                which[i, j], start[i, j] = len(pixels), prompt.slot_starts[j]
+        for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+            for j, image in enumerate(own):
+                index[i, j], start[i, j] = len(pixels), prompt.slot_starts[j]
                 task[i, j] = UNDERSTAND
-                image = pictures_lib.read(picture)
-                pixels.append(pictures_lib.for_understanding(image, self.cfg.image_size))
+                size = self.cfg.image_size
+                pixels.append(images_lib.for_understanding(images_lib.read(image), size))
         slots = None
         if pixels:
-            self._need("reading pictures", *parts_lib.needed_to_understand(self.cfg))
-            flat = inputs.fill(np.stack(pixels), inputs.batch_bucket(len(pixels)))
-            slots = self._run(_read, self.model, self.params, self.vae, self._place(flat))
-        # Room in the buffer comes in whole chunks and doubles, so that few sizes compile.
+            self._require("understanding images", *parts_lib.needed_to_understand(self.cfg))
+            padded = self._place(inputs.fill(np.stack(pixels), inputs.batch_bucket(len(pixels))))
+            slots = self._run(programs.encode_images, self.model, self.params, self.vae, padded)
+        # The buffer holds whole chunks and doubles in size, so that few sizes compile.
         room = CHUNK_TOKENS * inputs.batch_bucket(-(-max_new // CHUNK_TOKENS))
-        seeds = ((np.arange(rows) + seed) % inputs.SEED_LIMIT).astype(np.uint32)
+        tokens, lengths = inputs.pad([p.ids for p in prompts], self.text.pad_id)
         tokens, lengths = inputs.fill(tokens, rows), inputs.fill(lengths, rows)
-        prompt = (tokens, slots, which, start, task, lengths, seeds)
-        return self._run(_start, self.model, self.params, *prompt, max_new=room)
+        seeds = ((np.arange(rows) + seed) % inputs.SEED_LIMIT).astype(np.uint32)
+        prompt = (tokens, slots, index, start, task, lengths, seeds)
+        return self._run(programs.prefill, self.model, self.params, *prompt, max_new=room)
 
-    def _noise(self, seeds: np.ndarray) -> np.ndarray:
-        """float32[B, h, w, C], each row of its own seed alone."""
-        padded = inputs.fill(seeds, inputs.batch_bucket(len(seeds)))
-        return np.asarray(_draw_noise(padded, self.cfg.latent_shape))[: len(seeds)]
+    def _noise(self, seeds: list[int]) -> np.ndarray:
+        """float32[B, h, w, C], each row from its own seed alone."""
+        padded = inputs.fill(np.asarray(seeds, np.uint32), inputs.batch_bucket(len(seeds)))
+        return np.asarray(programs.draw_noise(padded, self.cfg.latent_shape))[: len(seeds)]
 
-    def _need(self, what: str, *parts: str) -> None:
+    def _require(self, what: str, *parts: str) -> None:
         has = set(self.params) | ({"vae"} if self.vae else set())
-        if lacking := [p for p in parts if p not in has]:
+        if missing := [p for p in parts if p not in has]:
             raise CheckpointError(
-                f"{what}: expected a model with all of {list(parts)}; {self.source or 'this one'} "
-                f"lacks {lacking}. Use a trained or converted model"
+                f"{what}: expected a model with the parts {list(parts)}; "
+                f"{self.source or 'this one'} lacks {missing}: load another model"
             )
 
     def _batched(self, fn: Any, *arrays: np.ndarray, axis: int = 0) -> np.ndarray:
-        """Runs `fn` over rows, at most MAX_BATCH at a time in few sizes; joins on `axis`."""
+        """Runs `fn` on at most MAX_BATCH rows at a time, in few sizes; joins along `axis`."""
         parts = []
-        for at in range(0, len(arrays[0]), MAX_BATCH):
-            rows = [x[at : at + MAX_BATCH] for x in arrays]
+        for begin in range(0, len(arrays[0]), MAX_BATCH):
+            rows = [x[begin : begin + MAX_BATCH] for x in arrays]
             size = inputs.batch_bucket(len(rows[0]))
             out = self._run(fn, *(self._place(inputs.fill(x, size)) for x in rows))
             parts.append(np.take(np.asarray(out), np.arange(len(rows[0])), axis=axis))
         return np.concatenate(parts, axis=axis)
 
     def _place(self, x: np.ndarray) -> Any:
-        """On a mesh: rows over its devices (where they divide)."""
+        """On a mesh: rows over the devices, if they divide."""
         if self.mesh is None:
             return x
         spec = PartitionSpec(sharding.BATCH, *[None] * (x.ndim - 1))
@@ -367,64 +399,18 @@ class JanusFlowPipeline:
             return fn(*args, **kwargs)
 
 
-# --- what is compiled; buffers that are used up are donated
-
-_sample = jax.jit(
-    image_sampling.sample,
-    static_argnums=0,
-    static_argnames=("num_steps", "guided"),
-    donate_argnames="noise",
-)
-_trajectory = jax.jit(
-    functools.partial(image_sampling.sample, trajectory=True),
-    static_argnums=0,
-    static_argnames=("num_steps", "guided"),
-)
-_advance = jax.jit(
-    text_sampling.advance,
-    static_argnums=0,
-    static_argnames=("num_tokens", "eos_id"),
-    donate_argnames="state",
-)
+def text_pieces(texts: Iterator[str]) -> Iterator[str]:
+    """Growing texts -> the pieces by which they grow; joined, they are the last text, stripped."""
+    text = sent = ""
+    for text in texts:
+        text = text.strip()
+        # Spaces at the end may be stripped later, and half a character may become another.
+        complete = text.rstrip("\ufffd").rstrip()
+        if len(complete) > len(sent) and complete.startswith(sent):
+            yield complete[len(sent) :]
+            sent = complete
+    if text != sent:
+        yield text[len(sent) :]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _draw_noise(seeds: Any, shape: tuple[int, ...]) -> Any:
-    return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _read(model: Any, params: Any, vae_params: Any, pixels: Any) -> Any:
-    images = encode.understanding_input(vae_params, pixels, model.cfg, model.dtype)
-    return text_sampling.read_pictures(model, params, images, MAX_BATCH)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="max_new")
-def _start(
-    model: Any,
-    params: Any,
-    tokens: Any,
-    slots: Any,
-    which: Any,
-    start: Any,
-    task: Any,
-    lengths: Any,
-    seeds: Any,
-    max_new: int,
-) -> Any:
-    slots = None if slots is None else jnp.take(slots, which, axis=0)
-    x = text_sampling.embed_prompt(model, params, tokens, slots, start, task)
-    return text_sampling.start(model, params, x, lengths, jax.vmap(jax.random.key)(seeds), max_new)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode_vae(cfg: ModelConfig, dtype: str, params: Any, latents: Any) -> Any:
-    module = vae.Vae(cfg.vae, jnp.dtype(dtype))
-    x = module.apply({"params": params}, latents / cfg.vae.scaling_factor, method="decode")
-    # NOTE(parity): rounded; the published demo truncates.
-    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode_vae(cfg: ModelConfig, dtype: str, params: Any, pixels: Any) -> Any:
-    return encode.encode_latents(params, pixels[:, None], None, cfg, jnp.dtype(dtype))[:, 0]
+JanusFlowPipeline = Pipeline  # the name of 0.1; remove in 0.3

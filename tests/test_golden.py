@@ -80,7 +80,7 @@ def test_understanding_reads_images_and_text():
     model, params, _ = golden.model()
     want = golden.arrays("expected")
     tokens, lengths, pixels, start, task = understanding_prompts()
-    slots = text_sampling.read_pictures(
+    slots = text_sampling.encode_images(
         model, params, pixels.reshape(-1, *pixels.shape[2:]), chunk=2
     )
     slots = slots.reshape(*start.shape, *slots.shape[1:])
@@ -106,18 +106,18 @@ def test_greedy_answers():
     model, params, _ = golden.model()
     want = golden.arrays("expected")["und.greedy_tokens"]
     tokens, lengths, pixels, start, task = understanding_prompts()
-    slots = text_sampling.read_pictures(
+    slots = text_sampling.encode_images(
         model, params, pixels.reshape(-1, *pixels.shape[2:]), chunk=2
     )
     slots = slots.reshape(*start.shape, *slots.shape[1:])
     x = text_sampling.embed_prompt(model, params, tokens, slots, start, task)
-    state = text_sampling.start(
+    state = text_sampling.prefill(
         model, params, x, lengths, jax.random.split(jax.random.key(0), 2), 24
     )
     eos = chat().eos_id
     zero, one = jnp.float32(0), jnp.float32(1)
     run = jax.jit(
-        lambda p, s: text_sampling.advance(model, p, s, zero, one, num_tokens=24, eos_id=eos)
+        lambda p, s: text_sampling.decode(model, p, s, zero, one, num_tokens=24, eos_id=eos)
     )
     _, got = run(params, state)
     np.testing.assert_array_equal(got, want)
@@ -156,7 +156,7 @@ def test_sampler(index):
     noise, weight = jnp.asarray(path[0]), case["cfg_weight"]
 
     def run(p):
-        field = image_sampling.make_velocity(model, p, tokens, lengths, guided=True)
+        field = image_sampling.velocity_field(model, p, tokens, lengths, guided=True)
         states = image_sampling.sample(
             model,
             p,

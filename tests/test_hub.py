@@ -54,7 +54,7 @@ def test_a_converted_model_samples_the_golden_numbers(loaded):
         [case["prompt"]] * len(want[0]),
         noise=golden.nhwc(want[0]),
         num_steps=len(want) - 1,
-        cfg_weight=case["cfg_weight"],
+        guidance_scale=case["cfg_weight"],
         output="trajectory",
     )
     assert golden.error(got, golden.nhwc(want)) < 5e-6

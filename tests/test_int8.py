@@ -53,9 +53,9 @@ def test_decoding_keeps_int8_and_follows_the_wide_model(small, golden_model):
     def run(model):
         x = text_sampling.embed_prompt(model.model, model.params, ids, None, ids[:, :0], ids[:, :0])
         keys = jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32))
-        state = text_sampling.start(model.model, model.params, x, jnp.array([12]), keys, 8)
+        state = text_sampling.prefill(model.model, model.params, x, jnp.array([12]), keys, 8)
         zero = jnp.float32(0)
-        state, _ = text_sampling.advance(
+        state, _ = text_sampling.decode(
             model.model, model.params, state, zero, zero, num_tokens=8, eos_id=-1
         )
         return state

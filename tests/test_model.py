@@ -66,9 +66,9 @@ def test_token_by_token_equals_all_at_once():
     prompt = jnp.asarray([[0, 39, 568, 548, 569, 9]])
     x, lengths = run("embed_tokens", prompt), jnp.asarray([6])
     keys = jax.random.split(jax.random.key(0), 1)
-    state = text_sampling.start(model, params, x, lengths, keys, 5)
+    state = text_sampling.prefill(model, params, x, lengths, keys, 5)
     zero, one = jnp.float32(0), jnp.float32(1)
-    _, tokens = text_sampling.advance(model, params, state, zero, one, num_tokens=5, eos_id=-1)
+    _, tokens = text_sampling.decode(model, params, state, zero, one, num_tokens=5, eos_id=-1)
     ids = jnp.concatenate([prompt, tokens], axis=1)
     hidden, _, _ = run("run_llm", run("embed_tokens", ids), jnp.arange(11)[None], causal(11))
     want = jnp.argmax(run("logits", hidden), -1)[:, 5:-1]

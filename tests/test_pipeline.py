@@ -1,4 +1,4 @@
-"""The Python face on the golden model: its numbers, and what must change nothing."""
+"""The Python API on the golden model: its numbers, and what must change nothing."""
 
 import functools
 
@@ -14,7 +14,7 @@ from janusflow_jax import config, pipeline
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.parallel import sharding
-from janusflow_jax.sampling import image as image_sampling
+from janusflow_jax.sampling import image as image_sampling, programs
 
 QUICK = {"num_steps": 2, "output": "latent"}
 PROMPTS = ["a red fox", "Two yellow taxis in the snow beside a quiet river", "a tree"]
@@ -54,13 +54,13 @@ class Compilations:
             self.names.append(said.get("fun_name", event))
 
 
-# --- the golden numbers, through load and the face
+# --- the golden numbers, through `load` and the API
 
 
 def test_golden_pictures(model):
     case, want = golden.facts("expected")["samples"][1], golden.arrays("expected")
     path = golden.nhwc(want["sample1.trajectory"])
-    options = {"cfg_weight": case["cfg_weight"], "num_steps": case["steps"], "noise": path[0]}
+    options = {"guidance_scale": case["cfg_weight"], "num_steps": case["steps"], "noise": path[0]}
     got = model.generate(case["prompt"], output="trajectory", **options)
     assert golden.error(got, path) < 5e-6
     pixels = model.decode_latents(got[-1], "numpy")
@@ -133,11 +133,11 @@ def test_seeds_buckets_and_groups_change_nothing(model, monkeypatch):
 
 @pytest.mark.slow
 def test_guidance_of_one_is_the_conditional_branch_alone(model, monkeypatch):
-    branches, sample = [], pipeline._sample
+    branches, sample = [], programs.sample
     count = lambda *a, guided, **k: branches.append(1 + guided) or sample(*a, guided=guided, **k)  # noqa: E731
-    monkeypatch.setattr(pipeline, "_sample", count)
-    got = model.generate(PROMPTS[1], seed=5, cfg_weight=1.0, **QUICK)
-    near = model.generate(PROMPTS[1], seed=5, cfg_weight=1 + 1e-7, **QUICK)
+    monkeypatch.setattr(programs, "sample", count)
+    got = model.generate(PROMPTS[1], seed=5, guidance_scale=1.0, **QUICK)
+    near = model.generate(PROMPTS[1], seed=5, guidance_scale=1 + 1e-7, **QUICK)
     assert branches == [1, 2]
     close(got, near)
     assert np.abs(got - model.generate(PROMPTS[1], seed=5, **QUICK)).max() > 1e-3
@@ -176,10 +176,18 @@ def test_a_step_computes_no_prompt_and_only_the_branches_it_needs(guided):
     assert rows == {(2 if guided else 1) * 17}
 
 
+def test_the_old_name_of_the_guidance_scale_works_for_one_release(model):
+    got = model.generate(PROMPTS[0], seed=5, cfg_weight=3.5, **QUICK)
+    np.testing.assert_array_equal(
+        got, model.generate(PROMPTS[0], seed=5, guidance_scale=3.5, **QUICK)
+    )
+    assert pipeline.Pipeline is pipeline.Pipeline
+
+
 def test_a_new_prompt_compiles_nothing(model):
     model.generate(PROMPTS, seed=1, **QUICK)
     with Compilations() as seen:
-        model.generate(["another thing", "x", "a whale"], seed=100, cfg_weight=3.5, **QUICK)
+        model.generate(["another thing", "x", "a whale"], seed=100, guidance_scale=3.5, **QUICK)
         model.generate([*PROMPTS, "a fourth"], seed=4, **QUICK)
     assert not seen.names
     with Compilations() as seen:  # the count counts
@@ -189,9 +197,9 @@ def test_a_new_prompt_compiles_nothing(model):
 
 def test_the_key_value_buffer_is_donated(model):
     many, pictures = conversations()
-    state = model._start_decode(many, pictures, 24, 0)
+    state = model._prefill(many, pictures, 24, 0)
     args = (model.model, model.params, state, jnp.float32(0), jnp.float32(1))
-    pipeline._advance(*args, num_tokens=pipeline.CHUNK_TOKENS, eos_id=model.text.eos_id)
+    programs.decode(*args, num_tokens=pipeline.CHUNK_TOKENS, eos_id=model.text.eos_id)
     buffers = jax.tree.leaves(state["cache"])
     assert len(buffers) == 2 * model.cfg.llm.num_layers and all(x.is_deleted() for x in buffers)
     noise = jax.random.normal(jax.random.key(0), (1, *model.cfg.latent_shape))
@@ -223,23 +231,23 @@ def test_streaming_equals_one_shot(model):
 
 
 def test_pieces_hold_back_half_a_character_and_spaces():
-    texts = [[" a"], [" a "], [" a \ufffd"], [" a \u00e9 b"], [" a \u00e9 b\ufffd "]]
-    pieces = list(pipeline.JanusFlowPipeline._pieces(iter(texts)))
+    texts = [" a", " a ", " a \ufffd", " a \u00e9 b", " a \u00e9 b\ufffd "]
+    pieces = list(pipeline.text_pieces(iter(texts)))
     assert pieces == ["a", " \u00e9 b", "\ufffd"]
-    assert "".join(pieces) == texts[-1][0].strip()
+    assert "".join(pieces) == texts[-1].strip()
 
 
 @pytest.mark.slow
 def test_decoding_stops_at_eos(model, monkeypatch):
     (_, turns), (_, paths) = conversations()  # its answer is eos at once
-    calls, advance = [], pipeline._advance
+    calls, advance = [], programs.decode
     count = lambda *a, **k: calls.append(a[2]) or advance(*a, **k)  # noqa: E731
-    monkeypatch.setattr(pipeline, "_advance", count)
+    monkeypatch.setattr(programs, "decode", count)
     assert list(model.stream(turns, paths, max_new_tokens=512)) == [] and len(calls) == 1
     state, _ = advance(
         model.model,
         model.params,
-        model._start_decode([turns], [paths], 512, 0),
+        model._prefill([turns], [paths], 512, 0),
         jnp.float32(0),
         jnp.float32(1),
         num_tokens=16,
@@ -310,11 +318,11 @@ def test_a_mesh_changes_nothing(golden_folder, model):
         (lambda m: m.generate(["a", "b"], seed=[1]), "expected one or 2"),
         (lambda m: m.generate("a", seed=-1), "seed: expected 0 to"),
         (lambda m: m.decode_latents(np.zeros((8, 8, 4))), "latents: expected shape"),
-        (lambda m: m.encode_image([]), "at least one picture"),
+        (lambda m: m.encode_image([]), "at least one image"),
         (lambda m: m.encode_image(["no.png"]), "no.png: no such file"),
         (lambda m: m.chat("a", max_new_tokens=0, top_p=2.0), "max_new_tokens.*top_p"),
         (lambda m: m.chat("<image_placeholder>"), "0 images; got 1"),
-        (lambda m: m.chat(["a", "b"], images=["x.png"]), "a list of pictures for each"),
+        (lambda m: m.chat(["a", "b"], images=["x.png"]), "a list of images for each"),
         (lambda m: m.chat(["a", "b"], images=[[]]), "2 conversations and 1 lists"),
         (lambda m: m.chat([{"role": "Bot", "content": "a"}]), "turn 0: .*'Bot'"),
         (lambda m: m.stream(["a", "b"]), "use chat"),
@@ -326,10 +334,10 @@ def test_what_cannot_be_done_says_why(model, call, says):
 
 
 def test_a_folder_of_some_parts_does_what_they_can():
-    with pytest.raises(CheckpointError, match=r"painting: .* lacks \['llm', 'gen_enc"):
+    with pytest.raises(CheckpointError, match=r"generating: .* lacks \['llm', 'gen_enc"):
         janusflow_jax.load("starts/emoji_vae").generate("a red apple")
     reader = janusflow_jax.load("starts/emoji_llm")
-    with pytest.raises(CheckpointError, match=r"encoding pictures: .* lacks \['vae'\]"):
+    with pytest.raises(CheckpointError, match=r"encoding images: .* lacks \['vae'\]"):
         reader.encode_image(np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="overflows in float16"):
         janusflow_jax.load("starts/emoji_llm", dtype="float16")

@@ -1,4 +1,4 @@
-"""The face at other shapes than the golden model's: grouped heads, other depths, 256 px."""
+"""The Python API at other shapes than the golden model's: grouped heads, other depths, 256 px."""
 
 import functools
 
@@ -30,14 +30,16 @@ def variant():
     params = jax.tree.unflatten(tree, map(draw, keys, leaves))
     text = chat_format.ChatFormat.load(golden.TINY / "janusflow", cfg.num_image_tokens)
     vae_params = jax.jit(vae.init_params, static_argnums=0)(cfg.vae, jax.random.key(1))
-    return pipeline.JanusFlowPipeline(cfg, params, vae_params, text)
+    return pipeline.Pipeline(cfg, params, vae_params, text)
 
 
 @pytest.mark.slow
 def test_other_shapes_paint_as_without_a_cache():
     model = variant()
     cfg, run = model.cfg, functools.partial(model.model.apply, {"params": model.params})
-    got = model.generate(["a red fox", LONG], seed=2, cfg_weight=3.0, num_steps=1, output="latent")
+    got = model.generate(
+        ["a red fox", LONG], seed=2, guidance_scale=3.0, num_steps=1, output="latent"
+    )
     noise = jnp.asarray(model.generate("x", seed=2, num_steps=1, output="trajectory")[0])
     ids = jnp.asarray([model.text.generation_ids("a red fox")])
     slot, features, t_emb = run(noise, jnp.zeros((1,)), method="generation_slot")
@@ -63,7 +65,7 @@ def test_other_shapes_answer_as_without_a_cache():
     picture = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     prompt = model.text.conversation([{"role": "user", "content": "<image_placeholder> Hm?"}], 1)
     pixels = encode.to_float(jnp.asarray(picture), jnp.float32)[None]
-    slots = text_sampling.read_pictures(model.model, model.params, pixels)[None]
+    slots = text_sampling.encode_images(model.model, model.params, pixels)[None]
     start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[UNDERSTAND]])
     ids, want = jnp.asarray(prompt.ids)[None], []
     x = text_sampling.embed_prompt(model.model, model.params, ids, slots, start, task)

@@ -73,7 +73,7 @@ def test_size_parts_and_licence():
 
 def test_the_vae_gives_a_drawing_back(drawings):
     loaded = model_folder.load_model(STARTS / "emoji_vae")
-    model = pipeline.JanusFlowPipeline(loaded.cfg, {}, loaded.vae, None)
+    model = pipeline.Pipeline(loaded.cfg, {}, loaded.vae, None)
     x = np.stack([picture for _, _, picture in drawings])
     latents = model.encode_image(list(x))
     again = model.decode_latents(latents, "numpy")
@@ -86,7 +86,7 @@ def test_the_vae_gives_a_drawing_back(drawings):
 def test_the_language_model_names_colour_and_object(drawings):
     loaded = model_folder.load_model(STARTS / "emoji_llm")
     chat = chat_format.ChatFormat.load(loaded.hub, loaded.cfg.num_image_tokens)
-    model = pipeline.JanusFlowPipeline(loaded.cfg, loaded.params, {}, chat)
+    model = pipeline.Pipeline(loaded.cfg, loaded.params, {}, chat)
     given = []
     for _, _, picture in drawings:
         data = io.BytesIO()

@@ -66,7 +66,7 @@ def draw_scene() -> Image.Image:
     return image
 
 
-def load_ours(args: argparse.Namespace) -> pipeline.JanusFlowPipeline:
+def load_ours(args: argparse.Namespace) -> pipeline.Pipeline:
     """Our model in float32: a converted folder, or the published ones converted now."""
     if args.model:
         return pipeline.load(args.model, dtype="float32")
@@ -107,7 +107,7 @@ class Table:
 
 def compare_understanding(
     table: Table,
-    ours: pipeline.JanusFlowPipeline,
+    ours: pipeline.Pipeline,
     want: dict[str, Any],
     args: argparse.Namespace,
     image: Image.Image,
@@ -130,7 +130,7 @@ def compare_understanding(
         got = jax.jit(siglip.Siglip(part).apply)({"params": tower}, pixels)
         table.add(f"SigLIP: block {count}", got, want["siglip"][count], PART)
     table.add("SigLIP: features", run("siglip", pixels), want["siglip"][-1], PART)
-    slots = jax.jit(lambda p, x: text_sampling.read_pictures(model, p, x))(params, pixels)[None]
+    slots = jax.jit(lambda p, x: text_sampling.encode_images(model, p, x))(params, pixels)[None]
     ids = jnp.asarray(want["ids"])[None]
     start, task = jnp.asarray([prompt.slot_starts]), jnp.asarray([[UNDERSTAND]])
     x = text_sampling.embed_prompt(model, params, ids, slots, start, task)
@@ -143,11 +143,11 @@ def compare_understanding(
     table.add("LLM: last block and final norm", hidden, want["hidden"][-1], PART)
     table.add("LLM: logits", run("logits", hidden), want["logits"], PART)
     lengths, keys = jnp.asarray([x.shape[1]]), jax.random.split(jax.random.key(0), 1)
-    state = jax.jit(lambda p, x: text_sampling.start(model, p, x, lengths, keys, args.tokens))(
+    state = jax.jit(lambda p, x: text_sampling.prefill(model, p, x, lengths, keys, args.tokens))(
         params, x
     )
     _, tokens = jax.jit(
-        lambda p, s: text_sampling.advance(
+        lambda p, s: text_sampling.decode(
             model,
             p,
             s,
@@ -165,7 +165,7 @@ def compare_understanding(
 
 
 def compare_generation(
-    table: Table, ours: pipeline.JanusFlowPipeline, want: dict[str, Any], args: argparse.Namespace
+    table: Table, ours: pipeline.Pipeline, want: dict[str, Any], args: argparse.Namespace
 ) -> None:
     model, params = ours.model, ours.params
     ids = ours.text.generation_ids(args.prompt)
@@ -179,7 +179,7 @@ def compare_generation(
         twice = [jnp.concatenate([x, x]) for x in (features, t_emb)]
         part = model.apply(run, hidden, *twice, method="velocity")
         tokens, lengths = jnp.asarray([want["ids"]]), jnp.asarray([len(want["ids"])])
-        field = image_sampling.make_velocity(model, p, tokens, lengths, guided=True)
+        field = image_sampling.velocity_field(model, p, tokens, lengths, guided=True)
         return features, t_emb, part, field(noise, jnp.float32(0))
 
     features, t_emb, part, (cond, uncond) = first(params, jnp.asarray(want["hidden"]))
@@ -188,7 +188,7 @@ def compare_generation(
     table.add("generation decoder: velocity", part, want["velocity"], PART)
     table.add("first step: conditional velocity", cond, want["velocity"][:1], PART)
     table.add("first step: unconditional velocity", uncond, want["velocity"][1:], PART)
-    options = {"noise": noise, "num_steps": args.steps, "cfg_weight": args.guidance_scale}
+    options = {"noise": noise, "num_steps": args.steps, "guidance_scale": args.guidance_scale}
     path = ours.generate(args.prompt, output="trajectory", **options)
     for k in sorted({1, args.steps // 4, args.steps // 2, args.steps} - {0}):
         table.add(f"latents: step {k}", path[k], want["trajectory"][k], WHOLE)
@@ -202,7 +202,7 @@ def compare_generation(
 
 
 def compare_encoder(
-    table: Table, ours: pipeline.JanusFlowPipeline, pixels: np.ndarray, want: np.ndarray
+    table: Table, ours: pipeline.Pipeline, pixels: np.ndarray, want: np.ndarray
 ) -> None:
     scale, module = ours.cfg.vae.scaling_factor, vae.Vae(ours.cfg.vae)
     encode_vae = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode")[0])

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     chat = chat_format.ChatFormat.load(str(hub))
     small = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)  # noqa: E731
     parts = {n: small(tree) for n, tree in (loaded.params or {}).items() if n in PARTS}
-    model = pipeline.JanusFlowPipeline(cfg.model, loaded.params, {}, chat)
+    model = pipeline.Pipeline(cfg.model, loaded.params, {}, chat)
     scores = {}
     for split in ("heldout_pairs", "heldout_views"):
         source = c.SourceConfig(name=split, path=args.data, split=split)

@@ -30,7 +30,7 @@ PRETRAINED_PARTS = ("vae", "und_encoder", "llm", "repa_target")
 
 UND_ENCODERS = ("siglip", "shared", "own")
 REPA_TARGETS = ("und_encoder", "siglip")
-ATTENTION = ("xla", "cudnn", "splash", "blocks")
+ATTENTION = ("xla", "cudnn", "splash")
 """Implementations of attention (`models/attention.py`); a config may also say 'auto'."""
 
 NONE, GENERATE, UNDERSTAND = 0, 1, 2

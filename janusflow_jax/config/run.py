@@ -159,7 +159,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"  # activations: float32 | bfloat16
     remat: bool = True
-    attention: str = "auto"  # | xla | cudnn (GPU, bfloat16) | splash (TPU) | blocks (CPU)
+    attention: str = "auto"  # | xla | cudnn (GPU, bfloat16) | splash (TPU)
     max_bad_steps: int = 10  # in a row with a non-finite loss or gradient; then the run stops
     peak_tflops: float = 0.0  # of one device, for utilisation; 0: by its kind, where it is known
     log_every_steps: int = 20

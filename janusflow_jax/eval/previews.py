@@ -19,18 +19,18 @@ CAPTION_QUESTION = "Describe the picture."
 MAX_CAPTION_TOKENS = 32
 
 
-def from_state(cfg: TrainConfig, state: Any, chat: Any) -> pipeline.JanusFlowPipeline:
+def from_state(cfg: TrainConfig, state: Any, chat: Any) -> pipeline.Pipeline:
     """The model that a train state holds (its EMA where there is one), ready to run.
 
     All processes of a job call it: each gets a whole copy, array after array.
     """
     params = trees.merge(trees.merge(state["frozen"], state["params"]), state["ema"])
     params, vae = processes.whole((params, state["vae"]))
-    return pipeline.JanusFlowPipeline(cfg.model, params, vae, chat, dtype=cfg.dtype)
+    return pipeline.Pipeline(cfg.model, params, vae, chat, dtype=cfg.dtype)
 
 
 def caption_source(
-    model: pipeline.JanusFlowPipeline, source: SourceConfig, count: int
+    model: pipeline.Pipeline, source: SourceConfig, count: int
 ) -> list[dict[str, Any]]:
     """Captions `count` pictures spread evenly over a source; with the truth beside them."""
     opened = sources.open_source(source.path, source.split)
@@ -74,14 +74,14 @@ def _write(
     cfg: TrainConfig,
     workdir: epath.Path,
     step: int,
-    model: pipeline.JanusFlowPipeline,
+    model: pipeline.Pipeline,
     writer: Any,
 ) -> None:
     folder = epath.Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.prompts and cfg.data.gen_slots:
         pictures = model.generate(
-            list(cfg.prompts), cfg_weight=cfg.sheet_cfg_weight, num_steps=cfg.sheet_num_steps
+            list(cfg.prompts), guidance_scale=cfg.sheet_cfg_weight, num_steps=cfg.sheet_num_steps
         )
         path = folder / f"sheet_{step:06d}.png"
         grid = sheet.make_sheet(pictures, list(cfg.prompts))

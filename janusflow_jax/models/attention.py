@@ -1,7 +1,7 @@
 """Scaled dot-product attention, in the implementations of `config.ATTENTION`.
 
-`xla` runs anywhere and takes any mask. `cudnn` is the fused kernel for NVIDIA GPUs. `splash` (TPU)
-and `blocks` (CPU) are for whole rows: each position attends to the earlier ones of its segment.
+`xla` runs anywhere, `cudnn` is the fused kernel for NVIDIA GPUs. `splash`, for TPUs, is for whole
+rows: each position attends to the earlier ones of its segment.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 
 from janusflow_jax.parallel import sharding
 
-MASKED = -1e30  # score of a masked pair; its exponential is 0
 SPLASH_BLOCK = 512
 """Positions in a block of queries or keys of splash attention, where they divide a row."""
 SPLASH_UNIT = 128
 """Splash attention takes rows of a multiple of this many positions."""
-CPU_BLOCK = 128
-"""Queries in a block on a CPU: measured, see benchmarks/RESULTS.md."""
 
 
 def implementation(name: str, platform: str) -> str:
@@ -30,7 +27,9 @@ def implementation(name: str, platform: str) -> str:
 
     `auto` never chooses cuDNN, which takes bfloat16 only.
     """
-    return {"tpu": "splash", "cpu": "blocks"}.get(platform, "xla") if name == "auto" else name
+    if name != "auto":
+        return name
+    return "splash" if platform == "tpu" else "xla"
 
 
 def segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -42,8 +41,7 @@ def segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 def row_mask(segment_ids: Int[Array, "B T"], impl: str) -> Bool[Array, "B T T"] | Int[Array, "B T"]:
     """The `mask` of `dot_product_attention` for whole rows, built once for all layers."""
-    by_segments = impl == "blocks" or impl.startswith("splash")
-    return segment_ids if by_segments else segment_mask(segment_ids)
+    return segment_ids if impl.startswith("splash") else segment_mask(segment_ids)
 
 
 def dot_product_attention(
@@ -58,7 +56,7 @@ def dot_product_attention(
 
     Args:
       mask: True where a query attends; each query needs at least one key. None: everywhere.
-        Segment ids (of `row_mask`) for 'blocks' and 'splash', which otherwise run as 'xla'.
+        Segment ids (of `row_mask`) for 'splash', which with any other mask runs as 'xla'.
       impl: one of `config.ATTENTION`, or 'splash_interpret' for tests without a TPU.
       scales: of int8 keys and values (`int8.keys_values`).
     """
@@ -73,8 +71,6 @@ def dot_product_attention(
         k, v = repeat(k), repeat(v)
         scales = scales and (repeat(scales[0]), repeat(scales[1]))
     if mask is not None and mask.ndim == 2:
-        if impl == "blocks":
-            return _blocks(q, k, v, mask)
         return _splash(q, k, v, mask, interpret=impl == "splash_interpret")
     # Heads next to the batch: on CPU both passes are 3.5 times as fast in this layout.
     q, k, v = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (q * size**-0.5, k, v))
@@ -84,7 +80,7 @@ def dot_product_attention(
     if k_scale is not None:
         scores = scores * k_scale
     if mask is not None:
-        scores = jnp.where(mask[:, None], scores, MASKED)
+        scores = jnp.where(mask[:, None], scores, -1e30)
     weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
     if v_scale is not None:
         weights = weights * v_scale
@@ -166,67 +162,3 @@ def _splash_on_device(q: Array, k: Array, v: Array, segment_ids: Array, interpre
 
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.vmap(row)(q, k, v, segment_ids).swapaxes(1, 2)
-
-
-def _blocks(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """Whole rows on a CPU, a block of queries at a time.
-
-    A block reads the keys up to its own end, so half of all pairs are never computed, and its
-    scores stay in the processor's cache. The backward pass computes the scores again from the
-    log-sums (FlashAttention, arXiv 2205.14135, without its inner loop over keys). XLA's form writes
-    and reads [N, T, T] several times a layer.
-    """
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    return jnp.swapaxes(_attend_blocks(q, k, v, segment_ids), 1, 2)
-
-
-@jax.custom_vjp
-def _attend_blocks(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    return _blocks_forward(q, k, v, segment_ids)[0]
-
-
-def _blocks_forward(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, tuple]:
-    outs, log_sums = [], []
-    for begin in range(0, q.shape[2], CPU_BLOCK):
-        scores, end = _block_scores(q, k, segment_ids, begin)
-        top = jnp.max(scores, -1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, -1, keepdims=True)
-        out = jnp.einsum("BNQS,BNSH->BNQH", weights.astype(v.dtype), v[:, :, :end])
-        outs.append((out / total).astype(q.dtype))
-        log_sums.append(top + jnp.log(total))
-    out = jnp.concatenate(outs, 2)
-    return out, (q, k, v, segment_ids, out, jnp.concatenate(log_sums, 2))
-
-
-def _blocks_backward(saved: tuple, d_out: Array) -> tuple:
-    q, k, v, segment_ids, out, log_sums = saved
-    inner = jnp.sum((d_out * out).astype(jnp.float32), -1, keepdims=True)
-    d_qs, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    for begin in range(0, q.shape[2], CPU_BLOCK):
-        scores, end = _block_scores(q, k, segment_ids, begin)
-        queries = slice(begin, end)
-        weights = jnp.exp(scores - log_sums[:, :, queries])
-        d_block = d_out[:, :, queries]
-        d_weights = einsum("BNQH,BNSH->BNQS", d_block, v[:, :, :end])
-        d_scores = (weights * (d_weights - inner[:, :, queries])).astype(q.dtype)
-        d_qs.append(einsum("BNQS,BNSH->BNQH", d_scores, k[:, :, :end]))
-        d_k = d_k.at[:, :, :end].add(einsum("BNQS,BNQH->BNSH", d_scores, q[:, :, queries]))
-        d_v = d_v.at[:, :, :end].add(einsum("BNQS,BNQH->BNSH", weights.astype(v.dtype), d_block))
-    d_q = jnp.concatenate(d_qs, 2)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-def _block_scores(q: Array, k: Array, segment_ids: Array, begin: int) -> tuple[Array, int]:
-    """Masked scores [B, N, Q, end] of the block of queries from `begin` to `end`."""
-    end = min(begin + CPU_BLOCK, q.shape[2])
-    causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)
-    same = segment_ids[:, begin:end, None] == segment_ids[:, None, :end]
-    scores = jnp.einsum(
-        "BNQH,BNSH->BNQS", q[:, :, begin:end], k[:, :, :end], preferred_element_type=jnp.float32
-    )
-    return jnp.where((causal & same)[:, None], scores, MASKED), end
-
-
-_attend_blocks.defvjp(_blocks_forward, _blocks_backward)

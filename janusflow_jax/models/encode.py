@@ -19,9 +19,9 @@ PIXELS_AT_ONCE = 256 * 256
 XLA's gradient of a convolution inside a loop takes 16 times as long on CPU."""
 
 
-def to_float(images: Array, dtype: Any) -> Array:
+def to_float(images: Any, dtype: Any) -> Array:
     """uint8 -> [-1, 1]."""
-    return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)
+    return (jnp.asarray(images, jnp.float32) / 127.5 - 1.0).astype(dtype)
 
 
 def over_slots(fn: Any, x: Shaped[Array, "B K ..."], at_once: int = 1) -> Any:

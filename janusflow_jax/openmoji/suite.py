@@ -78,7 +78,7 @@ def sample_labels(
 
 
 def score_generation(
-    model: pipeline.JanusFlowPipeline,
+    model: pipeline.Pipeline,
     refs: References,
     judge: LoadedJudge | None,
     *,
@@ -151,9 +151,7 @@ def score_images(
     return out
 
 
-def score_captioning(
-    model: pipeline.JanusFlowPipeline, path: str, split: str, count: int
-) -> dict[str, Any]:
+def score_captioning(model: pipeline.Pipeline, path: str, split: str, count: int) -> dict[str, Any]:
     """Captions `count` images of a split and scores the answers, which `answers` lists."""
     source = SourceConfig(name=split, path=path, split=split, task="understand", format="chat")
     lines = previews.caption_source(model, source, count)

@@ -22,6 +22,7 @@ from janusflow_jax.planning import (
 )
 from janusflow_jax.planning.compile import Compiled
 from janusflow_jax.planning.topology import Machine
+from janusflow_jax.sampling import programs
 from janusflow_jax.training import flops
 
 PROMPT = 64  # padded tokens of an image's prompt
@@ -85,7 +86,7 @@ def programs(cfg: TrainConfig, mesh: Any, rows: int, num_steps: int) -> Iterator
     noise = array(rows, *m.latent_shape, dtype=jnp.float32)
     yield Program(
         f"{rows} images, {num_steps} Euler steps with guidance",
-        pipeline._sample,
+        programs.sample,
         (model, params, array(rows, PROMPT), array(rows), noise, scalar),
         {"num_steps": num_steps, "guided": True},
         {"params": params, "inputs": noise},
@@ -93,7 +94,7 @@ def programs(cfg: TrainConfig, mesh: Any, rows: int, num_steps: int) -> Iterator
     )
     yield Program(
         f"pixels of {rows} images",
-        pipeline._decode_vae,
+        programs.latents_to_pixels,
         (m, "bfloat16", vae_params, noise),
         {},
         {"vae": vae_params, "inputs": noise},
@@ -105,21 +106,21 @@ def programs(cfg: TrainConfig, mesh: Any, rows: int, num_steps: int) -> Iterator
     per_token, per_pair = 2 * flops.llm_kernel(m), flops.attention_per_pair(m)
     yield Program(
         f"prefill of {rows} questions, {QUESTION} positions each",
-        pipeline._start,
+        programs.prefill,
         (model, params, *prompt),
         {"max_new": ANSWER},
         {"params": params, "inputs": (question, slots)},
         rows * QUESTION * (per_token + per_pair * (QUESTION + 1) / 2),
     )
     state = jax.eval_shape(
-        lambda *args: pipeline._start(model, *args, max_new=ANSWER), params, *prompt
+        lambda *args: programs.prefill(model, *args, max_new=ANSWER), params, *prompt
     )
     state = jax.tree_util.tree_map_with_path(lambda path, x: _state(path, x, mesh), state)
     head = 2.0 * m.llm.width * m.llm.vocab_size
     tokens = pipeline.CHUNK_TOKENS
     yield Program(
         f"{tokens} tokens of {rows} answers",
-        pipeline._advance,
+        programs.decode,
         (model, params, state, scalar, scalar),
         {"num_tokens": tokens, "eos_id": 1},
         {"params": params, "inputs": state},

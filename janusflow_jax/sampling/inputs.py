@@ -1,7 +1,7 @@
-"""What a caller asks for -> arrays of few shapes: conversations, seeds, prompts in buckets.
+"""Requests of callers -> arrays of few shapes: conversations, seeds, prompts in buckets.
 
-Every shape is rounded up (rows and pictures to powers of two, prompts to few lengths), so that a
-new prompt seldom compiles anything. What is added is masked.
+Every shape is rounded up: rows and images to powers of two, prompts to a few lengths. So a new
+prompt seldom compiles anything. What is added is masked.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _ROLES = ("system", "user", "assistant")
 
 
 def check_generate(prompts: Sequence[Any], num_steps: int, per_prompt: int, output: str) -> None:
-    """Raises JanusFlowError with every reason why nothing can be painted."""
+    """Raises JanusFlowError with every problem of a request for images."""
     problems = [] if prompts else ["no prompt"]
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             problems.append(f"prompt {i}: expected text; got {type(prompt).__name__}")
         elif not prompt.strip():
-            problems.append(f"prompt {i} is empty: expected words for what to paint")
+            problems.append(f"prompt {i} is empty")
     problems += [] if num_steps >= 1 else [f"num_steps: expected >= 1; got {num_steps}"]
     problems += [] if per_prompt >= 1 else [f"images_per_prompt: expected >= 1; got {per_prompt}"]
     problems += [] if output in OUTPUTS else [f"output: expected one of {OUTPUTS}; got {output!r}"]
@@ -37,7 +37,7 @@ def check_generate(prompts: Sequence[Any], num_steps: int, per_prompt: int, outp
 
 
 def check_chat(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raises JanusFlowError with every option that is out of its range."""
+    """Raises JanusFlowError with every option that is out of range."""
     problems = []
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens: expected >= 1; got {max_new_tokens}")
@@ -49,90 +49,96 @@ def check_chat(max_new_tokens: int, temperature: float, top_p: float) -> None:
         raise JanusFlowError("chat: " + "; ".join(problems))
 
 
-def picture_seeds(seed: int | Sequence[int], num_prompts: int, per_prompt: int) -> list[int]:
-    """The seed of every picture of the output.
+def image_seeds(seed: int | Sequence[int], num_prompts: int, per_prompt: int) -> list[int]:
+    """The seed of every image of the output.
 
-    Args: seed: picture n uses seed + n; a list: picture j of prompt i uses seed[i] + j.
-    Raises: JanusFlowError: another number of seeds than prompts, or one out of range.
+    Args:
+      seed: image n gets seed + n. A list: image j of prompt i gets seed[i] + j.
+    Raises:
+      JanusFlowError: the number of seeds is not that of the prompts, or one is out of range.
     """
     if isinstance(seed, (int, np.integer)):
-        out = [int(seed) + n for n in range(num_prompts * per_prompt)]
+        seeds = [int(seed) + n for n in range(num_prompts * per_prompt)]
     elif len(seed) != num_prompts:
         raise JanusFlowError(f"seed: expected one or {num_prompts} (one a prompt); got {len(seed)}")
     else:
-        out = [int(s) + j for s in seed for j in range(per_prompt)]
-    if out and not 0 <= min(out) <= max(out) < SEED_LIMIT:
-        raise JanusFlowError(
-            f"seed: expected 0 to 2**32 - 1; the pictures' are {min(out)}..{max(out)}"
-        )
-    return out
+        seeds = [int(s) + j for s in seed for j in range(per_prompt)]
+    if seeds and not 0 <= min(seeds) <= max(seeds) < SEED_LIMIT:
+        raise JanusFlowError(f"seed: expected 0 to 2**32 - 1; got {min(seeds)}..{max(seeds)}")
+    return seeds
 
 
 def conversations(
-    conversation: Any, pictures: Any, tag: str
+    conversation: Any, images: Any, tag: str
 ) -> tuple[list[Turns], list[list[Any]], bool]:
-    """Brings what `chat` was given into one form.
+    """Brings the arguments of `Pipeline.chat` into one form.
 
     Args:
       conversation: a question, turns {'role', 'content'}, or a list of those.
-      pictures: one list, or a list of lists for a list of conversations.
-      tag: marks a picture in a text; a question as a string gets them in front.
-    Returns: turns and pictures of every conversation, and whether it was a single one.
-    Raises: JanusFlowError: lists that do not match, or turns that are none (all named).
+      images: a list; for a list of conversations, a list of lists.
+      tag: marks an image in a text. A question without tags gets them in front.
+    Returns:
+      turns and images of every conversation; whether there was a single one.
+    Raises:
+      JanusFlowError: lists that do not match, or malformed turns.
     """
     single = isinstance(conversation, str) or (
         isinstance(conversation, (list, tuple))
         and len(conversation) > 0
-        and all(isinstance(t, dict) for t in conversation)
+        and all(isinstance(turn, dict) for turn in conversation)
     )
     many = [conversation] if single else list(conversation)
     if single:
-        given = [list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]]
-    elif not all(isinstance(own, (list, tuple)) for own in pictures):
+        images = [list(images) if isinstance(images, (list, tuple)) else [images]]
+    elif not all(isinstance(x, (list, tuple)) for x in images):
         raise JanusFlowError(
-            "chat: expected a list of pictures for each conversation, [[...], ...]; got "
-            f"{[type(own).__name__ for own in pictures]}"
+            "chat: expected a list of images for each conversation, [[...], ...]; got "
+            f"{[type(x).__name__ for x in images]}"
         )
     else:
-        given = [list(own) for own in pictures] or [[] for _ in many]
-    if not many or len(given) != len(many):
+        images = [list(x) for x in images] or [[] for _ in many]
+    if not many or len(images) != len(many):
         raise JanusFlowError(
             f"chat: expected one list of images a conversation; got {len(many)} conversations "
-            f"and {len(given)} lists"
+            f"and {len(images)} lists"
         )
-    out = [_turns(turns, len(own), tag) for turns, own in zip(many, given, strict=True)]
-    return out, given, single
+    turns = [_turns(x, len(own), tag) for x, own in zip(many, images, strict=True)]
+    return turns, images, single
 
 
-def _turns(conversation: Any, num_pictures: int, tag: str) -> Turns:
+def _turns(conversation: Any, num_images: int, tag: str) -> Turns:
     if isinstance(conversation, str):
-        front = "" if tag in conversation else f"{tag}\n" * num_pictures
-        return [{"role": "User", "content": front + conversation}]
+        return [{"role": "User", "content": with_tags(conversation, num_images, tag)}]
     for i, turn in enumerate(conversation):
         role, content = (turn.get(k) for k in ("role", "content"))
         if str(role).lower() not in _ROLES or not isinstance(content, str):
             raise JanusFlowError(
-                f"chat: turn {i}: expected {{'role': 'User' | 'Assistant', 'content': text}} (a "
-                f"first turn may be System); got role {role!r}, content {content!r:.40}"
+                f"chat: turn {i}: expected {{'role': 'User' | 'Assistant', 'content': text}} (the "
+                f"first may be System); got role {role!r}, content {content!r:.40}"
             )
     return list(conversation)
 
 
+def with_tags(question: str, num_images: int, tag: str) -> str:
+    """A question with the tags of its images in front, unless it places them itself."""
+    return question if tag in question else f"{tag}\n" * num_images + question
+
+
 def split_system(turns: Turns) -> tuple[str, Turns]:
-    """The system prompt and the other turns: a first System turn replaces the default."""
+    """The system prompt and the other turns. A first System turn replaces the default prompt."""
     if turns and turns[0]["role"].lower() == "system":
         return turns[0]["content"], turns[1:]
     return chat_format.SYSTEM_PROMPT, turns
 
 
-def until(row: np.ndarray, eos_id: int) -> list[int]:
-    """The ids before the first eos."""
+def before_eos(row: np.ndarray, eos_id: int) -> list[int]:
+    """The ids before the first EOS."""
     end = np.flatnonzero(row == eos_id)
     return row[: end[0] if len(end) else len(row)].tolist()
 
 
 def length_bucket(length: int) -> int:
-    """`length` rounded up to 32s, above 256 to eighths of the next power of two."""
+    """`length`, rounded up to 32s; above 256 to eighths of the next power of two."""
     step = max(PROMPT_BUCKET, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
 
@@ -143,7 +149,7 @@ def batch_bucket(count: int) -> int:
 
 
 def pad(ids: Sequence[Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded int32[B, P], P in buckets, and lengths int32[B]."""
+    """Right-padded int32[B, P] with P of `length_bucket`, and lengths int32[B]."""
     lengths = np.asarray([len(x) for x in ids], np.int32)
     tokens = np.full((len(ids), length_bucket(int(lengths.max()))), pad_id, np.int32)
     for row, x in zip(tokens, ids, strict=True):

@@ -1,7 +1,7 @@
-"""Text decoding: prefill, then compiled chunks of tokens over a key-value buffer.
+"""Text generation: prefill, then compiled chunks of tokens over a buffer of keys and values.
 
-Prompts are right-padded to one length P; new token i of every row is written at buffer index
-P + i, while its position is the row's own length + i. The mask hides the gap, so padding changes
+Prompts are right-padded to one length P. New token i of every row is written at index P + i of the
+buffer, but its position is the length of the row + i. The mask hides the gap, so padding changes
 nothing.
 """
 
@@ -19,17 +19,18 @@ from janusflow_jax.models import janusflow, llama
 State = dict[str, Any]
 
 
-def read_pictures(
+def encode_images(
     model: janusflow.JanusFlow, params: Any, images: Float[Array, "M ..."], chunk: int = 16
 ) -> Float[Array, "M S D"]:
-    """Understanding slots of pictures, `chunk` at a time to bound the memory.
+    """Understanding slots of images, `chunk` at a time to bound the memory.
 
-    Args: images: what `JanusFlow.understanding_slot` takes.
+    Args:
+      images: the input of `JanusFlow.understanding_slot`.
     """
-    read = lambda x: model.apply({"params": params}, x, method="understanding_slot")  # noqa: E731
+    encode = lambda x: model.apply({"params": params}, x, method="understanding_slot")  # noqa: E731
     if len(images) <= chunk or len(images) % chunk:
-        return read(images)
-    slots = lax.map(read, images.reshape(-1, chunk, *images.shape[1:]))
+        return encode(images)
+    slots = lax.map(encode, images.reshape(-1, chunk, *images.shape[1:]))
     return slots.reshape(-1, *slots.shape[2:])
 
 
@@ -41,14 +42,12 @@ def embed_prompt(
     slot_start: Int[Array, "B K"],
     slot_task: Int[Array, "B K"],
 ) -> Float[Array, "B P D"]:
-    """Prompt embeddings with the pictures' vectors (of `read_pictures`) in their places."""
+    """Prompt embeddings with the vectors of the images (of `encode_images`) in their slots."""
     text = model.apply({"params": params}, tokens, method="embed_tokens")
-    return (
-        text if slots is None else janusflow.place_slots(text, None, slots, slot_start, slot_task)
-    )
+    return janusflow.place_slots(text, None, slots, slot_start, slot_task)
 
 
-def start(
+def prefill(
     model: janusflow.JanusFlow,
     params: Any,
     x: Float[Array, "B P D"],
@@ -56,9 +55,12 @@ def start(
     keys: Array,
     max_new: int,
 ) -> State:
-    """Prefill: fills the key-value buffer and gives the logits of the first new token.
+    """Fills the buffer with the prompt and computes the logits of the first new token.
 
-    Args: x: prompt embeddings, right-padded; keys: one random key a row; max_new: buffer room.
+    Args:
+      x: prompt embeddings, right-padded.
+      keys: one random key a row.
+      max_new: number of new tokens that the buffer has room for.
     """
     batch, size, _ = x.shape
     buffer = llama.empty_cache(model.cfg.llm, params["llm"], batch, size + max_new, x.dtype)
@@ -70,10 +72,9 @@ def start(
         run, x, positions, mask, cache=buffer, index=0, keep="kv", method="run_llm"
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    logits = model.apply(run, last[:, 0], method="logits")
     return {
         "cache": cache,
-        "logits": logits,
+        "logits": model.apply(run, last[:, 0], method="logits"),
         "lengths": lengths,
         "prompt_len": jnp.int32(size),
         "step": jnp.int32(0),
@@ -82,25 +83,25 @@ def start(
     }
 
 
-def pick(
+def sample_token(
     logits: Float[Array, "B V"], keys: Array, temperature: Array, top_p: Array
 ) -> Int[Array, " B"]:
-    """Next tokens: greedy at temperature 0, else nucleus sampling with each row's key."""
+    """Next tokens: greedy at temperature 0, else nucleus sampling with the key of each row."""
 
-    def one(row: Array, key: Array) -> Array:
+    def sample_row(row: Array, key: Array) -> Array:
         scaled = row / jnp.maximum(temperature, 1e-6)
         order = jnp.argsort(-scaled)
         probs = jax.nn.softmax(scaled[order])
         before = jnp.cumsum(probs) - probs
-        kept = jnp.where((before < top_p) | (jnp.arange(len(row)) == 0), scaled[order], -jnp.inf)
-        return order[jax.random.categorical(key, kept)]
+        nucleus = (before < top_p) | (jnp.arange(len(row)) == 0)
+        return order[jax.random.categorical(key, jnp.where(nucleus, scaled[order], -jnp.inf))]
 
     greedy = jnp.argmax(logits, axis=-1)
-    sampled = lax.cond(temperature > 0, lambda: jax.vmap(one)(logits, keys), lambda: greedy)
+    sampled = lax.cond(temperature > 0, lambda: jax.vmap(sample_row)(logits, keys), lambda: greedy)
     return sampled.astype(jnp.int32)
 
 
-def advance(
+def decode(
     model: janusflow.JanusFlow,
     params: Any,
     state: State,
@@ -110,27 +111,29 @@ def advance(
     num_tokens: int,
     eos_id: int,
 ) -> tuple[State, Int[Array, "B N"]]:
-    """Decodes up to `num_tokens` more, stopping early when every row has met eos.
+    """Generates up to `num_tokens` more tokens; stops once every row has reached EOS.
 
-    Returns: the state, and the tokens; after a row's eos they are eos.
+    Returns:
+      the state, and the tokens; EOS after the end of a row.
     """
     run = {"params": params}
     batch = len(state["lengths"])
     tokens = jnp.full((batch, num_tokens), eos_id, jnp.int32)
     total = jax.tree.leaves(state["cache"])[0].shape[-3]
 
-    def cond(carry: tuple[Array, State, Array]) -> Array:
+    def unfinished(carry: tuple[Array, State, Array]) -> Array:
         i, s, _ = carry
         return (i < num_tokens) & ~jnp.all(s["done"])
 
-    def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+    def step(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         i, s, out = carry
         keys = jax.vmap(lambda key: jax.random.fold_in(key, s["step"]))(s["keys"])
-        token = jnp.where(s["done"], eos_id, pick(s["logits"], keys, temperature, top_p))
+        token = sample_token(s["logits"], keys, temperature, top_p)
+        token = jnp.where(s["done"], eos_id, token)
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], i, 1)
-        at = s["prompt_len"] + s["step"]
+        index = s["prompt_len"] + s["step"]
         k = jnp.arange(total)
-        mask = (k < s["lengths"][:, None]) | ((k >= s["prompt_len"]) & (k <= at))
+        mask = (k < s["lengths"][:, None]) | ((k >= s["prompt_len"]) & (k <= index))
         x = model.apply(run, token[:, None], method="embed_tokens")
         hidden, _, cache = model.apply(
             run,
@@ -138,7 +141,7 @@ def advance(
             (s["lengths"] + s["step"])[:, None],
             mask[:, None],
             cache=s["cache"],
-            index=at,
+            index=index,
             keep="kv",
             method="run_llm",
         )
@@ -147,5 +150,5 @@ def advance(
         s = {**s, "cache": cache, "logits": logits, "step": s["step"] + 1, "done": done}
         return i + 1, s, out
 
-    _, state, tokens = lax.while_loop(cond, body, (jnp.int32(0), state, tokens))
+    _, state, tokens = lax.while_loop(unfinished, step, (jnp.int32(0), state, tokens))
     return state, tokens

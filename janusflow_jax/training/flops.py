@@ -1,8 +1,7 @@
-"""Useful floating-point operations of training: what a batch asks for, and nothing that is wasted.
+"""Useful floating-point operations of training and sampling, for model-FLOPs utilization (MFU).
 
-Padding, idle slots, attention across samples, the head where there is no target and recomputation
-do not count, so model-FLOPs utilisation says how much of a machine does work that was wanted
-(SPEC section 6). A multiply-add is two operations.
+Not counted: padding, idle slots, attention across samples, the head where there is no target, and
+recomputation. A multiply-add is two operations.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ CACHED = frozenset({"latent_mean", "repa_target", "und_features"})
 
 
 class Work(NamedTuple):
-    """What rows hold."""
+    """What the rows of a batch hold."""
 
-    positions: int  # of samples; padding and dropped prompts are not
-    pairs: float  # of positions that see each other, causally
+    positions: int  # of samples, without padding and dropped prompts
+    pairs: float  # of positions where one attends to the other
     targets: int
     gen_images: int
     und_images: int
     padding: float  # share of all positions that is not in `positions`
     idle_slots: float  # share of the slots that the encoders run on
-    cached: frozenset[str] = frozenset()  # arrays that stand in the batch for an encoder's work
+    cached: frozenset[str] = frozenset()  # arrays in the batch that replace an encoder
 
     def flops(self, cfg: ModelConfig, trained: set[str], repa: bool) -> float:
         """Operations forward and backward; see `train_flops`."""
@@ -37,15 +36,16 @@ def count(batch: dict[str, np.ndarray], gen_slots: int, und_slots: int) -> Work:
     """Counts rows.
 
     Args:
-      batch: segment_ids int[B, T], target_mask bool[B, T], slot_task int[B, K]; and what caches
-        gave (`data/slots.py`), of which only the names count.
-      gen_slots, und_slots: Kg and Ku, the slots that each task's encoders run on.
+      batch: segment_ids int[B, T], target_mask bool[B, T], slot_task int[B, K]. Of arrays from
+        caches (`data/slots.py`) only the names count.
+      gen_slots, und_slots: Kg and Ku, the slots that the encoders of each task run on.
     """
     ids, task = batch["segment_ids"], batch["slot_task"]
     rows, length = ids.shape
-    most = int(ids.max()) + 1
-    sizes = np.bincount((ids + most * np.arange(rows)[:, None]).ravel(), minlength=rows * most)
-    sizes = sizes.reshape(rows, most)[:, 1:].astype(np.float64)
+    segments = int(ids.max()) + 1
+    flat = (ids + segments * np.arange(rows)[:, None]).ravel()
+    sizes = np.bincount(flat, minlength=rows * segments)
+    sizes = sizes.reshape(rows, segments)[:, 1:].astype(np.float64)
     used = int(sizes.sum())
     gen, und = (int((task == t).sum()) for t in (GENERATE, UNDERSTAND))
     slots = rows * (gen_slots + und_slots)
@@ -64,12 +64,12 @@ def count(batch: dict[str, np.ndarray], gen_slots: int, und_slots: int) -> Work:
 def train_flops(cfg: ModelConfig, work: Work, trained: set[str], repa: bool) -> float:
     """Operations of one forward and backward pass over `work`.
 
-    A part that is trained costs three times its forward pass (itself, gradients of inputs, of
-    weights); a frozen one that gradients pass through, two; one that is only read, one.
+    A trained part costs three forward passes (forward, gradients of inputs, gradients of weights),
+    a frozen part that gradients pass through two, any other part one.
 
     Args:
-      trained: the top-level parts that the run trains.
-      repa: whether REPA's loss is on.
+      trained: top-level parts that the run trains.
+      repa: whether the REPA loss is on.
     """
 
     def times(part: str, passes_through: bool) -> int:
@@ -86,14 +86,14 @@ def train_flops(cfg: ModelConfig, work: Work, trained: set[str], repa: bool) -> 
     total += 3 * aligner(cfg, "generate") * work.gen_images
     if work.und_images:
         total += 3 * aligner(cfg, "understand") * work.und_images
-        if "und_features" in work.cached:
-            pass  # read from a disk
-        elif cfg.und_encoder == "siglip":
-            total += times("und_encoder", False) * siglip(cfg) * work.und_images
-        else:
-            own = cfg.und_encoder == "own"
-            vae = vae_encoder(cfg) * (times("und_encoder", False) if own else 1)
-            total += (vae + 3 * gen_encoder(cfg)) * work.und_images
+        if "und_features" not in work.cached:
+            encoder = times("und_encoder", False)
+            if cfg.und_encoder == "siglip":
+                per_image = encoder * siglip(cfg)
+            else:
+                own = cfg.und_encoder == "own"
+                per_image = (encoder if own else 1) * vae_encoder(cfg) + 3 * gen_encoder(cfg)
+            total += per_image * work.und_images
     if repa and images:
         target = siglip(cfg) * ("repa_target" not in work.cached)
         total += (target + 3 * repa_head(cfg)) * work.gen_images
@@ -111,7 +111,7 @@ def llm_kernel(cfg: ModelConfig) -> float:
 
 
 def attention_per_pair(cfg: ModelConfig) -> float:
-    """Scores and weighted values of a pair of positions, all heads and layers."""
+    """Scores and weighted values of a pair of positions, in all heads and layers."""
     return 4.0 * cfg.llm.num_layers * cfg.llm.num_heads * cfg.llm.head_dim
 
 
@@ -145,7 +145,7 @@ def gen_encoder(cfg: ModelConfig) -> float:
 
 
 def gen_decoder(cfg: ModelConfig) -> float:
-    """With the linear before it (`gen_head`)."""
+    """Includes the linear before it, `gen_head`."""
     m, tokens = cfg.gen, cfg.num_image_tokens
     out = m.patch_size**2 * cfg.vae.latent_channels
     linears = 2.0 * tokens * (cfg.llm.width * m.width + 2 * m.width * out)
@@ -192,16 +192,18 @@ def vae_decoder(cfg: ModelConfig) -> float:
 
 
 def image_flops(cfg: ModelConfig, prompt: int, num_steps: int) -> dict[str, Any]:
-    """Painting one picture with guidance: {'prompt', 'steps', 'all'} without the VAE.
+    """Generating one image with guidance: {'prompt', 'steps', 'all'}, without the VAE.
 
-    Args: prompt: its tokens; num_steps: Euler steps.
+    Args:
+      prompt: number of its tokens.
+      num_steps: Euler steps.
     """
     slot = cfg.slot_len
     llm = 2.0 * llm_kernel(cfg)
     first = llm * prompt + attention_per_pair(cfg) * prompt * (prompt + 1) / 2
-    own = slot * (slot + 1) / 2
-    seen = {True: own + slot * prompt, False: own + slot}  # BOS alone without the prompt
+    inside = slot * (slot + 1) / 2
+    pairs = (inside + slot * prompt, inside + slot)  # the unconditional branch sees BOS alone
     branch = llm * slot + gen_decoder(cfg)
-    step = sum(branch + attention_per_pair(cfg) * pairs for pairs in seen.values())
+    step = sum(branch + attention_per_pair(cfg) * n for n in pairs)
     step += gen_encoder(cfg) + aligner(cfg, "generate")
     return {"prompt": first, "steps": num_steps * step, "all": first + num_steps * step}

@@ -1,7 +1,7 @@
-"""The optimizer and what is trainable: AdamW or Muon, clipping and warm-up by optax; EMA; freezing.
+"""The optimizer: AdamW or Muon with clipping and warm-up, by optax; EMA.
 
-A frozen part is an argument of the step, not a masked gradient: it takes no gradient and no
-optimizer memory (PROTOTYPES section 5).
+A frozen part is an argument of the step, not a masked gradient: it gets no gradient and takes no
+optimizer memory.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ Tree = dict[str, Any]
 
 def schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
     """Linear warm-up, then constant, then (if decay_steps) linear to 0 at the last step."""
-    parts = [optax.linear_schedule(cfg.lr / max(cfg.warmup_steps, 1), cfg.lr, cfg.warmup_steps)]
+    parts = [
+        optax.linear_schedule(cfg.lr / max(cfg.warmup_steps, 1), cfg.lr, cfg.warmup_steps),
+        optax.constant_schedule(cfg.lr),
+    ]
     bounds = [cfg.warmup_steps]
-    parts.append(optax.constant_schedule(cfg.lr))
     if cfg.decay_steps:
         parts.append(optax.linear_schedule(cfg.lr, 0.0, cfg.decay_steps))
         bounds.append(max(num_steps - cfg.decay_steps, cfg.warmup_steps))
@@ -31,10 +33,11 @@ def schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or Muon.
+    """Clipping by global norm, then AdamW or Muon.
 
-    Muon takes the kernels inside the parts; embeddings, the LLM's head, depthwise kernels, norms
-    and biases stay with AdamW at the same rate (`consistent_rms` gives both updates the same size).
+    Muon updates the kernels inside the parts. AdamW updates embeddings, the head of the LLM,
+    depthwise kernels, norms and biases at the same rate: `consistent_rms` gives both updates the
+    same size.
     """
     rate = schedule(cfg, num_steps)
     if cfg.name == "muon":
@@ -57,11 +60,12 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
 
 
 def stored_as(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """The same optimizer with its moments kept in `dtype` between steps, rounded to nearest.
+    """The same optimizer with its moments stored in `dtype` between steps, rounded to nearest.
 
-    A moment that moves by less than half of bfloat16's last bit (2^-9 of it) stands still. At
-    b2 = 0.95 that is where squared gradients stay within 4 % of their average, 2 % of a step's
-    size; at 0.999 they would have to change threefold. optax's own `mu_dtype` is the first alone.
+    A moment that changes by less than half of bfloat16's last bit (2^-9 of it) does not change. At
+    b2 = 0.95 that happens where squared gradients stay within 4 % of their average, which is 2 % of
+    the size of a step; at 0.999 they would have to triple. optax's `mu_dtype` covers the first
+    moment only.
     """
 
     def cast(state: Any, to: Any) -> Any:
@@ -80,22 +84,22 @@ def stored_as(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTra
 
 
 def muon_dimensions(params: Tree) -> Tree:
-    """For every parameter its inputs and outputs as axes, or None where Muon is not meant."""
+    """Input and output axes of every parameter that Muon updates; None for the others."""
 
     def dimensions(path: Any, x: Any) -> contrib.MuonDimensionNumbers | None:
         name = sharding.path_name(path)
         if not name.endswith("kernel") or name.endswith("llm/head/kernel") or x.ndim < 2:
             return None
-        if x.ndim == 4:  # convolution: height, width and inputs to outputs; depthwise: none
+        if x.ndim == 4:  # convolution: (height, width, inputs) to outputs; not if depthwise
             return contrib.MuonDimensionNumbers((0, 1, 2), 3) if x.shape[2] > 1 else None
-        return contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)  # stacked layers lead
+        return contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)  # layers are axis 0
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def update_ema(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
-    """`ema + (1-d)(params-ema)` with d warmed up as (1+n)/(10+n), so early averages are not stuck
-    at the start."""
+    """`ema + (1-d)(params-ema)`, with d at most (1+n)/(10+n) at step n so that the initial values
+    fade early."""
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1 - d) * (p - e), ema, params)
 

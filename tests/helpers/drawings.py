@@ -46,7 +46,7 @@ def real_drawings(labels: list[scores.Label]) -> judge.Drawings:
     return judge.Drawings(views, {x: draw(x.name, x.color, turn=6) for x in labels})
 
 
-class PerfectModel(pipeline.JanusFlowPipeline):
+class PerfectModel(pipeline.Pipeline):
     """Generates the right drawing of every prompt."""
 
     def __init__(self):

@@ -1,0 +1,95 @@
+"""The programs that `Pipeline` runs, as jitted functions. Buffers that are used up are donated.
+
+Static arguments come first. The planner and the benchmarks compile the same functions.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from janusflow_jax.config import ModelConfig
+from janusflow_jax.models import encode, janusflow, vae
+from janusflow_jax.sampling import image, text
+
+IMAGES_AT_ONCE = 16
+
+sample = jax.jit(
+    image.sample,
+    static_argnums=0,
+    static_argnames=("num_steps", "guided"),
+    donate_argnames="noise",
+)
+"""`image.sample`, which uses up the noise."""
+
+trajectory = jax.jit(
+    functools.partial(image.sample, trajectory=True),
+    static_argnums=0,
+    static_argnames=("num_steps", "guided"),
+)
+"""`image.sample` with all states, the noise first."""
+
+decode = jax.jit(
+    text.decode,
+    static_argnums=0,
+    static_argnames=("num_tokens", "eos_id"),
+    donate_argnames="state",
+)
+"""`text.decode`, which uses up the state."""
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="max_new")
+def prefill(
+    model: janusflow.JanusFlow,
+    params: Any,
+    tokens: Array,
+    slots: Array | None,
+    image_index: Array,
+    slot_start: Array,
+    slot_task: Array,
+    lengths: Array,
+    seeds: Array,
+    max_new: int,
+) -> text.State:
+    """`text.prefill` of tokens int[B, P].
+
+    Args:
+      slots: of all images [M, S, D], of `encode_images`; image_index int[B, K] places them.
+      seeds: uint32[B].
+    """
+    slots = None if slots is None else jnp.take(slots, image_index, axis=0)
+    x = text.embed_prompt(model, params, tokens, slots, slot_start, slot_task)
+    return text.prefill(model, params, x, lengths, jax.vmap(jax.random.key)(seeds), max_new)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_images(model: janusflow.JanusFlow, params: Any, vae_params: Any, pixels: Array) -> Array:
+    """Understanding slots [M, S, D] of uint8[M, H, W, 3]."""
+    x = encode.understanding_input(vae_params, pixels, model.cfg, model.dtype)
+    return text.encode_images(model, params, x, IMAGES_AT_ONCE)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def draw_noise(seeds: Array, shape: tuple[int, ...]) -> Array:
+    """float32[B, *shape], each row from its own seed alone."""
+    return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def latents_to_pixels(cfg: ModelConfig, dtype: str, vae_params: Any, latents: Array) -> Array:
+    """Scaled latents float32[B, h, w, C] -> uint8[B, H, W, 3]."""
+    module = vae.Vae(cfg.vae, jnp.dtype(dtype))
+    unscaled = latents / cfg.vae.scaling_factor
+    x = module.apply({"params": vae_params}, unscaled, method="decode")
+    # NOTE(parity): rounded; the published demo truncates.
+    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def pixels_to_latents(cfg: ModelConfig, dtype: str, vae_params: Any, pixels: Array) -> Array:
+    """uint8[B, H, W, 3] -> scaled latents float32[B, h, w, C], the mean of the posterior."""
+    return encode.encode_latents(vae_params, pixels[:, None], None, cfg, jnp.dtype(dtype))[:, 0]
