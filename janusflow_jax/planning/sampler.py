@@ -56,7 +56,7 @@ def reports(
     cfg = plan_compile.prepare(dataclasses.replace(cfg, attention="xla"), machine)
     mesh = sharding.make_mesh(cfg.mesh, topology.devices(machine))
     out = []
-    for program in programs(cfg, mesh, rows, num_steps):
+    for program in sampler_programs(cfg, mesh, rows, num_steps):
         with jax.set_mesh(mesh):
             traced = program.function.trace(*program.args, **program.options)
             built = plan_compile.build(traced, machine, exact=False)
@@ -65,7 +65,7 @@ def reports(
     return out
 
 
-def programs(cfg: TrainConfig, mesh: Any, rows: int, num_steps: int) -> Iterator[Program]:
+def sampler_programs(cfg: TrainConfig, mesh: Any, rows: int, num_steps: int) -> Iterator[Program]:
     """The pipeline's programs with the shapes and shardings of their arguments."""
     m = cfg.model
     model = janusflow.JanusFlow(m, jnp.dtype("bfloat16"))
