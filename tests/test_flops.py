@@ -1,4 +1,4 @@
-"""Useful operations: the figures of SPEC section 6, and against what XLA counts."""
+"""Useful operations: known figures of the released size, and XLA's own counts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample(positions: int, targets: int, gen: int, und: int) -> flops.Work:
     return flops.Work(positions, positions * (positions + 1) / 2, targets, gen, und, 0.0, 0.0)
 
 
-def test_the_papers_size_costs_what_the_spec_says():
+def test_operations_of_the_released_size():
     tera = 1e12
     assert flops.siglip(FULL) / tera == pytest.approx(0.38, rel=0.01)
     assert flops.vae_encoder(FULL) / tera == pytest.approx(0.62, rel=0.01)

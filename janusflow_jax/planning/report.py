@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -246,81 +246,61 @@ def stages(
 
 def text(r: Report) -> str:
     """A report for people."""
-    sections = [_head(r), _memory(r)]
-    if r["memory"]["fits"] or not r["memory"]["lacks"]:
-        sections += [_flops(r), _collectives(r), _time(r)]
-    return "\n\n".join("\n".join(lines) for lines in sections)
-
-
-def _head(r: Report) -> Iterator[str]:
     mesh = " x ".join(f"{n} {s}" for n, s in r["mesh"].items())
     rows = f"{r['rows']} rows, " if "rows" in r else ""
     if r.get("accum_steps", 1) > 1:
         rows = f"{r['rows']} rows in {r['accum_steps']} parts, "
-    yield f"{r['config']} on {r['topology']}: {r['chips']} chips, mesh {mesh}, {rows}" + (
-        f"{r['attention']} attention"
-    )
-    yield (
-        f"compiled in {r['compile_seconds']:.0f} s ({r['cpu_seconds']:.0f} s of CPU time in all, "
-        f"{r['peak_rss'] / GIB:.1f} GiB of memory); nothing was run"
-    )
-
-
-def _memory(r: Report) -> Iterator[str]:
     m = r["memory"]
-    yield "memory of a device, GiB"
-    for name, size in m["parts"].items():
-        yield f"  {PARTS[name]:34} {size / GIB:8.3f}"
+    lines = [
+        f"{r['config']} on {r['topology']}: {r['chips']} chips, mesh {mesh}, {rows}"
+        f"{r['attention']} attention",
+        f"compiled in {r['compile_seconds']:.0f} s ({r['cpu_seconds']:.0f} s of CPU time in all, "
+        f"{r['peak_rss'] / GIB:.1f} GiB of memory); nothing was run",
+        "",
+        "memory of a device, GiB",
+    ]
+    sizes = {PARTS[name]: size for name, size in m["parts"].items()}
     if "peak" in m:
-        rest = m["peak"] - sum(m["parts"].values())
-        yield f"  {'activations and temporaries':34} {rest / GIB:8.3f}"
-        yield f"  {'peak':34} {m['peak'] / GIB:8.3f}"
+        sizes |= {"activations and temporaries": m["peak"] - sum(sizes.values()), "peak": m["peak"]}
+    lines += [f"  {label:34} {size / GIB:8.3f}" for label, size in sizes.items()]
     verdict = "fits" if m["fits"] else "does not fit"
-    yield f"  {'of':34} {m['limit'] / GIB:8.3f}  {verdict}"
+    lines.append(f"  {'of':34} {m['limit'] / GIB:8.3f}  {verdict}")
     if m["lacks"]:
-        yield f"  the compiler: {m['lacks']}"
+        lines.append(f"  the compiler: {m['lacks']}")
     if r["advice"]:
-        yield "to make it fit, the cheapest first:"
-        yield from (f"  {tip}" for tip in r["advice"])
-
-
-def _flops(r: Report) -> Iterator[str]:
-    f = r["flops"]
-    yield "operations of a step, all chips, PFLOP"
-    for name, label in FLOPS.items():
-        if name in f:
-            yield f"  {label:52} {f[name] / 1e15:9.4g}"
+        lines += ["to make it fit, the cheapest first:", *(f"  {tip}" for tip in r["advice"])]
+    if m["lacks"]:  # there is no program: its collectives and its time are not known
+        return "\n".join(lines)
+    f, t, assume = r["flops"], r["time"], r["assumptions"]
+    lines += ["", "operations of a step, all chips, PFLOP"]
+    lines += [f"  {label:52} {f[n] / 1e15:9.4g}" for n, label in FLOPS.items() if n in f]
     if "difference" in f:
-        yield f"  {'difference of the two totals':52} {f['difference']:9.2%}"
-    yield f"  {'executed, with the attention that runs':52} {f['executed'] / 1e15:9.4g}"
-
-
-def _collectives(r: Report) -> Iterator[str]:
-    yield "collectives of a step, per device"
-    yield f"  {'':38} {'times':>8} {'results':>10} {'sent':>10}"
-    for t in r["collectives"]:
-        name = t["kind"] + (", between slices or hosts" if t["between"] else "")
-        result, sent = t["bytes"] / 1e6, t["sent"] / 1e6
-        yield f"  {name:38} {t['times']:8.0f} {result:7.0f} MB {sent:7.0f} MB"
-
-
-def _time(r: Report) -> Iterator[str]:
-    t, assume = r["time"], r["assumptions"]
-    yield f"{r.get('unit', 'step')} time, seconds (an estimate: nothing was run there)"
-    yield (
+        lines.append(f"  {'difference of the two totals':52} {f['difference']:9.2%}")
+    lines += [
+        f"  {'executed, with the attention that runs':52} {f['executed'] / 1e15:9.4g}",
+        "",
+        "collectives of a step, per device",
+        f"  {'':38} {'times':>8} {'results':>10} {'sent':>10}",
+    ]
+    for c in r["collectives"]:
+        name = c["kind"] + (", between slices or hosts" if c["between"] else "")
+        result, sent = c["bytes"] / 1e6, c["sent"] / 1e6
+        lines.append(f"  {name:38} {c['times']:8.0f} {result:7.0f} MB {sent:7.0f} MB")
+    lines += [
+        "",
+        f"{r.get('unit', 'step')} time, seconds (an estimate: nothing was run there)",
         f"  computation at {assume['efficiency']:.0%} of peak {t['compute']:.3f}, state through "
-        f"memory {t['update']:.3f}, links at {assume['link']:.0%} of their rate {t['links']:.3f}"
-    )
-    yield (
+        f"memory {t['update']:.3f}, links at {assume['link']:.0%} of their rate {t['links']:.3f}",
         f"  {t['best']:.3f} with all communication hidden, {t['worst']:.3f} with none, "
-        f"{t['estimate']:.3f} with {assume['overlap']:.0%}"
-    )
+        f"{t['estimate']:.3f} with {assume['overlap']:.0%}",
+    ]
     if r.get("stages"):
-        yield ""
-        yield f"{'stage':14} {'steps':>8} {'s/step':>8} {'days':>8} {'chip-hours':>11} {'MFU':>6}"
+        header = ("stage", "steps", "s/step", "days", "chip-hours", "MFU")
+        lines += ["", "{:14} {:>8} {:>8} {:>8} {:>11} {:>6}".format(*header)]
     for s in r.get("stages", ()):
         note = "" if s["rows_divide"] else f"  ({s['rows']} rows do not divide over this mesh)"
-        yield (
+        lines.append(
             f"{s['name']:14} {s['steps']:8,} {s['step']:8.3f} {s['days']:8.1f} "
             f"{s['chip_hours']:11,.0f} {s['mfu']:6.1%}{note}"
         )
+    return "\n".join(lines)

@@ -94,12 +94,12 @@ def parse(name: str, slices: int = 1) -> Machine:
 
 def expected() -> str:
     """The names that work, for error messages."""
-    lines = []
-    for kind, chip in CHIPS.items():
-        shape = "GPUS or HOSTSxGPUS" if chip.platform == "gpu" else "x".join("ABC"[: chip.axes])
-        examples = ", ".join(f"{kind}:{e}" for e in chip.examples.split())
-        lines.append(f"{kind}:{shape} ({examples})")
-    return "one of " + "; ".join(lines)
+    shapes = {
+        kind: "GPUS or HOSTSxGPUS" if chip.platform == "gpu" else "x".join("ABC"[: chip.axes])
+        for kind, chip in CHIPS.items()
+    }
+    names = "; ".join(f"{kind}:{shape}" for kind, shape in shapes.items())
+    return f"{names} (for example v5e:4x4, v5p:2x2x2, h100:8x8)"
 
 
 def devices(machine: Machine) -> list[Any]:
