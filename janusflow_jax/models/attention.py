@@ -113,7 +113,7 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool) -
     if length % SPLASH_UNIT:
         raise ValueError(
             f"splash attention: expected rows of a multiple of {SPLASH_UNIT} positions; got "
-            f"{length}: change data.row_len, or set --config.attention=xla"
+            f"{length}: change data.row_len, or set attention to xla"
         )
     q = q * size**-0.5
     run = functools.partial(_splash_on_device, interpret=interpret)

@@ -87,7 +87,7 @@ def loss_sums(
       sums {'ar', 'rf', 'repa'}; extras: flow error and count by time, predicted velocity.
     """
     cfg = model.cfg
-    task, start = batch["slot_task"], batch["slot_start"]
+    slot_task, start = batch["slot_task"], batch["slot_start"]
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
         return model.apply({"params": params}, *args, method=method, **kwargs)
@@ -104,7 +104,7 @@ def loss_sums(
         und = _understanding_slots(run, vae_params, batch, num_und, cfg, model.dtype)
 
     # One pass of the LLM over text and slots serves both tasks.
-    row = janusflow.place_slots(run("embed_tokens", batch["tokens"]), gen, und, start, task)
+    row = janusflow.place_slots(run("embed_tokens", batch["tokens"]), gen, und, start, slot_task)
     use_repa = bool(num_gen and loss.repa_weight)
     hidden, middle, _ = run(
         "run_llm",
@@ -114,18 +114,15 @@ def loss_sums(
         capture=cfg.repa.layer if use_repa else 0,
     )
 
-    zero = jnp.float32(0)
+    # AR: cross-entropy of the next token.
+    sums: Sums = {task: jnp.float32(0) for task in TASKS}
     extras: dict[str, Array] = {}
-    sums: Sums = {"rf": zero, "repa": zero} | {
-        "ar": cross_entropy.summed(
-            params["llm"]["head"]["kernel"],
-            hidden,
-            batch["tokens"],
-            batch["target_mask"],
-            loss.ce_chunk,
-        )
-    }
-    active = (task[:, :num_gen] == GENERATE).astype(jnp.float32)
+    head = params["llm"]["head"]["kernel"]
+    sums["ar"] = cross_entropy.summed(
+        head, hidden, batch["tokens"], batch["target_mask"], loss.ce_chunk
+    )
+    active = (slot_task[:, :num_gen] == GENERATE).astype(jnp.float32)
+    # RF: squared error of the velocity.
     if num_gen:
         hidden = janusflow.gather_slots(hidden, start[:, :num_gen], cfg.num_image_tokens)
         v = run("velocity", hidden.reshape(-1, *hidden.shape[2:]), features, t_emb)
@@ -133,11 +130,11 @@ def loss_sums(
         error = jnp.mean((v - target) ** 2, axis=(2, 3, 4))
         sums["rf"] = jnp.sum(error * active)
         extras = _by_time(error, active, draws["t"]) | {"velocity": v}
+    # REPA: states in the middle of the LLM align with SigLIP features of the clean image.
     if use_repa:
         middle = janusflow.gather_slots(middle, start[:, :num_gen], cfg.num_image_tokens)
-        similarity = cosine(
-            run("project_repa", middle), _repa_target(run, batch, num_gen, model.dtype)
-        )
+        clean = _repa_target(run, batch, num_gen, model.dtype)
+        similarity = cosine(run("project_repa", middle), clean)
         sums["repa"] = -jnp.sum(jnp.mean(similarity, axis=-1) * active)
     return sums, extras
 
