@@ -43,7 +43,7 @@ def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
     saved = np.asarray(Image.open(said["pictures"][2]["file"])).astype(int)
     assert np.abs(saved - again).max() <= 1
     written = capsys.readouterr()
-    assert "3 of 3 pictures" in written.err and "in float32" in written.err
+    assert "3 of 3 images" in written.err and "in float32" in written.err
     assert written.out == f"{out}/0000.png .. {out}/0002.png\n"
     sheet = tmp_path / "new" / "sheet.png"
     args = ["--model", "m", "--steps", "2", "--images-per-prompt", "2", "--out", str(sheet)]
@@ -159,6 +159,12 @@ def test_ctrl_c_ends_with_130(capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(main, rerun="the same command resumes")
     assert end.value.code == 130 and "resumes" in capsys.readouterr().err
+
+
+def test_the_old_name_of_the_guidance_scale_is_accepted():
+    for args in (["--cfg", "3"], ["--guidance-scale", "3"]):
+        assert generate.parse(["--model", "m", *args]).guidance_scale == 3.0
+    assert generate.parse(["--model", "m"]).guidance_scale == 2.0
 
 
 @pytest.mark.parametrize("module", [generate, chat, evaluate])
