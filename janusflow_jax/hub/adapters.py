@@ -14,7 +14,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -39,55 +39,19 @@ PREFIXES = ("language_model.model.", "model.", "")
 SHOWN = 8
 """How many problems of one kind a message lists."""
 
-UNSUPPORTED = (
-    "use_dora",
-    "bias",
-    "lora_bias",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "layers_to_transform",
-    "exclude_modules",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
+UNSUPPORTED = """
+    use_dora bias lora_bias modules_to_save fan_in_fan_out layers_to_transform exclude_modules
+    layer_replication target_parameters trainable_token_indices use_qalora use_bdlora
+    alora_invocation_tokens arrow_config kasa_config monteclora_config
+""".split()
 """PEFT's fields that, if set, make an adapter more than scaled products added to kernels."""
-KNOWN = {
-    *UNSUPPORTED,
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "inference_mode",
-    "init_lora_weights",
-    "janusflow_jax",
-    "layers_pattern",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_rslora",
-    "velora_config",
-}
-"""Fields that are read or refused, and those that change nothing of a trained adapter."""
+KNOWN = """
+    alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config
+    inference_mode init_lora_weights janusflow_jax layers_pattern loftq_config lora_alpha
+    lora_dropout lora_ga_config megatron_core peft_type peft_version qalora_group_size r
+    rank_pattern revision runtime_config target_modules task_type use_rslora velora_config
+""".split()
+"""Other fields: those that are read, and those that change nothing of a trained adapter."""
 INITS = (True, None, False, "gaussian", "orthogonal", "eva")
 """Initializations that leave the base unchanged; others (PiSSA, OLoRA, LoftQ) change it."""
 
@@ -225,7 +189,8 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
             f"{CONFIG} has no janusflow_jax.base_sha256, so it was not checked that the adapter "
             f"was trained with this model ({base or 'it names no base'})"
         )
-    if unknown := sorted(name for name, x in values.items() if x and name not in KNOWN):
+    known = {*UNSUPPORTED, *KNOWN}
+    if unknown := sorted(name for name, x in values.items() if x and name not in known):
         notes.append(f"unknown fields in {CONFIG} are ignored: {unknown}")
     if notes:
         warnings.warn(f"{folder}: {'; '.join(notes)}", stacklevel=3)
@@ -256,59 +221,56 @@ def digest(llm: dict[str, Any], targets: Iterable[str]) -> str:
 
 def read_config(values: dict[str, Any]) -> tuple[AdapterConfig | None, list[str]]:
     """(settings, []) of an `adapter_config.json`, or (None, everything that is wrong with it)."""
-    problems: list[str] = []
-
-    def expect(ok: Any, name: str, what: str, value: Any) -> None:
-        if not ok:
-            problems.append(f"{CONFIG}: {name}: expected {what}; got {_short(value)}")
-
-    missing = [n for n in ("r", "lora_alpha", "target_modules") if values.get(n) is None]
-    if missing:
-        problems.append(f"{CONFIG}: missing {missing}")
-    kind = values.get("peft_type") or "LORA"
-    expect(kind == "LORA", "peft_type", '"LORA"', kind)
-    rank, alpha = values.get("r"), values.get("lora_alpha")
-    expect("r" in missing or _is_rank(rank), "r", "a whole number of 1 or more", rank)
-    expect("lora_alpha" in missing or _is_alpha(alpha), "lora_alpha", "a number above 0", alpha)
-    targets = values.get("target_modules")
+    rank, alpha, targets = (values.get(n) for n in ("r", "lora_alpha", "target_modules"))
+    ranks, alphas, ours = (
+        values.get(n) or {} for n in ("rank_pattern", "alpha_pattern", "janusflow_jax")
+    )
+    base = (ours.get("base_sha256") or "") if isinstance(ours, dict) else None
     if isinstance(targets, str):
-        ok = targets and _compiles(targets)
+        valid_targets = bool(targets) and _compiles(targets)
     else:
-        ok = (
-            isinstance(targets, list) and targets and all(t and isinstance(t, str) for t in targets)
-        )
-    expect(
-        "target_modules" in missing or ok,
-        "target_modules",
-        "names of modules, or a regular expression of their paths",
-        targets,
+        valid_targets = isinstance(targets, list) and all(isinstance(t, str) and t for t in targets)
+    checks = (
+        ("peft_type", values.get("peft_type") in (None, "", "LORA"), '"LORA"'),
+        ("r", _is_rank(rank), "a whole number of 1 or more"),
+        ("lora_alpha", _is_alpha(alpha), "a number above 0"),
+        (
+            "target_modules",
+            valid_targets and targets,
+            "names of modules, or a regular expression of their paths",
+        ),
+        ("use_rslora", values.get("use_rslora") in (None, True, False), "true or false"),
+        ("rank_pattern", _is_table(ranks, _is_rank), "names or regular expressions with ranks"),
+        (
+            "alpha_pattern",
+            _is_table(alphas, _is_alpha),
+            "names or regular expressions with numbers above 0",
+        ),
+        (
+            "init_lora_weights",
+            values.get("init_lora_weights") in INITS,
+            f"one of {_short(INITS)} (others change the base too)",
+        ),
+        ("janusflow_jax", isinstance(base, str), "an object with base_sha256, or none"),
     )
-    rslora = values.get("use_rslora")
-    expect(rslora in (None, True, False), "use_rslora", "true or false", rslora)
-    ranks, alphas = (values.get(n) or {} for n in ("rank_pattern", "alpha_pattern"))
-    ok = isinstance(ranks, dict) and all(_compiles(p) and _is_rank(x) for p, x in ranks.items())
-    expect(ok, "rank_pattern", "names or regular expressions with ranks", ranks)
-    ok = isinstance(alphas, dict) and all(_compiles(p) and _is_alpha(x) for p, x in alphas.items())
-    expect(ok, "alpha_pattern", "names or regular expressions with numbers above 0", alphas)
-    init = values.get("init_lora_weights")
-    expect(
-        init in INITS,
-        "init_lora_weights",
-        f"one of {_short(INITS)} (others change the base too)",
-        init,
-    )
+    problems = [
+        f"{CONFIG}: {name}: expected {what}; got {_short(values.get(name))}"
+        for name, valid, what in checks
+        if not valid
+    ]
     unsupported = [n for n in UNSUPPORTED if values.get(n) not in (None, False, "none", [], {})]
     problems += [f"{CONFIG}: {n}: expected it off; got {_short(values[n])}" for n in unsupported]
     if unsupported:
         problems.append("PEFT can apply it: use merge_and_unload there and convert the result")
-    ours = values.get("janusflow_jax") or {}
-    base = (ours.get("base_sha256") or "") if isinstance(ours, dict) else ""
-    expect(isinstance(ours, dict), "janusflow_jax", "an object with base_sha256, or none", ours)
-    expect(isinstance(base, str), "janusflow_jax.base_sha256", "a SHA-256", base)
     if problems:
         return None, problems
-    cfg = AdapterConfig(rank, alpha, bool(rslora), targets, ranks, alphas, base)  # type: ignore[arg-type]
-    return cfg, problems
+    rslora = bool(values.get("use_rslora"))
+    return AdapterConfig(rank, alpha, rslora, targets, ranks, alphas, base), []  # type: ignore[arg-type]
+
+
+def _is_table(x: Any, valid: Callable[[Any], bool]) -> bool:
+    """Whether x is a dict of patterns with valid values."""
+    return isinstance(x, dict) and all(_compiles(p) and valid(v) for p, v in x.items())
 
 
 def _is_rank(x: Any) -> bool:

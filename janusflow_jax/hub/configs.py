@@ -30,35 +30,29 @@ SIGLIP_SIZES = {
 OURS = "janusflow_jax"
 """Key of config.json for what the published format cannot hold: the name and REPA's head."""
 
-# Keys that change nothing about what is computed here.
-_NEUTRAL = {
-    "_name_or_path",
-    "architectures",
-    "model_type",
-    "cls",
-    "torch_dtype",
-    "dtype",
-    "use_cache",
-    "transformers_version",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "max_position_embeddings",
-    "initializer_range",
-    "pretraining_tp",
-    "_attn_implementation",
-    "attn_implementation",
-    "processor_class",
-    "image_processor_type",
-    "_class_name",
-    "_diffusers_version",
-    "_name",
-    "sample_size",
-    "force_upcast",
-    "ckpt_path",
-    "resample",
-}
+_IGNORED = """
+    _name_or_path architectures model_type cls torch_dtype dtype use_cache transformers_version
+    bos_token_id eos_token_id pad_token_id max_position_embeddings initializer_range pretraining_tp
+    _attn_implementation attn_implementation processor_class image_processor_type _class_name
+    _diffusers_version _name sample_size force_upcast ckpt_path resample
+""".split()
+"""Keys that change nothing about what is computed here."""
 
+# Keys with one implemented value, read and written: any other value is a problem.
+_PREPROCESSOR = {
+    "min_size": 14,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "do_normalize": True,
+    "background_color": [127] * 3,
+}
+_CONVNEXT = {
+    "dropout": 0.0,
+    "elementwise_affine": True,
+    "use_bias": True,
+    "use_mid_block": True,
+}
+_AUTOENCODER = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
 
 WRONG_TYPE = (TypeError, AttributeError, ValueError, ZeroDivisionError)
 """What reading a config raises if a value has the wrong type."""
@@ -84,11 +78,16 @@ class _Section:
             options = " or ".join(repr(a) for a in allowed)
             self.problems.append(f"{self.where}{key}: expected {options}; got {value!r}{origin}")
 
+    def fixed(self, values: Mapping[str, Any]) -> None:
+        """Adds a problem for each key that differs; a missing key has the right default."""
+        for key, value in values.items():
+            self.only(key, value, value)
+
     def section(self, key: str) -> _Section:
         return _Section(self.get(key, {}), f"{self.where}{key}.", self.problems)
 
     def unknown(self) -> list[str]:
-        return [self.where + k for k in self.values if k not in self.read | _NEUTRAL]
+        return [self.where + k for k in self.values if k not in {*self.read, *_IGNORED}]
 
 
 def model_config_from_hf(
@@ -172,12 +171,9 @@ def vae_config_from_hf(
 
 def _llama(s: _Section, tied: tuple[bool, ...] = (False,)) -> LlamaConfig:
     """`language_config`; defaults are transformers' LlamaConfig."""
-    s.only("model_type", "llama", "llama")
-    s.only("hidden_act", "silu", "silu")
+    s.fixed({"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0})
+    s.fixed({"attention_bias": False, "mlp_bias": False})
     s.only("tie_word_embeddings", False, *tied)
-    for key in ("attention_bias", "mlp_bias"):
-        s.only(key, False, False)
-    s.only("attention_dropout", 0.0, 0.0)
     rope = s.get("rope_parameters", {})  # the form of transformers 5
     for scaling in (rope, s.get("rope_scaling", {})):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -244,19 +240,13 @@ def _gen(enc: _Section, dec: _Section, llm: LlamaConfig, vae: VaeConfig) -> GenC
     dec.only("norm_eps", eps, eps)
     for s in (enc, dec):
         s.only("hidden_size", 2048, llm.width)
-        for key in ("elementwise_affine", "use_bias", "use_mid_block"):
-            s.only(key, True, True)
-        s.only("dropout", 0.0, 0.0)
+        s.fixed(_CONVNEXT)
     return GenConfig(width=width, num_blocks=blocks, patch_size=2, norm_eps=eps)
 
 
 def _images(s: _Section) -> None:
     """Image preparation is fixed (docs/model.md); other values are problems."""
-    s.only("image_mean", [0.5] * 3, [0.5] * 3)
-    s.only("image_std", [0.5] * 3, [0.5] * 3)
-    s.only("do_normalize", True, True)
-    s.only("min_size", 14, 14)
-    s.only("background_color", [127] * 3, [127] * 3)
+    s.fixed(_PREPROCESSOR)
     if abs(s.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         s.problems.append(f"{s.where}rescale_factor: expected 1/255")
 
@@ -268,13 +258,11 @@ def _vae(s: _Section) -> VaeConfig:
     down, up = ["DownEncoderBlock2D"] * count, ["UpDecoderBlock2D"] * count
     s.only("down_block_types", down[:1], down)
     s.only("up_block_types", up[:1], up)
-    s.only("act_fn", "silu", "silu")
-    s.only("in_channels", 3, 3)
-    s.only("out_channels", 3, 3)
-    for key in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
-        s.only(key, True, True)
-    for key in ("latents_mean", "latents_std", "shift_factor"):
-        s.only(key, None, None)
+    s.fixed(_AUTOENCODER)
+    s.fixed(
+        dict.fromkeys(("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"), True)
+    )
+    s.fixed(dict.fromkeys(("latents_mean", "latents_std", "shift_factor")))
     return VaeConfig(
         channels=channels,
         layers_per_block=s.get("layers_per_block", 1),
@@ -326,10 +314,7 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
         "layers_in_middle": gen.num_blocks,
         "hidden_size": llm.width,
         "norm_eps": gen.norm_eps,
-        "dropout": 0.0,
-        "elementwise_affine": True,
-        "use_bias": True,
-        "use_mid_block": True,
+        **_CONVNEXT,
     }
     tower = {
         "image_size": und.image_size,
@@ -381,19 +366,13 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
         "processor_class": "VLChatProcessor",
         "image_processor_type": "VLMImageProcessor",
         "image_size": cfg.image_size,
-        "min_size": 14,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "background_color": [127] * 3,
+        **_PREPROCESSOR,
     }
     count = len(vae.channels)
     autoencoder = {
         "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "in_channels": 3,
-        "out_channels": 3,
+        **_AUTOENCODER,
         "block_out_channels": list(vae.channels),
         "layers_per_block": vae.layers_per_block,
         "down_block_types": ["DownEncoderBlock2D"] * count,

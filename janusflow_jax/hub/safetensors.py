@@ -127,15 +127,13 @@ def open_folder(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> Fold
         return Folder({}, [], [f"{folder}: no such folder"], [], False)
     entries = {p.name: p for p in folder.iterdir() if p.is_file()}
     problems: list[str] = []
-    index: dict[str, str] | None = None
     listed: list[str] = []
     for name in names:
         if f"{name}.safetensors" in entries:
             listed = [f"{name}.safetensors"]
             break
         if f"{name}.safetensors.index.json" in entries:
-            index = _read_index(entries[f"{name}.safetensors.index.json"], problems)
-            listed = sorted(set(index.values()))
+            listed = _read_index(entries[f"{name}.safetensors.index.json"], problems)
             break
     weights = [n for n in sorted(entries) if n.endswith((".safetensors", *_PICKLES))]
     ignored = [n for n in weights if n not in listed]
@@ -143,8 +141,7 @@ def open_folder(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> Fold
         problems.append(_no_weights(folder, entries, names))
 
     tensors: dict[str, LazyTensor] = {}
-    locations: dict[str, str] = {}
-    unreadable = set()
+    complete = bool(listed)
     for file in listed:
         try:
             if file not in entries:
@@ -152,34 +149,25 @@ def open_folder(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> Fold
             header = read_header(entries[file])
         except (OSError, ConvertError) as error:
             problems.append(str(error))
-            unreadable.add(file)
+            complete = False
             continue
-        for name, tensor in header.items():
-            if name in locations:
-                problems.append(f"duplicate: {name} is in {locations[name]} and in {file}")
-            else:
-                tensors[name], locations[name] = tensor, file
-    if index is not None:
-        for name in sorted(index.keys() | locations.keys()):
-            claimed, actual = index.get(name), locations.get(name)
-            if claimed != actual and claimed not in unreadable:
-                problems.append(
-                    f"{folder}: {name}: the index lists it in {claimed or 'no file'}; it is in "
-                    f"{actual or 'no file'}"
-                )
+        doubled = sorted(header.keys() & tensors)
+        problems += [f"duplicate: {n} is in {file} and in another shard" for n in doubled]
+        tensors |= header
     files = [entries[n] for n in listed if n in entries]
-    return Folder(tensors, files, problems, ignored, bool(files) and not unreadable)
+    return Folder(tensors, files, problems, ignored, complete)
 
 
-def _read_index(path: epath.Path, problems: list[str]) -> dict[str, str]:
+def _read_index(path: epath.Path, problems: list[str]) -> list[str]:
+    """The files that an index lists. What is in them is compared with the model, not the index."""
     try:
-        index = json.loads(path.read_text())["weight_map"]
-        if not index or any("/" in file for file in index.values()):
+        files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        if not files or any("/" in file for file in files):
             raise ValueError("weight_map: expected names of files")
-        return index
+        return files
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{path}: expected an index with a weight_map; {error!r}")
-        return {}
+        return []
 
 
 def _no_weights(folder: epath.Path, entries: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -108,7 +108,7 @@ class Source:
             and path.stat().length <= _MAX_COPIED
         }
 
-    def license_files(self) -> list[epath.Path]:
+    def license_texts(self) -> list[epath.Path]:
         return [p for p in sorted(self.folder.iterdir()) if _LICENSE_NAME.match(p.name)]
 
     def card_license(self) -> dict[str, str]:
@@ -178,7 +178,7 @@ def license_files(sources: Iterable[tuple[Source, str]]) -> dict[str, bytes]:
     out: dict[str, bytes] = {}
     listed = []
     for source, prefix in sources:
-        texts = {f"{prefix}{p.name}": p.read_bytes() for p in source.license_files()}
+        texts = {f"{prefix}{p.name}": p.read_bytes() for p in source.license_texts()}
         fields = source.card_license()
         out |= texts
         if texts or fields:
