@@ -168,6 +168,7 @@ def test_one_is_killed_and_the_other_ends_soon_and_the_run_goes_on(data, tmp_pat
 
 
 NO_DATA = """
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import loader
 import jax
 real = loader.Loader.batches
@@ -179,7 +180,7 @@ def batches(self, *args):
 loader.Loader.batches = batches
 """
 NO_DISK = """
-from janusflow_jax import checksums
+from janusflow_jax.checkpoints import checksums
 import errno, jax
 real = checksums.write_share
 def write_share(folder, process):

@@ -112,8 +112,8 @@ def train_command(data, folder, *flags) -> str:
 
 
 LOAD = (
-    "import sys; from janusflow_jax import checkpoint; "
-    "print('LOADED', checkpoint.load_model(sys.argv[1]).meta['step'])"
+    "import sys; from janusflow_jax.checkpoints import model_folder; "
+    "print('LOADED', model_folder.load_model(sys.argv[1]).meta['step'])"
 )
 
 

@@ -1,6 +1,6 @@
 """Makes caches of latents and SigLIP features, and checks that a run may use one.
 
-The form on disk is `data/latent_cache.py`'s. Every process takes shards of its own and runs the
+The form on disk is `data/cache.py`'s. Every process takes shards of its own and runs the
 encoders on its own devices, so processes need not know of each other, and a killed one goes on
 where it stood: a shard that is there is done.
 """
