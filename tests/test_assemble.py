@@ -27,7 +27,7 @@ def expected(name):
 
 
 def llm_folder(out):
-    """The Llama with a tokenizer that has never heard of pictures."""
+    """The Llama with a tokenizer that has no image tags."""
     shutil.copytree(PARTS / "llama", out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (golden.TINY / "janusflow" / name).read_text()

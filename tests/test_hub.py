@@ -62,8 +62,8 @@ def test_a_converted_model_samples_the_golden_numbers(loaded):
 
 def test_a_converted_model_says_the_golden_words(loaded):
     case = golden.facts("expected")["chat"][0]
-    pictures = [golden.TINY / "images" / name for name in case["images"]]
-    got = loaded.chat(case["conversation"], pictures, max_new_tokens=24)
+    images = [golden.TINY / "images" / name for name in case["images"]]
+    got = loaded.chat(case["conversation"], images, max_new_tokens=24)
     assert got == golden.facts("expected")["greedy_text"][0].strip()
 
 

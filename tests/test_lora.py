@@ -122,8 +122,8 @@ def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
         np.testing.assert_array_equal(x, merged[name], err_msg=name)
     assert len(again) > 80
 
-    said = hub.save_adapter("whole", "adapter")
-    assert "rank 4" in said
+    message = hub.save_adapter("whole", "adapter")
+    assert "rank 4" in message
     about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (about["r"], about["lora_alpha"]) == (RANK, 8.0)
     assert about["target_modules"] == ["q_proj", "v_proj", "down_proj"]
@@ -191,10 +191,10 @@ def test_adapters_that_do_not_fit_are_all_named(tmp_path, golden_folder):
 
 
 @pytest.mark.parametrize(
-    ("ema", "asked", "said"),
+    ("ema", "asked", "message"),
     [(0.99, "ema", "ema"), (0.99, "params", "params"), (0.0, "ema", "params")],
 )
-def test_an_adapter_records_its_weights(tmp_path, monkeypatch, ema, asked, said):
+def test_an_adapter_records_its_weights(tmp_path, monkeypatch, ema, asked, message):
     cfg = lora_config("x")
     cfg.optim.ema = ema
     _, params = adapted(cfg.model, cfg.lora.targets)
@@ -203,7 +203,7 @@ def test_an_adapter_records_its_weights(tmp_path, monkeypatch, ema, asked, said)
     monkeypatch.setattr(model_folder, "load_model", lambda *args, **how: loaded)
     hub.save_adapter("run", tmp_path / "adapter", weights=asked)
     about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert about["janusflow_jax"]["weights"] == said
+    assert about["janusflow_jax"]["weights"] == message
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # our own say which base they are of
         adapters.apply(params["llm"], tmp_path / "adapter")
@@ -228,12 +228,12 @@ def test_a_run_tells_what_of_its_adapters_trains(capsys):
     assert line.split()[1:3] == [f"{count:,}"] * 2
 
 
-def test_what_cannot_be_adapted_is_said():
+def test_what_cannot_be_adapted_is_an_error():
     cfg = lora_config("x")
     assert not config_checks.train_problems(cfg)
     cfg.lora = c.LoraConfig(rank=2, targets=("q", "head"))
     cfg.train_parts, cfg.frozen_dtype = ("llm", "gen_head"), "float16"
     cfg.optim.moments_dtype, cfg.optim.b2 = "bfloat16", 0.999
-    said = "\n".join(config_checks.train_problems(cfg))
+    message = "\n".join(config_checks.train_problems(cfg))
     for text in ("lora.targets", "['llm']", "frozen_dtype", "b2 of 0.98 or less"):
-        assert text in said
+        assert text in message

@@ -205,12 +205,12 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
         "init_lora_weights": "pissa_niter_4",
     }
     folder = tmp_path / "adapter"
-    said = refused(write(folder, {**PLAIN, **wrong}, QV))
+    message = refused(write(folder, {**PLAIN, **wrong}, QV))
     for name, value in wrong.items():
-        assert f"{name}: expected" in said and f"got {json.dumps(value)}" in said
+        assert f"{name}: expected" in message and f"got {json.dumps(value)}" in message
         alone = refused(write(folder, {**PLAIN, name: value}, QV))
         assert f"{name}: expected" in alone and alone.count(": expected") == 1
-    assert "merge_and_unload" in said
+    assert "merge_and_unload" in message
 
 
 @pytest.mark.parametrize(
@@ -244,29 +244,29 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
     ],
 )
 def test_a_bad_config_is_one_clear_message(tmp_path, about, says):
-    said = refused(write(tmp_path / "adapter", about, QV))
+    message = refused(write(tmp_path / "adapter", about, QV))
     for text in says:
-        assert text in said
-    assert str(tmp_path / "adapter") in said and len(said.splitlines()) < 5
+        assert text in message
+    assert str(tmp_path / "adapter") in message and len(message.splitlines()) < 5
 
 
 def test_bad_weights_are_one_clear_message(tmp_path):
     folder = write(tmp_path / "adapter", {**PLAIN, "r": 0}, QV)
     file = folder / "adapter_model.safetensors"
     file.unlink()
-    said = refused(folder)
-    assert "adapter_model.safetensors" in said and "r: expected" in said
+    message = refused(folder)
+    assert "adapter_model.safetensors" in message and "r: expected" in message
     (folder / "adapter_model.bin").touch()
     assert "only adapter_model.bin" in refused(folder)
 
-    said = refused(write(folder, PLAIN, QV, head="transformer.model."))
+    message = refused(write(folder, PLAIN, QV, head="transformer.model."))
     for text in (
         "begin with one of base_model.model.language_model.model.layers.0...",
         "base_model.model.model.layers.0...",
         "got 8, such as base_model.model.transformer.model.layers.0.self_attn.q_proj.lora_A.weight",
     ):
-        assert text in said
-    assert len(said.splitlines()) == 2
+        assert text in message
+    assert len(message.splitlines()) == 2
     assert "got 0, such as none" in refused(write(folder, PLAIN))
 
     one, two = (write(tmp_path / n, PLAIN, QV, ending=f".{n}") for n in ("one", "two"))
@@ -277,9 +277,9 @@ def test_bad_weights_are_one_clear_message(tmp_path):
 def test_long_lists_are_cut_with_a_count(tmp_path):
     about = {**PLAIN, "target_modules": "all-linear"}
     others = [f"layers.{i}.self_attn.{t}_proj" for i in range(2, 9) for t in "qv"]
-    said = refused(write(tmp_path / "adapter", about, [*QV, *others], ranks={Q0: 3}))
+    message = refused(write(tmp_path / "adapter", about, [*QV, *others], ranks={Q0: 3}))
     shown = adapters.SHOWN
-    assert said.count(": missing, expected shape") == said.count(": unknown") == shown
-    assert f"... and {2 * (len(EVERY) - len(QV)) - shown} more" in said
-    assert f"... and {2 * len(others) - shown} more" in said
-    assert f"{Q0}.lora_A.weight: expected shape (2, 6); got (3, 6)" in said
+    assert message.count(": missing, expected shape") == message.count(": unknown") == shown
+    assert f"... and {2 * (len(EVERY) - len(QV)) - shown} more" in message
+    assert f"... and {2 * len(others) - shown} more" in message
+    assert f"{Q0}.lora_A.weight: expected shape (2, 6); got (3, 6)" in message

@@ -56,9 +56,9 @@ def rows(text):
 
 def test_the_golden_weights_agree_in_every_row(tool, capsys):
     assert tool.main(ARGS) == 0
-    said = rows(capsys.readouterr().out)
-    assert set(said.values()) == {"ok"} and len(said) == 25
-    assert {"SigLIP: block 2", "LLM: block 2", "latents: step 30", "answer: text"} <= set(said)
+    verdicts = rows(capsys.readouterr().out)
+    assert set(verdicts.values()) == {"ok"} and len(verdicts) == 25
+    assert {"SigLIP: block 2", "LLM: block 2", "latents: step 30", "answer: text"} <= set(verdicts)
 
 
 @pytest.mark.parametrize(
@@ -71,5 +71,5 @@ def test_the_golden_weights_agree_in_every_row(tool, capsys):
 )
 def test_a_changed_weight_is_found_where_it_is(tool, tmp_path, capsys, part, name, bad, good):
     assert tool.main([*ARGS, *changed(tmp_path, part, name, 1.0005)]) == 1
-    said = rows(capsys.readouterr().out)
-    assert said[bad] == "FAIL" and said[good] == "ok"
+    verdicts = rows(capsys.readouterr().out)
+    assert verdicts[bad] == "FAIL" and verdicts[good] == "ok"

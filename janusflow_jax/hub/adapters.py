@@ -225,7 +225,7 @@ def read_config(values: dict[str, Any]) -> tuple[AdapterConfig | None, list[str]
     ranks, alphas, ours = (
         values.get(n) or {} for n in ("rank_pattern", "alpha_pattern", "janusflow_jax")
     )
-    base = (ours.get("base_sha256") or "") if isinstance(ours, dict) else None
+    base = ours.get("base_sha256") or "" if isinstance(ours, dict) else ours
     if isinstance(targets, str):
         valid_targets = bool(targets) and _compiles(targets)
     else:
@@ -265,7 +265,7 @@ def read_config(values: dict[str, Any]) -> tuple[AdapterConfig | None, list[str]
     if problems:
         return None, problems
     rslora = bool(values.get("use_rslora"))
-    return AdapterConfig(rank, alpha, rslora, targets, ranks, alphas, base), []  # type: ignore[arg-type]
+    return AdapterConfig(rank, alpha, rslora, targets, ranks, alphas, base), []
 
 
 def _is_table(x: Any, valid: Callable[[Any], bool]) -> bool:
