@@ -34,7 +34,6 @@ from janusflow_jax.config import stages
 
 LETTERS = stages.ABLATIONS | {"D": "understanding and text only"}
 START = "models/start256"
-MADE_BY = (START, stages.assemble(START))
 BOTH = {"understand": (30, 14), "generate": (50, 80), "text": (20, 6)}
 MIXTURE = {  # shares of positions before and after the change, steps before it, steps in all
     "D": ({"understand": (30, 14), "text": (20, 6)}, 5_000, 13_000),
@@ -58,7 +57,6 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         form="plain",
         name="-".join(["ablation", *sorted(names)]),
         start=START,
-        made_by=(*stages.made_by(), MADE_BY),
         train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder" or letter == "C"),
         optim=c.OptimConfig(lr=1e-4, warmup_steps=2000),
         num_steps=steps,

@@ -33,11 +33,6 @@ from janusflow_jax.config import stages
 
 MINE, REPLAY = "data/mine", "data/replay"
 PARTS = tuple(p for p in c.MODEL_PARTS if p not in ("und_encoder", "repa_head", "repa_target"))
-PREPARE = (
-    "python tools/prepare_data.py FORM INPUT --out {} --tokenizer START/hub --heldout 0.02 (of few "
-    "pictures a larger share, so that split heldout has 16 or more: --heldout 0.2; with "
-    "--overwrite where the folder is there)"
-)
 NAMES = {
     "paint": "captions -> pictures",
     "read": "pictures -> captions",
@@ -81,15 +76,6 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         optim=c.OptimConfig(lr=2e-5, warmup_steps=100, ema=0.0 if "light" in names else 0.99),
         loss=c.LossConfig(repa_weight=0.0),
         start="models/janusflow",
-        made_by=(
-            (mine, PREPARE.format(mine)),
-            (replay, PREPARE.format(replay)),
-            (
-                "models/janusflow",
-                "python tools/convert_checkpoint.py --janusflow DIR --vae DIR "
-                "--out models/janusflow",
-            ),
-        ),
         train_parts=PARTS,
         dtype="bfloat16",
         batch_rows=16,
@@ -113,7 +99,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         cfg.data.row_len, cfg.batch_rows, cfg.optim.accum_steps = 1024, 16, 16
     if "emoji" in names:
         _emoji(cfg)
-    _know_drawings(cfg, emoji="emoji" in names)
+    _use_drawings(cfg, emoji="emoji" in names)
     trained = {s.task for s in cfg.data.sources}
     text = 10 if "emoji" in names else 40  # tokens beside a picture, a short prompt
     slots = max(1, cfg.data.row_len // (cfg.model.slot_len + text))
@@ -154,19 +140,15 @@ def _emoji(cfg: c.TrainConfig) -> None:
     cfg.evaluate.every_steps, cfg.log_every_steps, cfg.save_every_steps = 100, 20, 500
 
 
-def _know_drawings(cfg: c.TrainConfig, emoji: bool) -> None:
-    """Folders of tools/prepare_openmoji.py: what makes them, and their split that training does
-    not see. Given ones of other names are taken for prepare_data.py's.
+def _use_drawings(cfg: c.TrainConfig, emoji: bool) -> None:
+    """Folders of tools/prepare_openmoji.py have a held-out split of another name. Folders with
+    other names are taken for those of prepare_data.py.
 
-    Args: emoji: `data/mine` is one, and `data/openmoji` takes the place of `data/replay`.
+    Args: emoji: `data/mine` is such a folder, and `data/openmoji` replaces `data/replay`.
     """
-    made = "python tools/prepare_openmoji.py --out"
-    drawings = {stages.OPENMOJI: f"{made} {stages.OPENMOJI}"}
-    if emoji:
-        drawings[MINE] = f"{made} {MINE} --new-classes"
+    drawings = {stages.OPENMOJI, MINE} if emoji else {stages.OPENMOJI}
     for source in (*cfg.data.sources, *cfg.evaluate.sources):
         if emoji and source.path == REPLAY:
             source.path = stages.OPENMOJI
         if source.path.rstrip("/") in drawings and source.split == "heldout":
             source.split = stages.OPENMOJI_HELDOUT
-    cfg.made_by = tuple((dict(cfg.made_by) | drawings).items())

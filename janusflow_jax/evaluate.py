@@ -20,6 +20,7 @@ from etils import epath
 
 from janusflow_jax import cli, config as config_lib, pipeline
 from janusflow_jax.checkpoints import checksums
+from janusflow_jax.config import flags as config_flags
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import losses as losses_lib, provenance
 from janusflow_jax.openmoji import judge as judge_lib, prompts, suite
@@ -115,7 +116,7 @@ def check(args: argparse.Namespace) -> None:
 
 def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
     """The report of suite `losses`."""
-    cfg = losses_lib.read_config(args.config)
+    cfg = config_flags.read_config(args.config)
     result = losses_lib.measure(str(folder), cfg, args.weights, args.dtype, args.adapter)
     print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
     names = ("suite", "config", "weights", "dtype", "adapter")

@@ -188,7 +188,9 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         inputs.check_generate(prompts, num_steps, images_per_prompt, output)
         decodes = output in ("pil", "numpy")
-        self._require("generating", *parts_lib.needed_to_generate(), *(["vae"] if decodes else []))
+        self._require(
+            "generating", *parts_lib.needed_for("generate", self.cfg), *(["vae"] if decodes else [])
+        )
         if noise is None:
             noise = self._noise(inputs.image_seeds(seed, len(prompts), images_per_prompt))
         noise = np.asarray(noise, np.float32)
@@ -351,7 +353,7 @@ class Pipeline:
                 pixels.append(images_lib.for_understanding(images_lib.read(image), size))
         slots = None
         if pixels:
-            self._require("understanding images", *parts_lib.needed_to_understand(self.cfg))
+            self._require("understanding images", *parts_lib.needed_for("understand", self.cfg))
             padded = self._place(inputs.fill(np.stack(pixels), inputs.batch_bucket(len(pixels))))
             slots = self._run(programs.encode_images, self.model, self.params, self.vae, padded)
         # The buffer holds whole chunks and doubles in size, so that few sizes compile.

@@ -63,16 +63,25 @@ def modules() -> dict[str, pathlib.Path]:
     }
 
 
-def imports(source: str) -> set[str]:
-    """Full names of everything that a source imports, inside functions too."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
+def imports(source: str, for_types: bool = True) -> set[str]:
+    """Full names of everything that a source imports, inside functions too.
+
+    Args: for_types: also under `if TYPE_CHECKING`, which nothing runs.
+    """
+    tree, names = ast.parse(source), set()
+    if not for_types:
+        tree.body = [x for x in tree.body if not _is_for_types(x)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: expected absolute imports"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def _is_for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def allows(prefixes: tuple[str, ...], module: str) -> bool:
@@ -123,7 +132,7 @@ def test_modules_import_no_cycle():
     edges = {}
     for name, path in paths.items():
         targets = set()
-        for full in imports(path.read_text()):
+        for full in imports(path.read_text(), for_types=False):
             parts = full.split(".")[1:] if full.startswith(PACKAGE + ".") else []
             ends = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
             targets |= {e for e in ends if e in paths and e != name}

@@ -33,7 +33,7 @@ def test_muon_takes_the_kernels_inside_the_parts():
     assert all(n.endswith("kernel") for n in axes)
 
 
-@pytest.mark.parametrize("name", config.OPTIMIZERS)
+@pytest.mark.parametrize("name", ("adamw", "muon"))
 def test_update_of_a_kernel_and_of_an_embedding(name):
     keys = jax.random.split(jax.random.key(0), 4)
     params = {

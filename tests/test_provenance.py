@@ -14,7 +14,7 @@ from janusflow_jax import cli, evaluate, generate
 from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.config.errors import ConvertError
-from janusflow_jax.eval import losses as eval_losses, provenance
+from janusflow_jax.eval import provenance
 from janusflow_jax.hub import adapters
 from janusflow_jax.hub.safetensors import LazyTensor, write_folder
 from janusflow_jax.training import heldout
@@ -119,7 +119,7 @@ def test_held_out_losses_are_those_of_the_adapter(golden_folder, tmp_path, monke
     cfg = config("x")
     cfg.evaluate.sources = cfg.data.sources
     monkeypatch.setattr(heldout, "Heldout", Heldout)
-    monkeypatch.setattr(eval_losses, "read_config", lambda path: cfg)
+    monkeypatch.setattr(evaluate.config_flags, "read_config", lambda path: cfg)
     command = ["--model", str(golden_folder), "--suite", "losses", "--config", "x.py"]
     reports = []
     for name, more in (("plain", []), ("adapted", ["--adapter", str(folder)])):

@@ -106,7 +106,7 @@ def test_what_is_missing_is_said_before_anything_is_loaded(tmp_path, monkeypatch
     for path in ("data/understand", "data/generate", "data/text", "runs/adaptation"):
         assert path in said
     assert "tools/prepare_data.py" in said
-    with pytest.raises(c.ConfigError, match="convert_checkpoint.py --llm"):
+    with pytest.raises(c.ConfigError, match="models/start: .*(?s:.*)convert_checkpoint"):
         train.train(config("adaptation"))
 
 

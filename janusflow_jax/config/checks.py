@@ -1,26 +1,23 @@
-"""What makes a config impossible: every reason at once, before anything is compiled."""
+"""What makes a config impossible: all problems at once, before anything is compiled.
+
+Limits of single fields stand beside the fields (`fields.limited`); here is what involves several.
+"""
 
 from __future__ import annotations
 
-from janusflow_jax.config import (
-    ATTENTION,
-    LORA_TARGETS,
-    MODEL_PARTS,
-    OPTIMIZERS,
-    REPA_TARGETS,
-    UND_ENCODERS,
-    ModelConfig,
-    TrainConfig,
-    parts as parts_lib,
-)
+from janusflow_jax.config import parts as parts_lib
+from janusflow_jax.config.fields import problems_of_fields
+from janusflow_jax.config.model import ModelConfig
+from janusflow_jax.config.parts import LORA_TARGETS, MODEL_PARTS
+from janusflow_jax.config.run import SourceConfig, TrainConfig
 
 
 def model_problems(cfg: ModelConfig) -> list[str]:
-    """Every reason why a model of this config cannot be built; empty when it can."""
-    bad = []
-    llm, und, vae, gen = cfg.llm, cfg.und, cfg.vae, cfg.gen
-    if cfg.image_size % (vae.downscale * gen.patch_size):
-        unit = vae.downscale * gen.patch_size
+    """Every reason why a model of this config cannot be built."""
+    bad = problems_of_fields(cfg, "model.")
+    llm, und, vae = cfg.llm, cfg.und, cfg.vae
+    unit = vae.downscale * cfg.gen.patch_size
+    if cfg.image_size % unit:
         bad.append(f"model.image_size: expected a multiple of {unit}; got {cfg.image_size}")
     if und.image_size != cfg.image_size:
         bad.append(
@@ -32,16 +29,10 @@ def model_problems(cfg: ModelConfig) -> list[str]:
             f"model.und: expected (image_size/16)^2 = {cfg.num_image_tokens} tokens an image; "
             f"got {und.num_tokens} (image_size {und.image_size}, patch_size {und.patch_size})"
         )
-    for name, value, known in (
-        ("und_encoder", cfg.und_encoder, UND_ENCODERS),
-        ("repa_target", cfg.repa_target, REPA_TARGETS),
-    ):
-        if value not in known:
-            bad.append(f"model.{name}: expected one of {', '.join(known)}; got {value!r}")
     if cfg.und_encoder != "siglip" and cfg.repa_target == "und_encoder":
         bad.append(
-            "model.repa_target: expected 'siglip' (a SigLIP of its own) where model.und_encoder "
-            f"is {cfg.und_encoder!r}; got 'und_encoder'"
+            "model.repa_target: expected 'siglip' because model.und_encoder is "
+            f"{cfg.und_encoder!r}; got 'und_encoder'"
         )
     if llm.num_heads % llm.num_kv_heads:
         bad.append(
@@ -68,175 +59,122 @@ def model_problems(cfg: ModelConfig) -> list[str]:
 
 
 def train_problems(cfg: TrainConfig) -> list[str]:
-    """Every reason why a run of this config cannot start; empty when it can."""
-    bad = model_problems(cfg.model)
-
-    def check(ok: bool, message: str) -> None:
-        if not ok:
-            bad.append(message)
-
-    data, optim, loss = cfg.data, cfg.optim, cfg.loss
-    check(bool(data.sources), "data.sources: expected at least one source; got none")
-    check(bool(cfg.name), "name: expected a name for the run; got ''")
-    check(cfg.num_steps > 0, f"num_steps: expected > 0; got {cfg.num_steps}")
-    check(cfg.batch_rows > 0, f"batch_rows: expected > 0; got {cfg.batch_rows}")
-    for name in ("save_every_steps", "keep_every_steps", "watchdog_s"):
-        value = getattr(cfg, name)
-        check(value >= 0, f"{name}: expected 0 (off) or more; got {value}")
-    check(
-        optim.accum_steps > 0 and cfg.batch_rows % optim.accum_steps == 0,
-        f"optim.accum_steps: expected a divisor of batch_rows ({cfg.batch_rows}); "
-        f"got {optim.accum_steps}",
-    )
-    check(
-        optim.name in OPTIMIZERS,
-        f"optim.name: expected one of {', '.join(OPTIMIZERS)}; got {optim.name!r}",
-    )
-    check(optim.lr > 0, f"optim.lr: expected > 0; got {optim.lr}")
-    check(0 <= optim.ema < 1, f"optim.ema: expected 0 (off) or in (0, 1); got {optim.ema}")
-    check(
-        loss.norm in ("per_task", "per_sample"),
-        f"loss.norm: expected per_task or per_sample; got {loss.norm!r}",
-    )
-    check(
-        loss.time in ("logit_normal", "uniform"),
-        f"loss.time: expected logit_normal or uniform; got {loss.time!r}",
-    )
-    check(
-        cfg.dtype in ("float32", "bfloat16"),
-        f"dtype: expected float32 or bfloat16; got {cfg.dtype!r}",
-    )
-    check(
-        cfg.attention in ("auto", *ATTENTION),
-        f"attention: expected auto or one of {', '.join(ATTENTION)}; got {cfg.attention!r}",
-    )
-    check(
-        cfg.attention != "splash" or data.row_len % 128 == 0,
-        f"data.row_len: expected a multiple of 128 for splash attention; got {data.row_len}",
-    )
-    check(
-        cfg.attention != "cudnn" or cfg.dtype == "bfloat16",
-        f"dtype: expected bfloat16 for cudnn attention; got {cfg.dtype!r}",
-    )
-    check(
-        0 <= data.drop_prompt < 1,
-        f"data.drop_prompt: expected in [0, 1); got {data.drop_prompt}",
-    )
-    check(
-        optim.moments_dtype in ("float32", "bfloat16"),
-        f"optim.moments_dtype: expected float32 or bfloat16; got {optim.moments_dtype!r}",
-    )
-    check(
-        optim.moments_dtype == "float32" or (optim.name == "adamw" and optim.b2 <= 0.98),
-        "optim.moments_dtype: bfloat16 expects adamw with b2 of 0.98 or less (a slower average "
-        f"moves by less than bfloat16 can hold); got {optim.name} with {optim.b2}",
-    )
-    check(
-        cfg.frozen_dtype in ("float32", "bfloat16"),
-        f"frozen_dtype: expected float32 or bfloat16; got {cfg.frozen_dtype!r}",
-    )
-    bad += lora_problems(cfg)
-    bad += nothing_trained(cfg)
-    unknown = sorted(p for p in cfg.train_parts if p.split("/")[0] not in MODEL_PARTS)
-    check(not unknown, f"train_parts: expected {MODEL_PARTS} or paths below; got {unknown}")
+    """Every reason why a run of this config cannot start."""
+    bad = [p for p in problems_of_fields(cfg) if not p.startswith("model.")]
+    bad += model_problems(cfg.model)
+    data, optim = cfg.data, cfg.optim
+    if not data.sources:
+        bad.append("data.sources: expected at least one source; got none")
+    if optim.accum_steps < 1 or cfg.batch_rows % optim.accum_steps:
+        bad.append(
+            f"optim.accum_steps: expected a divisor of batch_rows ({cfg.batch_rows}); "
+            f"got {optim.accum_steps}"
+        )
+    if cfg.attention == "splash" and data.row_len % 128:
+        bad.append(
+            f"data.row_len: expected a multiple of 128 for splash attention; got {data.row_len}"
+        )
+    if cfg.attention == "cudnn" and cfg.dtype != "bfloat16":
+        bad.append(f"dtype: expected bfloat16 for cudnn attention; got {cfg.dtype!r}")
+    if optim.moments_dtype == "bfloat16" and (optim.name != "adamw" or optim.b2 > 0.98):
+        # A slower average moves by less in a step than bfloat16 can represent.
+        bad.append(
+            "optim.moments_dtype: bfloat16 needs adamw with b2 of at most 0.98; got "
+            f"{optim.name} with {optim.b2}"
+        )
+    unknown = sorted(p for p in cfg.train_parts if parts_lib.top(p) not in MODEL_PARTS)
+    if unknown:
+        bad.append(f"train_parts: expected {MODEL_PARTS} or paths below them; got {unknown}")
     parts = (*cfg.model.parts, "vae")
-    unknown = sorted({p for p, _ in cfg.init} - {*parts})
-    check(not unknown, f"init: expected names of {parts}; got {unknown}")
-    check(cfg.evaluate.rows > 0, f"evaluate.rows: expected > 0; got {cfg.evaluate.rows}")
-    for name in ("every_steps", "max_rise"):
-        value = getattr(cfg.evaluate, name)
-        check(value >= 0, f"evaluate.{name}: expected 0 (off) or more; got {value}")
-    named = [s.name or (s.split, s.task) for s in cfg.evaluate.sources]
-    check(len(named) == len(set(named)), f"evaluate.sources: expected different names; got {named}")
-    for s in (*data.sources, *cfg.evaluate.sources):
-        check(
-            s.task in ("generate", "understand", "text"),
-            f"source {s.name!r} task: expected generate, understand or text; got {s.task!r}",
-        )
-        check(
-            s.format in ("chat", "plain"),
-            f"source {s.name!r} format: expected chat or plain; got {s.format!r}",
-        )
-        ours = [pair[0] for pair in s.fields if len(pair) == 2]
-        check(
-            len(ours) == len(s.fields) == len(set(ours)),
-            f"source {s.name!r} fields: expected pairs (our name, the data set's), each of ours "
-            f"once; got {s.fields}",
-        )
-        later = s.weight_after if data.change_row > 0 else -1.0
-        check(
-            s.weight > 0 or (s.weight == 0 and later > 0),
-            f"source {s.name!r} weight: expected > 0, or 0 with data.change_row and weight_after "
-            f"> 0; got {s.weight}",
-        )
-        check(
-            s.task != "generate" or data.gen_slots > 0 or s in cfg.evaluate.sources,
-            f"source {s.name!r} generates: expected data.gen_slots > 0; got 0",
-        )
-        check(
-            s.task != "understand" or data.und_slots > 0 or s in cfg.evaluate.sources,
-            f"source {s.name!r} understands: expected data.und_slots > 0; got 0",
-        )
-    return bad + cache_problems(cfg)
+    unknown = sorted({part for part, _ in cfg.init} - {*parts})
+    if unknown:
+        bad.append(f"init: expected names of {parts}; got {unknown}")
+    names = [s.name or (s.split, s.task) for s in cfg.evaluate.sources]
+    if len(names) != len(set(names)):
+        bad.append(f"evaluate.sources: expected different names; got {names}")
+    for i, source in enumerate(data.sources):
+        bad += _source_problems(source, f"data.sources[{i}]", cfg)
+    for i, source in enumerate(cfg.evaluate.sources):
+        bad += _field_name_problems(source, f"evaluate.sources[{i}]")
+    return bad + _lora_problems(cfg) + _trains_nothing(cfg) + _cache_problems(cfg)
 
 
-def nothing_trained(cfg: TrainConfig) -> list[str]:
-    """Why the run would train nothing; a part that is not reached may stand beside others."""
-    reached = parts_lib.reached_parts(cfg)
-    if cfg.lora.rank or any(p.split("/")[0] in reached for p in cfg.train_parts):
+def _source_problems(source: SourceConfig, where: str, cfg: TrainConfig) -> list[str]:
+    bad = _field_name_problems(source, where)
+    later = source.weight_after if cfg.data.change_row > 0 else -1.0
+    if source.weight < 0 or (source.weight == 0 and later <= 0):
+        bad.append(
+            f"{where}.weight: expected > 0, or 0 with data.change_row and weight_after > 0; "
+            f"got {source.weight}"
+        )
+    if source.task == "generate" and cfg.data.gen_slots < 1:
+        bad.append(f"data.gen_slots: expected > 0 because {where} has task generate")
+    if source.task == "understand" and cfg.data.und_slots < 1:
+        bad.append(f"data.und_slots: expected > 0 because {where} has task understand")
+    return bad
+
+
+def _field_name_problems(source: SourceConfig, where: str) -> list[str]:
+    ours = [pair[0] for pair in source.fields if len(pair) == 2]
+    if len(ours) == len(source.fields) == len(set(ours)):
         return []
-    tasks = ", ".join(dict.fromkeys(s.task for s in cfg.data.sources)) or "none"
-    known = ", ".join(p for p in MODEL_PARTS if p in reached)
     return [
-        f"train_parts: the run would train nothing: expected at least one part that its tasks "
-        f"({tasks}) reach: {known}; or adapters (lora.rank above 0); got {cfg.train_parts}"
+        f"{where}.fields: expected pairs (our name, the data set's name), each of ours once; "
+        f"got {source.fields}"
     ]
 
 
-def lora_problems(cfg: TrainConfig) -> list[str]:
-    """Every reason why the adapters cannot be trained."""
-    lora, bad = cfg.lora, []
-    if lora.rank < 0 or lora.alpha <= 0:
+def _trains_nothing(cfg: TrainConfig) -> list[str]:
+    """Parts that the run does not reach may stand in `train_parts` beside others, not alone."""
+    reached = parts_lib.reached(cfg)
+    if cfg.lora.rank or any(parts_lib.top(p) in reached for p in cfg.train_parts):
+        return []
+    tasks = ", ".join(dict.fromkeys(s.task for s in cfg.data.sources)) or "none"
+    usable = ", ".join(p for p in MODEL_PARTS if p in reached)
+    return [
+        f"train_parts: the run would train nothing: expected a part that its tasks ({tasks}) use: "
+        f"{usable}; or adapters (lora.rank above 0); got {cfg.train_parts}"
+    ]
+
+
+def _lora_problems(cfg: TrainConfig) -> list[str]:
+    targets, bad = cfg.lora.targets, []
+    if not targets or len(set(targets)) < len(targets) or set(targets) - set(LORA_TARGETS):
+        bad.append(f"lora.targets: expected some of {list(LORA_TARGETS)}; got {targets}")
+    layers = [p for p in cfg.train_parts if p == "llm" or p.startswith("llm/layers")]
+    if cfg.lora.rank and layers:
         bad.append(
-            f"lora: expected rank of 0 (off) or more and alpha > 0; got {lora.rank}, {lora.alpha}"
-        )
-    unknown = sorted(set(lora.targets) - set(LORA_TARGETS))
-    if unknown or not lora.targets or len(set(lora.targets)) < len(lora.targets):
-        bad.append(f"lora.targets: expected some of {list(LORA_TARGETS)}; got {lora.targets}")
-    whole = [p for p in cfg.train_parts if p == "llm" or p.startswith("llm/layers")]
-    if lora.rank and whole:
-        bad.append(
-            f"train_parts: {whole} train the LLM's layers themselves; expected none of them where "
-            "lora.rank is above 0 (adapters stand for them)"
+            f"train_parts: expected no layers of the LLM beside adapters (lora.rank above 0); "
+            f"got {layers}"
         )
     return bad
 
 
-def cache_problems(cfg: TrainConfig) -> list[str]:
-    """Every reason why the caches that sources name cannot be used; `latents.check` has the rest,
-    once the caches are open."""
+def _cache_problems(cfg: TrainConfig) -> list[str]:
+    """Problems that show before the caches are open; `encode_cache.check` finds the rest."""
     bad = []
     for task in ("generate", "understand"):
         names = {bool(s.cache): s.name for s in cfg.data.sources if s.task == task}
         if len(names) > 1:
+            # The encoders run for a whole batch or not at all.
             bad.append(
-                f"cache: expected all sources that {task} to have one, or none (the encoders run "
-                f"for a whole batch, or not at all); {names[True]!r} has one, {names[False]!r} not"
+                f"cache: expected one for all sources of task {task}, or for none; "
+                f"{names[True]!r} has one, {names[False]!r} does not"
             )
     bad += [
         f"source {s.name!r} cache: expected '' for a text source; got {s.cache!r}"
         for s in cfg.data.sources
         if s.task == "text" and s.cache
     ]
-    reads = [s.name for s in cfg.data.sources if s.task == "understand" and s.cache]
-    if reads and cfg.model.und_encoder != "siglip":
+    cached = [s.name for s in cfg.data.sources if s.task == "understand" and s.cache]
+    if cached and cfg.model.und_encoder != "siglip":
         bad.append(
-            f"source {reads[0]!r} cache: expected '' where model.und_encoder is "
-            f"{cfg.model.und_encoder!r}: a cache holds features of a frozen SigLIP"
+            f"source {cached[0]!r} cache: expected '' because model.und_encoder is "
+            f"{cfg.model.und_encoder!r}; a cache holds features of a frozen SigLIP"
         )
-    elif reads and any(p.split("/")[0] == "und_encoder" for p in cfg.train_parts):
+    elif cached and any(parts_lib.top(p) == "und_encoder" for p in cfg.train_parts):
         bad.append(
-            f"source {reads[0]!r} cache: expected '' where SigLIP trains (und_encoder in "
+            f"source {cached[0]!r} cache: expected '' because SigLIP trains (und_encoder in "
             "train_parts): its features change with every step"
         )
     return bad

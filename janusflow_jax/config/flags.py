@@ -1,45 +1,123 @@
-"""Flags of commands that take `--config=FILE[:ARG]` and `--config.FIELD=VALUE`: one message for
-what cannot be taken."""
+"""Configs from the command line: `--config=FILE[:ARG]` and `--config.FIELD=VALUE`.
+
+absl and ml_collections are imported where they are used, so that config files load fast.
+"""
 
 from __future__ import annotations
 
-from absl import flags
+import dataclasses
+import difflib
+import os
+import traceback
+from collections.abc import Sequence
+from typing import Any
 
-from janusflow_jax import config as config_lib
+from janusflow_jax.config.checks import train_problems
 from janusflow_jax.config.errors import ConfigError
+from janusflow_jax.config.fields import raise_problems
+from janusflow_jax.config.run import SourceConfig, TrainConfig
 
 
-def parse(argv: list[str]) -> list[str]:
-    """absl's parser, for `app.run(flags_parser=...)`.
+def parse(argv: list[str], values: Any = None) -> list[str]:
+    """absl's parser, for `app.run(flags_parser=...)`, with one message for all that can be wrong.
 
+    Args: values: absl `FlagValues` with a flag `config`; default: the program's own.
     Raises:
-      ConfigError: an unknown flag or field, a value or a config file that cannot be taken; what a
-        config file says itself stands alone, without the stack that led there.
+      ConfigError: an unknown flag or field, or a value or config file that cannot be used.
     """
+    from absl import flags
+
+    values = flags.FLAGS if values is None else values
     for arg in argv[1:]:
         if arg.startswith("--config."):
-            config_lib.check_field(arg.removeprefix("--config.").split("=")[0])
+            check_field(arg.removeprefix("--config.").split("=")[0])
     try:
-        left = flags.FLAGS(argv)
-        getattr(flags.FLAGS["config"].value, "name", None)  # a file that is not there says so here
-        return left
-    except OSError as error:
-        why = str(error).strip().splitlines()[-1].strip()
+        rest = values(argv)
+        cfg = values["config"].value
+        getattr(cfg, "name", None)  # raises if the file does not exist
+    except Exception as error:  # anything: a config file is the user's own program
+        raise ConfigError(_explain(error, argv)) from error
+    if not isinstance(cfg, TrainConfig):
         raise ConfigError(
-            f"--config: expected a config file such as configs/emoji.py:F; got none: {why}"
-        ) from error
-    except flags.Error as error:
-        own = [e for e in _chain(error) if isinstance(e, ConfigError)]
-        said = str(own[-1]) if own else f"{error}\n--helpshort lists the flags"
-        raise ConfigError(said) from error
-    except (ValueError, TypeError, IndexError) as error:
-        raise ConfigError(f"--config: {error}") from error
+            "--config: expected a file whose get_config returns a TrainConfig; got "
+            f"{type(cfg).__name__}"
+        )
+    return rest
 
 
-def _chain(error: BaseException | None) -> list[BaseException]:
-    """An exception and those that it came from, the first of all last."""
-    out = []
-    while error is not None:
-        out.append(error)
-        error = error.__cause__ or error.__context__
-    return out
+def _explain(error: BaseException, argv: Sequence[str]) -> str:
+    """The message for an error of `parse`; names the line of the config file that raised it."""
+    from absl import flags
+
+    files = [arg.partition("=")[2].partition(":")[0] for arg in argv if "--config=" in arg]
+    file = files[-1] if files else ""
+    cause, line, own = error, "", ""
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            own = str(cause)  # the innermost: ml_collections adds tracebacks to the others
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(cause.__traceback__)
+            if os.path.abspath(frame.filename) == os.path.abspath(file)
+        ]
+        if lines:
+            error, line = cause, f"line {lines[-1]}: "
+        cause = cause.__cause__ or cause.__context__
+    if own:
+        return own
+    if isinstance(error, flags.Error):
+        return f"{error}\n--helpshort lists the flags"
+    reason = str(error).strip().splitlines()[-1].strip()
+    return (
+        f"--config: expected a file such as configs/emoji.py:F; got {file!r} "
+        f"({line}{type(error).__name__}: {reason})"
+    )
+
+
+def read_config(path: str) -> TrainConfig:
+    """The config of 'configs/emoji.py:F', as training reads it.
+
+    Raises:
+      ConfigError: as in `parse`, or a config that cannot work.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    values, argv = flags.FlagValues(), ["", f"--config={path}"]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    parse(argv, values)
+    cfg: TrainConfig = values["config"].value
+    raise_problems(f"config {cfg.name!r}", train_problems(cfg))
+    return cfg
+
+
+def check_field(path: str) -> None:
+    """Raises ConfigError when 'optim.lr' or 'data.sources[0].path' is no field of a TrainConfig."""
+    node: Any = TrainConfig()
+    for depth, part in enumerate(path.split(".")):
+        name, _, index = part.partition("[")
+        known = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        if name not in known:
+            where = ".".join(["config", *path.split(".")[:depth]])
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{where}: expected one of {', '.join(known)}; got {name!r}{hint}")
+        node = getattr(node, name)
+        if index and name in ("sources", "heldout"):
+            node = SourceConfig()
+
+
+def parse_arg(arg: str | None, known: dict[str, str]) -> set[str]:
+    """Splits the part of `--config=file.py:a,b` after the colon.
+
+    Args:
+      arg: comma-separated names, or None.
+      known: name -> what it does.
+    Raises:
+      ConfigError: an unknown name (lists the known ones).
+    """
+    names = {n.strip() for n in (arg or "").split(",") if n.strip()}
+    if unknown := sorted(names - known.keys()):
+        listed = ", ".join(f"{n} ({what})" for n, what in known.items()) or "none"
+        raise ConfigError(f"config argument: unknown {unknown}; known are: {listed}")
+    return names

@@ -1,44 +1,16 @@
-"""What a model is: the types of its parts, and the sizes by name. Standard library only.
-
-Read through `janusflow_jax.config`, which has all of it.
-"""
+"""The config of a model, and the model sizes by name."""
 
 import dataclasses
-from typing import Any
 
+from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.config.errors import ConfigError
+from janusflow_jax.config.fields import choice, dataclass
 
-MODEL_PARTS = (
-    "llm",
-    "und_encoder",
-    "und_aligner",
-    "und_begin",
-    "gen_encoder",
-    "gen_aligner",
-    "gen_norm",
-    "gen_head",
-    "gen_decoder",
-    "repa_head",
-    "repa_target",
-)
-"""The parts of the JanusFlow parameter tree, by top-level key. The VAE is a tree of its own. A
-model has no `und_encoder` where it shares the generation's, and a `repa_target` only where that
-is a SigLIP of its own (ablations B and C)."""
-
-PRETRAINED_PARTS = ("vae", "und_encoder", "llm", "repa_target")
-"""Parts that must have learned something before training starts (unless `allow_fresh`)."""
-
-UND_ENCODERS = ("siglip", "shared", "own")
-REPA_TARGETS = ("und_encoder", "siglip")
 ATTENTION = ("xla", "cudnn", "splash")
 """Implementations of attention (`models/attention.py`); a config may also say 'auto'."""
 
 NONE, GENERATE, UNDERSTAND = 0, 1, 2
 """The task of an image slot; NONE: the slot is empty."""
-
-
-def dataclass(cls: type) -> Any:
-    return dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)(cls)
 
 
 @dataclass
@@ -111,8 +83,10 @@ class ModelConfig:
     gen: GenConfig = dataclasses.field(default_factory=GenConfig)
     vae: VaeConfig = dataclasses.field(default_factory=VaeConfig)
     repa: RepaConfig = dataclasses.field(default_factory=RepaConfig)
-    und_encoder: str = "siglip"  # | shared: VAE and generation encoder | own: a VAE and ConvNeXt
-    repa_target: str = "und_encoder"  # whose features REPA aligns with | siglip: one of its own
+    # shared: the VAE and the generation encoder; own: another VAE encoder and ConvNeXt
+    und_encoder: str = choice("siglip", "shared", "own")
+    # whose features REPA aligns with; siglip: a frozen SigLIP that does nothing else
+    repa_target: str = choice("und_encoder", "siglip")
 
     @property
     def latent_size(self) -> int:
@@ -134,13 +108,8 @@ class ModelConfig:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of MODEL_PARTS that this model has."""
-        lacks = set()
-        if self.und_encoder == "shared":
-            lacks.add("und_encoder")
-        if self.repa_target != "siglip":
-            lacks.add("repa_target")
-        return tuple(p for p in MODEL_PARTS if p not in lacks)
+        """The parts that this model has, in the order of `MODEL_PARTS`."""
+        return parts_lib.existing(self)
 
 
 def model_config(name: str, image_size: int = 0) -> ModelConfig:

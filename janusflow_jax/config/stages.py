@@ -57,11 +57,6 @@ ABLATIONS = {
 }
 """The ablations of the paper's table 5, by letter (configs/ablation.py, configs/emoji.py)."""
 DATA = {"understand": "data/understand", "generate": "data/generate", "text": "data/text"}
-_FEATURES = {
-    "understand": "id, image, captions",
-    "generate": "id, image, captions",
-    "text": "id, text",
-}
 
 
 def sources(weights: Mapping[str, Shares], form: str) -> tuple[c.SourceConfig, ...]:
@@ -103,7 +98,6 @@ def stage(
             und_slots=slots if understands else 0,
         ),
         mesh=c.MeshConfig(data=-1, fsdp=8, tensor=1),
-        made_by=made_by(),
         dtype="bfloat16",
         batch_rows=512,
         log_every_steps=20,
@@ -113,24 +107,6 @@ def stage(
     for name, value in fields.items():
         setattr(cfg, name, value)
     return cfg
-
-
-def made_by() -> tuple[tuple[str, str], ...]:
-    """For the paths above: what makes them."""
-    data = [
-        (
-            path,
-            f"python tools/prepare_data.py FORM INPUT --out {path} --tokenizer {START}/hub, "
-            f"to the features {_FEATURES[task]} (docs/data.md)",
-        )
-        for task, path in DATA.items()
-    ]
-    return (*data, (START, assemble(START)))
-
-
-def assemble(out: str) -> str:
-    """The command that makes a start from what people can download."""
-    return f"python tools/convert_checkpoint.py --llm DIR --siglip DIR --vae DIR --out {out}"
 
 
 def test_twin(cfg: c.TrainConfig, given: tuple[str, ...] = ()) -> c.TrainConfig:

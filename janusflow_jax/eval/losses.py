@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 import copy
-import runpy
-import traceback
 from typing import Any
 
 import jax
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import TrainConfig, checks as config_checks, parts as parts_lib
+from janusflow_jax.config import TrainConfig, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, ConfigError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import adapters
 from janusflow_jax.parallel import sharding
 from janusflow_jax.training import heldout
-
-
-def read_config(path: str) -> TrainConfig:
-    """The config of 'configs/emoji.py:F', as for training.
-
-    Raises:
-      ConfigError: no such file, one that raises, no `get_config` in it, or a config that cannot
-        work.
-    """
-    file, _, arg = path.partition(":")
-    try:
-        cfg = runpy.run_path(file)["get_config"](arg or None)
-    except ConfigError:
-        raise  # says more than we could: an unknown argument
-    except Exception as error:  # anything: it is somebody's program
-        raised = traceback.extract_tb(error.__traceback__)
-        lines = [f"line {x.lineno}: " for x in raised if x.filename == file]
-        raise ConfigError(
-            f"--config: expected a file such as configs/emoji.py:F; got {path!r} "
-            f"({(lines or [''])[-1]}{type(error).__name__}: {error})"
-        ) from error
-    if not isinstance(cfg, TrainConfig):
-        raise ConfigError(
-            f"--config: expected a file whose get_config returns a TrainConfig; {path!r} returns "
-            f"{type(cfg).__name__}"
-        )
-    config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
-    return cfg
 
 
 def measure(
@@ -94,11 +64,9 @@ def measure(
 
 def _check_parts(path: str, loaded: model_folder.LoadedModel, cfg: TrainConfig) -> None:
     tasks = {s.task for s in cfg.evaluate.sources}
-    need = {"llm"}
+    need = {part for task in tasks for part in parts_lib.needed_for(task, loaded.cfg)}
     if "generate" in tasks:
-        need |= {"vae", *parts_lib.needed_to_generate()}
-    if "understand" in tasks:
-        need |= {*parts_lib.needed_to_understand(loaded.cfg)}
+        need.add("vae")
     lacking = sorted(need - set(loaded.parts))
     if lacking:
         raise CheckpointError(

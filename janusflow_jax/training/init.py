@@ -170,33 +170,29 @@ def _host(tree: Any) -> Any:
 
 
 def check_needs(cfg: TrainConfig) -> None:
-    """Raises ConfigError with everything on disk that the run needs and lacks, and what makes it.
+    """Raises ConfigError that lists the models, data sets and tokenizers that are missing on disk.
 
-    Nothing is loaded: a run of hours must not find in its tenth minute that data is missing.
+    Loads nothing: a run of hours must not learn in its tenth minute that data is missing.
     """
-    made_by, problems = dict(cfg.made_by), []
-
-    def lacks(path: str, reason: str) -> None:
-        command = made_by.get(path, "")
-        problems.append(f"{reason}\n      made by: {command}" if command else reason)
-
+    problems = []
     starts = dict.fromkeys([cfg.start, *(p for _, p in cfg.init if p != "fresh")])
     for path in filter(None, starts):
         if not model_folder.is_model(path):
-            lacks(path, f"{path}: expected a model folder or a training run; found none")
-    told = set()
+            problems.append(f"{path}: expected a model folder or a training run; found none")
     for s in (*cfg.data.sources, *cfg.heldout, *cfg.evaluate.sources):
         try:
             sources.mapped(sources.open_source(s.path, s.split), s.fields, s.task)
         except DataError as error:
-            if str(error) not in told:
-                lacks(s.path, str(error))
-            told.add(str(error))
+            problems.append(str(error))
     if cfg.tokenizer and not epath.Path(cfg.tokenizer).exists():
-        lacks(cfg.tokenizer, f"{cfg.tokenizer}: expected a tokenizer folder; found none")
+        problems.append(f"{cfg.tokenizer}: expected a tokenizer folder; found none")
     if problems:
-        listed = "\n".join(f"  - {p}" for p in problems)
-        raise ConfigError(f"config {cfg.name!r} needs what is not here:\n{listed}")
+        listed = "\n".join(f"  - {p}" for p in dict.fromkeys(problems))
+        raise ConfigError(
+            f"config {cfg.name!r} needs what is not here:\n{listed}\ntools/prepare_data.py "
+            "(--heldout SHARE adds a held-out split) and tools/prepare_openmoji.py create data "
+            "sets, tools/convert_checkpoint.py creates models (docs/data.md, docs/training.md)"
+        )
 
 
 def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[str, str]) -> None:

@@ -1,0 +1,101 @@
+"""What all config types share: fields with limits, plain JSON values, differences."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from janusflow_jax.config.errors import ConfigError
+
+
+def dataclass(cls: type) -> Any:
+    return dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)(cls)
+
+
+def limited(default: Any, allowed: Callable[[Any], bool], expected: str) -> Any:
+    """A field that `problems_of_fields` checks; `expected` describes the values it may have."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "expected": expected})
+
+
+def choice(default: str, *others: str) -> Any:
+    """A field that is one of several names; '' among them stands for none."""
+    names = (default, *others)
+    return limited(default, lambda value: value in names, f"one of {', '.join(names)}")
+
+
+def positive(default: float | int) -> Any:
+    return limited(default, lambda value: value > 0, "> 0")
+
+
+def zero_or_more(default: float | int) -> Any:
+    return limited(default, lambda value: value >= 0, "0 (off) or more")
+
+
+def share(default: float | int) -> Any:
+    return limited(default, lambda value: 0 <= value < 1, "0 (off) or more, below 1")
+
+
+def problems_of_fields(cfg: Any, where: str = "") -> list[str]:
+    """One line for each value that its field does not allow, nested configs included."""
+    problems = []
+    for field in dataclasses.fields(cfg):
+        name, value = f"{where}{field.name}", getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            problems += problems_of_fields(value, f"{name}.")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    problems += problems_of_fields(item, f"{name}[{i}].")
+        elif field.metadata and not field.metadata["allowed"](value):
+            problems.append(f"{name}: expected {field.metadata['expected']}; got {value!r}")
+    return problems
+
+
+def raise_problems(what: str, problems: Sequence[str]) -> None:
+    """Raises one ConfigError that lists every problem; does nothing when there is none."""
+    if problems:
+        raise ConfigError(f"{what} cannot work:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def from_dict(cls: Any, values: dict[str, Any], where: str = "") -> Any:
+    """The inverse of `to_dict`. Unknown keys are an error; missing ones take the default."""
+    types = typing.get_type_hints(cls)
+    if unknown := sorted(values.keys() - types):
+        raise ConfigError(
+            f"{where or cls.__name__}: unknown keys {unknown}; known are {sorted(types)}"
+        )
+    return cls(**{n: _from_json(types[n], v, f"{where}{n}") for n, v in values.items()})
+
+
+def _from_json(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, f"{where}.")
+    if isinstance(value, list):
+        item = typing.get_args(kind)[0]
+        return tuple(_from_json(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    return value
+
+
+def differences(
+    then: dict[str, Any], now: dict[str, Any], ignored: Sequence[str] = (), where: str = ""
+) -> list[str]:
+    """One line for each value in which two nested dicts differ: 'optim.lr: 0.1 then, 0.2 now'.
+
+    Args: ignored: dotted names that may differ, with all values below them.
+    """
+    lines = []
+    for name in sorted({*then, *now}):
+        path, old, new = f"{where}{name}", then.get(name), now.get(name)
+        if path in ignored or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, ignored, f"{path}.")
+        else:
+            lines.append(f"{path}: {old!r} then, {new!r} now")
+    return lines
