@@ -85,7 +85,7 @@ def test_chat_answers_and_talks(loaded, monkeypatch, capsys):
         (chat, "--model m --image no.png --prompt x", "error: image no.png: no such file"),
         (chat, "--model m --temperature -1", "error: chat: temperature: expected >= 0"),
         (generate, "--model m --prompt x --json .", "error: --json: expected a file that can be"),
-        (evaluate, "--model m --prompts 1", "error: expected --prompts and --captions of 2"),
+        (evaluate, "--model m --prompts 1", "error: --prompts, --captions: expected"),
         (evaluate, "--model m --out .", r"error: --out: expected a .*'\.' \(Is a directory\)"),
         (evaluate, "--model m --out /dev/null/x.json", "error: --out: expected a file that can"),
         (evaluate, "--model m --out x.png", "error: --out: expected the report's file"),
