@@ -59,10 +59,6 @@ class Collective:
         return sum(_type_bytes(t) * math.prod(dims) for t, dims in self.shapes)
 
     @property
-    def elements(self) -> int:
-        return sum(math.prod(dims) for _, dims in self.shapes)
-
-    @property
     def sent(self) -> float:
         """Bytes that one chip sends per step if every collective runs as a ring."""
         n = self.group
@@ -94,10 +90,8 @@ def collectives(
         the program of one slice: its collectives stay inside and its sends go to other slices.
     """
     program = parse(text)
-    partitions = _first_int(r"num_partitions=(\d+)", text) or _first_int(
-        r"replica_count=(\d+)", text
-    )
-    partitions = partitions or 1
+    match = re.search(r"num_partitions=(\d+)", text)
+    partitions = int(match[1]) if match else 1
     if partitions < devices:
         slices = 1
     out: list[Collective] = []
@@ -123,8 +117,8 @@ def collectives(
                 if op.opcode == "while":
                     trips = trip_count(program, program[computation], op)
                     inner *= while_trips if trips is None else trips
-                for match in _CALLS.finditer(op.rest):
-                    for called in re.findall(r"[\w.\-]+", match[1]):
+                for call in _CALLS.finditer(op.rest):
+                    for called in re.findall(r"[\w.\-]+", call[1]):
                         walk(called, inner, called if op.opcode == "while" else loop)
 
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
@@ -182,11 +176,6 @@ def trip_count(program: Program, caller: dict[str, Instruction], op: Instruction
 def _constant(op: Instruction | None) -> int | None:
     value = re.match(r"(-?\d+)\)", op.rest) if op is not None and op.opcode == "constant" else None
     return int(value[1]) if value else None
-
-
-def _first_int(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    return int(match[1]) if match else 0
 
 
 def _collective(

@@ -132,12 +132,8 @@ def advice(run: Compiled, use: Report) -> list[str]:
     cfg, shape = run.cfg, run.mesh.shape
     fsdp, tensor, accum = shape["fsdp"], shape["tensor"], cfg.optim.accum_steps
     devices = run.machine.chips * run.machine.chip.cores // run.machine.slices // tensor
-    wider = next(
-        (n for n in (2 * fsdp, 4 * fsdp, 8 * fsdp) if n <= devices and devices % n == 0), 0
-    )
-    shard = [f"--config.mesh.fsdp={wider} (shard the state over more chips)"] if wider else []
-    state_first = sum(use["parts"].values()) > use["limit"] / 2
-    tips = shard if state_first else []
+    wider = next((n for n in (2 * fsdp, 4 * fsdp, 8 * fsdp) if devices % n == 0), 0)
+    tips = []
     if not cfg.remat:
         tips.append("--config.remat=True (recompute blocks in the backward pass)")
     rows = cfg.batch_rows // (shape["data"] * fsdp * accum)
@@ -149,8 +145,10 @@ def advice(run: Compiled, use: Report) -> list[str]:
         )
     if cfg.loss.ce_chunk == 0 or cfg.loss.ce_chunk > 128:
         tips.append("--config.loss.ce_chunk=128 (smaller chunks of logits)")
-    if not state_first:
-        tips += shard
+    if wider:
+        mostly_state = sum(use["parts"].values()) > use["limit"] / 2
+        shard = f"--config.mesh.fsdp={wider} (shard the state over more chips)"
+        tips.insert(0 if mostly_state else len(tips), shard)
     if cfg.model.llm.num_heads % (2 * tensor) == 0 and devices % 2 == 0:
         tips.append(f"--config.mesh.tensor={2 * tensor} (split rows over chips; sends more)")
     return [*tips, "a larger topology"]

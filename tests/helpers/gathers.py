@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from janusflow_jax.planning.collectives import Collective
 
 
+def elements(item: Collective) -> int:
+    return sum(math.prod(dims) for _, dims in item.shapes)
+
+
 def activation_gathers(
     items: Iterable[Collective], params: Iterable[tuple[int, ...]], limit: int
 ) -> list[Collective]:
