@@ -8,11 +8,11 @@
           --config.start=runs/small/F-$seed --config.seed=$seed \\
           --config.workdir=runs/forgetting/replay-$seed
     done
-    python experiments/forgetting.py             # scores what is new, then table, plot and pictures
-    python experiments/forgetting.py --redraw    # table and plot from the stored numbers
+    python experiments/forgetting.py             # score new runs, write numbers, plot and images
+    python experiments/forgetting.py --redraw    # table and plot from the stored numbers only
 
-Captions are the suite `emoji`'s, of the fine-tuned runs and of the runs that they started from;
-held-out losses are those that the runs measured on their way. Scored once, as in
+Captions are those of the suite `emoji`, for the fine-tuned runs and the runs that they started
+from. Held-out losses are those that the runs measured. A run is scored once, as in
 experiments/small_scale.py.
 """
 
@@ -38,15 +38,15 @@ KINDS = {"without": "without replay", "replay": "with replay"}
 SPLITS = {
     "heldout_pairs": "unseen pairs",
     "heldout_views": "unseen views",
-    "train": "training pictures",
+    "train": "training images",
 }
-LOSSES = {  # what a fine-tuned run measures on its way
+LOSSES = {  # metric of a fine-tuning run -> its name in table and plot
     "replay_understand/loss_ar": "caption loss, unseen pairs",
     "replay_generate/loss_rf": "flow loss, old drawings",
     "mine_generate/loss_rf": "flow loss, new drawings",
 }
 CAPTIONS = 200
-PROMPTS = (  # six of the new drawings, two that the quick start knew
+PROMPTS = (  # six of the new drawings, two of the quick start's
     "a green owl",
     "a red guitar",
     "a purple teacup",
@@ -61,30 +61,30 @@ PROMPTS = (  # six of the new drawings, two that the quick start knew
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     plots = small_scale.import_plots()
-    numbers, doc = Path(args.json), Path(args.doc)
+    file, doc = Path(args.json), Path(args.doc)
     if not args.redraw:
-        gathered = gather(args)
-        numbers.write_text(small_scale.compact(gathered))
-        seed = min(_seed(Path(name)) for name in gathered["settings"])
-        paint(args, seed, numbers.with_name(f"{numbers.stem}_sheet.png"))
-    found = json.loads(numbers.read_text())
-    doc.write_text(fill(doc.read_text(), found))
-    file = numbers.with_suffix(".png")
-    plots.save(plots.forgetting(found, KINDS, LOSSES), file)
-    print(f"{numbers}, {doc} and {file} are written: {', '.join(found['runs'])}")
+        numbers = gather(args)
+        file.write_text(small_scale.compact(numbers))
+        seed = min(_seed(Path(name)) for name in numbers["settings"])
+        draw_sheet(args, seed, file.with_name(f"{file.stem}_sheet.png"))
+    numbers = json.loads(file.read_text())
+    doc.write_text(tables.fill(doc.read_text(), {"forgetting": table(numbers)}))
+    plot = file.with_suffix(".png")
+    plots.save(plots.forgetting(numbers, KINDS, LOSSES), plot)
+    print(f"wrote {file}, {doc} and {plot}: {', '.join(numbers['runs'])}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = small_scale.parser_of(__doc__)
+    p = small_scale.make_parser(__doc__)
     p.add_argument("--runs", default="runs/forgetting", help="folder of the fine-tuned runs")
     p.add_argument("--bases", default="runs/small", help="folder of F-1, F-2, ...")
-    p.add_argument("--reports", default="runs/forgetting_reports", help="what was scored")
+    p.add_argument("--reports", default="runs/forgetting_reports", help="folder of the reports")
     p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
-    p.add_argument("--json", default="docs/forgetting.json", help="the plot goes beside it")
+    p.add_argument("--json", default="docs/forgetting.json", help="all numbers; plot beside it")
     p.add_argument("--doc", default="docs/finetuning.md")
     p.add_argument("--redraw", action="store_true", help="score nothing; draw from --json")
     args = p.parse_args(argv)
-    args.judge = judge.START  # nothing is painted, so it is not asked
+    args.judge = judge.START  # not used: nothing is generated
     return args
 
 
@@ -92,23 +92,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def gather(args: argparse.Namespace) -> dict[str, Any]:
-    """All numbers that table and plot show: per seed the run before, and both kinds after.
+    """All numbers of table and plot: for every seed the run before and both kinds after.
 
     Raises:
-      JanusFlowError: no run ended; one that did has none beside it or no base, was started
-        elsewhere, or measured nothing (lists all); a report was scored otherwise than the others.
+      JanusFlowError: no ended run; a run without its pair or base, started elsewhere or without
+        held-out losses (lists all); reports that do not compare.
     """
     form = re.compile(rf"({'|'.join(KINDS)})-(\d+)")
     named = sorted(x for x in Path(args.runs).glob("*") if form.fullmatch(x.name))
     ended = [x for x in named if small_scale.has_ended(x)]
     for run in (x for x in named if x not in ended):
-        print(f"{run}: left out, not trained to its end", flush=True)
+        print(f"{run}: skipped, its training has not ended", flush=True)
     bases = [Path(args.bases) / f"F-{x}" for x in sorted({_seed(run) for run in ended})]
     problems = [
-        f"{x}: not there, or not trained to its end" for x in bases if not small_scale.has_ended(x)
+        f"{x}: missing, or its training has not ended"
+        for x in bases
+        if not small_scale.has_ended(x)
     ]
     for run in ended:
-        problems += problems_of(run, {x.name for x in ended})
+        problems += run_problems(run, {x.name for x in ended})
     if not ended or problems:
         raise JanusFlowError(
             f"{args.runs}: expected pairs of ended runs such as without-1 and replay-1, started "
@@ -118,8 +120,9 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     out: dict[str, Any] = {"settings": {}, "runs": {}}
     for run in (*bases, *ended):
         file = Path(args.reports) / f"{run.name}.json"
-        small_scale.score(run, file, args, **small_scale.USUAL, prompts=0, captions=CAPTIONS)
-        report = small_scale.read_alike(out, file)
+        settings = {**small_scale.DEFAULT, "prompts": 0, "captions": CAPTIONS}
+        small_scale.score(run, file, args, **settings)
+        report = small_scale.read_report(file, out)
         exact = {s: report["captions"][s]["exact"]["constant"]["score"] for s in SPLITS}
         out["runs"][run.name] = {
             "model": report["model"],
@@ -138,15 +141,15 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-def problems_of(run: Path, ended: set[str]) -> list[str]:
-    """Why a run cannot stand in the table."""
+def run_problems(run: Path, ended: set[str]) -> list[str]:
+    """Why a run cannot be in the table."""
     seed, config = _seed(run), json.loads((run / "config.json").read_text())
     others = {f"{kind}-{seed}" for kind in KINDS} - ended
-    out = [f"{run.name}: {x} is missing beside it" for x in sorted(others)]
+    out = [f"{run.name}: {x} is missing" for x in sorted(others)]
     if f"F-{seed}" not in Path(config["start"]).parts:
-        out.append(f"{run.name}: started from {config['start']!r}, not from F-{seed}")
+        out.append(f"{run.name}: expected start F-{seed}; got {config['start']!r}")
     missing = sorted(set(LOSSES) - set(curve(run)))
-    return out + ([f"{run.name}: held-out losses {missing} were not measured"] if missing else [])
+    return out + ([f"{run.name}: no held-out losses {missing}"] if missing else [])
 
 
 def _seed(run: Path) -> str:
@@ -154,7 +157,7 @@ def _seed(run: Path) -> str:
 
 
 def curve(run: Path) -> dict[str, list[float]]:
-    """Held-out losses by step, of the EMA where the run has one."""
+    """Held-out losses by step, of the EMA if the run has one."""
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     out: dict[str, list[float]] = {"step": []}
     for line in (x for x in lines if all(f"eval/{loss}" in x for loss in LOSSES)):
@@ -165,52 +168,30 @@ def curve(run: Path) -> dict[str, list[float]]:
     return out
 
 
-def paint(args: argparse.Namespace, seed: str, file: Path, num_steps: int = 30) -> None:
-    """PROMPTS as a seed's runs paint them: before, without and with replay; the same noise."""
-    shown = {"before": Path(args.bases) / f"F-{seed}"}
-    shown |= {words: Path(args.runs) / f"{kind}-{seed}" for kind, words in KINDS.items()}
-    pictures, labels = [], []
-    for words, run in shown.items():
+def draw_sheet(args: argparse.Namespace, seed: str, file: Path, num_steps: int = 30) -> None:
+    """Generates PROMPTS with the runs of a seed: before, without and with replay; same noise."""
+    runs = {"before": Path(args.bases) / f"F-{seed}"}
+    runs |= {words: Path(args.runs) / f"{kind}-{seed}" for kind, words in KINDS.items()}
+    images, labels = [], []
+    for words, run in runs.items():
         model = janusflow_jax.load(run)
-        pictures += list(model.generate(PROMPTS, guidance_scale=2.0, num_steps=num_steps, seed=0))
+        images += list(model.generate(PROMPTS, guidance_scale=2.0, num_steps=num_steps, seed=0))
         labels += [f"{words}: {prompt}" for prompt in PROMPTS]
-    sheet.make_sheet(pictures, labels, columns=len(PROMPTS)).save(file, optimize=True)
+    sheet.make_sheet(images, labels, columns=len(PROMPTS)).save(file, optimize=True)
 
 
-# --- the document
-
-
-def table(found: dict[str, Any]) -> str:
+def table(numbers: dict[str, Any]) -> str:
     """Mean and range over seeds, before and after each kind of run."""
-    runs = found["runs"]
     rows = [["", "runs", *(f"captions exact, {x}" for x in SPLITS.values()), *LOSSES.values()]]
     for kind, words in {"F": "before", **KINDS}.items():
-        here = [x for name, x in runs.items() if name.startswith(f"{kind}-")]
-        cells = [tables.spread([x["captions"][s] for x in here], "{:.1%}") for s in SPLITS]
-        # what was before is what the runs measured at their first step
-        measured = [x["curve"] for x in (runs.values() if kind == "F" else here) if "curve" in x]
-        at = 0 if kind == "F" else -1
-        cells += [tables.spread([x[loss][at] for x in measured], "{:.3f}") for loss in LOSSES]
-        rows.append([words, str(len(here)), *cells])
+        runs = [x for name, x in numbers["runs"].items() if name.startswith(f"{kind}-")]
+        cells = [tables.spread([x["captions"][s] for x in runs], "{:.1%}") for s in SPLITS]
+        # the losses before are those that the fine-tuned runs measured at their first step
+        measured, at = (numbers["runs"].values(), 0) if kind == "F" else (runs, -1)
+        curves = [x["curve"] for x in measured if "curve" in x]
+        cells += [tables.spread([x[loss][at] for x in curves], "{:.3f}") for loss in LOSSES]
+        rows.append([words, str(len(runs)), *cells])
     return tables.table(rows)
-
-
-def fill(text: str, found: dict[str, Any]) -> str:
-    """The document with its table made anew, between `<!-- forgetting -->` and `<!-- end -->`.
-
-    Raises:
-      JanusFlowError: the marker is missing, or there twice.
-    """
-    made = f"<!-- forgetting -->\n{table(found)}\n<!-- end -->"
-    text, count = re.subn(
-        r"<!-- forgetting -->\n.*?<!-- end -->", lambda _: made, text, flags=re.DOTALL
-    )
-    if count != 1:
-        raise JanusFlowError(
-            "the document: expected one `<!-- forgetting -->` with `<!-- end -->` below it; got "
-            f"{count}"
-        )
-    return text
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Scores the small-scale runs of the paper's comparisons, and writes docs/small_scale.md's numbers.
+"""Scores the small-scale runs of the paper's ablations and fills docs/small_scale.md.
 
     python -m janusflow_jax.train --config=configs/emoji.py:A --config.seed=2 \\
         --config.workdir=runs/small/A-2
-    python experiments/small_scale.py --runs runs/small  # scores what is new, then writes all anew
-    python experiments/small_scale.py --runs runs/more --add  # beside the runs that the JSON has
-    python experiments/small_scale.py --redraw  # tables and plots from the stored numbers
+    python experiments/small_scale.py --runs runs/small        # score new runs, write all numbers
+    python experiments/small_scale.py --runs runs/more --add   # add to the runs of the stored JSON
+    python experiments/small_scale.py --redraw                 # tables and plots from the JSON only
 
-A run is a folder `<letter>-<seed>` that has ended. Every run is scored once with the suite `emoji`;
-F is also painted with at other guidance and step counts. What was scored is kept in `--reports` and
-scored again only where the model, the data, JAX or a setting changed. The numbers of all go to one
-JSON; tables and plots are drawn from that alone.
+A run is a folder `<letter>-<seed>` whose training has ended. Every run is scored once with the
+suite `emoji`; F also generates with other guidance scales and step counts. Reports are kept in
+`--reports`; a run is scored again only if the model, the data, the software or a setting changed.
+All numbers go to one JSON file, from which tables and plots are drawn.
 """
 
 from __future__ import annotations
@@ -34,43 +34,44 @@ from janusflow_jax.openmoji import judge
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 9.0)
 STEPS = (5, 10, 20, 30, 50)
-USUAL = {"cfg": 2.0, "steps": 30}
-WHOLE = {"prompts": 96, "captions": 200}
+DEFAULT = {"cfg": 2.0, "steps": 30}
+FULL = {"prompts": 96, "captions": 200}
 SWEEP_PROMPTS = 48
-"""Pictures of a point of a sweep, the sheet's 24 apart."""
+"""Images of one point of a sweep, beside the sheet's 24."""
 SMOOTH = 5
-"""Logged steps that a point of a curve is the mean of."""
+"""Logged steps in the running mean of a curve."""
 LOSSES = ("loss_rf", "loss_ar", "loss_repa")
 SCORED_WITH = ("software", "data", "judge")
-LIKE = ("settings", *SCORED_WITH)
-"""What runs must have been scored with alike to stand in one table."""
-OF_TASK = {"loss_ar": "D", "loss_rf": "E", "loss_repa": "E"}  # the one single task that has it
+MUST_AGREE = ("settings", *SCORED_WITH)
+"""What runs of one table must have in common."""
+SINGLE_TASK = {"loss_ar": "D", "loss_rf": "E", "loss_repa": "E"}
+"""Loss -> the letter that trains it without the other task."""
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    plots = import_plots()  # before minutes of scoring
-    numbers, doc = Path(args.json), Path(args.doc)
+    plots = import_plots()  # raises before minutes of scoring
+    file, doc = Path(args.json), Path(args.doc)
     if not args.redraw:
         runs = ended_runs(Path(args.runs))
         for run in runs:
-            score(run, report_file(args, run.name), args, **asked(run.name))
+            score(run, report_file(args, run.name), args, **run_settings(run.name))
         for run in (x for x in runs if x.name[0] == "F"):
             for point in sweep_points():
                 score(run, report_file(args, run.name, point), args, **point)
-        found = gather(runs, args)
-        if args.add and numbers.exists():
-            found = added(json.loads(numbers.read_text()), found)
-        numbers.write_text(compact(found))
-    found = json.loads(numbers.read_text())
-    doc.write_text(tables.fill(doc.read_text(), found))
-    for file in plots.draw(found, doc.parent):
-        print(f"{file}: {file.stat().st_size / 1000:.0f} KB")
-    print(f"{numbers} and {doc} are written: {', '.join(found['runs'])}")
+        numbers = gather(runs, args)
+        if args.add and file.exists():
+            numbers = add_runs(json.loads(file.read_text()), numbers)
+        file.write_text(compact(numbers))
+    numbers = json.loads(file.read_text())
+    doc.write_text(tables.fill(doc.read_text(), tables.blocks(numbers)))
+    for plot in plots.draw(numbers, doc.parent):
+        print(f"{plot}: {plot.stat().st_size / 1000:.0f} KB")
+    print(f"wrote {file} and {doc}: {', '.join(numbers['runs'])}")
 
 
 def import_plots() -> Any:
-    """The module that draws. Raises ImportError where matplotlib is missing."""
+    """The module of the plots. Raises ImportError without matplotlib."""
     try:
         from experiments import small_scale_plots
     except ImportError as error:
@@ -78,8 +79,8 @@ def import_plots() -> Any:
     return small_scale_plots
 
 
-def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a module's docstring as it stands, its first line apart."""
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring without its first line."""
     return argparse.ArgumentParser(
         description=(doc or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,23 +88,23 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = parser_of(__doc__)
+    p = make_parser(__doc__)
     p.add_argument("--runs", default="runs/small", help="folder of the runs")
-    p.add_argument("--reports", default="runs/small_reports", help="what was scored, one JSON each")
+    p.add_argument("--reports", default="runs/small_reports", help="folder of the reports")
     p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
     p.add_argument("--judge", default=judge.START, help="as evaluate's; '': without")
-    p.add_argument("--json", default="docs/small_scale.json")
+    p.add_argument("--json", default="docs/small_scale.json", help="all numbers")
     p.add_argument("--doc", default="docs/small_scale.md", help="the plots go beside it")
-    p.add_argument("--add", action="store_true", help="keep the runs of --json that --runs lacks")
+    p.add_argument("--add", action="store_true", help="keep runs of --json that --runs lacks")
     p.add_argument("--redraw", action="store_true", help="score nothing; draw from --json")
     return p.parse_args(argv)
 
 
-# --- what is scored
+# --- runs and their settings
 
 
 def ended_runs(folder: Path) -> list[Path]:
-    """Runs `<letter>-<seed>` that trained to their end, sorted.
+    """Runs `<letter>-<seed>` whose training has ended, sorted.
 
     Raises:
       JanusFlowError: there is none.
@@ -111,11 +112,11 @@ def ended_runs(folder: Path) -> list[Path]:
     named = sorted(x for x in folder.glob("*") if re.fullmatch(r"[A-F]-\d+", x.name))
     ended = [x for x in named if has_ended(x)]
     for run in (x for x in named if x not in ended):
-        print(f"{run}: left out, not trained to its end", flush=True)
+        print(f"{run}: skipped, its training has not ended", flush=True)
     if not ended:
         raise JanusFlowError(
-            f"{folder}: expected folders such as F-1 of runs that ended; got "
-            f"{[x.name for x in named] or 'none'}: train them, or give --runs"
+            f"{folder}: expected folders of ended runs such as F-1; got "
+            f"{[x.name for x in named] or 'none'}: train them, or pass --runs"
         )
     return ended
 
@@ -127,15 +128,15 @@ def has_ended(run: Path) -> bool:
     return config.exists() and json.loads(config.read_text())["num_steps"] in steps
 
 
-def asked(name: str) -> dict[str, Any]:
-    """What the suite is asked of a run: D was not taught to paint, nor E to describe."""
-    untaught = {"D": "prompts", "E": "captions"}.get(name[0])
-    return {**USUAL, **WHOLE, **({untaught: 0} if untaught else {})}
+def run_settings(name: str) -> dict[str, Any]:
+    """Settings of the suite for a run: D does not generate, E does not caption."""
+    untrained = {"D": "prompts", "E": "captions"}.get(name[0])
+    return {**DEFAULT, **FULL, **({untrained: 0} if untrained else {})}
 
 
 def sweep_points() -> Iterator[dict[str, Any]]:
-    """Settings of both sweeps; the usual ones, which are in both, once."""
-    points = [(w, USUAL["steps"]) for w in GUIDANCE] + [(USUAL["cfg"], n) for n in STEPS]
+    """Settings of both sweeps; the default ones, which are in both, once."""
+    points = [(w, DEFAULT["steps"]) for w in GUIDANCE] + [(DEFAULT["cfg"], n) for n in STEPS]
     for w, n in dict.fromkeys(points):
         yield {"cfg": w, "steps": n, "prompts": SWEEP_PROMPTS, "captions": 0}
 
@@ -145,62 +146,62 @@ def report_file(args: argparse.Namespace, name: str, point: dict[str, Any] | Non
     return Path(args.reports) / f"{name}{suffix}.json"
 
 
+# --- scoring
+
+
 def score(run: Path, file: Path, args: argparse.Namespace, **settings: Any) -> None:
-    """Writes a report, if the one that is there is not of this model, data and software, and these
-    settings."""
+    """Writes the report of a run, unless `file` holds it already."""
     settings |= {"data": args.data, "judge": args.judge, "seed": 0}
-    referee = judge.load(args.judge).sha256 if args.judge and settings["prompts"] else ""
-    if is_current(file, run, settings, referee, data_of(args.data)):
+    if is_current(file, run, settings):
         return
     print(f"--- {file}", flush=True)
     options = [x for key, value in settings.items() for x in (f"--{key}", str(value))]
-    evaluate.main(["--model", str(run), "--out", str(file), *options])
+    evaluate.main(["--model", str(run), "--suite", "emoji", "--out", str(file), *options])
 
 
-@functools.cache
-def data_of(path: str) -> dict[str, str]:
-    """`provenance.of_data`, read once."""
-    return provenance.of_data(path)
+def is_current(file: Path, run: Path, settings: dict[str, Any]) -> bool:
+    """Whether a report holds what these settings would give with the present software.
 
-
-def is_current(
-    file: Path, run: Path, settings: dict[str, Any], referee: str, data: dict[str, str]
-) -> bool:
-    """Whether a report holds what these settings would give, by the judge of this checksum, on this
-    data and software.
-
-    Folders may have moved: model, data and judge are known by their checksums.
+    Folders may have moved: model, data and judge are identified by their checksums.
     """
     if not file.exists():
         return False
     report = json.loads(file.read_text())
-    same = {k: v for k, v in settings.items() if k not in ("data", "judge")}
+    with_judge = settings["judge"] and settings["prompts"]
+    sha256 = judge.load(settings["judge"]).sha256 if with_judge else ""
+    rest = {k: v for k, v in settings.items() if k not in ("data", "judge")}
     return (
         report["model"] == provenance.of(provenance.resolve(run))
-        and report.get("judge", {}).get("weights_sha256", "") == referee
-        and report.get("data") == data
+        and report.get("judge", {}).get("weights_sha256", "") == sha256
+        and report.get("data") == data_checksums(settings["data"])
         and report.get("software") == provenance.software()
-        and same.items() <= report["settings"].items()
+        and rest.items() <= report["settings"].items()
     )
 
 
-# --- all in one
+@functools.cache
+def data_checksums(path: str) -> dict[str, str]:
+    """`provenance.of_data`, read once."""
+    return provenance.of_data(path)
+
+
+# --- all numbers
 
 
 def gather(runs: Sequence[Path], args: argparse.Namespace) -> dict[str, Any]:
-    """All numbers that tables and plots show.
+    """All numbers of tables and plots.
 
     Raises:
-      JanusFlowError: a report was scored with another software, data or judge than those before it.
+      JanusFlowError: reports of different software, data or judge.
     """
     out: dict[str, Any] = {
-        "settings": {**USUAL, **WHOLE, "sweep_prompts": SWEEP_PROMPTS, "smooth": SMOOTH},
+        "settings": {**DEFAULT, **FULL, "sweep_prompts": SWEEP_PROMPTS, "smooth": SMOOTH},
         "runs": {},
         "curves": {},
         "sweeps": {"guidance": [], "steps": []},
     }
     for run in runs:
-        report = read_alike(out, report_file(args, run.name))
+        report = read_report(report_file(args, run.name), out)
         out["runs"][run.name] = {
             "scores": tables.scores(report),
             "model": report["model"],
@@ -212,61 +213,63 @@ def gather(runs: Sequence[Path], args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-def read_alike(found: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A report that was scored as those before it; what it was scored with goes into `found`.
+def read_report(file: Path, numbers: dict[str, Any]) -> dict[str, Any]:
+    """Reads a report. The first one sets in `numbers` what the others must agree with.
 
     Raises:
-      JanusFlowError: it was scored otherwise, so its numbers do not compare.
+      JanusFlowError: scored with other software, data or judge, so its numbers do not compare.
     """
     report = json.loads(file.read_text())
-    given = {name: report[name] for name in SCORED_WITH if name in report}
-    if other := [n for n in given if found.setdefault(n, given[n]) != given[n]]:
+    own = {name: report[name] for name in SCORED_WITH if name in report}
+    if other := [n for n in own if numbers.setdefault(n, own[n]) != own[n]]:
         raise JanusFlowError(
-            f"{file}: expected a report scored as the others were; got "
-            + "; ".join(f"{n} {given[n]}, theirs {found[n]}" for n in other)
-            + ": run this again, which scores anew what differs from what is here"
+            f"{file}: expected the same software, data and judge as the other reports; got "
+            + "; ".join(f"{n} {own[n]}, the others {numbers[n]}" for n in other)
+            + ": run this again without --redraw"
         )
     return report
 
 
-def add_sweeps(found: dict[str, Any], name: str, args: argparse.Namespace) -> None:
-    """Adds a run's points to each sweep; a run that was not painted at all of a sweep's points is
-    left out of it, so that its points are means of the same runs."""
+def add_sweeps(numbers: dict[str, Any], name: str, args: argparse.Namespace) -> None:
+    """Adds a run's points to each sweep, if the run has all of them.
+
+    So every point of a sweep is a mean over the same runs.
+    """
     for sweep, key, other in (("guidance", "cfg", "steps"), ("steps", "steps", "cfg")):
-        points = [x for x in sweep_points() if x[other] == USUAL[other]]
+        points = [x for x in sweep_points() if x[other] == DEFAULT[other]]
         files = [report_file(args, name, x) for x in points]
         if not all(x.exists() for x in files):
             continue
         for point, file in zip(points, files, strict=True):
-            scores = tables.scores(read_alike(found, file))
-            found["sweeps"][sweep].append({"run": name, "value": point[key], "scores": scores})
+            scores = tables.scores(read_report(file, numbers))
+            numbers["sweeps"][sweep].append({"run": name, "value": point[key], "scores": scores})
 
 
-def added(stored: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """`found`, and of `stored` the runs that it lacks.
+def add_runs(stored: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new numbers, and the stored ones of other runs.
 
     Raises:
-      JanusFlowError: they were not scored alike, so their numbers do not compare.
+      JanusFlowError: they were scored differently, so they do not compare.
     """
-    other = [n for n in LIKE if n in stored and n in found and stored[n] != found[n]]
+    other = [n for n in MUST_AGREE if n in stored and n in new and stored[n] != new[n]]
     if other:
         raise JanusFlowError(
-            "--add: expected runs scored as the stored ones were; got "
-            + "; ".join(f"{n} {found[n]}, stored {stored[n]}" for n in other)
-            + ": score all runs anew, without --add"
+            "--add: expected runs scored as the stored ones; got "
+            + "; ".join(f"{n} {new[n]}, stored {stored[n]}" for n in other)
+            + ": score all runs again, without --add"
         )
-    out = {**stored, **found}
+    out = {**stored, **new}
     for part in ("runs", "curves"):
-        out[part] = dict(sorted({**stored[part], **found[part]}.items()))
+        out[part] = dict(sorted({**stored[part], **new[part]}.items()))
     out["sweeps"] = {}
-    for sweep, points in found["sweeps"].items():
-        kept = [x for x in stored["sweeps"][sweep] if x["run"] not in found["runs"]]
-        out["sweeps"][sweep] = sorted(kept + points, key=lambda x: x["run"])
+    for sweep, points in new["sweeps"].items():
+        old = [x for x in stored["sweeps"][sweep] if x["run"] not in new["runs"]]
+        out["sweeps"][sweep] = sorted(old + points, key=lambda x: x["run"])
     return out
 
 
 def training(run: Path) -> dict[str, Any]:
-    """Steps, and minutes by the clock from start to end, all attempts together."""
+    """Steps, and minutes of wall time, all attempts together."""
     attempts = json.loads((run / "attempts.json").read_text())
     seconds = sum(x["alive"] - x["began"] for x in attempts)
     config = json.loads((run / "config.json").read_text())
@@ -278,14 +281,14 @@ def training(run: Path) -> dict[str, Any]:
 
 
 def curve(run: Path) -> dict[str, list[float]]:
-    """Losses by step, running means of SMOOTH logged steps; only those of what was trained."""
+    """Losses by step, running means over SMOOTH logged steps; only losses that were trained."""
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [x for x in lines if all(loss in x for loss in LOSSES)]
     letter = run.name[0]
     out = {"step": [x["step"] for x in lines][SMOOTH - 1 :]}
     for loss in LOSSES:
-        alone = letter not in "DE" or OF_TASK[loss] == letter
-        if not alone or (loss == "loss_repa" and letter == "A"):
+        trained = letter not in "DE" or SINGLE_TASK[loss] == letter
+        if not trained or (loss == "loss_repa" and letter == "A"):
             continue
         values = [x[loss] for x in lines]
         windows = [values[i : i + SMOOTH] for i in range(len(values) - SMOOTH + 1)]
@@ -293,9 +296,9 @@ def curve(run: Path) -> dict[str, list[float]]:
     return out
 
 
-def compact(found: dict[str, Any]) -> str:
-    """JSON with short lists on one line: small, and a run more is a few lines more."""
-    text = json.dumps(found, indent=1, allow_nan=False)
+def compact(numbers: dict[str, Any]) -> str:
+    """JSON with short lists on one line, so that one more run adds few lines."""
+    text = json.dumps(numbers, indent=1, allow_nan=False)
     return re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text) + "\n"
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
 from experiments import small_scale_tables as tables
 
-COLOURS = {letter: f"C{i}" for i, letter in enumerate(tables.LETTERS)}
+COLORS = {letter: f"C{i}" for i, letter in enumerate(tables.LETTERS)}
 DPI = 80
 DOTS = (
     "percentile",
@@ -30,74 +30,73 @@ SWEPT = {"percentile": "o-", "hue": "s--", "alignment": "^:"}
 LOSSES = {"loss_rf": "flow loss (RF)", "loss_ar": "caption loss (AR)"}
 
 
-def draw(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes all plots as PNG; the files."""
-    made = {"letters": letters(found), "curves": curves(found), "sweeps": sweeps(found)}
+def draw(numbers: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes all plots as PNG; returns the files."""
+    plots = {"letters": letters(numbers), "curves": curves(numbers), "sweeps": sweeps(numbers)}
     files = []
-    for name, figure in made.items():
+    for name, figure in plots.items():
         files.append(folder / f"small_scale_{name}.png")
         save(figure, files[-1])
     return files
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Writes a plot as PNG without time or version in it: drawn again it is the same."""
+    """Writes a plot as PNG without time or version, so the same numbers give the same file."""
     figure.savefig(file, dpi=DPI, metadata={"Software": None})
     pyplot.close(figure)
 
 
-def letters(found: dict[str, Any]) -> Figure:
+def letters(numbers: dict[str, Any]) -> Figure:
     """A dot for every run, a line for the mean of a letter, a panel for every score."""
-    keys = [k for k in DOTS if any(tables.of_letter(found, x, k) for x in tables.LETTERS)]
-    figure, axes = _panels(len(keys))
-    for axis, key in zip(axes, keys, strict=True):
+    figure, axes = _panels(len(DOTS))
+    for axis, key in zip(axes, DOTS, strict=True):
         score = tables.BY_KEY[key]
         for x, letter in enumerate(tables.LETTERS):
-            values = tables.of_letter(found, letter, key)
+            values = tables.of_letter(numbers, letter, key)
             if values:
-                mean = sum(values) / len(values)
-                axis.hlines(mean, x - 0.25, x + 0.25, color=COLOURS[letter], linewidth=2)
-                axis.plot([x] * len(values), values, "o", color=COLOURS[letter], markersize=5)
+                mean = tables.mean(values)
+                axis.hlines(mean, x - 0.25, x + 0.25, color=COLORS[letter], linewidth=2)
+                axis.plot([x] * len(values), values, "o", color=COLORS[letter], markersize=5)
         axis.set_xticks(range(len(tables.LETTERS)), list(tables.LETTERS))
         axis.set_xlim(-0.6, len(tables.LETTERS) - 0.4)
         axis.set_title(score.words, fontsize=9)
     return figure
 
 
-def curves(found: dict[str, Any]) -> Figure:
+def curves(numbers: dict[str, Any]) -> Figure:
     """Losses by share of the run, a line for every run."""
     figure, axes = _panels(len(LOSSES))
     for axis, (loss, title) in zip(axes, LOSSES.items(), strict=True):
-        labelled = set()
-        for name, curve in found["curves"].items():
+        labeled = set()
+        for name, curve in numbers["curves"].items():
             if loss not in curve:
                 continue
             share = [x / curve["step"][-1] for x in curve["step"]]
-            label = None if name[0] in labelled else name[0]
-            labelled.add(name[0])
-            colour = COLOURS[name[0]]
-            axis.plot(share, curve[loss], color=colour, linewidth=0.8, label=label)
+            label = None if name[0] in labeled else name[0]
+            labeled.add(name[0])
+            color = COLORS[name[0]]
+            axis.plot(share, curve[loss], color=color, linewidth=0.8, label=label)
         axis.set_title(f"{title}, running mean", fontsize=9)
         axis.set_xlabel("share of the run")
         axis.legend(fontsize=8)
     return figure
 
 
-def sweeps(found: dict[str, Any]) -> Figure:
-    """Painting scores of F by guidance and by steps."""
+def sweeps(numbers: dict[str, Any]) -> Figure:
+    """Generation scores of F by guidance and by steps."""
     figure, axes = _panels(2)
     for axis, (sweep, title) in zip(
-        axes, {"guidance": "guidance w", "steps": "Euler steps"}.items(), strict=True
+        axes, {"guidance": "guidance scale w", "steps": "Euler steps"}.items(), strict=True
     ):
-        points = found["sweeps"][sweep]
+        points = numbers["sweeps"][sweep]
         places = sorted({x["value"] for x in points})
-        there = [k for k in SWEPT if any(k in x["scores"] for x in points)]
-        for key in there:
+        swept = [k for k in SWEPT if any(k in x["scores"] for x in points)]
+        for key in swept:
             per_place = [
                 [x["scores"][key]["score"] for x in points if x["value"] == place]
                 for place in places
             ]
-            means = [sum(x) / len(x) for x in per_place]
+            means = [tables.mean(x) for x in per_place]
             axis.plot(places, means, SWEPT[key], label=tables.BY_KEY[key].words, markersize=4)
             low, high = [min(x) for x in per_place], [max(x) for x in per_place]
             axis.fill_between(places, low, high, alpha=0.15)
@@ -108,15 +107,15 @@ def sweeps(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def forgetting(found: dict[str, Any], kinds: dict[str, str], losses: dict[str, str]) -> Figure:
+def forgetting(numbers: dict[str, Any], kinds: dict[str, str], losses: dict[str, str]) -> Figure:
     """Held-out losses of fine-tuning by step, a line for every run (experiments/forgetting.py)."""
     figure, axes = _panels(len(losses))
     for axis, (loss, title) in zip(axes, losses.items(), strict=True):
-        for colour, (kind, words) in enumerate(kinds.items()):
-            runs = [x["curve"] for name, x in found["runs"].items() if name.startswith(kind)]
+        for color, (kind, words) in enumerate(kinds.items()):
+            runs = [x["curve"] for name, x in numbers["runs"].items() if name.startswith(kind)]
             for i, curve in enumerate(runs):
                 label = None if i else words
-                axis.plot(curve["step"], curve[loss], color=f"C{colour}", label=label)
+                axis.plot(curve["step"], curve[loss], color=f"C{color}", label=label)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)

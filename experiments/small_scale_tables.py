@@ -1,26 +1,21 @@
-"""Tables of docs/small_scale.md from the numbers that experiments/small_scale.py gathers.
+"""Tables of docs/small_scale.md, from the numbers that experiments/small_scale.py gathers.
 
-A new score of the suite is one line more in SCORES.
+A new score of the suite is one more line in SCORES.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from janusflow_jax.config import stages
 from janusflow_jax.config.errors import JanusFlowError
 
-LETTERS = {
-    "A": "without REPA",
-    "B": "shared VAE + ConvNeXt encoder",
-    "C": "VAE + ConvNeXt encoder of its own",
-    "D": "understanding only",
-    "E": "generation only",
-    "F": "all",
-}
+LETTERS = stages.ABLATIONS
 SEEDS = (1, 2, 3)
+PERCENT, RANK, DISTANCE = "{:.1%}", "{:.1f}", "{:.3f}"
 Scores = dict[str, dict[str, float]]
 
 
@@ -30,191 +25,166 @@ class Score:
 
     key: str
     words: str
-    path: str  # in the report, parts joined by '/'
-    baseline: str = ""  # the same; '' where there is none
-    form: str = "{:.1%}"
+    path: str  # in the report, parts joined by '/': a number, or a comparison with its baseline
+    form: str = PERCENT
     less_is_better: bool = False
+    baseline: str = ""  # path of the baseline of a number
 
 
-def _caption(split: str, words: str, kind: str) -> Score:
-    path = f"captions/{split}/{kind}/constant"
-    name = {"exact": "exact", "name": "class right", "words": "words (F1)", "edits": "letters kept"}
-    key = f"{split}_{kind}"
-    return Score(key, f"captions, {words}: {name[kind]}", f"{path}/score", f"{path}/baseline")
-
-
-PAINTING = (
-    Score(
-        "hue",
-        "painted: hue right",
-        "trained_pairs/hue/within/score",
-        "trained_pairs/hue/within/baseline",
-    ),
-    Score(
-        "percentile",
-        "painted: drawing found, percentile",
-        "trained_pairs/retrieval/percentile/score",
-        "trained_pairs/retrieval/percentile/baseline",
-    ),
+IMAGES = (
+    Score("hue", "generated: hue right", "trained_pairs/hue/within"),
+    Score("percentile", "generated: retrieval percentile", "trained_pairs/retrieval/percentile"),
     Score(
         "rank",
-        "painted: median rank of 233 (less is better)",
+        "generated: median rank of 233 (less is better)",
         "trained_pairs/retrieval/median_rank",
-        form="{:.1f}",
+        RANK,
         less_is_better=True,
     ),
-    Score("sheet_hue", "sheet: hue right", "sheet/hue/within/score", "sheet/hue/within/baseline"),
+    Score("sheet_hue", "sheet: hue right", "sheet/hue/within"),
     Score(
         "sheet_rank",
         "sheet: median rank of 233 (less is better)",
         "sheet/retrieval/median_rank",
-        form="{:.1f}",
+        RANK,
         less_is_better=True,
     ),
     Score(
         "alignment",
-        "painted: judge's alignment (cosine)",
-        "trained_pairs/alignment/likeness/score",
-        "trained_pairs/alignment/likeness/baseline",
-        form="{:.3f}",
+        "generated: judge's alignment (cosine)",
+        "trained_pairs/alignment/likeness",
+        DISTANCE,
     ),
     Score(
         "in_colour",
-        "the same; baseline: other classes in the prompt's colour",
-        "trained_pairs/alignment/in_colour/score",
-        "trained_pairs/alignment/in_colour/baseline",
-        form="{:.3f}",
+        "the same; baseline: other classes in the prompt's color",
+        "trained_pairs/alignment/in_colour",
+        DISTANCE,
     ),
     Score(
         "judge_rank",
-        "painted: judge's median rank of 233 (less is better)",
+        "generated: judge's median rank of 233 (less is better)",
         "trained_pairs/alignment/median_rank",
-        form="{:.1f}",
+        RANK,
         less_is_better=True,
     ),
     Score(
         "frechet",
-        "painted: judge's Frechet distance (less is better; not FID)",
+        "generated: judge's Frechet distance (less is better)",
         "trained_pairs/frechet/painted",
-        "trained_pairs/frechet/noise",
-        form="{:.3f}",
+        DISTANCE,
         less_is_better=True,
+        baseline="trained_pairs/frechet/noise",
     ),
 )
 CAPTIONS = tuple(
-    _caption(split, words, kind)
-    for split, words in (("heldout_pairs", "unseen pairs"), ("heldout_views", "unseen views"))
-    for kind in ("exact", "name", "words", "edits")
+    Score(f"{split}_{kind}", f"captions, {where}: {words}", f"captions/{split}/{kind}/constant")
+    for split, where in (("heldout_pairs", "unseen pairs"), ("heldout_views", "unseen views"))
+    for kind, words in (
+        ("exact", "exact"),
+        ("name", "class right"),
+        ("words", "words (F1)"),
+        ("edits", "letters unchanged"),
+    )
 )
-SCORES = (*PAINTING, *CAPTIONS)
+SCORES = (*IMAGES, *CAPTIONS)
 BY_KEY = {x.key: x for x in SCORES}
-PAINTED = ("percentile", "alignment", "frechet")
-DESCRIBED = ("heldout_pairs_exact", "heldout_pairs_words")
+GENERATION = ("percentile", "alignment", "frechet")
+UNDERSTANDING = ("heldout_pairs_exact", "heldout_pairs_words")
 SWEPT = ("hue", "percentile", "rank", "alignment", "judge_rank", "frechet")
 
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """What the paper's table 5 says of two letters, and the scores that would show it here."""
-
-    better: str
-    worse: str
-    paper: str
-    keys: tuple[str, ...]
-
-
 CLAIMS = (
-    Claim("F", "A", "REPA paints better: FID 17.61 against 19.84", PAINTED),
-    Claim(
+    ("F", "A", "REPA improves generation: FID 17.61 against 19.84", GENERATION),
+    (
         "F",
         "A",
-        "REPA takes nothing from understanding: POPE 84.73 against 82.40, VQAv2 69.20 "
-        "against 69.62, GQA 54.83 against 54.43",
-        DESCRIBED,
+        "REPA costs no understanding: POPE 84.73 against 82.40, VQAv2 69.20 against 69.62, "
+        "GQA 54.83 against 54.43",
+        UNDERSTANDING,
     ),
-    Claim(
+    (
         "F",
         "B",
-        "SigLIP understands better than a shared encoder: POPE 84.73 against 78.13, "
-        "VQAv2 69.20 against 53.94, GQA 54.83 against 44.04",
-        DESCRIBED,
+        "SigLIP understands better than a shared encoder: POPE 84.73 against 78.13, VQAv2 69.20 "
+        "against 53.94, GQA 54.83 against 44.04",
+        UNDERSTANDING,
     ),
-    Claim(
-        "F",
-        "B",
-        "and paints about as well: FID 17.61 against 18.05",
-        PAINTED,
-    ),
-    Claim(
+    ("F", "B", "and generates about as well: FID 17.61 against 18.05", GENERATION),
+    (
         "F",
         "C",
-        "SigLIP understands better than an encoder of its own: POPE 84.73 against "
-        "75.30, VQAv2 69.20 against 55.41, GQA 54.83 against 44.44",
-        DESCRIBED,
+        "SigLIP understands better than an encoder of its own: POPE 84.73 against 75.30, VQAv2 "
+        "69.20 against 55.41, GQA 54.83 against 44.44",
+        UNDERSTANDING,
     ),
-    Claim(
-        "F",
-        "C",
-        "and paints about as well: FID 17.61 against 17.53",
-        PAINTED,
-    ),
-    Claim(
+    ("F", "C", "and generates about as well: FID 17.61 against 17.53", GENERATION),
+    (
         "F",
         "D",
-        "both tasks understand about as well as understanding alone: POPE 84.73 against "
-        "85.03, VQAv2 69.20 against 69.10, GQA 54.83 against 54.23",
-        DESCRIBED,
+        "both tasks understand about as well as understanding alone: POPE 84.73 against 85.03, "
+        "VQAv2 69.20 against 69.10, GQA 54.83 against 54.23",
+        UNDERSTANDING,
     ),
-    Claim(
+    (
         "F",
         "E",
-        "both tasks paint nearly as well as painting alone: FID 17.61 against 16.69",
-        PAINTED,
+        "both tasks generate nearly as well as generation alone: FID 17.61 against 16.69",
+        GENERATION,
     ),
 )
+"""Two letters, what the paper's table 5 says of them, and the scores that would show it here."""
 
 
-# --- numbers of reports
+# --- numbers
 
 
 def scores(report: dict[str, Any]) -> Scores:
-    """Every score that a report has: key -> {"score": x, "baseline": y where there is one}."""
+    """Every score that a report has: key -> {"score": x, "baseline": y if there is one}."""
     out: Scores = {}
     for score in SCORES:
         value = _at(report, score.path)
         if value is None:
             continue
-        out[score.key] = {"score": round(value, 5)}
-        baseline = _at(report, score.baseline) if score.baseline else None
-        if baseline is not None:
-            out[score.key]["baseline"] = round(baseline, 5)
+        if not isinstance(value, dict):
+            value = {"score": value}
+            if score.baseline:
+                value["baseline"] = _at(report, score.baseline)
+        out[score.key] = {
+            name: round(float(value[name]), 5)
+            for name in ("score", "baseline")
+            if value.get(name) is not None
+        }
     return out
 
 
-def _at(report: dict[str, Any], path: str) -> float | None:
-    found: Any = report
+def _at(report: Any, path: str) -> Any:
     for part in path.split("/"):
-        if not isinstance(found, dict) or part not in found:
+        if not isinstance(report, dict) or part not in report:
             return None
-        found = found[part]
-    return float(found)
+        report = report[part]
+    return report
 
 
-def of_letter(found: dict[str, Any], letter: str, key: str, what: str = "score") -> list[float]:
+def of_letter(numbers: dict[str, Any], letter: str, key: str, what: str = "score") -> list[float]:
     """A score of all runs of a letter that have it."""
-    runs = (x["scores"] for name, x in found["runs"].items() if name[0] == letter)
+    runs = (x["scores"] for name, x in numbers["runs"].items() if name[0] == letter)
     return [x[key][what] for x in runs if what in x.get(key, {})]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 # --- tables
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """'12.0% (11.0% .. 13.0%)': mean and range; one value alone says so."""
-    mean = form.format(sum(values) / len(values))
+    """'12.0% (11.0% .. 13.0%)': mean and range; '12.0% (one run)' for one value."""
     if len(values) == 1:
-        return f"{mean} (one run)"
-    return f"{mean} ({form.format(min(values))} .. {form.format(max(values))})"
+        return f"{form.format(values[0])} (one run)"
+    low, high = form.format(min(values)), form.format(max(values))
+    return f"{form.format(mean(values))} ({low} .. {high})"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -223,58 +193,55 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def runs_table(found: dict[str, Any]) -> str:
-    """What was trained of every letter, and what is missing."""
+def runs_table(numbers: dict[str, Any]) -> str:
+    """What was trained of every letter, and which seeds are missing."""
     rows = [["", "what", "seeds", "missing", "steps", "minutes each"]]
     for letter, words in LETTERS.items():
-        mine = {int(n[2:]): x["training"] for n, x in found["runs"].items() if n[0] == letter}
-        lacking = [str(s) for s in SEEDS if s not in mine]
-        steps = sorted({x["steps"] for x in mine.values()})
-        minutes = [x["minutes"] for x in mine.values()]
+        runs = {int(n[2:]): x["training"] for n, x in numbers["runs"].items() if n[0] == letter}
+        minutes = [x["minutes"] for x in runs.values()]
         rows.append(
             [
                 letter,
                 words,
-                ", ".join(map(str, sorted(mine))) or "none",
-                ", ".join(lacking) or "none",
-                ", ".join(f"{x:,}" for x in steps),
+                ", ".join(map(str, sorted(runs))) or "none",
+                ", ".join(str(s) for s in SEEDS if s not in runs) or "none",
+                ", ".join(f"{x:,}" for x in sorted({x["steps"] for x in runs.values()})),
                 spread(minutes, "{:.1f}") if minutes else "",
             ]
         )
     return table(rows)
 
 
-def letters_table(found: dict[str, Any]) -> str:
+def letters_table(numbers: dict[str, Any]) -> str:
     """Every score of every letter: mean and range over its runs."""
-    there = [x for x in LETTERS if any(name[0] == x for name in found["runs"])]
-    counts = {x: sum(name[0] == x for name in found["runs"]) for x in there}
-    rows = [["score", "baseline", *(f"{x} ({counts[x]})" for x in there)]]
+    counts = {x: sum(name[0] == x for name in numbers["runs"]) for x in LETTERS}
+    letters = [x for x in LETTERS if counts[x]]
+    rows = [["score", "baseline", *(f"{x} ({counts[x]})" for x in letters)]]
     for score in SCORES:
-        cells = [of_letter(found, x, score.key) for x in there]
+        cells = [of_letter(numbers, x, score.key) for x in letters]
         if not any(cells):
             continue
-        baselines = [y for x in there for y in of_letter(found, x, score.key, "baseline")]
-        baseline = score.form.format(sum(baselines) / len(baselines)) if baselines else ""
-        shown = [spread(x, score.form) if x else "-" for x in cells]
-        rows.append([score.words, baseline, *shown])
+        baselines = [y for x in letters for y in of_letter(numbers, x, score.key, "baseline")]
+        baseline = score.form.format(mean(baselines)) if baselines else ""
+        rows.append([score.words, baseline, *(spread(x, score.form) if x else "-" for x in cells)])
     return table(rows)
 
 
-def sweep_table(found: dict[str, Any], sweep: str, head: str) -> str:
-    """Painting scores of F by guidance or steps: mean and range over the runs swept."""
-    points = found["sweeps"][sweep]
+def sweep_table(numbers: dict[str, Any], sweep: str, head: str) -> str:
+    """Generation scores of F by guidance or steps: mean and range over its runs."""
+    points = numbers["sweeps"][sweep]
     keys = [k for k in SWEPT if any(k in x["scores"] for x in points)]
     rows = [[head, "runs", *(BY_KEY[k].words for k in keys)]]
     for value in sorted({x["value"] for x in points}):
-        here = [x["scores"] for x in points if x["value"] == value]
-        cells = [spread([x[k]["score"] for x in here if k in x], BY_KEY[k].form) for k in keys]
-        rows.append([f"{value:g}", str(len(here)), *cells])
+        runs = [x["scores"] for x in points if x["value"] == value]
+        cells = [spread([x[k]["score"] for x in runs if k in x], BY_KEY[k].form) for k in keys]
+        rows.append([f"{value:g}", str(len(runs)), *cells])
     return table(rows)
 
 
-def verdict(found: dict[str, Any], better: str, worse: str, key: str) -> str:
-    """Whether all runs of one letter beat all of another in a score, by words."""
-    a, b = (of_letter(found, x, key) for x in (better, worse))
+def verdict(numbers: dict[str, Any], better: str, worse: str, key: str) -> str:
+    """Whether all runs of one letter beat all runs of another in a score."""
+    a, b = (of_letter(numbers, x, key) for x in (better, worse))
     if not a or not b:
         return "not measured"
     if BY_KEY[key].less_is_better:
@@ -287,57 +254,47 @@ def verdict(found: dict[str, Any], better: str, worse: str, key: str) -> str:
     return f"ranges overlap{few}"
 
 
-def claims_table(found: dict[str, Any]) -> str:
-    """The paper's statements beside what the runs give."""
-    keys = {k for c in CLAIMS for k in c.keys}
-    there = {k for k in keys if any(of_letter(found, x, k) for x in LETTERS)}
+def claims_table(numbers: dict[str, Any]) -> str:
+    """The paper's statements beside the results of the runs."""
     rows = [["", "the paper", "score here", "means here", "here"]]
-    for claim in CLAIMS:
-        for i, key in enumerate(k for k in claim.keys if k in there):
-            score = BY_KEY[key]
-            means = [_mean(of_letter(found, x, key), score) for x in (claim.better, claim.worse)]
-            rows.append(
-                [
-                    f"{claim.better}, {claim.worse}" if i == 0 else "",
-                    claim.paper if i == 0 else "",
-                    score.words,
-                    " against ".join(means),
-                    verdict(found, claim.better, claim.worse, key),
-                ]
-            )
+    for better, worse, paper, keys in CLAIMS:
+        first = [f"{better}, {worse}", paper]
+        for key in keys:
+            if not any(of_letter(numbers, x, key) for x in LETTERS):
+                continue
+            runs = [of_letter(numbers, x, key) for x in (better, worse)]
+            means = [BY_KEY[key].form.format(mean(x)) if x else "nothing" for x in runs]
+            here = verdict(numbers, better, worse, key)
+            rows.append([*first, BY_KEY[key].words, " against ".join(means), here])
+            first = ["", ""]
     return table(rows)
-
-
-def _mean(values: Sequence[float], score: Score) -> str:
-    return score.form.format(sum(values) / len(values)) if values else "nothing"
 
 
 # --- the document
 
 
-def blocks(found: dict[str, Any]) -> dict[str, str]:
-    """Every generated part of the document, by the name in its marker."""
+def blocks(numbers: dict[str, Any]) -> dict[str, str]:
+    """Every generated part of docs/small_scale.md, by the name in its marker."""
     return {
-        "runs": runs_table(found),
-        "letters": letters_table(found),
-        "claims": claims_table(found),
-        "guidance": sweep_table(found, "guidance", "w"),
-        "steps": sweep_table(found, "steps", "steps"),
+        "runs": runs_table(numbers),
+        "letters": letters_table(numbers),
+        "claims": claims_table(numbers),
+        "guidance": sweep_table(numbers, "guidance", "w"),
+        "steps": sweep_table(numbers, "steps", "steps"),
     }
 
 
-def fill(text: str, found: dict[str, Any]) -> str:
-    """The document with what stands between `<!-- name -->` and `<!-- end -->` made anew.
+def fill(text: str, parts: Mapping[str, str]) -> str:
+    """A document with its generated parts between `<!-- name -->` and `<!-- end -->` replaced.
 
     Raises:
       JanusFlowError: a marker that is missing or unknown (lists all).
     """
-    made = blocks(found)
     form = re.compile(r"<!-- (?!end)(\w+) -->\n.*?<!-- end -->", re.DOTALL)
     marked = form.findall(text)
-    if sorted(marked) != sorted(made):
+    if sorted(marked) != sorted(parts):
         raise JanusFlowError(
-            f"the document: expected one marker each of {sorted(made)} (`<!-- runs -->`, and "
-            f"`<!-- end -->` behind its table); got {sorted(marked)}"
+            f"the document: expected one marker each of {sorted(parts)} (`<!-- name -->`, with "
+            f"`<!-- end -->` after the table); got {sorted(marked)}"
         )
-    return form.sub(lambda m: f"<!-- {m[1]} -->\n{made[m[1]]}\n<!-- end -->", text)
+    return form.sub(lambda m: f"<!-- {m[1]} -->\n{parts[m[1]]}\n<!-- end -->", text)

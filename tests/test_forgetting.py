@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from experiments import forgetting, small_scale
+from experiments import forgetting, small_scale, small_scale_tables as tables
 from janusflow_jax.checkpoints import checksums
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -44,16 +44,17 @@ def _args(tmp_path):
 
 def test_the_document_has_the_stored_numbers():
     text = (ROOT / "docs" / "finetuning.md").read_text()
-    assert forgetting.fill(text, STORED) == text, "run `python experiments/forgetting.py --redraw`"
+    parts = {"forgetting": forgetting.table(STORED)}
+    assert tables.fill(text, parts) == text, "run `python experiments/forgetting.py --redraw`"
     other = copy.deepcopy(STORED)
     other["runs"]["replay-1"]["captions"]["train"] += 0.1
-    assert forgetting.fill(text, other) != text
+    assert tables.fill(text, {"forgetting": forgetting.table(other)}) != text
     assert (ROOT / "docs" / "forgetting.png").stat().st_size < 100_000
 
 
 def test_a_document_without_its_marker_is_refused():
-    with pytest.raises(ValueError, match="expected one `<!-- forgetting -->`"):
-        forgetting.fill("nothing", STORED)
+    with pytest.raises(ValueError, match="forgetting"):
+        tables.fill("nothing", {"forgetting": ""})
 
 
 def test_both_stored_runs_of_a_seed_have_the_same_settings():
@@ -109,7 +110,7 @@ def test_what_is_gathered(tmp_path, monkeypatch):
             file.write_text(json.dumps(json.loads(file.read_text()) | {"software": {"jax": "9"}}))
 
     monkeypatch.setattr(small_scale, "score", scored_elsewhere)
-    with pytest.raises(ValueError, match=r"replay-1\.json: expected a report scored as the others"):
+    with pytest.raises(ValueError, match=r"replay-1\.json: expected the same software"):
         forgetting.gather(_args(tmp_path))
 
 
@@ -118,10 +119,10 @@ def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path):
     with pytest.raises(ValueError) as raised:
         forgetting.gather(_args(tmp_path))
     said = str(raised.value)
-    assert f"{tmp_path / 'bases' / 'F-2'}: not there" in said
-    assert "replay-2: without-2 is missing beside it" in said
-    assert "replay-2: started from 'runs/F-1', not from F-2" in said
-    assert "replay-2: held-out losses ['mine_generate/loss_rf'," in said
+    assert f"{tmp_path / 'bases' / 'F-2'}: missing" in said
+    assert "replay-2: without-2 is missing" in said
+    assert "replay-2: expected start F-2; got 'runs/F-1'" in said
+    assert "replay-2: no held-out losses ['mine_generate/loss_rf'," in said
     with pytest.raises(ValueError, match="got none"):
         forgetting.gather(types.SimpleNamespace(runs=tmp_path / "empty", bases=tmp_path))
 

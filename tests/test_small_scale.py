@@ -87,7 +87,7 @@ def test_the_plots_are_there_and_small():
 def test_a_document_without_its_markers_is_refused():
     text = "<!-- runs -->\n<!-- end -->\n<!-- luck -->\n<!-- end -->\n"
     with pytest.raises(ValueError, match=r"expected one marker each of .*claims.*got \['luck', 'r"):
-        tables.fill(text, STORED)
+        tables.fill(text, tables.blocks(STORED))
 
 
 def test_plots_are_drawn_and_small(tmp_path):
@@ -111,14 +111,14 @@ def test_mean_and_range():
 def test_what_a_letter_was_not_taught_is_left_out():
     found = _found(D1=_report("D"), E1=_report("E"), F1=_report())
     rows = {x.split(" | ")[0].strip("| "): x for x in tables.letters_table(found).splitlines()}
-    assert rows["painted: hue right"].split(" | ")[1:] == [
+    assert rows["generated: hue right"].split(" | ")[1:] == [
         "20.0%",
         "-",
         "90.0% (one run)",
         "90.0% (one run) |",
     ]
     assert rows["captions, unseen pairs: exact"].split(" | ")[3] == "-"
-    assert "painted: judge's alignment (cosine)" not in rows  # no report has it
+    assert "generated: judge's alignment (cosine)" not in rows  # no report has it
 
 
 def test_missing_seeds_are_named():
@@ -152,8 +152,8 @@ def test_only_ended_runs_count(tmp_path, capsys):
     _run(tmp_path, "C-1", done=False)
     _run(tmp_path, "other")
     assert [x.name for x in small_scale.ended_runs(tmp_path)] == ["F-1"]
-    assert "C-1: left out" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"expected folders such as F-1 .*got none"):
+    assert "C-1: skipped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"F-1; got none"):
         small_scale.ended_runs(tmp_path / "nowhere")
 
 
@@ -174,7 +174,7 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     def fake(argv):
         options = dict(zip(argv[::2], argv[1::2], strict=True))
         made.append(options)
-        kind = {"cfg": float, "judge": str, "data": str}
+        kind = {"cfg": float, "judge": str, "data": str, "suite": str}
         settings = {
             k[2:]: kind.get(k[2:], int)(v)
             for k, v in options.items()
@@ -186,7 +186,7 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
         pathlib.Path(options["--out"]).write_text(json.dumps(report))
 
     here = {"software": {"jax": "1"}, "data": {"files_sha256": "a"}}
-    monkeypatch.setattr(small_scale, "data_of", lambda path: here["data"])
+    monkeypatch.setattr(small_scale, "data_checksums", lambda path: here["data"])
     monkeypatch.setattr(provenance, "software", lambda: here["software"])
     sha = {"j": "1", "moved": "1", "other": "2"}
     referee = types.SimpleNamespace
@@ -197,32 +197,32 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     args = argparse.Namespace(data="d", judge="j", reports=str(tmp_path))
     file = small_scale.report_file(args, "F-1")
     for _ in range(2):
-        small_scale.score(run, file, args, **small_scale.asked("F-1"))
+        small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
     assert len(made) == 1 and made[0]["--captions"] == "200"
     for args.judge, count in (("moved", 1), ("other", 2), ("", 3)):
-        small_scale.score(run, file, args, **small_scale.asked("F-1"))
+        small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
         assert len(made) == count
     monkeypatch.setattr(provenance, "of", lambda folder: {"model.json": "trained on"})
-    small_scale.score(run, file, args, **small_scale.asked("F-1"))
+    small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
     assert len(made) == 4
 
     monkeypatch.setattr(provenance, "of", lambda folder: {"model.json": "b"})
     for point in small_scale.sweep_points():
         small_scale.score(run, small_scale.report_file(args, "F-1", point), args, **point)
     assert len(made) == 4 + 11  # both sweeps share the usual point
-    small_scale.score(run, file, args, **small_scale.asked("F-1"))
+    small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
     assert len(made) == 4 + 11
     for changed in ({"software": {"jax": "2"}}, {"data": {"files_sha256": "c"}}):
         before, count = {**here}, len(made)
         here |= changed
         for _ in range(2):
-            small_scale.score(run, file, args, **small_scale.asked("F-1"))
+            small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
         assert len(made) == count + 1
         (name,) = changed
-        with pytest.raises(ValueError, match=rf"-w1-n30.json: expected .*got {name} \{{.*theirs"):
+        with pytest.raises(ValueError, match=rf"-w1-n30.json: .*got {name} \{{"):
             small_scale.gather([run], args)  # the sweeps are of before
         here |= before
-    small_scale.score(run, file, args, **small_scale.asked("F-1"))
+    small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
     found = small_scale.gather([run], args)
     assert [x["value"] for x in found["sweeps"]["guidance"]] == list(small_scale.GUIDANCE)
     assert sorted(x["value"] for x in found["sweeps"]["steps"]) == list(small_scale.STEPS)
@@ -233,9 +233,10 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     assert json.loads(small_scale.compact(found)) == found
 
 
-def test_what_a_letter_is_asked():
-    assert small_scale.asked("D-1")["prompts"] == 0 < small_scale.asked("D-1")["captions"]
-    assert small_scale.asked("E-2")["captions"] == 0 < small_scale.asked("E-2")["prompts"]
+@pytest.mark.parametrize(("name", "untrained"), [("D-1", "prompts"), ("E-2", "captions")])
+def test_letters_that_do_not_generate_or_caption(name, untrained):
+    settings = small_scale.run_settings(name)
+    assert [k for k in ("prompts", "captions") if settings[k] == 0] == [untrained]
 
 
 def test_runs_are_added_to_stored_ones():
@@ -243,16 +244,16 @@ def test_runs_are_added_to_stored_ones():
     new["runs"] = {"C-9": STORED["runs"]["C-1"], "F-1": STORED["runs"]["F-2"]}
     new["curves"] = dict.fromkeys(new["runs"], STORED["curves"]["C-1"])
     new["sweeps"]["steps"] = [{"run": "F-1", "value": 5, "scores": {}}]
-    found = small_scale.added(STORED, new)
+    found = small_scale.add_runs(STORED, new)
     assert list(found["runs"]) == sorted([*STORED["runs"], "C-9"])
     assert found["runs"]["F-1"] == STORED["runs"]["F-2"]
     assert found["runs"]["F-3"] == STORED["runs"]["F-3"]
     assert [x["value"] for x in found["sweeps"]["steps"] if x["run"] == "F-1"] == [5]
-    assert "F-1" not in {x["run"] for x in found["sweeps"]["guidance"]}  # it was painted anew
+    assert "F-1" not in {x["run"] for x in found["sweeps"]["guidance"]}  # it was generated again
     assert list(found["curves"]) == list(found["runs"])
 
 
-@pytest.mark.parametrize("what", small_scale.LIKE)
+@pytest.mark.parametrize("what", small_scale.MUST_AGREE)
 def test_runs_scored_otherwise_are_not_added(what):
     with pytest.raises(ValueError, match=rf"{what} \{{'changed': 1\}}, stored"):
-        small_scale.added(STORED, {**STORED, what: {"changed": 1}})
+        small_scale.add_runs(STORED, {**STORED, what: {"changed": 1}})

@@ -93,10 +93,10 @@ def test_logvar_is_clipped():
 
 
 @pytest.mark.slow
-def test_standardised_latents():
+def test_standardized_latents():
     data = pixels(40)
     x = data / np.float32(127.5) - 1
-    before, after = params(), train_vae.standardise(params(), CFG, data)
+    before, after = params(), train_vae.standardize(params(), CFG, data)
     mean, logvar = map(np.asarray, run("encode", before, x))
     new_mean, new_logvar = map(np.asarray, run("encode", after, x))
     axes = (0, 1, 2)

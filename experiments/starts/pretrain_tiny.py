@@ -1,13 +1,13 @@
-"""Pretrains the quick start's SigLIP and LLM by captioning OpenMoji, and saves them as a start.
+"""Pretrains the quick start's SigLIP and LLM by captioning OpenMoji and saves them for `starts/`.
 
     python experiments/starts/pretrain_tiny.py --data data/openmoji --out starts/emoji_llm
 
-Real runs start from SigLIP and an LLM that others trained. At this size nobody has any, so this
-tool makes them with the project's own train step: understanding rows only, next-token loss on the
-captions, everything between pixels and words trained. A drawing takes SigLIP many more looks than
-the LLM needs captions, so a first run teaches it under a much smaller LLM, which is five times as
-fast; a second run teaches the LLM, and both go on. The result is a model folder with the parts
-llm, und_encoder, und_aligner and und_begin (bfloat16) and the tokenizer.
+Real runs start from a published SigLIP and LLM. None exist at this size, so this script trains
+them with the project's own train step: understanding rows only, next-token loss on the captions,
+all parts between pixels and words trained. SigLIP needs many more images than the LLM needs
+captions. So a first run trains it with a much smaller LLM, five times as fast; a second run trains
+both with the quick start's LLM. The result is a model folder with the parts llm, und_encoder,
+und_aligner and und_begin (bfloat16), and the tokenizer.
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ import dataclasses
 import json
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.starts import notice
 from janusflow_jax import cli, config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import chat_format
 from janusflow_jax.eval import previews
-from janusflow_jax.openmoji import build as openmoji_build, tokenizer as openmoji_tokenizer
+from janusflow_jax.openmoji import build, tokenizer
 
 PARTS = ("llm", "und_encoder", "und_aligner", "und_begin")
 
 
-def small_reader() -> c.ModelConfig:
-    """The quick start's SigLIP under a language model with an eleventh of its parameters."""
+def small_llm_config() -> c.ModelConfig:
+    """The quick start's SigLIP with a language model of an eleventh of the parameters."""
     model = c.model_config("emoji")
-    model.name = "emoji-reader"
+    model.name = "emoji-small-llm"
     model.llm = dataclasses.replace(
         model.llm, width=64, mlp_width=176, num_layers=2, num_heads=2, num_kv_heads=2
     )
@@ -45,7 +49,7 @@ def small_reader() -> c.ModelConfig:
 def make_config(
     args: argparse.Namespace, hub: str, name: str, model: c.ModelConfig, form: str, steps: int
 ) -> c.TrainConfig:
-    """An understanding-only run. Fresh parts are the point of it, hence `allow_fresh`."""
+    """An understanding-only run. All parts are fresh, hence `allow_fresh`."""
     source = c.SourceConfig(name="describe", path=args.data, task="understand", format=form)
     row_len, slots = {"plain": (144, 4), "chat": (160, 2)}[form]  # whole samples, little padding
     return c.TrainConfig(
@@ -76,11 +80,11 @@ def make_config(
     )
 
 
-def make_tokenizer(out: str) -> None:
-    """Trains the tokenizer on the captions and the fixed words of the chat, into `out`."""
+def train_tokenizer(out: str) -> None:
+    """Trains the tokenizer on the captions and the fixed words of the chat."""
     model = c.model_config("emoji")
-    openmoji_tokenizer.train_tokenizer(
-        openmoji_build.tokenizer_texts(),
+    tokenizer.train_tokenizer(
+        build.tokenizer_texts(),
         model.llm.vocab_size,
         out,
         model.num_image_tokens,
@@ -89,10 +93,10 @@ def make_tokenizer(out: str) -> None:
 
 
 def run(cfg: c.TrainConfig) -> str:
-    """Trains to the last step and returns the workdir; ends the tool when told to stop before."""
+    """Trains to the last step and returns the workdir; exits if the run was stopped."""
     workdir = train.train(cfg)
     if model_folder.committed_steps(workdir)[-1] < cfg.num_steps:
-        sys.exit("stopped before the last step: run the same command again to go on")
+        sys.exit("stopped before the last step: run the same command again to resume")
     return workdir
 
 
@@ -111,23 +115,26 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     hub = epath.Path(args.workdir).resolve() / "tokenizer"
     if not (hub / "tokenizer.json").exists():
-        make_tokenizer(str(hub))
-    reader = make_config(args, str(hub), "encoder", small_reader(), "plain", args.encoder_steps)
-    first = run(reader)
+        train_tokenizer(str(hub))
+    small = make_config(args, str(hub), "encoder", small_llm_config(), "plain", args.encoder_steps)
+    first = run(small)
     cfg = make_config(args, str(hub), "llm", c.model_config("emoji"), "chat", args.steps)
     cfg.init = (("und_encoder", first),)
     workdir = run(cfg)
     loaded = model_folder.load_model(workdir, weights="ema")
     chat = chat_format.ChatFormat.load(str(hub))
-    small = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)  # noqa: E731
-    parts = {n: small(tree) for n, tree in (loaded.params or {}).items() if n in PARTS}
+    parts = {
+        name: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
+        for name, tree in (loaded.params or {}).items()
+        if name in PARTS
+    }
     model = pipeline.Pipeline(cfg.model, loaded.params, {}, chat)
     scores = {}
     for split in ("heldout_pairs", "heldout_views"):
         source = c.SourceConfig(name=split, path=args.data, split=split)
         lines = previews.caption_source(model, source, 200)
         scores[split] = sum(x["answer"] in x["captions"] for x in lines) / len(lines)
-        print(f"{split}: {scores[split]:.3f} of captions exact (200 pictures)")
+        print(f"{split}: {scores[split]:.3f} of captions exact (200 images)")
     extra = {
         "made_by": "experiments/starts/pretrain_tiny.py",
         "exact_captions": scores,
@@ -145,10 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     options = f"--encoder-steps {args.encoder_steps} --steps {args.steps}"
     options += f" --batch-rows {args.batch_rows} --lr {args.lr}"
     command = f"python experiments/starts/pretrain_tiny.py {options} --out starts/emoji_llm"
-    notice = openmoji_build.START_NOTICE.format(
-        title="The quick start's SigLIP and language model", command=command
-    )
-    (epath.Path(args.out) / "README.md").write_text(notice)
+    notice.write(args.out, "The quick start's SigLIP and language model", command)
     print(json.dumps(extra), f"{(time.time() - began) / 60:.1f} min, saved to {args.out}")
 
 

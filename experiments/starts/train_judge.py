@@ -1,18 +1,20 @@
-"""Trains the judge of the suite `emoji` on OpenMoji, and saves it as a start.
+"""Trains the judge of the suite `emoji` on OpenMoji and saves it for `starts/`.
 
     python experiments/starts/train_judge.py --data data/openmoji --out starts/emoji_judge
 
-An image tower (SigLIP's module, fresh) and a text tower (embeddings of class and colour under an
-MLP) learn one space: of all 1,864 pairs' texts, a picture's own must be nearest (softmax). It sees
-every pair, held-out ones too, in views that the test splits do not have, half of them as the quick
-start's VAE gives them back, and blurred, shifted and noisy, because that is how painted pictures
-look. It never sees a painted picture, nor the SigLIP that REPA aligns with.
+An image tower (a fresh SigLIP) and a text tower (embeddings of class and color, then an MLP) learn
+a common space: of the texts of all 1,864 pairs, an image's own must be the nearest (softmax).
+Training uses every pair, held-out ones too, in views that the test splits do not have. Half of the
+images are reconstructions of the quick start's VAE; all are blurred, shifted and noisy like
+generated images. The judge never sees a generated image, nor the SigLIP that REPA aligns with.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,17 +23,16 @@ import numpy as np
 import optax
 from etils import epath
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.starts import notice
 from janusflow_jax import cli, config as c
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import images, sources
 from janusflow_jax.models import encode, vae
-from janusflow_jax.openmoji import (
-    build as openmoji_build,
-    judge,
-    prompts as openmoji_prompts,
-    scores as emoji,
-)
+from janusflow_jax.openmoji import judge, prompts
+from janusflow_jax.openmoji.scores import Label
 from janusflow_jax.training import optim
 
 EMA = 0.995
@@ -39,30 +40,30 @@ SHIFT = 4  # pixels
 TEST_VIEW = "-1"  # this view of a held-out pair is for testing
 
 
-def load(data: str, split: str, size: int) -> tuple[np.ndarray, list[emoji.Label], list[str]]:
-    """All pictures of a split, uint8[N, size, size, 3], their labels and ids."""
+def load(data: str, split: str, size: int) -> tuple[np.ndarray, list[Label], list[str]]:
+    """All images of a split, uint8[N, size, size, 3], their labels and ids."""
     source = sources.open_source(data, split)
     records = [source[i] for i in range(len(source))]
-    pictures = [images.for_generation(images.decode(r["image"]), size) for r in records]
-    labels = [emoji.Label(r["class"], r["colour"]) for r in records]
-    return np.stack(pictures), labels, [r["id"] for r in records]
+    pixels = [images.for_generation(images.decode(r["image"]), size) for r in records]
+    labels = [Label(r["class"], r["colour"]) for r in records]
+    return np.stack(pixels), labels, [r["id"] for r in records]
 
 
-def round_trip(path: str, pictures: np.ndarray) -> np.ndarray:
-    """Pictures as the VAE gives them back, uint8."""
+def reconstruct(path: str, pixels: np.ndarray) -> np.ndarray:
+    """Reconstructions of images by the VAE, uint8."""
     loaded = model_folder.load_model(path)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loaded.vae)
     run = jax.jit(lambda p, x: vae.Vae(loaded.cfg.vae).apply({"params": p}, x))
     out = []
-    for i in range(0, len(pictures), 32):
-        x = np.pad(pictures[i : i + 32], ((0, max(0, i + 32 - len(pictures))), *[(0, 0)] * 3))
+    for i in range(0, len(pixels), 32):
+        x = np.pad(pixels[i : i + 32], ((0, max(0, i + 32 - len(pixels))), *[(0, 0)] * 3))
         y = jnp.clip(run(params, encode.to_float(jnp.asarray(x), jnp.float32)), -1, 1)
         out.append(np.asarray(jnp.round((y + 1) * 127.5)).astype(np.uint8))
-    return np.concatenate(out)[: len(pictures)]
+    return np.concatenate(out)[: len(pixels)]
 
 
 def augment(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Shifts, blurs half of the pictures, changes contrast and colours a little, adds noise.
+    """Shifts, blurs half of the images, changes contrast and colors a little, adds noise.
 
     x: float32[B, H, W, 3] in [-1, 1].
     """
@@ -88,12 +89,12 @@ def blurred(x: jax.Array) -> jax.Array:
     return (p[:, :, :-2] + 2 * p[:, :, 1:-1] + p[:, :, 2:]) / 4
 
 
-def accuracy(loaded: judge.LoadedJudge, pictures: np.ndarray, labels: list[emoji.Label]) -> Any:
-    """How often the nearest of all texts is the picture's; has its class; has its colour."""
+def accuracy(loaded: judge.LoadedJudge, pixels: np.ndarray, labels: list[Label]) -> Any:
+    """How often the nearest of all texts is the image's own; has its class; has its color."""
     every = loaded.cfg.labels
-    likeness = loaded.embed_images(list(pictures)) @ loaded.embed_texts(every).T
-    said = [every[i] for i in likeness.argmax(1)]
-    pairs = list(zip(said, labels, strict=True))
+    cosines = loaded.embed_images(list(pixels)) @ loaded.embed_texts(every).T
+    nearest = [every[i] for i in cosines.argmax(1)]
+    pairs = list(zip(nearest, labels, strict=True))
     return {
         "pictures": len(labels),
         "candidates": len(every),
@@ -107,15 +108,15 @@ def train(
     cfg: judge.JudgeConfig,
     args: argparse.Namespace,
     views: tuple[np.ndarray, np.ndarray],
-    labels: list[emoji.Label],
+    labels: list[Label],
 ) -> Any:
-    """Parameters (their running mean) after `args.steps` steps.
+    """The EMA of the parameters after `args.steps` steps.
 
-    Args: views: the pictures as drawn, and as the VAE gives them back, uint8[N, H, W, 3].
+    Args: views: the images, and their reconstructions by the VAE, uint8[N, H, W, 3] each.
     """
-    classes, colours = judge.label_indices(cfg, cfg.labels)
-    own_class, own_colour = judge.label_indices(cfg, labels)
-    target = own_class * len(cfg.colors) + own_colour
+    classes, colors = judge.label_indices(cfg, cfg.labels)
+    own_class, own_color = judge.label_indices(cfg, labels)
+    targets = own_class * len(cfg.colors) + own_color
     key = jax.random.key(args.seed)
     params = judge.init_params(cfg, key)
     options = c.OptimConfig(
@@ -128,30 +129,30 @@ def train(
     )
     tx = optim.make_optimizer(options, args.steps)
 
-    def loss_fn(params: Any, x: jax.Array, want: jax.Array) -> Any:
-        scores = judge.Judge(cfg).apply({"params": params}, x, classes, colours)
-        right = jnp.mean(jnp.argmax(scores, axis=-1) == want)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, want)), right
+    def loss_fn(params: Any, x: jax.Array, target: jax.Array) -> Any:
+        scores = judge.Judge(cfg).apply({"params": params}, x, classes, colors)
+        right = jnp.mean(jnp.argmax(scores, axis=-1) == target)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, target)), right
 
     @jax.jit
-    def step(params: Any, ema: Any, opt: Any, x: jax.Array, want: jax.Array, n: jax.Array) -> Any:
+    def step(params: Any, ema: Any, opt: Any, x: jax.Array, target: jax.Array, n: jax.Array) -> Any:
         x = augment(jax.random.fold_in(key, n), encode.to_float(x, jnp.float32))
-        (loss, right), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x, want)
+        (loss, right), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x, target)
         updates, opt = tx.update(grads, opt, params)
         params = optax.apply_updates(params, updates)
         return params, optim.update_ema(ema, params, EMA, n), opt, (loss, right)
 
     ema, opt = params, tx.init(params)
-    rng, count = np.random.default_rng(args.seed), len(labels)
+    generator, count = np.random.default_rng(args.seed), len(labels)
     order = np.concatenate(
-        [rng.permutation(count) for _ in range(args.steps * args.batch // count + 1)]
+        [generator.permutation(count) for _ in range(args.steps * args.batch // count + 1)]
     )
     began = time.time()
     for n in range(args.steps):
         pick = order[n * args.batch : (n + 1) * args.batch]
-        painted = rng.random(len(pick)) < 0.5
-        x = np.where(painted[:, None, None, None], views[1][pick], views[0][pick])
-        params, ema, opt, (loss, right) = step(params, ema, opt, x, target[pick], jnp.int32(n))
+        reconstructed = generator.random(len(pick)) < 0.5
+        x = np.where(reconstructed[:, None, None, None], views[1][pick], views[0][pick])
+        params, ema, opt, (loss, right) = step(params, ema, opt, x, targets[pick], jnp.int32(n))
         if (n + 1) % 100 == 0 or n == 0:
             left = (time.time() - began) / (n + 1) * (args.steps - n - 1) / 60
             print(
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     out = epath.Path(args.out)
     if out.exists() and not args.overwrite:
-        raise CheckpointError(f"{out}: exists; choose another path or pass --overwrite")
+        raise CheckpointError(f"{out}: expected a new folder; it exists: pass --overwrite")
     began = time.time()
     tower = c.SiglipConfig(
         image_size=64,
@@ -187,20 +188,20 @@ def main(argv: list[str] | None = None) -> None:
         num_heads=3,
         mlp_width=384,
     )
-    pictures, labels, _ = load(args.data, "train", tower.image_size)
+    pixels, labels, _ = load(args.data, "train", tower.image_size)
     pairs, pair_labels, ids = load(args.data, "heldout_pairs", tower.image_size)
     known = np.array([not x.endswith(TEST_VIEW) for x in ids])
-    pictures = np.concatenate([pictures, pairs[known]])
+    pixels = np.concatenate([pixels, pairs[known]])
     labels += [x for x, k in zip(pair_labels, known, strict=True) if k]
     cfg = judge.JudgeConfig(
         image=tower,
         classes=tuple(sorted({x.name for x in labels})),
-        colors=tuple(openmoji_prompts.PALETTE),
+        colors=tuple(prompts.PALETTE),
     )
-    print(f"{len(labels)} pictures of {len(set(labels))} pairs", flush=True)
-    again = round_trip(args.vae, pictures)
-    print(f"as the VAE gives them back: {time.time() - began:.0f} s", flush=True)
-    params = train(cfg, args, (pictures, again), labels)
+    print(f"{len(labels)} images of {len(set(labels))} pairs", flush=True)
+    again = reconstruct(args.vae, pixels)
+    print(f"reconstructed by the VAE after {time.time() - began:.0f} s", flush=True)
+    params = train(cfg, args, (pixels, again), labels)
     judge.save(out, cfg, params, {})
     loaded = judge.load(out)  # scored as shipped, in bfloat16
     views, view_labels, _ = load(args.data, "heldout_views", tower.image_size)
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     scores = {
         "heldout_views": accuracy(loaded, views, view_labels),
-        "heldout_views, VAE": accuracy(loaded, round_trip(args.vae, views), view_labels),
+        "heldout_views, VAE": accuracy(loaded, reconstruct(args.vae, views), view_labels),
         "heldout_views, blurred": accuracy(loaded, soft.astype(np.uint8), view_labels),
         "heldout_pairs, a view of its own": accuracy(loaded, pairs[~known], new),
     }
@@ -220,8 +221,11 @@ def main(argv: list[str] | None = None) -> None:
     options += f" --patch {args.patch} --seed {args.seed}"
     command = f"python experiments/starts/train_judge.py {options} --out {judge.START}"
     judge.save(out, cfg, params, {"made_by": command, "accuracy": scores})
-    notice = openmoji_build.JUDGE_NOTICE.format(command=command)
-    (out / "README.md").write_text(notice)
+    purpose = (
+        "Two towers that score the images of the quick start (`janusflow_jax/openmoji/judge.py`);\n"
+        "no training starts from them."
+    )
+    notice.write(out, "The judge of the quick start's images", command, purpose)
     print(f"saved to {out} after {(time.time() - began) / 60:.1f} min")
 
 

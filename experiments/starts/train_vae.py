@@ -1,18 +1,20 @@
-"""Trains the quick start's VAE on OpenMoji, and saves it as a start.
+"""Trains the quick start's VAE on OpenMoji and saves it for `starts/`.
 
     python experiments/starts/train_vae.py --data data/openmoji --out starts/emoji_vae
 
-The architecture is SDXL's at small widths. Loss: L1 and squared error of pixels, L1 of their local
-means (colour) and of their differences between neighbours (edges), and a small KL term. JanusFlow
-multiplies latents by SDXL's 0.13025, so at the end the latent basis is changed exactly (an affine
-map per channel, folded into quant_conv and undone in post_quant_conv) to make the scaled latents
-of the training pictures zero-mean and of unit variance; reconstructions do not change.
+The architecture is SDXL's at small widths. The loss is L1 and squared error of pixels, L1 of their
+local means (color) and of the differences between neighbors (edges), and a small KL term. JanusFlow
+multiplies latents by SDXL's 0.13025. So an affine map per channel is folded into quant_conv at the
+end, and its inverse into post_quant_conv: the scaled latents of the training images then have mean
+0 and variance 1, and reconstructions do not change.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,27 +22,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.starts import notice
 from janusflow_jax import cli, config as c
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import images, sources
+from janusflow_jax.eval import sheet
 from janusflow_jax.models import encode, vae
-from janusflow_jax.openmoji import build as openmoji_build
 from janusflow_jax.training import optim
 
 EMA = 0.995
 
 
 def load_split(data: str, split: str, size: int) -> np.ndarray:
-    """All pictures of a split, uint8[N, size, size, 3]."""
+    """All images of a split, uint8[N, size, size, 3]."""
     source = sources.open_source(data, split)
-    pictures = (images.decode(source[i]["image"]) for i in range(len(source)))
-    return np.stack([images.for_generation(p, size) for p in pictures])
+    decoded = (images.decode(source[i]["image"]) for i in range(len(source)))
+    return np.stack([images.for_generation(x, size) for x in decoded])
 
 
 def augment(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Mirrors half of the pictures."""
+    """Mirrors half of the images."""
     return jnp.where(jax.random.bernoulli(key, 0.5, (len(x), 1, 1, 1)), x[:, :, ::-1], x)
 
 
@@ -55,7 +59,7 @@ def loss_fn(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L1 + MSE + L1 of 4x4 and 8x8 means + edge L1 + KL. x: float32[B, H, W, 3] in [-1, 1].
 
-    With L1 on pixels alone, colours are learned long after outlines: a grey picture is its median.
+    With L1 on pixels alone, colors are learned long after outlines: the median is a gray image.
     """
     module, variables = vae.Vae(cfg), {"params": params}
     mean, logvar = module.apply(variables, x, method="encode")
@@ -65,16 +69,16 @@ def loss_fn(
     kl = 0.5 * jnp.mean(jnp.sum(mean**2 + jnp.exp(logvar) - 1 - logvar, axis=(1, 2, 3)))
     kl = kl / np.prod(x.shape[1:])
     l1, mse = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
-    colour = jnp.mean(jnp.abs(pool(error, 4))) + jnp.mean(jnp.abs(pool(error, 8)))
-    loss = l1 + mse + colour + 0.25 * edges + kl_weight * kl
-    return loss, {"l1": l1, "mse": mse, "colour": colour, "edges": edges, "kl": kl}
+    color = jnp.mean(jnp.abs(pool(error, 4))) + jnp.mean(jnp.abs(pool(error, 8)))
+    loss = l1 + mse + color + 0.25 * edges + kl_weight * kl
+    return loss, {"l1": l1, "mse": mse, "color": color, "edges": edges, "kl": kl}
 
 
-def standardise(params: Any, cfg: c.VaeConfig, pixels: np.ndarray) -> Any:
+def standardize(params: Any, cfg: c.VaeConfig, pixels: np.ndarray) -> Any:
     """Changes the latent basis so that scaled latents of `pixels` have mean 0 and std 1.
 
     z' = (z - m) / (s * factor) for each channel; the posterior's std is divided as well. The
-    inverse goes into post_quant_conv, so decode(encode(x)) stays what it was.
+    inverse goes into post_quant_conv, so decode(encode(x)) does not change.
     """
     run = jax.jit(lambda p, x: vae.Vae(cfg).apply({"params": p}, x, method="encode"))
     parts = [
@@ -117,9 +121,9 @@ def save_comparison(path: epath.Path, pixels: np.ndarray, again: np.ndarray) -> 
     """A PNG: rows of originals over rows of their reconstructions."""
     rows = []
     for i in range(0, min(len(pixels), 48), 16):
-        rows += [np.concatenate(list(a[i : i + 16]), axis=1) for a in (pixels, again)]
+        rows += [*pixels[i : i + 16], *again[i : i + 16]]
     with path.open("wb") as f:
-        Image.fromarray(np.concatenate(rows)).save(f, "PNG")
+        sheet.make_sheet(rows, [""] * len(rows), columns=16, scale=1).save(f, "PNG")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,11 +142,11 @@ def main(argv: list[str] | None = None) -> None:
     model = c.model_config("emoji")
     cfg = model.vae
     pixels = load_split(args.data, "train", model.image_size)
-    print(f"{len(pixels)} training pictures, {time.time() - began:.1f} s", flush=True)
+    print(f"{len(pixels)} training images, {time.time() - began:.1f} s", flush=True)
     key = jax.random.key(args.seed)
     params = vae.init_params(cfg, key)
-    # Muon is 4 dB ahead of Adam after the same minute: Adam learns outlines first, and hundreds of
-    # steps of grey pictures pass before colours (docs/decisions.md).
+    # After the same minute Muon is 4 dB better than Adam, which learns outlines first and colors
+    # only after hundreds of steps (docs/decisions.md).
     tx = optim.make_optimizer(
         c.OptimConfig(
             name="muon", lr=args.lr, b2=0.99, warmup_steps=60, decay_steps=args.steps - 60
@@ -161,10 +165,9 @@ def main(argv: list[str] | None = None) -> None:
         return params, ema, opt, out
 
     ema, opt = params, tx.init(params)
-    rng = np.random.default_rng(args.seed)
-    order = np.concatenate(
-        [rng.permutation(len(pixels)) for _ in range(args.steps * args.batch // len(pixels) + 1)]
-    )
+    generator = np.random.default_rng(args.seed)
+    epochs = args.steps * args.batch // len(pixels) + 1
+    order = np.concatenate([generator.permutation(len(pixels)) for _ in range(epochs)])
     for n in range(args.steps):
         x = pixels[order[n * args.batch : (n + 1) * args.batch]]
         params, ema, opt, out = step(params, ema, opt, x, jnp.int32(n))
@@ -172,14 +175,14 @@ def main(argv: list[str] | None = None) -> None:
             line = " ".join(f"{k} {float(v):.4f}" for k, v in out.items())
             left = (time.time() - began) / (n + 1) * (args.steps - n - 1) / 60
             print(f"step {n + 1}/{args.steps} {line} {left:.1f} min left", flush=True)
-    ema = standardise(ema, cfg, pixels[:: max(1, len(pixels) // 512)])
+    ema = standardize(ema, cfg, pixels[:: max(1, len(pixels) // 512)])
     ema = jax.tree.map(lambda x: x.astype(jnp.bfloat16), ema)  # scored as shipped
     shipped = jax.tree.map(lambda x: x.astype(jnp.float32), ema)
     scores = {}
     for split in ("heldout_pairs", "heldout_views"):
         held = load_split(args.data, split, model.image_size)[::7]
         scores[split], again = psnr(shipped, cfg, held)
-        print(f"{split}: PSNR {scores[split]:.2f} dB on {len(held)} pictures")
+        print(f"{split}: PSNR {scores[split]:.2f} dB on {len(held)} images")
     preview = epath.Path(args.preview)
     preview.parent.mkdir(parents=True, exist_ok=True)
     save_comparison(preview, held, again)
@@ -197,8 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         overwrite=args.overwrite,
     )
     command = f"python experiments/starts/train_vae.py --steps {args.steps} --out starts/emoji_vae"
-    notice = openmoji_build.START_NOTICE.format(title="The quick start's VAE", command=command)
-    (epath.Path(args.out) / "README.md").write_text(notice)
+    notice.write(args.out, "The quick start's VAE", command)
     print(f"saved to {args.out} after {(time.time() - began) / 60:.1f} min; see {preview}")
 
 

@@ -1,0 +1,24 @@
+"""The README.md of a folder in starts/: what made the weights, and their license."""
+
+from __future__ import annotations
+
+from etils import epath
+
+TEMPLATE = """\
+# {title}
+
+{purpose} Made by
+
+    {command}
+
+The weights were learned from drawings of [OpenMoji](https://openmoji.org) 17 (the open-source emoji
+and icon project), recolored and rendered by `tools/prepare_openmoji.py`. They have the license of
+the drawings, [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/).
+"""
+START = "Initial weights of the quick start (`configs/emoji.py`)."
+
+
+def write(folder: epath.PathLike, title: str, command: str, purpose: str = START) -> None:
+    """Writes the file into a folder."""
+    text = TEMPLATE.format(title=title, purpose=purpose, command=command)
+    (epath.Path(folder) / "README.md").write_text(text)
