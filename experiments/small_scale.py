@@ -155,7 +155,8 @@ def score(run: Path, file: Path, args: argparse.Namespace, **settings: Any) -> N
     if is_current(file, run, settings):
         return
     print(f"--- {file}", flush=True)
-    options = [x for key, value in settings.items() for x in (f"--{key}", str(value))]
+    names = {key: f"--{key}" for key in settings} | {"cfg": "--guidance-scale"}
+    options = [x for key, value in settings.items() for x in (names[key], str(value))]
     evaluate.main(["--model", str(run), "--suite", "emoji", "--out", str(file), *options])
 
 

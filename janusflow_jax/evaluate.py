@@ -59,7 +59,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--captions", type=int, default=200, metavar="N", help="images to caption per split"
     )
-    p.add_argument("--cfg", type=float, default=2.0, help="guidance scale; 1: no guidance")
+    # reports call it cfg
+    p.add_argument(
+        "--guidance-scale", dest="cfg", type=float, default=2.0, metavar="W", help="1: no guidance"
+    )
+    p.add_argument(  # the name of 0.1; remove in 0.3
+        "--cfg", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     p.add_argument("--steps", type=int, default=30, help="Euler steps")
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)

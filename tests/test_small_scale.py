@@ -169,17 +169,12 @@ def test_curves_hold_what_was_trained(tmp_path):
 
 
 def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkeypatch):
-    made = []
+    made, parse = [], evaluate.parse
 
     def fake(argv):
         options = dict(zip(argv[::2], argv[1::2], strict=True))
         made.append(options)
-        kind = {"cfg": float, "judge": str, "data": str, "suite": str}
-        settings = {
-            k[2:]: kind.get(k[2:], int)(v)
-            for k, v in options.items()
-            if k not in ("--model",) and k != "--out"
-        }
+        settings = vars(parse(argv))
         report = _report() | {"settings": settings, "model": {"model.json": "b"}} | here
         if options["--judge"]:
             report["judge"] = {"weights_sha256": sha[options["--judge"]]}

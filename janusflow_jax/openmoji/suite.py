@@ -107,7 +107,7 @@ def score_generation(
 
     def generate(labels: Sequence[Label], seed: int) -> list[np.ndarray]:
         texts = [prompts.caption(x.color, x.name) for x in labels]
-        settings = {"cfg_weight": guidance_scale, "num_steps": num_steps, "output": "numpy"}
+        settings = {"guidance_scale": guidance_scale, "num_steps": num_steps, "output": "numpy"}
         return list(model.generate(texts, seed=seed, **settings))
 
     images = generate(of_sheet, seed)
