@@ -126,7 +126,7 @@ def _generate(s: Setup, model: Any, peer: Any, fast: Any, length: int, batch: in
         theirs, ours = ways[PEERS[0]](), ways["ours"]()
         error = np.abs(ours - theirs).max() / np.abs(theirs).max()
         note = f"largest difference {error:.0e}"
-    work = batch * flops.image_flops(cfg, length, s.steps)["all"]
+    work = batch * flops.image_flops(cfg, length, s.steps)
     case = f"image, {s.steps} steps, prompt {length}, batch {batch}"
     return Result(case, "images", batch, timing.alternate(ways, s.rounds), work / 1e12, note=note)
 

@@ -80,7 +80,7 @@ def generation(cfg: c.ModelConfig, prompt: int, padded: int, steps: int) -> Line
     visible = causal(prompt) + steps * (2 * causal(slot) + slot * (prompt + 1))
     return Line(
         f"image, {steps} steps, prompt {prompt}",
-        flops.image_flops(cfg, prompt, steps)["all"],
+        flops.image_flops(cfg, prompt, steps),
         {
             "prompt padding": 2 * flops.llm_kernel(cfg) * (padded - prompt),
             "masked attention": per_pair * (computed - visible),

@@ -33,7 +33,7 @@ def test_operations_of_the_released_size():
     assert understand / tera == pytest.approx(6.5, rel=0.02)
     assert generate / tera == pytest.approx(6.2, rel=0.02)
     assert 6 * generate / tera == pytest.approx(37, rel=0.02)  # a packed row
-    picture = flops.image_flops(FULL, prompt=40, num_steps=30)["all"] / tera + 1.41
+    picture = flops.image_flops(FULL, prompt=40, num_steps=30) / tera + 1.41
     assert picture == pytest.approx(92.5, rel=0.01)
 
 

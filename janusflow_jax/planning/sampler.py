@@ -90,7 +90,7 @@ def sampler_programs(cfg: TrainConfig, mesh: Any, rows: int, num_steps: int) -> 
         (model, params, array(rows, PROMPT), array(rows), noise, scalar),
         {"num_steps": num_steps, "guided": True},
         {"params": params, "inputs": noise},
-        rows * flops.image_flops(m, PROMPT_USED, num_steps)["all"],
+        rows * flops.image_flops(m, PROMPT_USED, num_steps),
     )
     yield Program(
         f"pixels of {rows} images",

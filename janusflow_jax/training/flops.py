@@ -6,7 +6,7 @@ recomputation. A multiply-add is two operations.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def train_flops(cfg: ModelConfig, work: Work, trained: set[str], repa: bool) -> 
 
 
 def llm_kernel(cfg: ModelConfig) -> float:
-    """Weights of the LLM's blocks: one multiply-add a position each."""
+    """Weights of the LLM's blocks: one multiply-add per position each."""
     m = cfg.llm
     attn = 2.0 * m.width * m.head_dim * (m.num_heads + m.num_kv_heads)
     return m.num_layers * (attn + 3 * m.width * m.mlp_width)
@@ -191,8 +191,8 @@ def vae_decoder(cfg: ModelConfig) -> float:
     return 2.0 * (total + 9 * before * 3 * side**2)
 
 
-def image_flops(cfg: ModelConfig, prompt: int, num_steps: int) -> dict[str, Any]:
-    """Generating one image with guidance: {'prompt', 'steps', 'all'}, without the VAE.
+def image_flops(cfg: ModelConfig, prompt: int, num_steps: int) -> float:
+    """Generating the latents of one image with guidance.
 
     Args:
       prompt: number of its tokens.
@@ -202,8 +202,7 @@ def image_flops(cfg: ModelConfig, prompt: int, num_steps: int) -> dict[str, Any]
     llm = 2.0 * llm_kernel(cfg)
     first = llm * prompt + attention_per_pair(cfg) * prompt * (prompt + 1) / 2
     inside = slot * (slot + 1) / 2
-    pairs = (inside + slot * prompt, inside + slot)  # the unconditional branch sees BOS alone
-    branch = llm * slot + gen_decoder(cfg)
-    step = sum(branch + attention_per_pair(cfg) * n for n in pairs)
-    step += gen_encoder(cfg) + aligner(cfg, "generate")
-    return {"prompt": first, "steps": num_steps * step, "all": first + num_steps * step}
+    pairs = inside + slot * prompt + inside + slot  # the unconditional branch sees only BOS
+    branches = 2 * (llm * slot + gen_decoder(cfg)) + attention_per_pair(cfg) * pairs
+    step = branches + gen_encoder(cfg) + aligner(cfg, "generate")
+    return first + num_steps * step
