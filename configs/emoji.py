@@ -1,22 +1,23 @@
-"""The quick start: paint and read OpenMoji drawings, from nothing to a sheet on a laptop CPU.
+"""The quick start: generate and understand OpenMoji drawings, trained on a laptop CPU.
 
-All of the real code path at small dimensions: 64 px, LLM 192 x 4, pre-training's objective
-(AR + RF + REPA) and what it trains (all but SigLIP and the VAE), understanding and generation
-mixed 25:75 by positions. The VAE, SigLIP and LLM start from the weights that ship in `starts/`.
+The same code as a full-size run at small dimensions: 64 px, LLM 192 x 4. The objective is that of
+pre-training (AR + RF + REPA), and so are the trained parts (all but SigLIP and the VAE).
+Understanding and generation are mixed 25:75 by positions. The VAE, SigLIP and LLM start from the
+weights in `starts/`.
 
     python tools/prepare_openmoji.py --out data/openmoji
     python -m janusflow_jax.train --config=configs/emoji.py
 
 Arguments: `long` (nearly four times the steps), `test`, and one letter of the paper's ablations
-(configs/ablation.py), everything else equal; without one it is F:
+(configs/ablation.py) with everything else equal; the default is F:
 
     A  without REPA
     B  one VAE + ConvNeXt encoder for both tasks
     C  a VAE + ConvNeXt encoder of its own for understanding; its VAE encoder is trained
-    D  understanding only: as many pictures of it as F sees, in 292 steps
-    E  generation only: as many pictures of it as F sees, in 908 steps
+    D  understanding only: as many images to understand as F, in 292 steps
+    E  generation only: as many images to generate as F, in 908 steps
 
-Cost and what to expect: README, with the sheets of both; docs/small_scale.md has the letters.
+Cost and results: docs/quickstart.md; the letters: docs/small_scale.md.
 """
 
 import dataclasses
@@ -57,8 +58,8 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         model=c.model_config("emoji"),
         data=c.DataConfig(sources=(understand, generate), row_len=160, gen_slots=5, und_slots=2),
         optim=c.OptimConfig(lr=1e-3, warmup_steps=50, decay_steps=steps // 2, ema=0.995),
-        # On drawings of flat colour the first tenth of time decides the hue, and logit-normal times
-        # are there once in 70; shifted by 3 towards noise, once in 7.
+        # On drawings of flat color the first tenth of time decides the hue. Logit-normal times fall
+        # there once in 70; shifted by 3 towards noise, once in 7.
         loss=c.LossConfig(repa_weight=0.0 if letter in "AD" else 1.0, time_shift=3.0),
         init=(
             ("vae", "starts/emoji_vae"),
@@ -68,7 +69,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder"),
         batch_rows=8,
         num_steps=steps,
-        seed=1,  # 0 made the starts, and with it a fresh und_aligner would be half theirs
+        seed=1,  # 0 made the weights in starts/, whose und_aligner a fresh one would resemble
         remat=False,
         log_every_steps=20,
         save_every_steps=500,
