@@ -91,11 +91,7 @@ def main() -> None:
             share = np.histogram(text, edges)[0] / len(text)
             cells = "".join(f"{x:8.1%}" for x in share)
             print(f"{source.name:12}{cells}  {text.mean():6.0f}")
-        for line in packed.describe():
-            print(
-                "{source}: {samples} samples in {bins} bins, {fill:.1%} full, "
-                "{share_of_positions:.1%} of the positions".format(**line)
-            )
+        print(packed.summary(packed.mixtures[0]))
         share = used_share(packed, args.rows)
         print(f"{share:.2%} of the positions of {args.rows} rows are used")
 

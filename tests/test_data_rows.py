@@ -98,7 +98,7 @@ def test_shares_are_shares_of_positions(stores, chat):
         bins = made.sources[which].bins
         used[which] += bins.used / len(bins)
     np.testing.assert_allclose(used / used.sum(), [5 / 8, 3 / 8], atol=0.01)
-    got = [d["share_of_positions"] for d in made.describe()]
+    got = made.shares(made.mixtures[0])
     np.testing.assert_allclose(got, [5 / 8, 3 / 8], atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_shares_with_text_come_out_in_the_rows(stores, chat):
         text = row["segment_ids"] > int(bins.starts[b + 1] - bins.starts[b])
         got[2] += text.sum()
         got[which] += ((row["segment_ids"] > 0) & ~text).sum()
-    want = [d["share_of_positions"] for d in made.describe()]
+    want = made.shares(made.mixtures[0])
     np.testing.assert_allclose(want, [0.5, 0.3, 0.2], atol=0.02)
     np.testing.assert_allclose(got / got.sum(), want, atol=0.05)
 

@@ -277,6 +277,6 @@ def test_the_papers_mixture_fills_98_percent(monkeypatch, tmp_path):
     bench = runpy.run_path(str(script))
     made = bench["open_rows"](1500, str(tmp_path))
     assert made.cfg.row_len == 4096 and made.model.slot_len == 577
-    got = [d["share_of_positions"] for d in made.describe()]
+    got = made.shares(made.mixtures[0])
     np.testing.assert_allclose(got, [0.14, 0.80, 0.06], atol=0.01)
     assert bench["used_share"](made, 60) >= 0.98

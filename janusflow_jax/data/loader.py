@@ -53,16 +53,10 @@ class Loader:
     def summary(self) -> str:
         """A line for each source in each mixture."""
         lines = []
-        for number, mixture in enumerate(self.rows.mixtures):
+        for mixture in self.rows.mixtures:
             if mixture.first_row:
                 lines.append(f"after step {mixture.first_row // self.batch_rows}:")
-            for source in self.rows.describe(number):
-                lines.append(
-                    "{source} ({task}): {samples} samples of {records} records in {bins} bins, "
-                    "{fill:.1%} of positions used, {share_of_positions:.1%} of the "
-                    "mixture".format(**source)
-                    + (f"; {source['left_out']} too long, left out" if source["left_out"] else "")
-                )
+            lines.append(self.rows.summary(mixture))
         return "\n".join(lines)
 
     def batches(

@@ -151,31 +151,28 @@ class Rows:
         source = self.sources[which]
         return source.name, [int(source.samples.record[i]) for i, _ in source.bins[b]]
 
-    def describe(self, number: int = 0) -> list[dict[str, Any]]:
-        """Per source: name, task, records, samples, bins, left_out, fill, shares in a mixture."""
-        mixture = self.mixtures[number]
-        rows = np.array(mixture.shares) / packing.SHARE_UNITS
-        fill = np.array(self.fill)
+    def shares(self, mixture: packing.Mixture) -> np.ndarray:
+        """Share of the mixture's positions that each source has."""
+        rows, fill = np.array(mixture.shares) / packing.SHARE_UNITS, np.array(self.fill)
         is_text = np.array([s.cfg.task == "text" for s in self.sources])
         positions = rows * fill
         weights = np.array(mixture.weights) * is_text
         if weights.any():  # text also fills the tails of the other rows
             tails = mixture.filler * float((rows * (1 - fill))[~is_text].sum())
             positions = positions + tails * weights / weights.sum()
-        return [
-            {
-                "source": source.name,
-                "task": source.cfg.task,
-                "records": len(source.records),
-                "samples": len(source.bins.samples),
-                "bins": len(source.bins),
-                "left_out": source.samples.left_out,  # units
-                "fill": float(fill[i]),  # part of a row's positions that are used
-                "share_of_rows": float(rows[i]),
-                "share_of_positions": float(positions[i] / positions.sum()),
-            }
-            for i, source in enumerate(self.sources)
-        ]
+        return positions / positions.sum()
+
+    def summary(self, mixture: packing.Mixture) -> str:
+        """A line for each source."""
+        lines = []
+        for s, fill, share in zip(self.sources, self.fill, self.shares(mixture), strict=True):
+            left_out = f"; {s.samples.left_out} too long, left out" if s.samples.left_out else ""
+            lines.append(
+                f"{s.name} ({s.cfg.task}): {len(s.bins.samples)} samples of {len(s.records)} "
+                f"records in {len(s.bins)} bins, {fill:.1%} of positions used, {share:.1%} of the "
+                f"mixture{left_out}"
+            )
+        return "\n".join(lines)
 
     def _open(self, cfg: config_lib.SourceConfig) -> Source:
         records = sources.mapped(sources.open_source(cfg.path, cfg.split), cfg.fields, cfg.task)

@@ -107,7 +107,10 @@ class Mapped:
     def __init__(self, source: TfdsSource, fields: Fields):
         self.path, self.split, self.fields = source.path, source.split, fields
         self._source = source
-        self._names = {theirs: _class_names(source.features, theirs) for _, theirs in fields}
+        self._class_names = {
+            theirs: getattr(_feature(source.features, theirs), "names", None)
+            for _, theirs in fields
+        }
 
     def __len__(self) -> int:
         return len(self._source)
@@ -118,7 +121,7 @@ class Mapped:
         out = {name: value for name, value in record.items() if name not in taken}
         for ours, theirs in self.fields:
             value = _value_at(record, theirs.split("/"))
-            names = self._names[theirs]
+            names = self._class_names[theirs]
             if names is not None:
                 value = [names[v] for v in value] if isinstance(value, list) else names[value]
             many = ours in ("captions", "images") and not isinstance(value, list)
@@ -197,11 +200,6 @@ def _wrong_kind(feature: Any, ours: str) -> str:
     text = isinstance(feature, (tfds.features.Text, tfds.features.ClassLabel))
     number = ours == "id" and getattr(feature, "np_dtype", None) is not None
     return "" if text or number else "text or class names"
-
-
-def _class_names(features: Any, path: str) -> list[str] | None:
-    """The class names of a field of class numbers; None for another field."""
-    return getattr(_feature(features, path), "names", None)
 
 
 def retry(read: Callable[[], T], what: str) -> T:
