@@ -20,69 +20,69 @@ from janusflow_jax.openmoji import (
 
 
 @pytest.mark.parametrize("colour", openmoji_prompts.PALETTE)
-def test_hue_of_a_palette_colour(colour):
+def test_hue_of_a_palette_color(colour):
     found = emoji.dominant_hue(draw("round shape 5", colour))
     assert emoji.hue_distance(found, openmoji_prompts.PALETTE[colour]) < 3
 
 
 def test_hue_follows_the_larger_area_and_wraps_around():
-    picture = draw("round shape 4", "red").copy()
-    picture[:6] = (0, 0, 255)  # less than the red square
-    assert emoji.hue_distance(emoji.dominant_hue(picture), 0) < 3
+    image = draw("round shape 4", "red").copy()
+    image[:6] = (0, 0, 255)  # less than the red square
+    assert emoji.hue_distance(emoji.dominant_hue(image), 0) < 3
     assert emoji.hue_distance(350, 10) == 20 and emoji.hue_distance(10, 350) == 20
 
 
 def test_shades_count_together():
     """Two shades of red outweigh one flat green of more pixels than either."""
     rows = [(255, 0, 30)] * 3 + [(255, 30, 0)] * 3 + [(0, 255, 0)] * 4
-    picture = np.repeat(np.asarray(rows, np.uint8)[:, None], 10, axis=1)
-    assert emoji.hue_distance(emoji.dominant_hue(picture), 0) < 1
+    image = np.repeat(np.asarray(rows, np.uint8)[:, None], 10, axis=1)
+    assert emoji.hue_distance(emoji.dominant_hue(image), 0) < 1
 
 
-def test_grey_has_no_hue_and_is_never_right():
-    grey = np.full((64, 64, 3), 128, np.uint8)
-    assert np.isnan(emoji.dominant_hue(grey))
+def test_gray_has_no_hue_and_is_never_right():
+    gray = np.full((64, 64, 3), 128, np.uint8)
+    assert np.isnan(emoji.dominant_hue(gray))
     labels = [emoji.Label("round shape 3", "red"), emoji.Label("round shape 4", "blue")]
-    scores = emoji.score_hues([grey, draw("round shape 4", "blue")], labels)
+    scores = emoji.score_hues([gray, draw("round shape 4", "blue")], labels)
     assert (scores["right"], scores["nearest"], scores["hues"][0]) == (1, 1, None)
     json.dumps(scores, allow_nan=False)
 
 
-def test_hues_beat_exchanged_prompts_only_when_right():
-    pictures, labels = draw_all()
-    good = emoji.score_hues(pictures, labels)
+def test_hues_beat_shuffled_prompts_only_when_right():
+    images, labels = draw_all()
+    good = emoji.score_hues(images, labels)
     assert good["right"] == len(labels) and good["within"]["beats"]
-    wrong = emoji.score_hues(pictures, labels[1:] + labels[:1])
+    wrong = emoji.score_hues(images, labels[1:] + labels[:1])
     assert wrong["right"] == 0 and not wrong["within"]["beats"]
 
 
 # --- retrieval
 
 
-def test_retrieval_finds_other_views_and_not_wrong_pictures():
+def test_retrieval_finds_other_views_and_not_wrong_images():
     gallery = emoji.make_gallery(*draw_all())
-    pictures, labels = draw_all(turn=5, scale=0.8, shift=(3, -2))
-    good = emoji.score_retrieval(pictures, labels, gallery)
+    images, labels = draw_all(turn=5, scale=0.8, shift=(3, -2))
+    good = emoji.score_retrieval(images, labels, gallery)
     assert good["top1"] >= 0.9 * len(labels)
     assert good["candidates"] == len(SHAPES)
     assert good["percentile"]["beats"] and good["reciprocal_rank"]["beats"]
     order = np.random.default_rng(0).permutation(len(labels))
-    wrong = emoji.score_retrieval([pictures[i] for i in order], labels, gallery)
+    wrong = emoji.score_retrieval([images[i] for i in order], labels, gallery)
     assert wrong["top1"] < 0.5 * len(labels) and not wrong["percentile"]["beats"]
     json.dumps(good, allow_nan=False)
 
 
-def test_equal_pictures_stand_at_chance():
-    """The same picture for every prompt must not look like skill; nor must an empty one."""
+def test_equal_images_stand_at_chance():
+    """The same image for every prompt must not look like skill; nor must an empty one."""
     gallery = emoji.make_gallery(*draw_all())
     _, labels = draw_all()
-    for picture in (draw("round shape 3", "red"), np.full((64, 64, 3), 255, np.uint8)):
-        scores = emoji.score_retrieval([picture] * len(labels), labels, gallery)
+    for image in (draw("round shape 3", "red"), np.full((64, 64, 3), 255, np.uint8)):
+        scores = emoji.score_retrieval([image] * len(labels), labels, gallery)
         assert scores["percentile"]["score"] == pytest.approx(0.5, abs=0.02)
         assert not scores["percentile"]["beats"]
 
 
-def test_candidates_are_in_the_colour_that_was_asked_for():
+def test_candidates_are_in_the_color_that_was_asked_for():
     """A blue square for 'a red triangle' finds the red square, not a blue triangle's class."""
     a, b = "round shape 3", "round shape 4"
     labels = [emoji.Label(a, "red"), emoji.Label(a, "blue"), emoji.Label(b, "red")]
@@ -92,7 +92,7 @@ def test_candidates_are_in_the_colour_that_was_asked_for():
     assert table.tolist() == [[2.0]] and candidates == [2]
 
 
-def test_a_colour_alone_retrieves_nothing():
+def test_a_color_alone_retrieves_nothing():
     gallery = emoji.make_gallery(*draw_all())
     _, labels = draw_all()
     flat = [draw("round shape 6", x.color) for x in labels]  # right colour, one shape
@@ -101,13 +101,13 @@ def test_a_colour_alone_retrieves_nothing():
     assert emoji.score_hues(flat, labels)["right"] == len(labels)
 
 
-def test_gallery_keeps_as_many_views_of_each_and_names_what_lacks():
+def test_gallery_has_as_many_views_of_each_label():
     a, b = emoji.Label("round shape 3", "red"), emoji.Label("round shape 4", "red")
-    pictures = [draw(x.name, x.color) for x in (a, a, b)]
-    gallery = emoji.make_gallery(pictures, [a, a, b])
+    images = [draw(x.name, x.color) for x in (a, a, b)]
+    gallery = emoji.make_gallery(images, [a, a, b])
     assert gallery.labels == (a, b)
     with pytest.raises(ValueError, match="pink shape 9"):
-        emoji.ranks(pictures[:1], [emoji.Label("shape 9", "pink")], gallery)
+        emoji.ranks(images[:1], [emoji.Label("shape 9", "pink")], gallery)
 
 
 # --- captions
@@ -143,7 +143,7 @@ def test_right_captions_beat_both_baselines():
     json.dumps(scores, allow_nan=False)
 
 
-def test_right_colour_with_wrong_class_is_only_half_right():
+def test_right_color_with_wrong_class_is_only_half_right():
     labels, captions = _truth()
     answers = [f"a {x.color} house" for x in labels]
     scores = emoji.score_captions(answers, captions, labels)
@@ -152,7 +152,7 @@ def test_right_colour_with_wrong_class_is_only_half_right():
     assert not scores["exact"]["shuffled"]["beats"]
 
 
-def test_a_constant_answer_and_exchanged_answers_beat_nothing():
+def test_a_constant_answer_and_shuffled_answers_beat_nothing():
     labels, captions = _truth()
     constant = emoji.score_captions(["a red cat"] * 40, captions, labels)
     rolled = emoji.score_captions([c[0] for c in captions[1:] + captions[:1]], captions, labels)
@@ -162,16 +162,11 @@ def test_a_constant_answer_and_exchanged_answers_beat_nothing():
             assert not scores[kind]["shuffled"]["beats"]
 
 
-def test_captions_of_unequal_number_are_refused():
-    with pytest.raises(ValueError, match="2 images, 1 answers"):
-        emoji.score_captions(["a"], [["a"], ["b"]], [emoji.Label("a", "red")] * 2)
-
-
-def by_hand(a: str, b: str) -> int:
+def edit_distance(a: str, b: str) -> int:
     if not a or not b:
         return len(a or b)
-    change = by_hand(a[1:], b[1:]) + (a[0] != b[0])
-    return min(change, by_hand(a[1:], b) + 1, by_hand(a, b[1:]) + 1)
+    change = edit_distance(a[1:], b[1:]) + (a[0] != b[0])
+    return min(change, edit_distance(a[1:], b) + 1, edit_distance(a, b[1:]) + 1)
 
 
 def test_edits_of_every_pair_are_the_edit_distance():
@@ -180,10 +175,10 @@ def test_edits_of_every_pair_are_the_edit_distance():
     for i, a in enumerate([*texts[:6], "red"]):
         for j, b in enumerate(texts[:6]):
             longer = max(len(a), len(b), 1)
-            assert got[i, j] == pytest.approx(1 - by_hand(a, b) / longer), (a, b)
+            assert got[i, j] == pytest.approx(1 - edit_distance(a, b) / longer), (a, b)
 
 
-def test_edits_are_near_what_difflib_calls_alike():
+def test_edit_similarity_is_near_that_of_difflib():
     a, b = "red race car with spots", "pink race car with spots"
     got = emoji.edit_similarity([a], [b])[0, 0]
     assert abs(got - difflib.SequenceMatcher(None, a, b).ratio()) < 0.1 and got < 1
@@ -195,8 +190,8 @@ def test_words_in_common():
     assert emoji.word_overlap(["a drawing of a cat"], ["a drawing of a dog"]) == 0
 
 
-def test_no_constant_answer_is_below_exchanged_ones():
-    """In every KIND: the best constant is at least the mean of all exchanges."""
+def test_no_constant_answer_is_below_shuffled_ones():
+    """In every KIND: the best constant is at least the mean of all shuffles."""
     _, labels = draw_all()
     captions = [openmoji_drawings.captions(x.color, x.name) for x in labels]
     answers = [c[i % 3] for i, c in enumerate(captions)]
@@ -206,7 +201,7 @@ def test_no_constant_answer_is_below_exchanged_ones():
         assert scores[kind]["mean"] == 1 and shuffled <= constant < 0.8, kind
 
 
-def test_the_nearest_truth_of_each_picture_counts():
+def test_the_nearest_caption_of_each_image_counts():
     scores = np.asarray([[0.1, 0.9, 0.3], [0.5, 0.2, 0.4]])
     got = emoji.best_of(scores, [["a", "b"], ["c"]])
     np.testing.assert_array_equal(got, [[0.9, 0.3], [0.5, 0.4]])
@@ -216,10 +211,10 @@ def test_the_nearest_truth_of_each_picture_counts():
 
 
 def test_interval_covers_and_is_the_same_again():
-    rng = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     hits = 0
     for n in range(60):
-        values = rng.normal(1.0, 1.0, 50)
+        values = generator.normal(1.0, 1.0, 50)
         low, high = stats.bootstrap_interval(values, seed=n)
         hits += low < 1.0 < high
     assert 52 <= hits <= 60  # 95 %: 57 wanted
@@ -233,7 +228,7 @@ def test_views_of_one_group_do_not_narrow_the_interval():
     assert many == pytest.approx((low, high), abs=1e-9)
 
 
-def test_against_others_is_the_mean_over_all_exchanges():
+def test_against_others_is_the_mean_over_all_shuffles():
     own, others = stats.against_others(np.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 10]]))
     assert own.tolist() == [1, 5, 10] and others.tolist() == [2.5, 5.0, 7.5]
 
@@ -241,15 +236,15 @@ def test_against_others_is_the_mean_over_all_exchanges():
 # --- the sheet
 
 
-def test_sheet_shows_every_picture_as_painted_with_its_label():
+def test_sheet_shows_every_image_as_painted_with_its_label():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-    pictures = [Image.new("RGB", (64, 64), c) for c in colours]
+    images = [Image.new("RGB", (64, 64), c) for c in colours]
     labels = ["a red apple", "", "a very long label of many words that does not fit", "x" * 90]
-    grid = np.asarray(sheet.make_sheet(pictures, labels, columns=3, scale=2))
+    grid = np.asarray(sheet.make_sheet(images, labels, columns=3, scale=2))
     for colour in colours:
         assert (grid == colour).all(-1).sum() == 128 * 128
     assert (grid.sum(-1) < 60).sum() > 50  # dark text
-    assert sheet.make_sheet(pictures[:1], [""]).width < 160
+    assert sheet.make_sheet(images[:1], [""]).width < 160
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     grid = np.asarray(sheet.make_sheet([noise], [""], scale=2))
     np.testing.assert_array_equal(grid[8:136, 8:136], noise.repeat(2, 0).repeat(2, 1))

@@ -11,11 +11,10 @@ from PIL import Image, ImageOps
 
 from janusflow_jax import pipeline
 from janusflow_jax.config import MeshConfig, SourceConfig, TrainConfig
-from janusflow_jax.data import images, sources
+from janusflow_jax.data import images, samples, sources
 from janusflow_jax.eval import sheet
 from janusflow_jax.parallel import processes, sharding, trees
 
-CAPTION_QUESTION = "Describe the picture."
 MAX_CAPTION_TOKENS = 32
 
 
@@ -41,7 +40,7 @@ def caption_source(
     for at in range(0, count, pipeline.MAX_BATCH):
         part = records[at : at + pipeline.MAX_BATCH]
         answers = model.chat(
-            [CAPTION_QUESTION] * len(part),
+            [samples.QUESTION] * len(part),
             images=[[r["image"]] for r in part],
             max_new_tokens=MAX_CAPTION_TOKENS,
         )

@@ -15,25 +15,17 @@ _ROUNDING = 1e-9  # equal scores may differ by this much
 def bootstrap_interval(
     values: np.ndarray,
     groups: Sequence[Hashable] | None = None,
-    level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean.
+    """95 % percentile bootstrap interval of a mean.
 
     Args:
       values: float[N].
       groups: N labels. Values of one group depend on each other (views of one drawing), so whole
         groups are resampled. None: every value is its own group.
-      level: share of the resampled means inside the interval.
-    Raises:
-      JanusFlowError: no values, or another number of groups.
     """
     values = np.asarray(values, np.float64)
     labels = list(range(len(values))) if groups is None else list(groups)
-    if not len(values) or len(labels) != len(values):
-        raise JanusFlowError(
-            f"bootstrap: expected values and one group each; got {len(values)} and {len(labels)}"
-        )
     index = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     member = np.asarray([index[label] for label in labels])
     sums = np.bincount(member, weights=values)
@@ -41,7 +33,7 @@ def bootstrap_interval(
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(len(index), np.full(len(index), 1 / len(index)), RESAMPLES)
     means = (drawn @ sums) / (drawn @ counts)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
