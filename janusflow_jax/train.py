@@ -125,7 +125,7 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     if writes:
         kept = run_state.begun_with(cfg, params)
         about = {"made_by": "train", "encoders": digests}
-        workdir_lib.make(workdir, cfg, params=kept, vae=vae_params, hub=hub, about=about)
+        workdir_lib.create(workdir, cfg, params=kept, vae=vae_params, hub=hub, about=about)
     apart = bool(processes.from_main(workdir_lib.start_of(workdir)))
     with jax.set_mesh(mesh):
         state = run_state.make(cfg, mesh, params, vae_params)

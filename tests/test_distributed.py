@@ -15,7 +15,7 @@ from janusflow_jax import config as c
 from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import loader
-from janusflow_jax.parallel import processes as distributed
+from janusflow_jax.parallel import processes as distributed, trees
 
 BOUND_S = 120
 """A survivor ends within it (in seconds when alone on the machine)."""
@@ -79,7 +79,7 @@ def test_adapters_train_and_go_on_over_processes(data, alone, tmp_path):
     jobs.run(data, tmp_path / "two", "num_steps=3", *shared, processes=2)
     same_losses(tmp_path / "one", tmp_path / "two", range(1, 4))
     one, two = (model_folder.load_model(tmp_path / n, merged=False).params for n in ("one", "two"))
-    a, b = (model_folder.flat(x) for x in (one, two))
+    a, b = (trees.flatten(x) for x in (one, two))
     assert a.keys() == b.keys() and any("lora_a" in n for n in a)
     for name in a:
         np.testing.assert_allclose(b[name], a[name], rtol=0, atol=2e-5, err_msg=name)

@@ -19,7 +19,7 @@ from janusflow_jax import config as c, hub, pipeline, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, loader, sources
-from janusflow_jax.parallel import sharding
+from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.training import init as initialization, run_state, step as train_step
 
 
@@ -75,21 +75,19 @@ def test_a_run_in_bfloat16_resumes_bit_for_bit_and_is_exported(store, tmp_path):
     train.train(light("parts", num_steps=2))
     train.train(light("parts", num_steps=4))
     step = "checkpoints/4"
-    trees = {}
+    arrays = {}
     for run in ("whole", "parts"):
         read = {
-            n: model_folder._load_tree(tmp_path / run / step / n) for n in ("params", "opt_state")
+            n: model_folder.load_tree(tmp_path / run / step / n) for n in ("params", "opt_state")
         }
-        trees[run] = model_folder.flat(jax.device_get(read))
-    a, b = trees["whole"], trees["parts"]
+        arrays[run] = trees.flatten(jax.device_get(read))
+    a, b = arrays["whole"], arrays["parts"]
     assert a.keys() == b.keys() and len(a) > 100
     for name, x in a.items():
         assert x.dtype == b[name].dtype, name
         np.testing.assert_array_equal(np.asarray(x), np.asarray(b[name]), err_msg=name)
     kinds = {n: x.dtype for n, x in a.items() if np.ndim(x)}
-    base = model_folder.flat(
-        model_folder.load_model("whole/base").params
-    )  # what checkpoints leave out
+    base = trees.flatten(model_folder.load_model("whole/base").params)  # what checkpoints leave out
     frozen = {x.dtype for n, x in base.items() if n.startswith("und_encoder")}
     moments = {t for n, t in kinds.items() if n.startswith("opt_state/")}
     assert frozen == moments == {jnp.dtype(jnp.bfloat16)}
@@ -97,10 +95,10 @@ def test_a_run_in_bfloat16_resumes_bit_for_bit_and_is_exported(store, tmp_path):
     losses = [x["loss"] for x in runs.read_metrics("whole")]
     assert len(losses) == 4 and np.isfinite(losses).all()
 
-    said = model_folder.flat(model_folder.load_model("whole").params)
+    said = trees.flatten(model_folder.load_model("whole").params)
     hub.export("whole", "out", log=lambda _: None)
     to_model("out", "out/vae", "again")
-    again = model_folder.flat(model_folder.load_model("again").params)
+    again = trees.flatten(model_folder.load_model("again").params)
     assert len(again) > 80
     for name, x in again.items():
         want = np.asarray(said[name], np.float32)

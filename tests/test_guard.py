@@ -14,6 +14,7 @@ from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.data import loader
+from janusflow_jax.parallel import trees
 from janusflow_jax.training import guard, losses
 
 
@@ -57,9 +58,7 @@ def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
     noted = [json.loads(x) for x in Path("run", guard.FILE).read_text().splitlines()]
     assert noted == [{"step": 2, "first_row": 8, "end_row": 16}]
     first, second = (
-        model_folder.flat(
-            model_folder._load_tree(Path("run/checkpoints", str(n), "params").resolve())
-        )
+        trees.flatten(model_folder.load_tree(Path("run/checkpoints", str(n), "params").resolve()))
         for n in (1, 2)
     )
     for name, x in first.items():
@@ -81,7 +80,7 @@ def test_a_run_that_goes_on_badly_stops_saved(store, monkeypatch):
     step = model_folder.committed_steps("run")[-1]
     assert 5 <= step <= 6  # metrics come a step late
     params = model_folder.load_model("run").params
-    assert all(np.isfinite(x).all() for x in model_folder.flat(params).values())
+    assert all(np.isfinite(x).all() for x in trees.flatten(params).values())
 
 
 @pytest.mark.parametrize("text", ["", "x", "3:", ":3", "5:5", "-1", "3:2", "1:2:3"])

@@ -34,10 +34,10 @@ def adapted(cfg: c.ModelConfig, targets=tuple(c.LORA_TARGETS)):
     params, _ = jax.device_get(fresh_params(cfg, jax.random.key(0)))
     key = jax.random.key(1)
     llm = lora.add(params["llm"], c.LoraConfig(rank=RANK, alpha=8.0, targets=targets), key)
-    names = trees.flat(llm)
+    names = trees.flatten(llm)
     for i, name in enumerate(sorted(n for n in names if n.endswith("lora_b"))):
         names[name] = 0.05 * jax.random.normal(jax.random.fold_in(key, i), names[name].shape)
-    return params, {**params, "llm": trees.nested(names)}
+    return params, {**params, "llm": trees.unflatten(names)}
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_applied_equals_merged():
         return model.apply(run, hidden, method="logits")
 
     merged = lora.merge(params)
-    assert trees.flat(merged).keys() == trees.flat(plain).keys()
+    assert trees.flatten(merged).keys() == trees.flatten(plain).keys()
     one, two, base = logits(params), logits(merged), logits(plain)
     np.testing.assert_allclose(one, two, atol=2e-5)
     assert np.abs(np.asarray(one - base)).max() > 0.01
@@ -78,7 +78,7 @@ def test_the_base_takes_no_memory_of_the_optimizer():
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = run_state.make(cfg, mesh, params, vae_params)
-    trained = trees.flat(state["params"])
+    trained = trees.flatten(state["params"])
     assert set(trained) == {
         f"llm/layers/block/{part}/{leaf}"
         for part in ("attn/q", "attn/v", "mlp/down")
@@ -106,9 +106,9 @@ def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
     for name, x in a.items():
         np.testing.assert_array_equal(x, b[name], err_msg=name)
 
-    base = model_folder.flat(model_folder.load_model("base").params)
-    apart = model_folder.flat(model_folder.load_model("whole", merged=False).params)
-    merged = model_folder.flat(model_folder.load_model("whole").params)
+    base = trees.flatten(model_folder.load_model("base").params)
+    apart = trees.flatten(model_folder.load_model("whole", merged=False).params)
+    merged = trees.flatten(model_folder.load_model("whole").params)
     assert merged.keys() == base.keys()
     for name, x in base.items():
         np.testing.assert_array_equal(apart[name], x, err_msg=name)  # the base has not moved
@@ -117,7 +117,7 @@ def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
 
     hub.export("whole", "exported", log=lambda line: None)
     to_model("exported", "exported/vae", "again")
-    again = model_folder.flat(model_folder.load_model("again").params)
+    again = trees.flatten(model_folder.load_model("again").params)
     for name, x in again.items():
         np.testing.assert_array_equal(x, merged[name], err_msg=name)
     assert len(again) > 80
@@ -223,7 +223,7 @@ def test_a_run_tells_what_of_its_adapters_trains(capsys):
     plain, vae_params = jax.device_get(fresh_params(cfg.model, jax.random.key(0)))
     initialization.print_origins(cfg, plain, vae_params, dict.fromkeys([*plain, "vae"], "fresh"))
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("lora"))
-    leaves = trees.flat({"llm": lora.add(plain["llm"], cfg.lora, jax.random.key(0))})
+    leaves = trees.flatten({"llm": lora.add(plain["llm"], cfg.lora, jax.random.key(0))})
     count = sum(leaves[name].size for name in parts_lib.lora_paths(cfg.lora))
     assert line.split()[1:3] == [f"{count:,}"] * 2
 

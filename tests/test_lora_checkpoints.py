@@ -16,6 +16,7 @@ from helpers.runs import config
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder, workdir
 from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.parallel import trees
 from janusflow_jax.training import run_state
 
 
@@ -26,7 +27,7 @@ def lora_config(folder, **changes) -> c.TrainConfig:
 
 
 def weights(folder, **how) -> dict:
-    return model_folder.flat(jax.device_get(model_folder.load_model(folder, **how).params))
+    return trees.flatten(jax.device_get(model_folder.load_model(folder, **how).params))
 
 
 def same(a: dict, b: dict) -> bool:

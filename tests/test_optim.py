@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config
-from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.models import janusflow
-from janusflow_jax.parallel import sharding
+from janusflow_jax.parallel import trees
 from janusflow_jax.training import optim
 
 
@@ -18,7 +17,7 @@ def test_muon_takes_the_kernels_inside_the_parts():
     shapes = janusflow.param_shapes(config.model_config("test"))
     found = {}
     jax.tree_util.tree_map_with_path(
-        lambda path, x, d: found.update({sharding.path_name(path): d}),
+        lambda path, x, d: found.update({trees.path_name(path): d}),
         shapes,
         optim.muon_dimensions(shapes),
         is_leaf=lambda x: x is None,
@@ -46,7 +45,7 @@ def test_update_of_a_kernel_and_of_an_embedding(name):
     cfg = config.OptimConfig(name=name, lr=0.1, warmup_steps=1, clip_norm=1e9)
     tx = optim.make_optimizer(cfg, 10)
     updates, _ = tx.update(grads, tx.init(params), params)
-    got = model_folder.flat(jax.device_get(updates))
+    got = trees.flatten(jax.device_get(updates))
     # Adam's first step is the sign of the gradient, whatever its size; Muon's Adam is Nesterov's,
     # which adds b1 (1 - b1) / (1 - b1^2) to it.
     size = 0.1 * (1 + 0.9 * 0.1 / (1 - 0.9**2) if name == "muon" else 1)

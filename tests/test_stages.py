@@ -162,16 +162,16 @@ def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_pat
             assert any(x[name] for x in metrics), name  # a step of 8 rows may lack a task
         now = model_folder.load_model(start, weights="params")
         assert now.vae is not None and now.params is not None
-        for name, before in model_folder.flat(params).items():
+        for name, before in trees.flatten(params).items():
             frozen = name.split("/")[0] not in cfg.train_parts
-            same = np.array_equal(before, model_folder.flat(now.params)[name])
+            same = np.array_equal(before, trees.flatten(now.params)[name])
             assert same == frozen or not np.any(before), (stage, name)
         params = now.params
     hub.export(start, tmp_path / "published", license="mit", log=lambda _: None)
     to_model(tmp_path / "published", tmp_path / "published" / "vae", tmp_path / "again")
     trained, again = model_folder.load_model(start), model_folder.load_model(tmp_path / "again")
-    want = model_folder.flat({n: x for n, x in (trained.params or {}).items() if n != "repa_head"})
-    got = model_folder.flat(again.params)
+    want = trees.flatten({n: x for n, x in (trained.params or {}).items() if n != "repa_head"})
+    got = trees.flatten(again.params)
     assert want.keys() == got.keys()
     for name, x in want.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)
@@ -240,9 +240,9 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
     before = {**(given.params or {}), "repa_target": (given.params or {})["und_encoder"]}
     if letter == "C":
         before["und_encoder"] = {"vae": given.vae}
-    after, trained = model_folder.flat(now.params), parts_lib.trained_paths(cfg)
+    after, trained = trees.flatten(now.params), parts_lib.trained_paths(cfg)
     compared = 0
-    for name, x in model_folder.flat(before).items():
+    for name, x in trees.flatten(before).items():
         if name not in after or x.shape != after[name].shape:
             continue  # a part that this letter has not, or has fresh
         same, compared = np.array_equal(x, after[name]), compared + 1

@@ -13,7 +13,6 @@ from ml_collections import config_flags
 
 from experiments import small_scale
 from janusflow_jax import config as c, pipeline, train
-from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, DataError
 from janusflow_jax.data import chat_format, loader
@@ -124,7 +123,7 @@ def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
     saved = last_arrays("frozen")
     moments = [n for n in saved if n.startswith("opt_state") and "/mu/" in n]
     assert moments and all("/gen_encoder/" in n or "/gen_decoder/" in n for n in moments)
-    start = model_folder.flat(jax.device_get(fresh_params(cfg.model, jax.random.key(cfg.seed))[0]))
+    start = trees.flatten(jax.device_get(fresh_params(cfg.model, jax.random.key(cfg.seed))[0]))
     name = "llm/layers/block/mlp/up/kernel"
     np.testing.assert_allclose(saved[f"params/{name}"], start[name], atol=1e-7)
     name = "gen_decoder/out_conv/kernel"

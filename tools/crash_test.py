@@ -38,6 +38,8 @@ import threading
 import time
 from typing import Any, ClassVar
 
+from janusflow_jax.parallel import trees
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = ("marker", "data", "save", "step")
 CLOCKS = ("time", "goodput", "mfu", "data_wait")
@@ -273,7 +275,7 @@ def differences(one: pathlib.Path, two: pathlib.Path) -> list[str]:
     folders = [model_folder.epath.Path(w / "checkpoints" / str(steps[0])) for w in (one, two)]
     out = [f"{f}: {d}" for f in folders if (d := checksums.damage(f))]
     for name in ("params", "ema", "opt_state"):
-        a, b = (model_folder.flat(model_folder._load_tree(f / name)) for f in folders)
+        a, b = (trees.flatten(model_folder.load_tree(f / name)) for f in folders)
         out += [f"{name}: {sorted(a.keys() ^ b.keys())}"] if a.keys() != b.keys() else []
         same = lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes()  # noqa: E731
         out += [f"{name}/{n}" for n in a.keys() & b.keys() if not same(a[n], b[n])]

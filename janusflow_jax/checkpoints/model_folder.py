@@ -1,19 +1,18 @@
-"""Model folders, and the model that a training run holds. Orbax is known here and in
-`run_checkpoints`, which writes and resumes runs.
+"""Model folders, and the model of a training run: `save_model` and `load_model`.
 
-A model folder is `model.json`, `params/`, `vae/`, `hub/`; it may hold some parts only. A workdir is
-`config.json`, `base/` (a model folder without `params/`; where adapters train, with all of the
-start's, which checkpoints then do not repeat) and `checkpoints/<step>/`. A checkpoint counts only
-with its marker, written last, and every file's checksum is verified when it is read (Orbax itself
-does not notice a flipped bit).
+A model folder is `model.json`, `params/`, `vae/` and `hub/`; it may have some of the parts only. A
+workdir is `config.json`, `base/` (a model folder without `params/`; a LoRA run keeps all frozen
+parameters there, and its checkpoints do not repeat them) and `checkpoints/<step>/`. A checkpoint
+counts only with its marker, which is written last. Reading verifies the checksum of every file,
+because Orbax does not notice a flipped bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,130 +22,86 @@ from orbax.checkpoint import v1 as ocp
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints.checksums import MARKER, read_json, verify_sums, write_sums
-from janusflow_jax.config import ModelConfig
+from janusflow_jax.config import ModelConfig, files
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.models import janusflow, lora, vae
 from janusflow_jax.parallel import processes, trees
-from janusflow_jax.parallel.trees import flat
 
 FORMAT = 2
-"""2: every part is an Orbax folder of its own; 1: `params/` is one (still read)."""
+"""2: every part is an Orbax folder; 1 (read only, as in `starts/`): all of `params/` is one."""
 MODEL_FILE = "model.json"
 PLAIN_BYTES = 256 << 20
-"""Parts above this size are not compressed: it costs five times the time and saves a fifth."""
+"""Larger parts are not compressed: it takes five times the time and saves a fifth of the size."""
 
 
 @dataclasses.dataclass
 class LoadedModel:
-    """cfg; params: part -> tree (float arrays on the default device); vae: tree or None; hub:
-    folder of tokenizer files; source: where the weights are; meta: `model.json` or `run.json`."""
+    """A model in the memory of the host."""
 
     cfg: ModelConfig
-    params: dict[str, Any] | None
-    vae: Any
-    hub: epath.Path
-    source: str
-    meta: dict[str, Any]
+    params: dict[str, Any] | None  # part -> tree of numpy arrays
+    vae: Any  # tree of numpy arrays, or None
+    hub: epath.Path  # folder of tokenizer files
+    source: str  # folder of the weights
+    meta: dict[str, Any]  # `model.json` or `run.json`
 
     @property
     def parts(self) -> list[str]:
-        """Names of the parts that are there."""
+        """Names of the parts that the model has."""
         return sorted(self.params or {}) + (["vae"] if self.vae is not None else [])
 
 
 def is_model(path: Any) -> bool:
-    """Whether `load_model` would find something at a path; nothing is read."""
+    """Whether a path holds something that `load_model` accepts; reads no weights."""
     folder = epath.Path(path)
     marks = (folder / MODEL_FILE, folder / MARKER)
     return any(m.exists() for m in marks) or bool(committed_steps(folder))
-
-
-def compare_trees(expected: Any, got: Any, where: str) -> list[str]:
-    """Every missing, unknown and misshaped array of `got`, one line each."""
-    want, have = flat(expected), flat(got)
-    out = [f"{where}/{n}: missing, expected shape {want[n].shape}" for n in want.keys() - have]
-    out += [f"{where}/{n}: unknown, of shape {have[n].shape}" for n in have.keys() - want]
-    out += [
-        f"{where}/{n}: expected shape {tuple(want[n].shape)}; got {tuple(have[n].shape)}"
-        for n in want.keys() & have
-        if tuple(want[n].shape) != tuple(have[n].shape)
-    ]
-    return sorted(out)
 
 
 def save_model(
     path: Any,
     *,
     model_cfg: ModelConfig,
-    params: dict[str, Any] | None,
+    params: Mapping[str, Any] | Iterable[tuple[str, Any]] | None,
     vae: Any,
     hub_files: Any,
     extra: dict[str, Any],
     overwrite: bool = False,
 ) -> None:
-    """Writes a model folder from trees in memory; see `save_parts`.
-
-    Args: params: part -> tree, any number of parts; None: none. vae: the VAE's tree, or None.
-      extra: JSON values for `model.json`.
-    """
-    trees = [*(params or {}).items(), *([("vae", vae)] if vae else [])]
-    save_parts(
-        path,
-        model_cfg=model_cfg,
-        parts=trees,
-        hub_files=hub_files,
-        extra=lambda: extra,
-        overwrite=overwrite,
-    )
-
-
-def save_parts(
-    path: Any,
-    *,
-    model_cfg: ModelConfig,
-    parts: Iterable[tuple[str, Any]],
-    hub_files: Any,
-    extra: Callable[[], dict[str, Any]],
-    overwrite: bool = False,
-) -> None:
-    """Writes a model folder part by part; an interrupted save leaves nothing that loads.
+    """Writes a model folder. An interrupted save leaves nothing that loads.
 
     All processes of a job call it with the same trees; the first one writes.
 
     Args:
-      parts: (part, tree) one after another, dtypes kept, 'vae' among them; one that makes its
-        trees when they are asked for needs memory for the largest only.
+      params: part -> tree, any number of parts, with their dtypes. An iterator of pairs that makes
+        each tree when it is asked for needs memory for the largest only; 'vae' may be among them.
+      vae: the VAE's tree, or None.
       hub_files: folder whose files go to `hub/`, or name -> bytes, or None.
-      extra: called last; gives JSON values for `model.json`, such as what made it.
+      extra: JSON values for `model.json`; read after the parts are written.
     Raises:
-      CheckpointError: something is there and `overwrite` is not set.
+      CheckpointError: `path` exists and `overwrite` is not set.
     """
     out = epath.Path(path).resolve()
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists; choose another path or pass --overwrite")
+    pairs: Any = params.items() if isinstance(params, Mapping) else params or ()
+    parts = itertools.chain(pairs, [("vae", vae)] if vae else [])
     main = processes.is_main()
-    unique = os.getpid() if processes.count() == 1 else "job"  # one name for all processes
-    part = out.parent / f".{out.name}.partial-{unique}"
-    if main:
-        if part.exists():
-            part.rmtree()
-        part.mkdir(parents=True)
-    processes.barrier(f"save {out}")
-    try:
-        _fill_folder(part, model_cfg, parts, hub_files, extra)
-    except BaseException:  # also Ctrl-C: nothing half-made stays
+    suffix = "" if processes.count() == 1 else "job"  # one name for all processes
+    with files.replacing(out, suffix, active=main) as folder:
         if main:
-            part.rmtree()
-        raise
-    if main:
-        if out.exists():
-            out.rmtree()
-        part.rename(out)
+            folder.mkdir()
+        processes.barrier(f"save {out}")
+        _fill_folder(folder, model_cfg, parts, hub_files, extra)
     processes.barrier(f"saved {out}")
 
 
 def _fill_folder(
-    folder: epath.Path, model_cfg: ModelConfig, parts: Any, hub_files: Any, extra: Any
+    folder: epath.Path,
+    model_cfg: ModelConfig,
+    parts: Iterable[tuple[str, Any]],
+    hub_files: Any,
+    extra: dict[str, Any],
 ) -> None:
     names = []
     for name, tree in parts:
@@ -163,7 +118,7 @@ def _fill_folder(
         "format": FORMAT,
         "config": config_lib.to_dict(model_cfg),
         "parts": sorted(set(names) - {"vae"}) + (["vae"] if "vae" in names else []),
-        **extra(),
+        **extra,
     }
     (folder / MODEL_FILE).write_text(json.dumps(meta, indent=1))
     write_sums(folder)
@@ -185,7 +140,7 @@ def load_model(path: Any, weights: str = "ema", merged: bool = True) -> LoadedMo
 
     Args:
       weights: 'ema' or 'params'; parts without an EMA (frozen ones) come from 'params'.
-      merged: add a run's adapters (LoRA) to their kernels; False: they stand beside them.
+      merged: add a run's adapters (LoRA) to the kernels; False: return both.
     Raises:
       CheckpointError: nothing there that loads, a damaged file, or arrays that do not fit the
         config (all of them in one message).
@@ -231,16 +186,16 @@ def _load_folder(folder: epath.Path) -> LoadedModel:
     cfg = config_lib.from_dict(ModelConfig, meta["config"])
     parts = [p for p in meta["parts"] if p != "vae"]
     if meta["format"] == 1:
-        params = _load_tree(folder / "params") if parts else None
+        params = load_tree(folder / "params") if parts else None
     else:
-        params = {p: _load_tree(folder / "params" / p) for p in parts} or None
-    tree = _load_tree(folder / "vae") if "vae" in meta["parts"] else None
+        params = {p: load_tree(folder / "params" / p) for p in parts} or None
+    tree = load_tree(folder / "vae") if "vae" in meta["parts"] else None
     _check_parts(folder, cfg, params, tree, parts)
     return LoadedModel(cfg, params, tree, folder / "hub", str(folder), meta)
 
 
 def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bool) -> LoadedModel:
-    """A run's model; the optimizer's files, the most of a checkpoint, are not even read."""
+    """A run's model. Does not read the optimizer's files, which are most of a checkpoint."""
     ema = weights == "ema" and (folder / "ema").exists()
     try:
         verify_sums(folder, ("params", "run.json", *(["ema"] if ema else [])))
@@ -249,9 +204,9 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bo
         raise CheckpointError(f"{error} (finished ones here: {others or 'none'})") from error
     run = read_json(folder / "run.json")
     cfg = config_lib.from_dict(ModelConfig, run["config"]["model"])
-    params = _load_tree(folder / "params")
+    params = load_tree(folder / "params")
     if ema:
-        params = trees.merge(params, _load_tree(folder / "ema"))
+        params = trees.merge(params, load_tree(folder / "ema"))
     base = _load_folder(workdir / "base")
     params = trees.merge(base.params or {}, params)
     if merged:
@@ -263,21 +218,21 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bo
 def _check_parts(
     folder: epath.Path, cfg: ModelConfig, params: Any, tree: Any, parts: list[str]
 ) -> None:
-    """Compares what was read with what the config says, all problems at once."""
+    """Raises CheckpointError with every array that does not fit the config."""
     expected = janusflow.param_shapes(cfg)
     problems = [f"{p}: unknown part" for p in (params or {}) if p not in expected]
     problems += [f"{p}: missing part" for p in parts if p not in (params or {})]
     for part in sorted(set(params or {}) & set(expected)):
-        problems += compare_trees(expected[part], params[part], part)
+        problems += trees.mismatches(expected[part], params[part], part)
     if tree is not None:
-        problems += compare_trees(vae.param_shapes(cfg.vae), tree, "vae")
+        problems += trees.mismatches(vae.param_shapes(cfg.vae), tree, "vae")
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
         raise CheckpointError(f"{folder}: its arrays do not fit its config:\n{listed}")
 
 
 def saving(tree: Any) -> ocp.Context:
-    """How a tree is saved: without a second copy of host arrays, large ones not compressed."""
+    """Orbax options for saving a tree: no copy of host arrays, no compression of large parts."""
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = PLAIN_BYTES
@@ -286,29 +241,25 @@ def saving(tree: Any) -> ocp.Context:
     return context
 
 
-def tidy(path: epath.Path) -> None:
-    """Takes the paths of this machine out of Orbax's commit note: model folders are shared."""
-    note = path / "commit_success.txt"
-    if note.exists():
-        note.write_text("Checkpoint commit was successful\n")
+def strip_local_paths(path: epath.Path) -> None:
+    """Removes this machine's paths from Orbax's commit file: people publish model folders."""
+    file = path / "commit_success.txt"
+    if file.exists():
+        file.write_text("Checkpoint commit was successful\n")
 
 
 def _save_tree(path: epath.Path, tree: Any) -> None:
     with saving(tree):
         ocp.save(path, tree)
     if processes.is_main():
-        tidy(path)
+        strip_local_paths(path)
 
 
-def _load_tree(path: Any) -> Any:
-    """Every array of an Orbax folder, onto this process's first device."""
-    path = epath.Path(path).resolve()  # Orbax takes absolute paths only
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device),
-        ocp.metadata(path).metadata,
-    )
-    return ocp.load(path, abstract)
+def load_tree(path: Any) -> Any:
+    """Every array of an Orbax folder, as numpy arrays: a device may not have room for all."""
+    path = epath.Path(path).resolve()  # Orbax accepts absolute paths only
+    shapes = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), ocp.metadata(path).metadata)
+    return ocp.load(path, shapes)
 
 
 def committed_steps(workdir: Any) -> list[int]:
@@ -316,5 +267,5 @@ def committed_steps(workdir: Any) -> list[int]:
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.exists():
         return []
-    found = (p for p in folder.iterdir() if p.name.isdigit() and (p / MARKER).exists())
-    return sorted(int(p.name) for p in found)
+    steps = (p for p in folder.iterdir() if p.name.isdigit() and (p / MARKER).exists())
+    return sorted(int(p.name) for p in steps)

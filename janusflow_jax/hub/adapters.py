@@ -195,7 +195,7 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
     if notes:
         warnings.warn(f"{folder}: {'; '.join(notes)}", stacklevel=3)
 
-    leaves = trees.flat(llm)
+    leaves = trees.flatten(llm)
     paths = {t: f"layers/block/{LORA_TARGETS[t]}/{t}/kernel" for t in targets}
     for kernel in paths.values():
         leaves[kernel] = np.array(leaves[kernel], np.float32)
@@ -205,7 +205,7 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
         scale = cfg.scale_of(module)
         adapted = {"kernel": kernels[i], "lora_a": a, "lora_b": b, parts_lib.LORA_SCALE: scale}
         kernels[i] = lora.merge(adapted)["kernel"]
-    return trees.nested(leaves)
+    return trees.unflatten(leaves)
 
 
 def digest(llm: dict[str, Any], targets: Iterable[str]) -> str:

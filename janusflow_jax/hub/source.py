@@ -202,22 +202,21 @@ def save_converted(
     def hash_and_convert() -> Iterator[tuple[str, Any]]:
         sums.update({s.role: pool.submit(s.sums) for s in sources})
         yield from parts
+        about["source_sha256"] = {role: x.result() for role, x in sums.items()}
 
-    about = {
+    about: dict[str, Any] = {
         "made_by": "tools/convert_checkpoint.py",
         "source_dtypes": {s.role: s.dtypes() for s in sources},
+        **extra,
     }
     try:
-        model_folder.save_parts(
+        model_folder.save_model(
             out,
             model_cfg=cfg,
-            parts=hash_and_convert(),
+            params=hash_and_convert(),
+            vae=None,
             hub_files=hub_files,
-            extra=lambda: {
-                **about,
-                **extra,
-                "source_sha256": {role: x.result() for role, x in sums.items()},
-            },
+            extra=about,
             overwrite=overwrite,
         )
     finally:

@@ -14,7 +14,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from janusflow_jax.checkpoints.model_folder import compare_trees
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.hub.names import LAYOUTS, Rule
@@ -49,7 +48,7 @@ def _torch_shape(rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int
 
 def torch_shapes(rules: list[Rule], tree: Any) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the published tensors of a tree of arrays (or shapes)."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in trees.flat(tree).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in trees.flatten(tree).items()}
     out = {}
     for rule in rules:
         count = shapes[rule.paths[0]][0] if rule.stacked else 1
@@ -73,7 +72,7 @@ def problems(
             out.append(f"shape of {name}: expected {list(shapes[name])}; got {list(shape)}")
         if kind not in FLOATS:
             out.append(f"dtype of {name}: expected floating-point numbers; got {kind}")
-    counts = {path: leaf.shape[0] for path, leaf in trees.flat(expected).items()}
+    counts = {path: leaf.shape[0] for path, leaf in trees.flatten(expected).items()}
     for rule in rules if dtype is None else ():
         if rule.stacked:
             layers = [rule.name.format(i) for i in range(counts[rule.paths[0]])]
@@ -94,7 +93,7 @@ def from_torch(
     Args: expected: the tree's shapes; dtype: None keeps each tensor's own.
     """
     leaves: dict[str, Any] = {}
-    shapes = {path: leaf.shape for path, leaf in trees.flat(expected).items()}
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(expected).items()}
     for rule in rules:
         ours = LAYOUTS[rule.layout].ours
         for i in range(shapes[rule.paths[0]][0] if rule.stacked else 1):
@@ -103,7 +102,7 @@ def from_torch(
                 if path not in leaves:
                     leaves[path] = np.empty(shapes[path], dtype or tensor.dtype)
                 _copy(leaves[path][i] if rule.stacked else leaves[path], ours(piece))
-    return trees.nested(leaves)
+    return trees.unflatten(leaves)
 
 
 def _copy(out: np.ndarray, x: np.ndarray, columns: int = 128) -> None:
@@ -121,9 +120,9 @@ def to_torch(tree: Any, rules: list[Rule], expected: Any, what: str) -> dict[str
     Raises:
       ConvertError: every missing, unknown and misshaped parameter.
     """
-    mismatches = compare_trees(expected, tree, what)
+    mismatches = trees.mismatches(expected, tree, what)
     raise_problems(f"{what}: the parameters do not fit the config", mismatches)
-    leaves = trees.flat(tree)
+    leaves = trees.flatten(tree)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
     def tensor(rule: Rule, layer: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from safetensors.numpy import save as safetensors_bytes
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints import checksums, model_folder
+from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import SiglipConfig
 from janusflow_jax.config.errors import CheckpointError, JanusFlowError
 from janusflow_jax.hub import safetensors as safetensors_io
@@ -199,9 +199,11 @@ def load(path: Any) -> LoadedJudge:
     )
     weights = folder / f"{WEIGHTS}.safetensors"
     stored = safetensors_io.open_folder(folder, (WEIGHTS,))
-    params = trees.nested({n: np.asarray(x).astype(np.float32) for n, x in stored.tensors.items()})
+    params = trees.unflatten(
+        {n: np.asarray(x).astype(np.float32) for n, x in stored.tensors.items()}
+    )
     shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
-    if problems := [*stored.problems, *model_folder.compare_trees(shapes, params, WEIGHTS)]:
+    if problems := [*stored.problems, *trees.mismatches(shapes, params, WEIGHTS)]:
         raise CheckpointError(f"{folder}: " + "; ".join(problems))
     return LoadedJudge(cfg, params, about, hashlib.sha256(weights.read_bytes()).hexdigest())
 
@@ -210,7 +212,7 @@ def save(path: Any, cfg: JudgeConfig, params: Any, about: dict[str, Any]) -> Non
     """Writes a judge, its weights in bfloat16."""
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    leaves = {n: np.asarray(x).astype(ml_dtypes.bfloat16) for n, x in trees.flat(params).items()}
+    leaves = {n: np.asarray(x).astype(ml_dtypes.bfloat16) for n, x in trees.flatten(params).items()}
     (folder / f"{WEIGHTS}.safetensors").write_bytes(safetensors_bytes(leaves))
     sizes = {
         "image": dataclasses.asdict(cfg.image),

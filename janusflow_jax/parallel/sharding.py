@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from janusflow_jax.config import MeshConfig
 from janusflow_jax.config.errors import ConfigError
+from janusflow_jax.parallel.trees import path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -202,11 +203,6 @@ def fit(spec: P, shape: Sequence[int], mesh: Any) -> P:
     return P(*[keep(e, d) for e, d in zip(entries, shape, strict=True)])
 
 
-def path_name(path: Sequence[Any]) -> str:
-    """A tree path as 'llm/layers/block/attn/q/kernel'."""
-    return "/".join(str(getattr(p, "key", getattr(p, "idx", getattr(p, "name", p)))) for p in path)
-
-
 def param_spec(name: str, shape: Sequence[int], mesh: Any) -> P:
     """The PartitionSpec of one parameter by its path (or of a moment that mirrors it)."""
     name = re.sub(r"kernel/(qvalue|scale)$", "kernel", name)  # one that is quantized
@@ -214,19 +210,6 @@ def param_spec(name: str, shape: Sequence[int], mesh: Any) -> P:
         if re.search(pattern, name):
             return fit(spec, shape, mesh)
     return P()
-
-
-def constrain_params(tree: Any, where: str) -> Any:
-    """Asks for the layout of parameters, by their paths below `where`; for what mirrors them."""
-    mesh = current_mesh()
-    if mesh is None:
-        return tree
-
-    def one(path: Any, x: jax.Array) -> jax.Array:
-        spec = param_spec(f"{where}/{path_name(path)}", x.shape, mesh)
-        return jax.lax.with_sharding_constraint(x, spec)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -8,27 +8,38 @@ from typing import Any
 
 import jax
 import numpy as np
-
-from janusflow_jax.parallel.sharding import path_name
+from flax import traverse_util
 
 Tree = dict[str, Any]
 
 
-def flat(tree: Any) -> dict[str, Any]:
-    """Leaves by path name."""
+def path_name(path: Any) -> str:
+    """A path of JAX's tree functions as 'llm/layers/block/attn/q/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path; works for any pytree."""
     return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def nested(leaves: dict[str, Any]) -> Tree:
-    """The inverse of `flat` for nested dicts."""
-    out: Tree = {}
-    for name, leaf in leaves.items():
-        node = out
-        *above, last = name.split("/")
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return out
+def unflatten(leaves: dict[str, Any]) -> Tree:
+    """The inverse of `flatten` for nested dicts."""
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def mismatches(expected: Any, got: Any, where: str) -> list[str]:
+    """One line for each array of `got` that is missing, unknown or of another shape."""
+    want, have = ({n: tuple(x.shape) for n, x in flatten(t).items()} for t in (expected, got))
+    lines = []
+    for name in sorted({*want, *have}):
+        if name not in have:
+            lines.append(f"{where}/{name}: missing; expected shape {want[name]}")
+        elif name not in want:
+            lines.append(f"{where}/{name}: unknown; its shape is {have[name]}")
+        elif want[name] != have[name]:
+            lines.append(f"{where}/{name}: expected shape {want[name]}; got {have[name]}")
+    return lines
 
 
 def merge(first: Tree, second: Tree) -> Tree:
@@ -48,15 +59,15 @@ def below(name: str, path: str) -> bool:
 def split(tree: Tree, paths: Iterable[str]) -> tuple[Tree, Tree]:
     """Two trees with disjoint leaves: those below one of `paths`, and the rest."""
     paths = tuple(paths)
-    leaves = flat(tree)
+    leaves = flatten(tree)
     chosen = {n: x for n, x in leaves.items() if any(below(n, p) for p in paths)}
-    return nested(chosen), nested({n: x for n, x in leaves.items() if n not in chosen})
+    return unflatten(chosen), unflatten({n: x for n, x in leaves.items() if n not in chosen})
 
 
 def digest(tree: Tree) -> str:
     """SHA-256 of the leaves' names, shapes and values as float32."""
     out = hashlib.sha256()
-    for name, leaf in sorted(flat(tree).items()):
+    for name, leaf in sorted(flatten(tree).items()):
         out.update(f"{name} {tuple(leaf.shape)};".encode())
         out.update(np.ascontiguousarray(leaf, np.float32).data)
     return out.hexdigest()

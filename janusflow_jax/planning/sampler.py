@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from janusflow_jax import pipeline
 from janusflow_jax.config import TrainConfig
 from janusflow_jax.models import janusflow, llama, vae
-from janusflow_jax.parallel import sharding
+from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.planning import (
     compile as plan_compile,
     flops as plan_flops,
@@ -135,7 +135,7 @@ def _bfloat16(tree: Any) -> Any:
 
 def _state(path: Any, x: Any, mesh: Any) -> jax.ShapeDtypeStruct:
     """Decoding's state: rows over the devices, heads of keys and values over `tensor`."""
-    cached = sharding.path_name(path).split("/")[-1] in ("k", "v")
+    cached = trees.path_name(path).split("/")[-1] in ("k", "v")
     spec = P(sharding.BATCH, None, "tensor", None) if cached else P(sharding.BATCH)
     spec = P(*list(spec)[: x.ndim], *[None] * (x.ndim - len(spec)))
     where = NamedSharding(mesh, sharding.fit(spec, x.shape, mesh))

@@ -95,12 +95,12 @@ def initial_params(cfg: TrainConfig) -> tuple[Any, Any, str, dict[str, str]]:
                 problems.append(f"{path} has no part {part!r}; it has {loaded.parts}")
             elif part == "vae":
                 expect = vae.param_shapes(cfg.model.vae)
-                problems += model_folder.compare_trees(expect, got, "vae") or (
+                problems += trees.mismatches(expect, got, "vae") or (
                     _other_config(cfg.model, loaded.cfg, part, path)
                 )
                 vae_params = _host(got)
             else:
-                problems += model_folder.compare_trees(params[part], got, part) or (
+                problems += trees.mismatches(params[part], got, part) or (
                     _other_config(cfg.model, loaded.cfg, part, path)
                 )
                 params[part] = _host(got)
@@ -155,7 +155,7 @@ def _sections(model: ModelConfig, part: str) -> tuple[str, ...]:
 
 def _unmatched(cfg: TrainConfig, params: Any) -> list[str]:
     """The paths to train that the model does not have."""
-    names = trees.flat(params)
+    names = trees.flatten(params)
     return [
         f"train_parts: {path!r} is no path of this model's parameters, such as {next(iter(names))}"
         for path in cfg.train_parts

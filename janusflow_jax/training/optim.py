@@ -14,7 +14,7 @@ import optax
 from optax import contrib
 
 from janusflow_jax.config import OptimConfig
-from janusflow_jax.parallel import sharding
+from janusflow_jax.parallel import trees
 
 Tree = dict[str, Any]
 
@@ -87,7 +87,7 @@ def muon_dimensions(params: Tree) -> Tree:
     """Input and output axes of every parameter that Muon updates; None for the others."""
 
     def dimensions(path: Any, x: Any) -> contrib.MuonDimensionNumbers | None:
-        name = sharding.path_name(path)
+        name = trees.path_name(path)
         if not name.endswith("kernel") or name.endswith("llm/head/kernel") or x.ndim < 2:
             return None
         if x.ndim == 4:  # convolution: (height, width, inputs) to outputs; not if depthwise

@@ -30,8 +30,8 @@ def make(cfg: TrainConfig, mesh: Any, params: Any, vae_params: Any) -> Any:
 def to_save(state: Any, apart: bool) -> Any:
     """The parameters that a checkpoint holds: all; `apart`: the trained and the adapters only,
     because the run's `base/` has the rest, which never changes."""
-    frozen = trees.flat(state["frozen"]) if apart else {}
-    scales = trees.nested({n: x for n, x in frozen.items() if parts_lib.is_lora_path(n)})
+    frozen = trees.flatten(state["frozen"]) if apart else {}
+    scales = trees.unflatten({n: x for n, x in frozen.items() if parts_lib.is_lora_path(n)})
     return trees.merge(scales if apart else state["frozen"], state["params"])
 
 
@@ -52,7 +52,7 @@ def restore(
     if found is None:
         return state, {}
     got, run = found
-    got["params"], frozen = trees.split(got["params"], trees.flat(state["params"]))
+    got["params"], frozen = trees.split(got["params"], trees.flatten(state["params"]))
     got["frozen"] = trees.merge(state["frozen"], frozen)
     counters = {n: np.int32(run[n]) for n in ("step", "bad_steps")}
     where = {n: state[n].sharding for n in counters}

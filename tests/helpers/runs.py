@@ -17,6 +17,7 @@ from helpers.records import HUB
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.models import janusflow, vae
+from janusflow_jax.parallel import trees
 
 ROOT = Path(__file__).parents[2]
 COLORS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (30, 180, 40)}
@@ -52,8 +53,8 @@ def last_arrays(workdir: Any) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, by its path."""
     step = model_folder.committed_steps(workdir)[-1]
     folder = Path(workdir) / "checkpoints" / str(step)
-    trees = {n: model_folder._load_tree(folder / n) for n in ("params", "ema", "opt_state")}
-    return model_folder.flat(jax.device_get(trees))
+    saved = {n: model_folder.load_tree(folder / n) for n in ("params", "ema", "opt_state")}
+    return trees.flatten(jax.device_get(saved))
 
 
 def read_metrics(workdir: Any) -> list[dict[str, Any]]:

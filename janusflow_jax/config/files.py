@@ -1,0 +1,44 @@
+"""Files and folders that are written as a whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]:
+    """Gives a path beside `path` to write a file or folder to, which replaces `path` at the end.
+
+    After an error, or Ctrl-C, `path` is what it was and nothing else is left.
+
+    Args:
+      path: a `pathlib.Path` or `epath.Path`.
+      suffix: of the temporary name; default: this process's number.
+      active: False: only gives the path, because another process replaces it.
+    """
+    part = path.parent / f".{path.name}.partial-{suffix or os.getpid()}"
+    if active:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(part)
+    try:
+        yield part
+        if active:
+            if part.is_dir():  # a file replaces a file by itself, at one instant
+                remove(path)
+            part.replace(path)
+    except BaseException:
+        if active:
+            remove(part)
+        raise
+
+
+def remove(path: Any) -> None:
+    """Removes a file or folder, on a disk or in a bucket; does nothing where there is none."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif path.is_dir():
+        path.rmtree()
+    else:
+        path.unlink(missing_ok=True)
