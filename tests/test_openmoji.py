@@ -1,4 +1,4 @@
-"""The quick start's data set: the sheet, the held-out pairs, the colours, the files."""
+"""The quick start's data set: the sheet, the held-out pairs, the colors, the files."""
 
 from __future__ import annotations
 
@@ -13,92 +13,88 @@ from janusflow_jax.config import GENERATE, UNDERSTAND
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, images, rows, sources
 from janusflow_jax.openmoji import (
-    build as openmoji_build,
-    classes as openmoji_classes,
-    drawings as openmoji_drawings,
-    prompts as openmoji_prompts,
+    build,
+    classes,
+    drawings,
+    prompts,
     scores,
-    tokenizer as openmoji_tokenizer,
+    tokenizer,
 )
 
-NAMES = list(openmoji_classes.CLASSES.values())
+NAMES = list(classes.CLASSES.values())
 
 
 def few(monkeypatch) -> None:
     """Only the sheet's classes, and a few more, so that a build takes a second."""
-    wanted = {name for _, name, _ in openmoji_prompts.SHEET} | set(NAMES[:12])
-    small = {p: n for p, n in openmoji_classes.CLASSES.items() if n in wanted}
-    monkeypatch.setattr(openmoji_classes, "CLASSES", small)
+    wanted = {name for _, name, _ in prompts.SHEET} | set(NAMES[:12])
+    small = {p: n for p, n in classes.CLASSES.items() if n in wanted}
+    monkeypatch.setattr(classes, "CLASSES", small)
 
 
-def test_the_sheet_is_what_the_task_asks():
-    sheet = openmoji_prompts.SHEET
+def test_the_sheet_has_every_color_three_times():
+    sheet = prompts.SHEET
     assert len(sheet) == 24 and len({name for _, name, _ in sheet}) == 24
-    assert collections.Counter(c for c, _, _ in sheet) == dict.fromkeys(openmoji_prompts.PALETTE, 3)
+    assert collections.Counter(c for c, _, _ in sheet) == dict.fromkeys(prompts.PALETTE, 3)
     assert sum(not trained for _, _, trained in sheet) == 8
-    assert (
-        openmoji_prompts.PROMPTS[0] == "a red apple" and "an orange cat" in openmoji_prompts.PROMPTS
-    )
+    assert prompts.PROMPTS[0] == "a red apple" and "an orange cat" in prompts.PROMPTS
     assert len(NAMES) >= 200 and len(set(NAMES)) == len(NAMES)
     assert {name for _, name, _ in sheet} <= set(NAMES)
     words = {word for name in NAMES for word in name.split()}
-    assert not words & set(openmoji_prompts.PALETTE)
+    assert not words & set(prompts.PALETTE)
 
 
 def test_held_out_pairs_are_never_trained():
-    splits = openmoji_build.split_items(NAMES, seed=0)
-    pairs = {s: {(p.name, p.color) for p in pictures} for s, pictures in splits.items()}
+    splits = build.split_items(NAMES, seed=0)
+    pairs = {s: {(p.name, p.color) for p in items} for s, items in splits.items()}
     assert not pairs["train"] & pairs["heldout_pairs"]
     assert pairs["heldout_views"] == pairs["train"]
-    for colour, name, trained in openmoji_prompts.SHEET:
-        assert ((name, colour) in pairs["train"]) == trained
-        assert ((name, colour) in pairs["heldout_pairs"]) != trained
-    everything = len(NAMES) * len(openmoji_prompts.PALETTE)
+    for color, name, trained in prompts.SHEET:
+        assert ((name, color) in pairs["train"]) == trained
+        assert ((name, color) in pairs["heldout_pairs"]) != trained
+    everything = len(NAMES) * len(prompts.PALETTE)
     assert len(pairs["train"]) + len(pairs["heldout_pairs"]) == everything
     assert 0.09 < len(pairs["heldout_pairs"]) / everything < 0.12
     by_class = collections.Counter(name for name, _ in pairs["train"])
     assert min(by_class[name] for name in NAMES) >= 5
-    by_colour = collections.Counter(colour for _, colour in pairs["heldout_pairs"])
-    assert len(set(by_colour.values())) == 1
-    ids = [p.id for pictures in splits.values() for p in pictures]
+    by_color = collections.Counter(color for _, color in pairs["heldout_pairs"])
+    assert len(set(by_color.values())) == 1
+    ids = [p.id for items in splits.values() for p in items]
     assert len(set(ids)) == len(ids)
-    views = {openmoji_build.view_of(p, 0) for pictures in splits.values() for p in pictures}
-    assert len(views) == len(ids)  # a held-out view is no training view
+    views = {build.view_of(p, 0) for items in splits.values() for p in items}
+    assert len(views) == len(ids)  # no held-out view is a training view
 
 
-@pytest.mark.parametrize("colour", openmoji_prompts.PALETTE)
-def test_drawings_take_the_colour(colour):
-    for point, name in list(openmoji_classes.CLASSES.items())[::12]:
-        drawing = openmoji_drawings.load_class(point, name)
+@pytest.mark.parametrize("color", prompts.PALETTE)
+def test_recolored_drawings_have_the_hue(color):
+    for point, name in list(classes.CLASSES.items())[::12]:
+        drawing = drawings.load_class(point, name)
         assert drawing is not None
-        png = openmoji_drawings.render(
-            drawing.recolored(colour), openmoji_drawings.View(5.0, 0.9, 1.0, -1.0), 64
-        )
+        png = drawings.render(drawing.recolored(color), drawings.View(5.0, 0.9, 1.0, -1.0), 64)
         image = images.decode(png)
         assert image.shape == (64, 64, 3)
         hue = scores.dominant_hue(image)
-        assert scores.hue_distance(hue, openmoji_prompts.PALETTE[colour]) <= 20, name
+        assert scores.hue_distance(hue, prompts.PALETTE[color]) <= 20, name
         assert (image[0, 0] == 255).all()
 
 
-def test_a_grey_drawing_without_colour_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(openmoji_drawings, "svg_folder", lambda: tmp_path)
+def test_a_drawing_without_color_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(drawings, "svg_folder", lambda: tmp_path)
     (tmp_path / "0000.svg").write_text(
         '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">'
         '<path fill="#000000" d="M0 0h9v9z"/></svg>'
     )
-    assert openmoji_drawings.load_class("0000", "nothing") is None
+    assert drawings.load_class("0000", "nothing") is None
     with pytest.raises(ValueError, match=r"0000 nothing: expected one dominant color"):
-        openmoji_build.load_drawings({"0000": "nothing"})
+        build.load_drawings({"0000": "nothing"})
 
 
 def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
     few(monkeypatch)
-    counts = openmoji_build.build(tmp_path / "a", 32, seed=0, overwrite=False)
+    counts = build.build(tmp_path / "a", 32, seed=0, overwrite=False)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        openmoji_build.build(tmp_path / "a", 32, seed=0, overwrite=False)
-    openmoji_build.build(tmp_path / "b", 32, seed=0, overwrite=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]  # no temporary folder stays
+        build.build(tmp_path / "a", 32, seed=0, overwrite=False)
+    build.build(tmp_path / "b", 32, seed=0, overwrite=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]  # no temporary folder is left
     assert "CC BY-SA 4.0" in (tmp_path / "a" / "CREDITS.txt").read_text()
     for split, count in counts.items():
         one = sources.open_source(tmp_path / "a", split)
@@ -107,14 +103,14 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
         assert all(one[i] == two[i] for i in range(count))
     record = one[0]
     assert set(record) == {"id", "image", "captions", "class", "colour"}
-    assert record["captions"][0] == openmoji_prompts.caption(record["colour"], record["class"])
+    assert record["captions"][0] == prompts.caption(record["colour"], record["class"])
     assert record["id"].startswith(record["class"].replace(" ", "_"))
     assert Image.open(io.BytesIO(record["image"])).mode == "RGB"
     with pytest.raises(DataError, match=r"one of \['heldout_pairs'.*got 'test'"):
         sources.open_source(tmp_path / "a", "test")
 
-    openmoji_tokenizer.train_tokenizer(
-        openmoji_build.tokenizer_texts(), 640, tmp_path / "hub", num_image_tokens=16, image_size=64
+    tokenizer.train_tokenizer(
+        build.tokenizer_texts(), 640, tmp_path / "hub", num_image_tokens=16, image_size=64
     )
     chat = chat_format.ChatFormat.load(tmp_path / "hub")
     cfg = config_lib.DataConfig(
@@ -135,26 +131,24 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
     assert {GENERATE, UNDERSTAND} <= tasks
 
 
-def test_an_interrupted_build_leaves_what_was_there(monkeypatch, tmp_path):
+def test_an_interrupted_build_changes_nothing(monkeypatch, tmp_path):
     few(monkeypatch)
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "old").write_text("kept")
+    (tmp_path / "a" / "old").write_text("unchanged")
 
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(openmoji_build, "render_item", stop)
+    monkeypatch.setattr(build, "render_item", stop)
     with pytest.raises(KeyboardInterrupt):
-        openmoji_build.build(tmp_path / "a", 32, seed=0, overwrite=True)
+        build.build(tmp_path / "a", 32, seed=0, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a" / "old").read_text() == "kept"
+    assert (tmp_path / "a" / "old").read_text() == "unchanged"
 
 
 def test_the_tokenizer_is_repeatable_and_fits(tmp_path):
     for name in ("a", "b"):
-        openmoji_tokenizer.train_tokenizer(
-            openmoji_build.tokenizer_texts(), 640, tmp_path / name, 16, 64
-        )
+        tokenizer.train_tokenizer(build.tokenizer_texts(), 640, tmp_path / name, 16, 64)
     one, two = (chat_format.ChatFormat.load(tmp_path / name) for name in ("a", "b"))
     assert one.hash == two.hash and one.vocab_needed <= 640 and one.num_image_tokens == 16
     prompt = one.conversation([], 0)
@@ -162,4 +156,4 @@ def test_the_tokenizer_is_repeatable_and_fits(tmp_path):
     text = "a drawing of an orange wine glass, é 🙂"
     assert one.decode(one.generation_ids(text, form="plain")) == text
     with pytest.raises(ValueError, match="at least 263"):
-        openmoji_tokenizer.train_tokenizer(["x"], 100, tmp_path / "c", 16, 64)
+        tokenizer.train_tokenizer(["x"], 100, tmp_path / "c", 16, 64)
