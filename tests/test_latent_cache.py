@@ -373,7 +373,7 @@ def test_what_cannot_be_cached_is_refused():
 
 def test_a_cache_of_something_else_is_refused(stores, chat, encoders, encode):
     build(stores["a"], encoders, encode, "gen")
-    with pytest.raises(DataError, match="crops: 3 there, 2 now"):
+    with pytest.raises(DataError, match="crops: 3 then, 2 now"):
         build(stores["a"], encoders, encode, "gen", crops=2)
     with pytest.raises(DataError, match="expected task 'understand'; got 'generate'"):
         open_rows(chat, mixture(understand="gen"))

@@ -23,7 +23,6 @@ import json
 import os
 import struct
 import tempfile
-import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ import numpy as np
 from etils import epath
 
 from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.fields import differences
 from janusflow_jax.data import images, samples, sources
 
 FORMAT = 1
@@ -113,18 +113,16 @@ def create(folder: epath.PathLike, manifest: Manifest) -> None:
     """
     folder = epath.Path(folder)
     if (folder / FILE).exists():
-        new, stored = dataclasses.asdict(manifest), dataclasses.asdict(read_manifest(folder))
-        differ = [f"{n}: {v!r} there, {new[n]!r} now" for n, v in stored.items() if v != new[n]]
-        if differ:
+        stored = dataclasses.asdict(read_manifest(folder))
+        if differ := differences(stored, dataclasses.asdict(manifest)):
             listed = "\n".join(f"  - {d}" for d in differ)
             raise DataError(
                 f"{folder}: holds another cache:\n{listed}\nUse another --out, or remove the folder"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{FILE}.{uuid.uuid4().hex}"
-    part.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-    part.replace(folder / FILE)
+    text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
+    sources.write_whole(folder / FILE, text.encode())
 
 
 def is_done(folder: epath.PathLike, manifest: Manifest, k: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from etils import epath
 from jaxtyping import Bool
 
 from janusflow_jax.config.errors import DataError
-from janusflow_jax.data import chat_format, samples
+from janusflow_jax.data import chat_format, samples, sources
 from janusflow_jax.data.sources import Fields
 
 SMALL = 100_000
@@ -159,10 +158,8 @@ def load_lengths(
 
 
 def store(file: epath.Path, lengths: Lengths, chat: chat_format.ChatFormat) -> None:
-    """Writes lengths, whole or not at all."""
+    """Writes lengths to their file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
     np.savez(data, hash=np.array(_key(chat)), **lengths._asdict())
-    part = file.parent / f".{file.name}.{uuid.uuid4().hex}"
-    part.write_bytes(data.getvalue())
-    part.replace(file)
+    sources.write_whole(file, data.getvalue())

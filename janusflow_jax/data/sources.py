@@ -8,6 +8,7 @@ TensorFlow is not needed.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -222,6 +223,16 @@ def retry(read: Callable[[], T], what: str) -> T:
             logging.warning("%s: %s; retrying in %s s", what, e, wait)
             time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file that appears complete, or not at all."""
+    if "://" in str(path):  # an object of a bucket appears when it is complete
+        path.write_bytes(data)
+        return
+    part = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    part.write_bytes(data)
+    part.replace(path)
 
 
 def _plain(value: Any, encoded: bool) -> Any:

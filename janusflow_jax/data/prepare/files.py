@@ -12,12 +12,13 @@ import io
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from janusflow_jax.data.sources import write_whole
 
 NAME = "prepared"
 MODULE_NAME = "janusflow_jax.data.prepare_files"
@@ -177,16 +178,6 @@ def describe(
     ]
     info.set_splits(splits.SplitDict(found))
     info.write_to_directory(out)
-
-
-def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    if "://" in str(path):  # an object appears when it is complete
-        path.write_bytes(data)
-        return
-    part = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def save_arrays(path: epath.Path, **arrays: np.ndarray) -> None:
