@@ -88,7 +88,7 @@ def test_chat_answers_and_talks(loaded, monkeypatch, capsys):
         (evaluate, "--model m --prompts 1", "error: --prompts, --captions: expected"),
         (evaluate, "--model m --out .", r"error: --out: expected a .*'\.' \(Is a directory\)"),
         (evaluate, "--model m --out /dev/null/x.json", "error: --out: expected a file that can"),
-        (evaluate, "--model m --out x.png", "error: --out: expected the report's file"),
+        (evaluate, "--model m --out x.png", "error: --out: expected a file such as"),
         (evaluate, "--model m --seed 4294967000", "error: seed: expected 0 to"),
     ],
 )

@@ -39,14 +39,14 @@ def run(method, p, x, dtype=jnp.float32):
 
 
 @pytest.mark.slow
-def test_shapes_of_a_picture_that_is_not_square():
+def test_shapes_of_an_image_that_is_not_square():
     mean, logvar = run("encode", params(), noise(1, 2, 16, 24, 3))
     assert mean.shape == logvar.shape == (2, 8, 12, 4)
     assert run("decode", params(), mean).shape == (2, 16, 24, 3)
 
 
 @pytest.mark.slow
-def test_pictures_of_a_batch_do_not_see_one_another():
+def test_images_of_a_batch_are_independent():
     x = noise(2, 3, 16, 16, 3)
     other = np.concatenate([x[:1], 5 * noise(3, 2, 16, 16, 3)])
     np.testing.assert_array_equal(
@@ -108,7 +108,7 @@ def test_standardized_latents():
     assert np.abs(spread(mean, logvar) - 1).min() > 0.1
     np.testing.assert_allclose(new_mean.mean(axes), 0, atol=1e-4)
     np.testing.assert_allclose(spread(new_mean, new_logvar), 1, rtol=1e-4)
-    # A draw of the posterior decodes to the same picture in either basis, the mean does too.
+    # A draw of the posterior decodes to the same image in either basis, the mean does too.
     for eps in (np.float32(0), noise(8, *mean.shape)):
         want = run("decode", before, mean + np.exp(0.5 * logvar) * eps)
         got = run("decode", after, new_mean + np.exp(0.5 * new_logvar) * eps)

@@ -33,10 +33,10 @@ def train_tokenizer(
     """Trains a tokenizer and writes its folder. The same texts give the same files.
 
     Args:
-      texts: what to train on, as often as each should count.
-      vocab_size: at most this many ids, the 256 bytes and the special tokens included.
-      out: folder; made where it does not exist.
-      num_image_tokens: features an image, for processor_config.json.
+      texts: training texts; repeat a text to give it more weight.
+      vocab_size: maximum number of ids, including the 256 bytes and the special tokens.
+      out: folder, created if missing.
+      num_image_tokens: features per image, for processor_config.json.
       image_size: side in pixels, for preprocessor_config.json.
     Raises:
       JanusFlowError: vocab_size cannot hold the bytes and the special tokens.
