@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from etils import epath
 from huggingface_hub import ModelCardData
 
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import ModelConfig, SiglipConfig, checks as config_checks
+from janusflow_jax.config import ModelConfig, SiglipConfig, checks as config_checks, files
 from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.hub import configs as hub_configs, names, tensors
 from janusflow_jax.hub.safetensors import SHARD_BYTES, LazyTensor, read_header, write_folder
@@ -72,26 +71,17 @@ def export(
         types.get("vae", ""),
         dtype,
     )
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    if partial.exists():
-        partial.rmtree()
-    (partial / "vae").mkdir(parents=True)
-    try:
+    with files.replacing(folder) as part:
+        (part / "vae").mkdir(parents=True)
         for name, path in hub.items():
             if name not in (UNUSED_FILE, VAE_CONFIG_FILE, LLM_CONFIG_FILE, *CONFIGS):
-                (partial / _exported_name(name)).write_bytes(path.read_bytes())
+                (part / _exported_name(name)).write_bytes(path.read_bytes())
         for name, data in _configs(hub, cfg, _main_dtype(published)).items():
-            (partial / name).write_bytes(data)
-        files = write_folder(partial, "model", published, shard_bytes)
-        write_folder(partial / "vae", "diffusion_pytorch_model", published_vae, shard_bytes)
-        (partial / "README.md").write_text(_card(loaded, hub, published, weights, license))
-    except BaseException:
-        partial.rmtree()
-        raise
-    if folder.exists():
-        folder.rmtree()
-    partial.rename(folder)
-    log(f"{folder}: {len(published)} tensors in {', '.join(files)}; vae: {len(published_vae)}")
+            (part / name).write_bytes(data)
+        shards = write_folder(part, "model", published, shard_bytes)
+        write_folder(part / "vae", "diffusion_pytorch_model", published_vae, shard_bytes)
+        (part / "README.md").write_text(_card(loaded, hub, published, weights, license))
+    log(f"{folder}: {len(published)} tensors in {', '.join(shards)}; vae: {len(published_vae)}")
 
 
 def _exported_name(name: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from etils import epath
 
 from janusflow_jax.checkpoints import checksums
+from janusflow_jax.config import files
 from janusflow_jax.parallel import processes
 from janusflow_jax.training import metrics
 
@@ -79,9 +80,8 @@ class Record:
         now = {"alive": round(time.time(), 3), "step": step, "ended": ended, "seconds": seconds}
         self._mine |= now
         if processes.is_main():
-            spare = self._file.with_suffix(".tmp")
-            spare.write_text(json.dumps([*self._earlier, self._mine], indent=0))
-            spare.replace(self._file)
+            with files.replacing(self._file, "tmp") as part:
+                part.write_text(json.dumps([*self._earlier, self._mine], indent=0))
 
     def totals(self) -> dict[str, float]:
         """Seconds by phase over all attempts; `lost` was spent on steps that came again."""

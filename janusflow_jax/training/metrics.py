@@ -20,6 +20,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from janusflow_jax.config import files
+
 FILE = "metrics.jsonl"
 _ON_LINE = (("loss", "loss"), ("ar", "loss_ar"), ("rf", "loss_rf"), ("repa", "loss_repa"))
 
@@ -53,9 +55,8 @@ class Writer:
         if "://" in str(workdir):
             local = pathlib.Path(tempfile.mkdtemp(prefix="metrics-")) / FILE
             self._remote = target
-        spare = local.with_suffix(".tmp")
-        spare.write_text(kept)
-        os.replace(spare, local)
+        with files.replacing(local, "tmp") as part:
+            part.write_text(kept)
         self._local = local
         self._file = local.open("a")
         if board is not None:
