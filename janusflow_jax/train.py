@@ -215,13 +215,17 @@ def _loop(run: Run, writer: Any, clock: Any, record: Any, stop: preempt.Stop) ->
     clock.switch("step")
     if not run.saved:
         evaluate(step)
-    verdict = agreement.ask(state_of_process)
-    while step < cfg.num_steps and not (watch.tripped or run.heldout.ends) and verdict().go_on:
+    status = agreement.ask(state_of_process)
+    while (
+        step < cfg.num_steps
+        and not (watch.tripped or run.heldout.ends)
+        and status() == processes.CONTINUE
+    ):
         with clock("data"):
             before = time.perf_counter()
             batch, report = next(feed)
             waited = time.perf_counter() - before
-        verdict = agreement.ask(state_of_process, run.state)  # about the step after this one
+        status = agreement.ask(state_of_process, run.state)  # about the step after this one
         work = flops.count(batch, cfg.data.gen_slots, cfg.data.und_slots)
         batch = sharding.put_batch(batch, run.mesh, cfg.batch_rows)
         with clock("step" if compiled else "compile"):

@@ -210,7 +210,7 @@ def test_what_fails_on_one_ends_all_at_the_same_step(data, tmp_path, patch, why,
     assert re.search(rf"^error: .*{why}", own, re.MULTILINE | re.DOTALL), own
 
 
-BY_HAND = dict(zip(distributed.BY_HAND, ("a:1", "2", "0"), strict=True))
+BY_HAND = dict(zip(distributed.VARIABLES, ("a:1", "2", "0"), strict=True))
 SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
 
 

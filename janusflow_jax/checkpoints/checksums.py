@@ -1,7 +1,7 @@
-"""What model folders and checkpoints have in common: JSON, a checksum of every file, the error.
+"""A checksum for every file of a model folder or checkpoint.
 
-A checkpoint of several processes is summed by all of them, each what it wrote itself
-(`write_share`, then `merge_shares`), and verified by all, each a share.
+In a job of several processes, each computes the checksums of the files that it wrote
+(`write_share`, then `merge_shares`); to verify, each reads a share of the files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def file_sha256(path: epath.Path) -> str:
 
 
 def _names(folder: epath.Path, below: str = "") -> list[str]:
-    """Every file below a folder that has a checksum, by relative path."""
+    """Relative paths of the files below a folder that get a checksum."""
     out = []
     for entry in sorted((folder / below).iterdir()):
         name = f"{below}{entry.name}"
@@ -57,22 +57,22 @@ def write_sums(folder: epath.Path) -> None:
 
 
 def writer_of(name: str) -> int:
-    """The process that wrote a file: Orbax keeps what a process writes in a folder of its own."""
-    found = re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name)
-    return int(found[1]) if found else 0
+    """The process that wrote a file: Orbax has a folder for each process."""
+    match = re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name)
+    return int(match[1]) if match else 0
 
 
 def write_share(folder: epath.Path, process: int) -> None:
-    """Writes the checksums of what one process wrote, for `merge_shares`."""
+    """Writes the checksums of one process's files, for `merge_shares`."""
     mine = [n for n in _names(folder) if writer_of(n) == process]
     (folder / _share_file(process)).write_text(json.dumps(_sums(folder, mine), indent=0))
 
 
 def merge_shares(folder: epath.Path, processes: int) -> None:
-    """Makes one file of the shares of all processes, when all of them have been written.
+    """Merges the shares of all processes into one file, once all are written.
 
     Raises:
-      CheckpointError: a share that is not there, or a file that nobody summed.
+      CheckpointError: a missing share, or a file without a checksum.
     """
     shares = [folder / _share_file(k) for k in range(processes)]
     if absent := [k for k, share in enumerate(shares) if not share.exists()]:
@@ -97,22 +97,22 @@ def _share_file(process: int) -> str:
 def damage(
     folder: epath.Path, parts: Sequence[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> str:
-    """What is wrong with a folder's files: '' when nothing is.
+    """Names missing and changed files of a folder; '' if it is undamaged.
 
     Args:
-      parts: names right below the folder to which this is limited; None: all.
-      share: (k, n): reads only the k-th of n shares, of about the same size.
+      parts: verify only these names directly below the folder; None: all.
+      share: (k, n): verify only the k-th of n shares of about equal size.
     """
     try:
-        want = read_json(folder / SUMS_FILE)
+        sums = read_json(folder / SUMS_FILE)
         names = [n for n in _names(folder) if parts is None or n.split("/")[0] in parts]
     except (CheckpointError, OSError) as error:
         return str(error)
-    wanted = {n for n in want if parts is None or n.split("/")[0] in parts}
-    missing = sorted(wanted - set(names))
-    there = sorted(wanted & set(names), key=lambda n: (-(folder / n).stat().length, n))
-    mine = there[share[0] :: share[1]]
-    changed = sorted(n for n, value in _sums(folder, mine).items() if value != want[n])
+    expected = {n for n in sums if parts is None or n.split("/")[0] in parts}
+    missing = sorted(expected - set(names))
+    present = sorted(expected & set(names), key=lambda n: (-(folder / n).stat().length, n))
+    mine = present[share[0] :: share[1]]
+    changed = sorted(n for n, value in _sums(folder, mine).items() if value != sums[n])
     return f"missing {missing}, changed {changed}" if missing or changed else ""
 
 
@@ -121,7 +121,7 @@ def verify_sums(folder: epath.Path, parts: Sequence[str] | None = None) -> None:
 
     Args: parts: as in `damage`.
     """
-    if found := damage(folder, parts):
+    if report := damage(folder, parts):
         raise CheckpointError(
-            f"{folder}: damaged: {found}; restore the folder from a copy, or use another checkpoint"
+            f"{folder}: damaged: {report}; restore it from a copy, or use another checkpoint"
         )

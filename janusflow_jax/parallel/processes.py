@@ -1,13 +1,12 @@
-"""Several processes of one job: finding the cluster, who speaks, and what all must agree on.
+"""Several processes of one job: joining the cluster, logging, errors, and agreeing when to stop.
 
-Everything here does nothing special with one process. What is agreed between steps goes over the
-devices, as a number that is reduced ahead of the step that it is about (`Agreement`).
+With one process nothing here does anything special. Between steps the processes agree through the
+devices: they reduce a number ahead of the step that it concerns (`Agreement`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -23,18 +22,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from janusflow_jax.config.errors import ConfigError, JanusFlowError
 
 MODES = ("auto", "on", "off")
-BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-"""Set by whoever starts the processes where no cluster is known to JAX."""
-GO_ON, STOP, FAILED = 0, 1, 2
-"""What a process says of the step ahead; the largest holds for all."""
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+"""Environment variables for clusters that JAX does not detect."""
+CONTINUE, STOP, FAILED = 0, 1, 2
+"""The status of a process before a step; the most severe status wins."""
 TEXT_BYTES = 4096
-"""Of a message that processes exchange; longer ones are cut."""
+"""Size of a message between processes; longer ones are cut."""
 
 
 def initialize(mode: str = "auto", env: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes of this job; before anything else is asked of JAX.
+    """Joins the other processes of this job. Call it before anything else that uses JAX.
 
-    Args: mode: 'on': there must be a cluster; 'auto': where there is one; 'off': never.
+    Args: mode: 'on': a cluster is required; 'auto': join if there is one; 'off': never join.
     Raises:
       ConfigError: an unknown mode, no cluster, or one that cannot be joined.
     """
@@ -42,48 +41,48 @@ def initialize(mode: str = "auto", env: Mapping[str, str] = os.environ) -> None:
         raise ConfigError(f"--distributed: expected one of {', '.join(MODES)}; got {mode!r}")
     if mode == "off":
         return
-    found = cluster(env)
-    given = [n for n in BY_HAND if env.get(n)]
-    if not found and given:
+    kind = cluster(env)
+    partial = [n for n in VARIABLES if env.get(n)]
+    if not kind and partial:
         raise ConfigError(
-            f"--distributed: expected all of {', '.join(BY_HAND)}, or none; got only {given}"
+            f"--distributed: expected all of {', '.join(VARIABLES)}, or none; got only {partial}"
         )
-    if not found and mode == "on":
+    if not kind and mode == "on":
         raise ConfigError(
             "--distributed=on: expected a cluster (Slurm with several tasks, a TPU pod, GKE), or "
-            f"{', '.join(BY_HAND)} set for every process; found none of them"
+            f"{', '.join(VARIABLES)} set for every process; found none of them"
         )
-    if not found:
+    if not kind:
         return
-    by_hand: dict[str, Any] = {}
-    if found == "environment":
+    options: dict[str, Any] = {}
+    if kind == "environment":
         try:
-            by_hand = {
-                "coordinator_address": env[BY_HAND[0]],
-                "num_processes": int(env[BY_HAND[1]]),
-                "process_id": int(env[BY_HAND[2]]),
+            options = {
+                "coordinator_address": env[VARIABLES[0]],
+                "num_processes": int(env[VARIABLES[1]]),
+                "process_id": int(env[VARIABLES[2]]),
             }
         except ValueError as error:
             raise ConfigError(
-                f"--distributed: expected whole numbers in {BY_HAND[1:]}; {error}"
+                f"--distributed: expected whole numbers in {VARIABLES[1:]}; {error}"
             ) from error
     try:
-        jax.distributed.initialize(**by_hand)
+        jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"--distributed: cannot join the job ({found}): {error}. --distributed=off trains "
+            f"--distributed: cannot join the job ({kind}): {error}. --distributed=off trains "
             "with this process alone"
         ) from error
     if jax.default_backend() == "cpu":
-        # Programs out of the cache run their collectives in another order in one process than in
-        # the next: gloo takes one for the other and aborts (15 of 16 jobs of two processes; of
-        # those that compiled, none of 16), or waits for ever.
+        # Programs from the cache run their collectives in a different order in each process. Gloo
+        # then confuses them and aborts or hangs: 15 of 16 jobs of two processes did, and none of
+        # the 16 that compiled.
         jax.config.update("jax_enable_compilation_cache", False)
 
 
 def cluster(env: Mapping[str, str]) -> str:
-    """What kind of cluster this process was started in; '' for none."""
-    if all(env.get(n) for n in BY_HAND):
+    """The kind of cluster that this process was started in; '' for none."""
+    if all(env.get(n) for n in VARIABLES):
         return "environment"
     tasks = env.get("SLURM_NTASKS", "1")
     if "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env and tasks != "1":
@@ -94,17 +93,17 @@ def cluster(env: Mapping[str, str]) -> str:
         return "GKE or several slices"
     chips = any(pathlib.Path(p).exists() for p in ("/dev/accel0", "/dev/vfio/0"))
     if chips and importlib.util.find_spec("libtpu") and not env.get("TPU_SKIP_MDS_QUERY"):
-        return "TPU VM"  # JAX asks the machine's metadata; a single host is a job of one process
+        return "TPU VM"  # JAX reads the machine's metadata; a single host is a job of one process
     return ""
 
 
 def count() -> int:
-    """Processes of this job."""
+    """Number of processes of this job."""
     return jax.process_count()
 
 
 def index() -> int:
-    """This process among them; 0 is the one that speaks and writes."""
+    """Number of this process; process 0 logs and writes."""
     return jax.process_index()
 
 
@@ -141,9 +140,9 @@ def from_main(text: str) -> str:
 
 
 def whole(tree: Any) -> Any:
-    """numpy copies of arrays that are spread over processes, on all of them.
+    """Numpy copies of arrays that are sharded over processes, on every process.
 
-    Array after array: a device never holds more than one whole, a host holds all.
+    It copies one array at a time: a device never holds more than one whole array, a host all.
     """
     if count() == 1:
         return jax.device_get(tree)
@@ -153,10 +152,10 @@ def whole(tree: Any) -> Any:
 
 
 def raise_together(error: BaseException | None, what: str) -> None:
-    """Raises on all processes when one has an error: its own, or one that names whose it was.
+    """Raises on all processes if one has an error: its own error, or one that names the process.
 
     Raises:
-      JanusFlowError: the error was another process's.
+      JanusFlowError: another process had the error.
     """
     texts = gather("" if error is None else str(error) or type(error).__name__)
     if error is not None:
@@ -168,9 +167,9 @@ def raise_together(error: BaseException | None, what: str) -> None:
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """A block in which one process's error is everybody's (`raise_together` at its end).
+    """A block after which all processes raise if one did (`raise_together`).
 
-    The block may not wait for other processes.
+    The block must not wait for other processes.
     """
     error = None
     try:
@@ -180,24 +179,12 @@ def together(what: str) -> Iterator[None]:
     raise_together(error, what)
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What holds for all processes: the gravest of what they said."""
-
-    code: int
-
-    @property
-    def go_on(self) -> bool:
-        return self.code == GO_ON
-
-
 class Agreement:
-    """Lets all processes see the gravest code that one of them has, at the same step.
+    """Gives all processes the most severe status of any process, at the same step.
 
-    The numbers are reduced on the devices, ahead of the step in their queue, so that reading the
-    result waits for the step before at most, and no round trip between hosts is added. A CPU has no
-    such queue: two programs run at once, and gloo takes the numbers of one for the other's. There
-    each is waited for.
+    The devices reduce the statuses before the step in their queue. Reading the result waits for
+    the previous step at most, without another round trip between hosts. CPUs have no such queue:
+    two programs run at once and gloo confuses their numbers, so each is waited for.
     """
 
     def __init__(self, mesh: Mesh):
@@ -206,25 +193,26 @@ class Agreement:
         self._no_queue = mesh.devices.flat[0].platform == "cpu"
         self._worst = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
 
-    def ask(self, code: Callable[[], int], before: Any = None) -> Callable[[], Verdict]:
-        """Call on all processes in the same order; the result reads the verdict.
+    def ask(self, code: Callable[[], int], before: Any = None) -> Callable[[], int]:
+        """Starts a reduction; calling the result returns the most severe status.
+
+        All processes call it in the same order. With one process, `code` is called when the result
+        is read; with several, at once.
 
         Args: before: what the last step returned.
-
-        With one process `code` is called when the verdict is read, with several at once.
         """
         if count() == 1:
-            return lambda: Verdict(code())
+            return code
         if self._no_queue:
             jax.block_until_ready(before)
         mine = code()
-        said = jax.make_array_from_callback(
+        statuses = jax.make_array_from_callback(
             (self._size,), self._where, lambda index: np.full(1, mine, np.int32)
         )
-        worst = self._worst(said)
+        worst = self._worst(statuses)
         if self._no_queue:
             jax.block_until_ready(worst)
-        return lambda: Verdict(int(worst))
+        return lambda: int(worst)
 
 
 def exit_without_peers() -> NoReturn:

@@ -1,7 +1,7 @@
-"""Meshes and path rules: everything the project knows about where arrays live.
+"""Meshes and sharding rules: where arrays live.
 
-Modules know one helper, `constrain`, which does nothing without a mesh. A table of path rules
-gives each parameter its PartitionSpec; an axis that does not divide a dimension is left out, so
+Model code uses one helper, `constrain`, which does nothing without a mesh. A table of rules gives
+each parameter its PartitionSpec by its path. Axes that do not divide a dimension are dropped, so
 the same table serves the test size and 1.3B.
 """
 
@@ -51,20 +51,20 @@ RULES: tuple[tuple[str, P], ...] = (
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh.
 
-    `data` is outermost and holds the slices, one after another: only its collectives (gradients
-    once a step) cross the slow network between slices. `tensor` is innermost: neighbours.
+    `data` is the outermost axis and spans the slices: only its collectives (gradients once a step)
+    cross the slow network between slices. `tensor` is innermost: its devices are neighbors.
 
     Args:
-      cfg: sizes; one of them may be -1, which takes what is left.
+      cfg: sizes; one of them may be -1: all remaining devices.
       devices: default: all of `jax.devices()`.
     Raises:
       ConfigError: the sizes do not multiply to the number of devices, or do not divide over
         the slices.
     """
-    found = list(jax.devices() if devices is None else devices)
-    slices = _num_slices(cfg, found)
-    sizes = _mesh_sizes(cfg, len(found), slices)
-    return Mesh(_arrange(found, sizes, slices), AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = list(jax.devices() if devices is None else devices)
+    slices = _num_slices(cfg, devices)
+    sizes = _mesh_sizes(cfg, len(devices), slices)
+    return Mesh(_arrange(devices, sizes, slices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _slice_of(device: Any) -> int:
@@ -86,7 +86,7 @@ def _num_slices(cfg: MeshConfig, devices: Sequence[Any]) -> int:
 
 
 def _mesh_sizes(cfg: MeshConfig, count: int, slices: int) -> list[int]:
-    """(data, fsdp, tensor) with the -1 filled in; every problem at once."""
+    """(data, fsdp, tensor) with -1 replaced."""
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ConfigError(f"mesh: expected sizes >= 1 and at most one -1; got {sizes}")
@@ -113,7 +113,7 @@ def _mesh_sizes(cfg: MeshConfig, count: int, slices: int) -> list[int]:
 
 
 def _arrange(devices: Sequence[Any], sizes: Sequence[int], slices: int) -> np.ndarray:
-    """Devices as data x fsdp x tensor, neighbours on the network beside one another."""
+    """Devices as data x fsdp x tensor, with network neighbors next to each other."""
     cores = {getattr(d, "core_on_chip", 0) for d in devices}
     if devices[0].platform == "tpu" and len(cores) == 1:
         if len({_slice_of(d) for d in devices}) > 1:
@@ -124,8 +124,8 @@ def _arrange(devices: Sequence[Any], sizes: Sequence[int], slices: int) -> np.nd
                 allow_split_physical_axes=True,
             )
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    # Cards are equally near inside a host; of chips with two cores (v3, v4) mesh_utils makes
-    # nothing. In this order the cores of a chip, the cards of a host, a slice's chips are together.
+    # GPUs of a host are equally near, and mesh_utils rejects chips with two cores (v3, v4). This
+    # order keeps the cores of a chip, the GPUs of a host and the chips of a slice together.
     order = sorted(
         devices,
         key=lambda d: (
@@ -179,9 +179,9 @@ def batch_size() -> int:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Asks for a layout: 'batch' is data x fsdp, 'tensor' itself, None is whole.
+    """Requests a layout: 'batch' shards over data x fsdp, 'tensor' over tensor, None is whole.
 
-    Axes that do not divide their dimension are left out. Does nothing without a mesh.
+    Axes that do not divide their dimension are dropped. Does nothing without a mesh.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -204,8 +204,8 @@ def fit(spec: P, shape: Sequence[int], mesh: Any) -> P:
 
 
 def param_spec(name: str, shape: Sequence[int], mesh: Any) -> P:
-    """The PartitionSpec of one parameter by its path (or of a moment that mirrors it)."""
-    name = re.sub(r"kernel/(qvalue|scale)$", "kernel", name)  # one that is quantized
+    """The PartitionSpec of a parameter by its path (or of a moment that mirrors it)."""
+    name = re.sub(r"kernel/(qvalue|scale)$", "kernel", name)  # int8 weights
     for pattern, spec in RULES:
         if re.search(pattern, name):
             return fit(spec, shape, mesh)
@@ -225,19 +225,19 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
 
 
 def rows_of_process(mesh: Mesh, global_rows: int) -> list[int]:
-    """Places in the batch (ascending) whose rows this process's devices need.
+    """Rows of the batch (ascending) that this process's devices need.
 
-    By the sharding and not by the process's number: where the tensor axis crosses processes,
+    They follow from the sharding, not from the process number: if the tensor axis spans processes,
     several of them need the same rows.
     """
-    where = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((global_rows,))
-    found = (range(global_rows)[index[0]] for index in where.values() if index is not None)
-    return sorted({row for rows in found for row in rows})
+    indices = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((global_rows,))
+    parts = (range(global_rows)[index[0]] for index in indices.values() if index is not None)
+    return sorted({row for rows in parts for row in rows})
 
 
 def put_batch(batch: Any, mesh: Mesh, global_rows: int) -> Any:
-    """Makes global arrays from this process's numpy rows: those of `rows_of_process`, in order,
-    or all `global_rows` of them."""
+    """Global arrays from this process's numpy rows: those of `rows_of_process` in order, or all
+    `global_rows`."""
     sharding = NamedSharding(mesh, P(BATCH))
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -257,8 +257,7 @@ def put_batch(batch: Any, mesh: Mesh, global_rows: int) -> Any:
 
 
 def put_tree(tree: Any, where: Any) -> Any:
-    """Global arrays from whole trees that every process has (numpy or on its own device): each
-    device gets its part only."""
+    """Global arrays from whole trees that every process has; each device gets only its part."""
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(x)
