@@ -34,10 +34,12 @@ SAMPLES = {"generate": (GENERATE, 3, 0), "understand": (UNDERSTAND, 2, 3)}
 
 @functools.cache
 def parameters():
-    keys = jax.random.split(jax.random.key(0), 2)
-    params, vae_params = janusflow.init_params(CFG, keys[0]), vae.init_params(CFG.vae, keys[1])
-    # Some kernels start at zero; here none does, so that every parameter matters.
-    return jax.tree.map(lambda x: x + 0.02, (params, vae_params))
+    def initialize(key, vae_key):
+        both = janusflow.init_params(CFG, key), vae.init_params(CFG.vae, vae_key)
+        # Some kernels start at zero; with this none does, so that every parameter matters.
+        return jax.tree.map(lambda x: x + 0.02, both)
+
+    return jax.jit(initialize)(*jax.random.split(jax.random.key(0), 2))
 
 
 def batch_of(rows: list[list[str]]) -> dict:
