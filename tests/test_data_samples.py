@@ -31,22 +31,22 @@ def words(rng, low: int, high: int) -> str:
 def conversation(i: int, tag: str) -> dict:
     """Up to six exchanges with up to three images; some answers are long."""
     rng = np.random.default_rng(i)
-    turns, pictures = [], []
+    turns, encoded = [], []
     if i % 3 == 0:
         turns.append({"role": "System", "content": "Answer briefly."})
     for n in range(int(rng.integers(1, 7))):
         here = int(rng.integers(0, 3)) if n % 2 == 0 else 0
-        pictures += [png(10 * i + n + j, (20, 30)) for j in range(here)]
+        encoded += [png(10 * i + n + j, (20, 30)) for j in range(here)]
         turns.append({"role": "user", "content": f"{tag} " * here + words(rng, 1, 9)})
         turns.append({"role": "assistant", "content": words(rng, 1, 90 if i == 5 else 20)})
-    return {"id": str(i), "conversation": turns, "images": pictures}
+    return {"id": str(i), "conversation": turns, "images": encoded}
 
 
 def document(i: int, tag: str) -> dict:
     rng = np.random.default_rng(100 + i)
     parts = [words(rng, 0, 12) for _ in range(int(rng.integers(2, 7)))]
-    pictures = [png(1000 + 10 * i + j, (20, 30)) for j in range(len(parts) - 1)]
-    return {"id": str(i), "text": f" {tag} ".join(parts), "images": pictures}
+    encoded = [png(1000 + 10 * i + j, (20, 30)) for j in range(len(parts) - 1)]
+    return {"id": str(i), "text": f" {tag} ".join(parts), "images": encoded}
 
 
 @pytest.fixture
@@ -256,8 +256,8 @@ def test_several_images_and_turns_come_through_tfds(tmp_path, chat):
         def _generate_examples(self):
             for i in (4, 7):
                 record = conversation(i, chat.image_tag)
-                pictures = [io.BytesIO(x) for x in record["images"]]
-                yield i, {"images": pictures, "conversation": record["conversation"]}
+                encoded = [io.BytesIO(x) for x in record["images"]]
+                yield i, {"images": encoded, "conversation": record["conversation"]}
 
     builder = Talks(data_dir=str(tmp_path), file_format="array_record")
     builder.download_and_prepare()

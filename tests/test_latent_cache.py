@@ -95,7 +95,7 @@ def build(records, encoders, encode, folder, **changes) -> encode_cache.Report:
 
 
 def mixture(**caches: str) -> tuple[c.SourceConfig, ...]:
-    """Source 'a' painted and 'b' read, with the caches that are given by task."""
+    """Source 'a' for generation and 'b' for understanding, with the caches of each task."""
     return (
         source("a", name="gen", weight=0.6, cache=caches.get("generate", "")),
         source("b", name="und", task="understand", weight=0.4, cache=caches.get("understand", "")),

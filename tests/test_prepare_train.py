@@ -67,7 +67,7 @@ def webdataset(into: Path) -> list[str]:
 
 
 def parquet(into: Path) -> list[str]:
-    """The Cauldron's columns: pictures, and turns in pairs without marks."""
+    """The Cauldron's columns: images, and turns in pairs without marks."""
     rows = [
         {
             "images": [{"bytes": photo(i), "path": None}],
@@ -129,6 +129,6 @@ def test_prepare_train_two_steps_resume(form, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(np.isfinite(line["loss"]) and line["bad_samples"] == 0 for line in lines)
-    reads, paints = sum(x["count_ar"] for x in lines), sum(x["count_rf"] for x in lines)
-    assert (reads > 0) == (FORMS[form] != ("generate",))
-    assert (paints > 0) == ("generate" in FORMS[form])
+    targets, generated = (sum(x[n] for x in lines) for n in ("count_ar", "count_rf"))
+    assert (targets > 0) == (FORMS[form] != ("generate",))
+    assert (generated > 0) == ("generate" in FORMS[form])

@@ -113,8 +113,9 @@ class Rows:
         table, task = source.samples, _TASKS[source.cfg.task]
         out, bad = self._empty(row), []
         slot = self.slots.first(task)
-        for place, (i, offset) in enumerate(source.bins[b]):
+        for place, (i, offset) in enumerate(source.bins[b]):  # sample i begins at `offset`
             record = int(table.record[i])
+            # The caption, the crop and whether the prompt is dropped are drawn by this key.
             key = (cfg.seed, row, place if task == NONE else slot)
             try:
                 sample = self._sample(source, i, key)
