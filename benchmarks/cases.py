@@ -21,7 +21,7 @@ from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.parallel import sharding
-from janusflow_jax.training import flops, losses, run_state, step as train_step
+from janusflow_jax.training import flops, init as initialization, losses, step as train_step
 
 PEERS = ("torch, as published", "torch, prompt cached", "torch compiled, as published")
 
@@ -229,7 +229,7 @@ def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
     loaded = model_folder.load_model(s.ours)
     with jax.set_mesh(mesh):
         params = {**(loaded.params or {}), "repa_head": {}}  # REPA is off
-        state = {"state": run_state.make(cfg, mesh, params, loaded.vae)}
+        state = {"state": initialization.create_state(cfg, mesh, params, loaded.vae)}
         put = sharding.put_batch(batch, mesh, 1)
         step = train_step.jit_train_step(cfg, mesh, state["state"], put)
 

@@ -177,7 +177,7 @@ def draw_sheet(args: argparse.Namespace, seed: str, file: Path, num_steps: int =
         model = janusflow_jax.load(run)
         images += list(model.generate(PROMPTS, guidance_scale=2.0, num_steps=num_steps, seed=0))
         labels += [f"{words}: {prompt}" for prompt in PROMPTS]
-    sheet.make_sheet(images, labels, columns=len(PROMPTS)).save(file, optimize=True)
+    sheet.image_grid(images, labels, columns=len(PROMPTS)).save(file, optimize=True)
 
 
 def table(numbers: dict[str, Any]) -> str:

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.time() - start_time
     if not files:
         files = [str(out)]
-        image = images[0] if len(images) == 1 else sheet.make_sheet(images, labels)
+        image = images[0] if len(images) == 1 else sheet.image_grid(images, labels)
         image.save(out)
     if args.json:
         records = [

@@ -120,7 +120,7 @@ def test_the_first_process_shows_what_all_have_learned(data, tmp_path):
     flags = ("num_steps=1", "mesh.data=1", "mesh.fsdp=2", "sheet_num_steps=1")
     said = jobs.run(data, tmp_path / "run", *flags, "prompts=('a red fox',)", processes=2)
     assert (tmp_path / "run" / "samples" / "sheet_000001.png").stat().st_size > 1000
-    assert said.count("pictures for 1 prompts") == 1
+    assert said.count("images for 1 prompts") == 1
 
 
 def started(data, workdir, **kwargs):

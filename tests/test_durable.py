@@ -177,12 +177,11 @@ rows.Rows.row = row
 
 
 @pytest.mark.slow
-def test_the_watchdog_shows_where_a_run_hangs_and_ends_it(data, tmp_path):
+def test_the_watchdog_prints_where_a_run_hangs_and_ends_it(data, tmp_path):
     flags = (*SHORT, "watchdog_s=5", "watchdog_exit=True")
     ((status, said),) = jobs.finish(jobs.start(data, tmp_path / "run", *flags, patch=HANG))
-    assert status == health.WATCHDOG_STATUS
-    assert "no step has ended for 5 s" in said and "the loop is in: data" in said
-    assert "Stacks of all threads" in said and "in _fetch" in said and "in _loop" in said
+    assert status == 1
+    assert "Timeout" in said and "in _fetch" in said and "in train_steps" in said
 
 
 def test_the_lock_is_one_runs_and_ends_with_it(tmp_path):
@@ -228,7 +227,7 @@ def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
             with clock(phase):
                 now[0] += seconds
             if record is None:
-                record = health.Record(tmp_path, clock, step, saved_at)
+                record = health.Attempts(tmp_path, clock, step, saved_at)
                 clock.switch("step")
         record.write(step)
         return record
@@ -260,23 +259,26 @@ def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
     assert attempt(5, 1060.0, ("start", 1)).totals()["lost"] == 30 + 40
 
 
-def test_the_watchdog_is_quiet_while_steps_end(tmp_path):
-    ended = []
-    with (tmp_path / "out").open("w+") as out:
-        phase = ["step"]
-        dog = health.Watchdog(0.4, lambda: phase[0], end=True, out=out, exit_with=ended.append)
-        time.sleep(0.8)  # compiling: nothing has ended yet
-        for step in range(8):
-            dog.beat(step)
-            time.sleep(0.1)
-        phase[0] = "samples"
-        time.sleep(0.8)
-        assert not ended
-        phase[0] = "step"
-        time.sleep(1.2)
-        dog.close()
-        out.seek(0)
-        said = out.read()
-    assert ended == [health.WATCHDOG_STATUS]
-    assert "no step has ended for 0.4 s since step 7" in said and "This process ends now" in said
-    assert "test_the_watchdog_is_quiet" in said
+def test_the_watchdog_dumps_stacks_only_when_no_step_ends():
+    code = """
+import sys, time
+from janusflow_jax.training import health
+dog = health.Watchdog(0.5, exit=True)
+time.sleep(0.8)  # compiling: the first step has not ended
+for _ in range(4):
+    dog.restart()
+    time.sleep(0.2)
+with dog.paused():
+    time.sleep(0.8)
+dog.stop()
+time.sleep(0.8)
+print("alive", flush=True)
+dog.restart()
+def hang(): time.sleep(60)
+hang()
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=jobs.ROOT
+    )
+    assert out.stdout == "alive\n" and out.returncode == 1, out.stderr
+    assert out.stderr.count("Timeout") == 1 and "in hang" in out.stderr

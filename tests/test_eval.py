@@ -240,17 +240,17 @@ def test_sheet_shows_every_image_as_painted_with_its_label():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
     images = [Image.new("RGB", (64, 64), c) for c in colours]
     labels = ["a red apple", "", "a very long label of many words that does not fit", "x" * 90]
-    grid = np.asarray(sheet.make_sheet(images, labels, columns=3, scale=2))
+    grid = np.asarray(sheet.image_grid(images, labels, columns=3, scale=2))
     for colour in colours:
         assert (grid == colour).all(-1).sum() == 128 * 128
     assert (grid.sum(-1) < 60).sum() > 50  # dark text
-    assert sheet.make_sheet(images[:1], [""]).width < 160
+    assert sheet.image_grid(images[:1], [""]).width < 160
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    grid = np.asarray(sheet.make_sheet([noise], [""], scale=2))
+    grid = np.asarray(sheet.image_grid([noise], [""], scale=2))
     np.testing.assert_array_equal(grid[8:136, 8:136], noise.repeat(2, 0).repeat(2, 1))
 
 
 @pytest.mark.parametrize("labels", [[], ["a"], ["a", "b", "c"]])
 def test_sheet_wants_a_label_each(labels):
     with pytest.raises(ValueError, match="one label each"):
-        sheet.make_sheet([np.zeros((8, 8, 3), np.uint8)] * (2 * bool(labels)), labels)
+        sheet.image_grid([np.zeros((8, 8, 3), np.uint8)] * (2 * bool(labels)), labels)

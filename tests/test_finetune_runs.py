@@ -20,7 +20,7 @@ from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, loader, sources
 from janusflow_jax.parallel import sharding, trees
-from janusflow_jax.training import init as initialization, run_state, step as train_step
+from janusflow_jax.training import init as initialization, step as train_step
 
 
 def lora_config(workdir, **changes) -> c.TrainConfig:
@@ -43,7 +43,11 @@ def test_adapters_on_a_mesh_are_those_of_one_device(store):
         sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
         mesh = sharding.make_mesh(c.MeshConfig(**sizes), jax.devices()[: int(np.prod(shape))])
         with jax.set_mesh(mesh):
-            state, step, found[shape] = run_state.make(cfg, mesh, params, vae_params), None, []
+            state, step, found[shape] = (
+                initialization.create_state(cfg, mesh, params, vae_params),
+                None,
+                [],
+            )
             for batch in data:
                 batch = sharding.put_batch(batch, mesh, 8)
                 step = step or train_step.jit_train_step(cfg, mesh, state, batch)
@@ -131,7 +135,7 @@ def test_the_twin_takes_given_folders():
     for listed in (cfg.data.sources, cfg.evaluate.sources):
         assert [s.path for s in listed] == ["/nope", "data/openmoji", "data/openmoji"]
     with pytest.raises(c.ConfigError, match="/nope: expected a prepared data set"):
-        initialization.check_needs(finetune("paint,mine=/nope,test"))
+        initialization.check_files(finetune("paint,mine=/nope,test"))
     cfg = finetune("read,kept=data/x,test")
     assert [s.path for s in cfg.evaluate.sources] == ["data/openmoji", "data/x", "data/x"]
     assert [s.split for s in cfg.evaluate.sources] == ["heldout_pairs", "heldout", "heldout"]
@@ -150,7 +154,7 @@ def test_a_missing_held_out_split_is_told_with_what_makes_it(monkeypatch):
 
     monkeypatch.setattr(sources, "open_source", opened)
     with pytest.raises(c.ConfigError, match=r"(?s)got 'heldout'.*--heldout"):
-        initialization.check_needs(finetune("paint,emoji,mine=data/cats"))
+        initialization.check_files(finetune("paint,emoji,mine=data/cats"))
     # the drawings' folders have a split of another name, by whatever argument they are given
     for arg in ("paint,mine=data/openmoji", "paint,emoji,mine=data/openmoji/", "read,emoji"):
         cfg = finetune(arg)

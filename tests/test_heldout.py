@@ -1,9 +1,10 @@
-"""Held-out losses in the loop: the same for the same parameters, on any mesh, and a guard."""
+"""Held-out losses in training: equal for equal parameters, on any mesh; and the check of rises."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.data import chat_format, loader
 from janusflow_jax.eval import losses as eval_losses
 from janusflow_jax.parallel import sharding
-from janusflow_jax.training import heldout, losses, run_state, step as train_step
+from janusflow_jax.training import heldout, init as initialization, losses, step as train_step
 
 
 def evaluated(workdir="x", **changes) -> c.TrainConfig:
@@ -33,7 +34,7 @@ def evaluated(workdir="x", **changes) -> c.TrainConfig:
 def state_of(cfg, mesh, shift=0.0):
     params, vae_params = jax.device_get(fresh_params(cfg.model, jax.random.key(0)))
     params = jax.tree.map(lambda x: x + np.float32(0.01), params)
-    state = run_state.make(cfg, mesh, params, vae_params)
+    state = initialization.create_state(cfg, mesh, params, vae_params)
     return {**state, "ema": jax.tree.map(lambda x: x + np.float32(shift), state["ema"])}
 
 
@@ -172,7 +173,7 @@ def test_a_config_file_that_raises_is_one_message(text, says, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rise_is_said_and_ends_the_run_until_it_may_go_on(store, capsys):
+def test_a_rise_stops_the_run_until_its_config_allows_it(store, capsys):
     def hurt(**changes):
         cfg = evaluated("hurt", every_steps=1, max_rise=1e-6, **changes)
         # far too fast
@@ -184,7 +185,7 @@ def test_a_rise_is_said_and_ends_the_run_until_it_may_go_on(store, capsys):
     out = capsys.readouterr().out
     assert "WARNING: step" in out and "held-out losses have risen" in out
     assert re.search(
-        r"held_generate \(generate\): \d+ pictures of 30 in split train, in 5 rows", out
+        r"held_generate \(generate\): \d+ images of 30 records in split train, in 5 rows", out
     )
     step = read_metrics("hurt")[-1]["step"]
     assert model_folder.committed_steps("hurt")[-1] == step < 48  # saved
@@ -203,7 +204,7 @@ def test_a_rise_is_said_and_ends_the_run_until_it_may_go_on(store, capsys):
 
 
 @pytest.mark.slow
-def test_a_source_given_late_counts_from_where_it_came(store, capsys):
+def test_a_source_added_late_counts_from_its_first_measurement(store, capsys):
     plain = config("late", num_steps=2)
     train.train(plain)
     cfg = evaluated("late", every_steps=1, max_rise=0.5)
@@ -215,8 +216,8 @@ def test_a_source_given_late_counts_from_where_it_came(store, capsys):
     cfg = evaluated("late", every_steps=1, max_rise=0.5)
     cfg.evaluate.rows = 4
     train.train(cfg)
-    said = capsys.readouterr().out
-    assert "is measured on other rows than before (rows: 5 then, 4 now" in said
+    text = capsys.readouterr().out
+    assert "is measured on other rows than before (rows: 5 then, 4 now" in text
     saved = json.loads(Path("late/checkpoints/4/run.json").read_text())["heldout"]
     assert set(saved["steps"].values()) == {4} and saved["rows"]["held_generate"]["rows"] == 4
 
@@ -231,29 +232,147 @@ def test_rows_of_a_task_do_not_depend_on_whether_it_is_replayed():
     assert heldout.slots_of(cfg, "understand") == (0, 2)
 
 
-def test_few_pictures_are_said(store):
+def test_a_source_with_few_images_gets_a_warning(store):
     del store[9:]
     cfg = evaluated(rows=1)
     cfg.evaluate.sources = tuple(s for s in cfg.evaluate.sources if s.task == "generate")
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
     chat = chat_format.ChatFormat.load(str(HUB))
-    said = heldout.Heldout(cfg, mesh, chat).summary()
+    text = heldout.Heldout(cfg, mesh, chat).summary()
     slots = cfg.data.gen_slots
-    assert f"{slots} pictures of 9 in split train, in 1 row" in said
-    assert "WARNING" in said and "raise --config.evaluate.rows (1)" in said
+    assert f"{slots} images of 9 records in split train, in 1 row" in text
+    assert "WARNING" in text and "raise --config.evaluate.rows (1)" in text
     cfg.evaluate.rows = 99
-    said = heldout.Heldout(cfg, mesh, chat).summary()
-    assert "rest on 9 pictures" in said and "a larger --heldout" in said
+    text = heldout.Heldout(cfg, mesh, chat).summary()
+    assert "rest on 9 images" in text and "a larger --heldout" in text
     store.extend(record(i) for i in range(9, 16))
     cfg.evaluate.sources = (dataclasses.replace(cfg.evaluate.sources[0], path="other"),)
     assert "WARNING" not in heldout.Heldout(cfg, mesh, chat).summary()
 
 
-def test_what_cannot_be_evaluated_is_said():
+def test_problems_of_the_evaluate_config_are_listed():
     cfg = evaluated()
     assert not config_checks.train_problems(cfg)
     same = cfg.evaluate.sources[0]
     cfg.evaluate = c.EvalConfig(sources=(same, same), rows=0, every_steps=-1, max_rise=-0.5)
-    said = "\n".join(config_checks.train_problems(cfg))
-    for text in ("evaluate.rows", "evaluate.every_steps", "evaluate.max_rise", "different names"):
-        assert text in said
+    text = "\n".join(config_checks.train_problems(cfg))
+    for problem in (
+        "evaluate.rows",
+        "evaluate.every_steps",
+        "evaluate.max_rise",
+        "different names",
+    ):
+        assert problem in text
+
+
+# The check that losses do not rise
+
+ROWS = {"a": {"path": "data/a", "rows": 4}, "b": {"path": "data/b", "rows": 4}}
+A, B = "eval/a/loss_ar", "eval/b/loss_rf"
+NAN = math.nan
+
+
+def rise_check(rows=ROWS, saved=None, max_rise=0.1) -> heldout.RiseCheck:
+    return heldout.RiseCheck(max_rise, rows, saved or {})
+
+
+def resumed(old: heldout.RiseCheck, rows=ROWS, max_rise=0.1) -> heldout.RiseCheck:
+    """Through a file of strict JSON."""
+    return rise_check(rows, json.loads(json.dumps(old.to_json(), allow_nan=False)), max_rise)
+
+
+def risen(first, newest, max_rise=0.1, step=0) -> list[str]:
+    check = rise_check(max_rise=max_rise)
+    check.update(step, first)
+    check.update(step + 1, newest)
+    return check.risen()
+
+
+def test_rises():
+    first = {"eval/a/loss_ar": 1.0, "eval_ema/a/loss_ar": 1.0, "eval/b/loss_rf": 2.0}
+    newest = {"eval/a/loss_ar": 9.0, "eval_ema/a/loss_ar": 1.05, "eval/b/loss_rf": 2.5}
+    assert risen(first, newest, 0.3) == []
+    assert risen(first, newest, 0.1) == [
+        "eval/b/loss_rf: 2.0000 at the start, now 2.5000 (+25%; evaluate.max_rise 10%)"
+    ]
+    assert len(risen(first, newest, 0.01)) == 2  # of the average, not of the raw loss beside it
+    assert risen({"eval/b/loss_rf/t0": 1.0}, {"eval/b/loss_rf/t0": 5.0}) == []
+    (line,) = risen({A: 1.0}, {A: 2.0}, step=4)
+    assert "1.0000 at step 4, now 2.0000" in line
+    (line,) = risen({A: 0.0}, {A: 2.0})
+    assert "0.0000 at the start, now 2.0000 (evaluate.max_rise 10%)" in line
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf])
+def test_a_loss_that_becomes_non_finite_has_risen(value):
+    assert risen({A: 1.0}, {A: value}) == [f"{A}: 1.0000 at the start, now {value}"]
+    # of the average, or of the raw loss alone; not both
+    ema = A.replace("eval/", "eval_ema/")
+    first = {A: 1.0, ema: 1.0}
+    assert len(risen(first, {A: value, ema: value})) == 1
+    assert len(risen(first, {A: value, ema: 1.0})) == 1
+    assert risen({A: value}, {A: 1.0}) == []  # nothing to compare with
+
+
+def test_a_first_value_that_is_not_finite_is_reported_once():
+    check = rise_check()
+    (line,) = check.update(0, {A: NAN, B: 1.0})
+    assert "WARNING: held-out eval/a/loss_ar" in line and "at the start" in line
+    assert check.update(1, {A: 9.0, B: 1.0}) == [] and check.risen() == []
+    (line,) = resumed(check).update(2, {A: 9.0, B: 1.0})  # once in every attempt
+    assert "nan at the start" in line
+
+
+def test_a_loss_counts_from_its_first_measurement():
+    check = rise_check({"a": ROWS["a"]})
+    assert check.update(0, {A: 1.0}) == []
+    check = resumed(check)  # b is added
+    (line,) = check.update(4, {A: 1.0, B: 1.0})
+    assert "held-out b was not measured before" in line and "step 4" in line
+    (line,) = check.update(5, {A: 1.05, B: 2.0})
+    assert "eval/b/loss_rf: 1.0000 at step 4, now 2.0000" in line and "eval/a" not in line
+    late = rise_check()
+    assert len(late.update(4, {A: 1.0, B: 1.0})) == 2  # the whole run began without
+    assert "at step 4" in late.update(5, {A: 1.0, B: 2.0})[0]
+
+
+def test_other_rows_begin_anew():
+    check = rise_check()
+    check.update(0, {A: 1.0, B: 1.0})
+    check.update(1, {A: 2.0, B: 1.0})
+    assert check.risen()
+    changed = {**ROWS, "a": {**ROWS["a"], "rows": 8}}
+    other = resumed(check, changed)
+    assert other.risen() == []
+    assert resumed(other).risen()  # saved before a measurement, and changed back: as before
+    (line,) = other.update(2, {A: 3.0, B: 1.0})
+    assert "held-out a" in line and "(rows: 4 then, 8 now)" in line and "step 2" in line
+    assert "3.0000 at step 2, now 4.0000" in other.update(3, {A: 4.0, B: 1.0})[0]
+
+
+def test_what_had_risen_is_known_after_a_restart():
+    check = rise_check()
+    check.update(0, {A: 1.0, B: 1.0})
+    assert "WARNING: step 3" in check.update(3, {A: NAN, B: 2.0})[0]
+    again = resumed(check)
+    assert again.risen() == check.risen() and len(again.risen()) == 2 and again.step == 3
+    # by the limit and for the sources of now
+    assert len(resumed(check, max_rise=1.5).risen()) == 1
+    assert resumed(check, max_rise=0.0).risen() == []
+    assert len(resumed(check, {"b": ROWS["b"]}).risen()) == 1
+    again.update(4, {A: 1.0, B: 1.0})
+    assert again.risen() == []
+
+
+def test_first_values_without_steps_and_rows_are_compared_with():
+    check = rise_check(saved={A: 1.0, B: 1.0})
+    assert check.risen() == []
+    (line,) = check.update(7, {A: 2.0, B: 1.0})
+    assert "1.0000 when first measured, now 2.0000" in line
+    assert resumed(check).risen() == check.risen() != []
+
+
+def test_without_a_limit_everything_is_stored_and_nothing_reported():
+    check = rise_check(max_rise=0.0)
+    assert check.update(0, {A: 1.0}) == check.update(1, {A: NAN, B: 9.0}) == check.risen() == []
+    assert len(resumed(check).risen()) == 1

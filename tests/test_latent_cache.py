@@ -90,7 +90,7 @@ def build(records, encoders, encode, folder, **changes) -> encode_cache.Report:
     args = {n: changes.pop(n) for n in ("process", "num_processes") if n in changes}
     manifest = plan(None, encoders, records=records, **changes)
     return encode_cache.build(
-        records, folder, manifest, encode, batch=4, workers=2, say=lambda _: None, **args
+        records, folder, manifest, encode, batch=4, workers=2, log=lambda _: None, **args
     )
 
 
@@ -288,7 +288,7 @@ def test_a_killed_run_goes_on_and_nothing_is_doubled(stores, encoders, encode):
     whole = build(stores["a"], encoders, encode, "whole")
     assert (whole.shards, whole.skipped_shards) == (3, 0)
     square = sum(a == b for a, b in (SHAPES[i % 3] for i in range(11)))
-    assert whole.pictures == 3 * (11 - square) + square
+    assert whole.images == 3 * (11 - square) + square
     calls = []
 
     def dies(pixels):
@@ -398,13 +398,13 @@ def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode, ca
     assert list(ours) == ["und_encoder"]
     encode_cache.check(cfg, made, ours, encoders.vae)
     other = jax.tree.map(lambda x: x + 1e-3, encoders.vae)
-    with pytest.raises(DataError, match="made by this run's VAE"):
+    with pytest.raises(DataError, match="this run's VAE"):
         encode_cache.check(cfg, made, ours, other)
     decoder = {**encoders.vae, "decoder": other["decoder"]}
     encode_cache.check(cfg, made, ours, decoder)
     changed = {"und_encoder": jax.tree.map(lambda x: x + 1e-3, encoders.siglip)}
     other = encode_cache.digests(cfg, made, changed)
-    with pytest.raises(DataError, match="made by this run's SigLIP"):
+    with pytest.raises(DataError, match="this run's SigLIP"):
         encode_cache.check(cfg, made, other, encoders.vae)
     encode_cache.check(cfg, made, {}, encoders.vae)
     assert "gen: not compared with this run's SigLIP" in capsys.readouterr().out

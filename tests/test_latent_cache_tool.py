@@ -91,7 +91,7 @@ def test_processes_share_the_work_and_errors_are_one_line(tmp_path):
     for process in ("0", "1"):
         out = run(*shared, process)
         assert out.returncode == 0, out.stderr
-        assert "2 shards made, 0 were there" in out.stdout
+        assert "2 shards written, 0 existed" in out.stdout
     names = sorted(p.name for p in (tmp_path / "parts").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "whole").iterdir()) and len(names) == 9
     for name in names:

@@ -23,7 +23,7 @@ from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.hub import adapters
 from janusflow_jax.models import janusflow, lora
 from janusflow_jax.parallel import sharding, trees
-from janusflow_jax.training import init as initialization, run_state
+from janusflow_jax.training import init as initialization
 from tools import export_checkpoint
 
 RANK = 4
@@ -77,7 +77,7 @@ def test_the_base_takes_no_memory_of_the_optimizer():
     params, vae_params = jax.device_get(fresh_params(cfg.model, jax.random.key(0)))
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = run_state.make(cfg, mesh, params, vae_params)
+        state = initialization.create_state(cfg, mesh, params, vae_params)
     trained = trees.flatten(state["params"])
     assert set(trained) == {
         f"llm/layers/block/{part}/{leaf}"

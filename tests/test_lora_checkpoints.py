@@ -17,7 +17,7 @@ from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder, workdir
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import trees
-from janusflow_jax.training import run_state
+from janusflow_jax.training import init as initialization
 
 
 def lora_config(folder, **changes) -> c.TrainConfig:
@@ -76,7 +76,7 @@ def test_runs_of_other_kinds_save_all(store, monkeypatch):
     begin()
     assert not workdir.start_of(epath.Path("first"))
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "begun_with", lambda cfg, params: None)
+        patch.setattr(initialization, "base_params", lambda cfg, params: None)
         train.train(lora_config("old", num_steps=2))
     assert any(n.startswith("params/und_encoder") for n in runs.last_arrays("old"))
     train.train(lora_config("old"))

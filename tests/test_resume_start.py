@@ -96,7 +96,7 @@ def test_a_run_that_saved_nothing_yet_keeps_its_vae(store):
     train.train(config("whole", **settings))
     shutil.copytree("whole", "killed")
     shutil.rmtree("killed/checkpoints")
-    begun, resumed = initialization.of_workdir(
+    begun, resumed = initialization.resolve_start(
         config("killed", **settings), epath.Path("killed").resolve()
     )
     assert not resumed and begun.start == "models/a"

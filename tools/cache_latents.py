@@ -1,17 +1,17 @@
-"""Computes what the frozen encoders make of a data set's pictures once, for every later epoch.
+"""Computes the outputs of the frozen encoders once for a data set, so that training need not.
 
     python tools/cache_latents.py --data data/openmoji --model starts/emoji_vae starts/emoji_llm \\
         --out data/openmoji/cache --crops 2 --features
 
 For a `generate` source: the VAE's posterior (mean and log-variance, so that training still samples)
-of `--crops` random squares of each picture, and with `--features` the SigLIP features that REPA
-aligns with. For an `understand` source (`--task understand`): the SigLIP features of the whole
-pictures. A config names the folder as its source's `cache`.
+of `--crops` random square crops of each image, and with `--features` the SigLIP features that REPA
+aligns with. For an `understand` source (`--task understand`): the SigLIP features of whole images.
+A config names the folder as `cache` of its source.
 
-Runs on all local devices. Several processes share the work: `--process 0 --num-processes 4` and so
-on, each started by hand, or `--distributed` where jax.distributed knows how many there are (pods).
-Run the same command again after it was stopped, also with another number of processes: what is
-there is kept. `docs/data.md` has the sizes.
+The tool uses all local devices. Several processes can share the work: start each by hand with
+`--process 0 --num-processes 4` and so on, or use `--distributed` where jax.distributed knows the
+processes (pods). Run the same command again to resume, also with another number of processes:
+finished shards are kept. `docs/data.md` lists the sizes.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="OURS=THEIRS",
-        help="a field of the source's `fields` in the config",
+        help="an entry of the source's `fields` in the config",
     )
     p.add_argument("--task", default="generate", choices=("generate", "understand"))
     p.add_argument(
         "--model",
         required=True,
         nargs="+",
-        help="model folders or runs, as `start` and `init` of a config name them: each part comes\n"
-        "from the first that has it",
+        help="model folders or runs, as in `start` and `init` of a config: each part comes from\n"
+        "the first that has it",
     )
     p.add_argument("--out", required=True, help="folder of the cache")
-    p.add_argument("--crops", type=int, default=1, help="of each picture; square ones have one")
-    p.add_argument("--features", action="store_true", help="SigLIP's too, for REPA")
+    p.add_argument("--crops", type=int, default=1, help="crops of an image; square images have one")
+    p.add_argument("--features", action="store_true", help="add SigLIP features, for REPA")
     p.add_argument("--dtype", default="bfloat16", choices=tuple(latent_cache.DTYPES))
     p.add_argument(
         "--compute-dtype",
@@ -64,12 +64,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of the encoders; default float32 on a CPU, bfloat16 elsewhere",
     )
     p.add_argument("--seed", type=int, default=0, help="of the crops")
-    p.add_argument("--batch", type=int, default=8, help="pictures a device takes at a time")
-    p.add_argument("--shard-records", type=int, default=1024, help="records of a shard")
-    p.add_argument("--workers", type=int, default=8, help="threads that decode")
+    p.add_argument("--batch", type=int, default=8, help="images on each device at a time")
+    p.add_argument("--shard-records", type=int, default=1024, help="records in each shard")
+    p.add_argument("--workers", type=int, default=8, help="threads that decode images")
     p.add_argument("--process", type=int, default=0)
     p.add_argument("--num-processes", type=int, default=1)
-    p.add_argument("--distributed", action="store_true", help="jax.distributed says who is who")
+    p.add_argument("--distributed", action="store_true", help="use jax.distributed")
     args = p.parse_args(argv)
     if min(args.crops, args.batch, args.shard_records, args.workers) < 1:
         p.error("--crops, --batch, --shard-records and --workers: expected at least 1")
@@ -79,39 +79,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"got {args.process}"
         )
     if args.task == "understand" and args.crops != 1:
-        p.error("--crops: expected 1 with --task understand (pictures are not cropped)")
+        p.error("--crops: expected 1 with --task understand (images are not cropped)")
     return args
 
 
 def load_encoders(args: argparse.Namespace) -> encode_cache.Encoders:
     """The encoders that the cache needs, each from the first model that has it.
 
-    Raises: CheckpointError, DataError: none has it, or the models are of different sizes.
+    Raises:
+      CheckpointError: a model cannot be loaded.
+      DataError: no model has an encoder, or the models have different image sizes.
     """
-    loaded = [model_folder.load_model(path) for path in args.model]
-    found: dict[str, Any] = {}
-    for model in loaded:
+    needed = {"vae"} if args.task == "generate" else {"siglip"}
+    if args.features:
+        needed.add("siglip")
+    trees: dict[str, Any] = {}
+    cfgs: dict[str, Any] = {}
+    for model in map(model_folder.load_model, args.model):
         params = model.params or {}
         own = params.get("und_encoder") if model.cfg.und_encoder == "siglip" else None
-        given = {"vae": model.vae, "siglip": params.get("repa_target", own)}
-        found |= {n: (x, model.cfg) for n, x in given.items() if x is not None and n not in found}
-    wanted = ["vae"] if args.task == "generate" else ["siglip"]
-    wanted += ["siglip"] if args.features and args.task == "generate" else []
-    lacks = [n for n in wanted if n not in found]
-    if lacks:
+        for name, tree in (("vae", model.vae), ("siglip", params.get("repa_target", own))):
+            if name in needed and name not in trees and tree is not None:
+                trees[name], cfgs[name] = tree, model.cfg
+    if missing := needed - trees.keys():
         raise DataError(
-            f"--model: expected folders with {' and '.join(wanted)}; "
-            f"none of {args.model} has {' or '.join(lacks)}"
+            f"--model: expected folders with {' and '.join(sorted(needed))}; "
+            f"none of {args.model} has {' or '.join(sorted(missing))}"
         )
-    cfgs = {n: found[n][1] for n in wanted}
     sizes = {n: c.image_size for n, c in cfgs.items()}
     if len(set(sizes.values())) > 1:
-        raise DataError(f"--model: expected one picture size; got {sizes}")
-    cfg = cfgs[wanted[0]]
+        raise DataError(f"--model: expected one image size; got {sizes}")
+    cfg = cfgs.get("vae") or cfgs["siglip"]
     if "siglip" in cfgs:
         cfg = dataclasses.replace(cfg, und=cfgs["siglip"].und)
-    trees = {n: found[n][0] if n in wanted else None for n in ("vae", "siglip")}
-    return encode_cache.Encoders(cfg, **trees)
+    return encode_cache.Encoders(cfg, trees.get("vae"), trees.get("siglip"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -153,11 +154,11 @@ def main(argv: list[str] | None = None) -> None:
         process=args.process,
         num_processes=args.num_processes,
         workers=args.workers,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     print(
-        f"{args.out}: {report.shards} shards made, {report.skipped_shards} were there; "
-        f"{report.pictures:,} crops encoded, {len(report.bad)} records bad, in "
+        f"{args.out}: {report.shards} shards written, {report.skipped_shards} existed; "
+        f"{report.images:,} crops encoded, {len(report.bad)} bad records, in "
         f"{time.time() - began:.1f} s"
     )
     for reason in sorted(set(report.bad))[:5]:

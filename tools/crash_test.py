@@ -1,21 +1,21 @@
-"""Kills a training run again and again, and shows that nothing is lost by it.
+"""Kills a training run many times and checks that nothing is lost.
 
     python tools/crash_test.py --kills 50
 
 A tiny run is trained once without interruption. Then the same run is started, killed with SIGKILL
-at a random moment and started again until it is done; its parameters, optimizer state, EMA,
-`run.json` and metrics must equal the uninterrupted run's bit for bit (clocks aside). That is
-repeated until there were N kills. The kinds of moments take turns:
+at a random moment and restarted until it is done. Its parameters, optimizer state, EMA, `run.json`
+and metrics must equal those of the uninterrupted run bit for bit, except for times. This repeats
+until N kills were made. Kinds of moments take turns:
 
     step    while the devices compute a step
-    save    while a checkpoint is being written in the background
-    marker  when its arrays are written, and what commits it is not
-    data    while a row is being made, ahead of its step
+    save    while a checkpoint is written in the background
+    marker  after its arrays are written, before it is committed
+    data    while a row is made, ahead of its step
 
-What really was under way when the process died is told by the process itself, through a pipe: a
-kill counts for its kind only if that was so. Nothing is slowed down for `step` and `save`; for
-`marker` and `data`, which last milliseconds, the thread at that place waits for its end while all
-others go on. The last line is the verdict, the exit status says it too.
+The process reports its events through a pipe, and a kill counts for its kind only if that was in
+progress when the process died. `step` and `save` run at full speed; for `marker` and `data`, which
+last milliseconds, the thread at that place is held while all others continue. The last line and the
+exit status give the result.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from janusflow_jax.parallel import trees
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = ("marker", "data", "save", "step")
 CLOCKS = ("time", "goodput", "mfu", "data_wait")
-"""Names in the metrics that are a clock's; so are those that end in _per_s or begin with time/."""
+"""Metrics that depend on time; so do those that end in _per_s or begin with time/."""
 BATCH_ROWS, NUM_STEPS, SAVE_EVERY = 8, 20, 3
-COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (30, 180, 40)}
+COLORS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (30, 180, 40)}
 
 
 def tiny_config(data: str, workdir: str) -> Any:
-    """A run of seconds through all of the code: every part, both tasks, 60,000 parameters."""
+    """A run of seconds with every part, both tasks and 60,000 parameters."""
     from janusflow_jax import config as c
 
     model = c.model_config("test")
@@ -83,21 +83,21 @@ def tiny_config(data: str, workdir: str) -> Any:
 
 
 def get_config(data: str) -> Any:
-    """The same as a config file: `--config=tools/crash_test.py:DATA --config.workdir=...`."""
+    """As a config file: `--config=tools/crash_test.py:DATA --config.workdir=...`."""
     return tiny_config(data, "")
 
 
 def record(i: int) -> dict[str, Any]:
-    """A picture of one square, with its caption."""
+    """An image of a colored rectangle, and its caption."""
     import numpy as np
     from PIL import Image
 
-    colour = list(COLOURS)[i % 3]
+    color = list(COLORS)[i % 3]
     pixels = np.full((64, 64, 3), 255, np.uint8)
-    pixels[8 : 40 + i % 8, 16:48] = COLOURS[colour]
+    pixels[8 : 40 + i % 8, 16:48] = COLORS[color]
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG")
-    return {"id": str(i), "image": data.getvalue(), "captions": [f"a {colour} fox"]}
+    return {"id": str(i), "image": data.getvalue(), "captions": [f"a {color} fox"]}
 
 
 def make_data(out: pathlib.Path, count: int = 30) -> None:
@@ -105,7 +105,7 @@ def make_data(out: pathlib.Path, count: int = 30) -> None:
     import tensorflow_datasets as tfds
 
     class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """Coloured squares."""
+        """Colored squares."""
 
         VERSION = tfds.core.Version("1.0.0")
         url_infos: ClassVar = {}  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -137,8 +137,8 @@ def make_data(out: pathlib.Path, count: int = 30) -> None:
 
 
 def child(data: str, workdir: str, events: int, hold: str) -> None:
-    """Trains, telling through the descriptor `events` what begins and ends; one '<name> <number>
-    <clock>' a line. `hold` is the name and number of an event that never returns."""
+    """Trains, and reports what begins (+) and ends (-) through the file descriptor `events`, as
+    lines of '<name> <number> <time>'. `hold`: '<name>:<number>' of an event that never returns."""
     import jax
 
     from janusflow_jax import train
@@ -146,25 +146,25 @@ def child(data: str, workdir: str, events: int, hold: str) -> None:
     from janusflow_jax.data import rows
     from janusflow_jax.training import step as train_step
 
-    def tell(name: str, number: int) -> None:
+    def report(name: str, number: int) -> None:
         os.write(events, f"{name} {number} {time.monotonic()}\n".encode())
         if f"{name}:{number}" == hold:
             time.sleep(600)
 
     jit = train_step.jit_train_step
 
-    def told_jit(*args: Any) -> Any:
+    def reporting_jit(*args: Any) -> Any:
         compiled, done = jit(*args), [int(args[2]["step"])]
 
         def step(state: Any, batch: Any) -> Any:
             done[0] += 1
             number = done[0]
-            tell("step+", number)
+            report("step+", number)
             state, out = compiled(state, batch)
 
             def wait() -> None:
                 jax.block_until_ready(out["loss"])
-                tell("step-", number)
+                report("step-", number)
 
             threading.Thread(target=wait, daemon=True).start()
             return state, out
@@ -172,33 +172,37 @@ def child(data: str, workdir: str, events: int, hold: str) -> None:
         return step
 
     saver = run_checkpoints.RunCheckpoints
-    train_step.jit_train_step = told_jit
+    train_step.jit_train_step = reporting_jit
     save, commit, make_row = saver.save, saver._commit, rows.Rows.row
 
-    def told_save(self: Any, step: int, **trees: Any) -> None:
+    def reporting_save(self: Any, step: int, **trees: Any) -> None:
         self._join()  # as `save` does first: the save before it is not this one
-        tell("save+", step)
+        report("save+", step)
         save(self, step, **trees)
 
-    def told_commit(self: Any, folder: Any, run: Any, names: list[str]) -> None:
+    def reporting_commit(self: Any, folder: Any, run: Any, names: list[str]) -> None:
         step = int(folder.name)
-        tell("save-", step)
-        tell("marker+", step)
+        report("save-", step)
+        report("marker+", step)
         commit(self, folder, run, names)
-        tell("marker-", step)
+        report("marker-", step)
 
-    def told_row(self: Any, row: int) -> Any:
-        tell("data+", int(row))
+    def reporting_row(self: Any, row: int) -> Any:
+        report("data+", int(row))
         made = make_row(self, row)
-        tell("data-", int(row))
+        report("data-", int(row))
         return made
 
-    saver.save, saver._commit, rows.Rows.row = told_save, told_commit, told_row
+    saver.save, saver._commit, rows.Rows.row = (
+        reporting_save,
+        reporting_commit,
+        reporting_row,
+    )
     train.train(tiny_config(data, workdir))
 
 
 class Child:
-    """A training process, and what it tells."""
+    """A training process and its events."""
 
     def __init__(self, data: str, workdir: str, log: pathlib.Path, hold: str = ""):
         out, into = os.pipe()
@@ -208,7 +212,7 @@ class Child:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=[into])
         os.close(into)
         self.events: list[tuple[str, int, float]] = []
-        self._news = threading.Condition()
+        self._new_event = threading.Condition()
         self._reader = threading.Thread(target=self._read, args=(out,), daemon=True)
         self._reader.start()
 
@@ -216,33 +220,33 @@ class Child:
         with open(descriptor) as pipe:
             for line in pipe:
                 name, number, clock = line.split()
-                with self._news:
+                with self._new_event:
                     self.events.append((name, int(number), float(clock)))
-                    self._news.notify_all()
-        with self._news:
+                    self._new_event.notify_all()
+        with self._new_event:
             self.events.append(("end", 0, 0.0))
-            self._news.notify_all()
+            self._new_event.notify_all()
 
     def wait_for(self, name: str, number: int) -> bool:
-        """Waits until it tells of an event; False when it ends without."""
+        """Waits for an event; False when the process ends without it."""
         seen = lambda: {(n, k) for n, k, _ in self.events} & {(name, number), ("end", 0)}  # noqa: E731
-        with self._news:
-            self._news.wait_for(seen)
+        with self._new_event:
+            self._new_event.wait_for(seen)
             return (name, number) in seen()
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
 
     def finish(self) -> int:
-        """Its exit status, once all that it told has been read."""
+        """Its exit status, after all its events were read."""
         self._reader.join()
         return self.process.wait()
 
-    def under_way(self) -> list[str]:
-        """The kinds of things that it had begun and not ended."""
-        told = {(name, number) for name, number, _ in self.events}
-        begun = [(n[:-1], k) for n, k in told if n.endswith("+")]
-        return sorted({kind for kind, k in begun if (f"{kind}-", k) not in told})
+    def in_progress(self) -> list[str]:
+        """The kinds that had begun and not ended."""
+        events = {(name, number) for name, number, _ in self.events}
+        begun = [(n[:-1], k) for n, k in events if n.endswith("+")]
+        return sorted({kind for kind, k in begun if (f"{kind}-", k) not in events})
 
     def durations(self, kind: str) -> list[float]:
         times = {(name, number): clock for name, number, clock in self.events}
@@ -252,19 +256,19 @@ class Child:
 
 def newest(workdir: pathlib.Path) -> int:
     """The newest committed step; 0 without one."""
-    found = workdir.glob("checkpoints/*/COMMITTED")
-    return max((int(p.parent.name) for p in found), default=0)
+    markers = workdir.glob("checkpoints/*/COMMITTED")
+    return max((int(p.parent.name) for p in markers), default=0)
 
 
 def metrics_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The run's metrics without what a clock says."""
+    """The run's metrics, without those that depend on time."""
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clock = lambda n: n in CLOCKS or n.endswith("_per_s") or n.startswith("time/")  # noqa: E731
-    return [{n: v for n, v in line.items() if not clock(n)} for line in lines]
+    timed = lambda n: n in CLOCKS or n.endswith("_per_s") or n.startswith("time/")  # noqa: E731
+    return [{n: v for n, v in line.items() if not timed(n)} for line in lines]
 
 
 def differences(one: pathlib.Path, two: pathlib.Path) -> list[str]:
-    """How two finished runs differ, bit for bit: arrays, `run.json` and metrics; [] if not."""
+    """Differences of two finished runs in arrays, `run.json` and metrics, bit for bit."""
     import numpy as np
 
     from janusflow_jax.checkpoints import checksums, model_folder
@@ -291,7 +295,7 @@ def differences(one: pathlib.Path, two: pathlib.Path) -> list[str]:
 
 
 class CrashTest:
-    """The kills, one after another, and what they hit."""
+    """Kills runs one after another and counts what was in progress."""
 
     def __init__(self, work: pathlib.Path, seed: int):
         self.work, self.random = work, random.Random(seed)
@@ -301,17 +305,17 @@ class CrashTest:
         self.typical: dict[str, float] = {}
 
     def whole(self) -> pathlib.Path:
-        """Trains without interruption, and measures how long things take."""
+        """Trains without interruption, and measures how long steps and saves take."""
         child = Child(self.data, str(self.work / "whole"), self.log)
         if child.finish() != 0:
             raise SystemExit(f"the uninterrupted run failed:\n{self.log.read_text()[-3000:]}")
         for kind in ("step", "save"):
-            found = child.durations(kind)
-            self.typical[kind] = found[len(found) // 2]
+            durations = child.durations(kind)
+            self.typical[kind] = durations[len(durations) // 2]
         return self.work / "whole"
 
     def kill_once(self, workdir: pathlib.Path) -> bool:
-        """Starts the run and kills it; False when it came to its end, the aim being beyond it."""
+        """Starts the run and kills it; False when it ended before the chosen moment."""
         begun = newest(workdir)
         kind = min(KINDS, key=lambda k: (self.hits[k], KINDS.index(k)))
         step = begun + self.random.randint(1, 2 * SAVE_EVERY)
@@ -333,24 +337,24 @@ class CrashTest:
             return False
         if status != -signal.SIGKILL:
             raise SystemExit(f"the run failed by itself:\n{self.log.read_text()[-3000:]}")
-        under_way = child.under_way()
+        in_progress = child.in_progress()
         self.kills += 1
-        self.hits[kind] += kind in under_way
-        self.missed += kind not in under_way
+        self.hits[kind] += kind in in_progress
+        self.missed += kind not in in_progress
         print(
             f"| {self.kills} | {workdir.name} | {kind} {number} + {1000 * delay:.0f} ms | "
-            f"{', '.join(under_way) or 'nothing'} | {begun} | {newest(workdir)} |",
+            f"{', '.join(in_progress) or 'nothing'} | {begun} | {newest(workdir)} |",
             flush=True,
         )
         return True
 
 
 def run(kills: int, seed: int, work: pathlib.Path) -> list[str]:
-    """All of it; returns what is wrong."""
+    """Makes all kills; returns the problems."""
     test = CrashTest(work, seed)
     make_data(work / "data")
     whole, problems, rounds = test.whole(), [], 0
-    print("| kill | run | aimed at | under way when it died | began at step | newest whole |")
+    print("| kill | run | aimed at | in progress | first step | newest checkpoint |")
     print("| --- | --- | --- | --- | --- | --- |")
     while test.kills < kills:
         rounds += 1
@@ -361,12 +365,12 @@ def run(kills: int, seed: int, work: pathlib.Path) -> list[str]:
             status = Child(test.data, str(workdir), test.log).finish()
             if status != 0:
                 raise SystemExit(f"the run failed by itself:\n{test.log.read_text()[-3000:]}")
-        found = differences(whole, workdir)
-        print(f"{workdir.name}: {'equal' if not found else 'DIFFERS'}", flush=True)
-        problems += [f"{workdir.name}: {f}" for f in found]
-    problems += [f"no kill hit: {k}" for k in KINDS if kills >= len(KINDS) and not test.hits[k]]
+        different = differences(whole, workdir)
+        print(f"{workdir.name}: {'DIFFERS' if different else 'equal'}", flush=True)
+        problems += [f"{workdir.name}: {d}" for d in different]
+    problems += [f"no kill during: {k}" for k in KINDS if kills >= len(KINDS) and not test.hits[k]]
     hits = ", ".join(f"{k} {test.hits[k]}" for k in KINDS)
-    print(f"{test.kills} kills (seed {seed}): {hits}, beside the mark {test.missed}; {rounds} runs")
+    print(f"{test.kills} kills (seed {seed}): {hits}, missed {test.missed}; {rounds} runs")
     return problems
 
 

@@ -123,7 +123,7 @@ def save_comparison(path: epath.Path, pixels: np.ndarray, again: np.ndarray) -> 
     for i in range(0, min(len(pixels), 48), 16):
         rows += [*pixels[i : i + 16], *again[i : i + 16]]
     with path.open("wb") as f:
-        sheet.make_sheet(rows, [""] * len(rows), columns=16, scale=1).save(f, "PNG")
+        sheet.image_grid(rows, [""] * len(rows), columns=16, scale=1).save(f, "PNG")
 
 
 def main(argv: list[str] | None = None) -> None:

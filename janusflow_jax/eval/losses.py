@@ -1,4 +1,4 @@
-"""The held-out losses that a run measures on its way, of any model that is there."""
+"""The held-out losses of a training run, measured for any model."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def measure(
     dtype: str | None = None,
     adapter: str = "",
 ) -> dict[str, float]:
-    """Held-out losses of a model on the sources of `cfg.evaluate`: 'paint_unseen/loss_rf' ...
+    """Held-out losses of a model on the sources of `cfg.evaluate`, such as 'paint_unseen/loss_rf'.
 
-    Rows, noise, times, the row's length and the slots are the config's; the model's sizes and the
-    tokenizer are its own.
+    Rows, noise, times, row length and slots come from the config; the sizes and the tokenizer come
+    from the model.
 
     Args:
-      weights: of a run, 'ema' or 'params'.
+      weights: 'ema' or 'params', of a training run.
       dtype: of activations; None: the config's.
       adapter: a folder of `tools/export_checkpoint.py --adapter-only`.
     Raises:
       ConfigError: a config without held-out sources.
-      CheckpointError: no model, or one that lacks a part that a source's loss needs.
-      ConvertError: adapters of another base, or none there.
+      CheckpointError: no model, or one without a part that a source's loss needs.
+      ConvertError: adapters of another base, or none.
     """
     if not cfg.evaluate.sources:
         raise ConfigError(
             f"config {cfg.name!r}: expected evaluate.sources to measure on; got none "
-            "(docs/training.md, Held-out losses)"
+            "(see Held-out losses in docs/training.md)"
         )
     loaded = model_folder.load_model(path, weights=weights)
     _check_parts(path, loaded, cfg)
@@ -54,22 +54,21 @@ def measure(
     cfg.mesh = config_lib.MeshConfig()
     chat = chat_format.ChatFormat.load(loaded.hub, num_image_tokens=cfg.model.num_image_tokens)
     mesh = sharding.make_mesh(cfg.mesh)
-    to_host: Any = jax.device_get((params, loaded.vae or {}))
+    trees: Any = (params, loaded.vae or {})
     with jax.set_mesh(mesh):
-        params, vae = sharding.put_tree(to_host, sharding.tree_shardings(to_host, mesh))
+        params, vae = sharding.put_tree(trees, sharding.tree_shardings(trees, mesh))
         state = {"params": params, "frozen": {}, "vae": vae, "ema": {}}
-        found = heldout.Heldout(cfg, mesh, chat).measure(state)
-    return {name.removeprefix(f"{heldout.RAW}/"): value for name, value in found.items()}
+        values = heldout.Heldout(cfg, mesh, chat).measure(state)
+    return {name.removeprefix(f"{heldout.RAW}/"): value for name, value in values.items()}
 
 
 def _check_parts(path: str, loaded: model_folder.LoadedModel, cfg: TrainConfig) -> None:
     tasks = {s.task for s in cfg.evaluate.sources}
-    need = {part for task in tasks for part in parts_lib.needed_for(task, loaded.cfg)}
+    needed = {part for task in tasks for part in parts_lib.needed_for(task, loaded.cfg)}
     if "generate" in tasks:
-        need.add("vae")
-    lacking = sorted(need - set(loaded.parts))
-    if lacking:
+        needed.add("vae")
+    if missing := sorted(needed - set(loaded.parts)):
         raise CheckpointError(
-            f"{path}: held-out losses of {sorted(tasks)} need the parts {lacking}; it has "
+            f"{path}: held-out losses of {sorted(tasks)} need the parts {missing}; it has "
             f"{loaded.parts}"
         )

@@ -1,4 +1,4 @@
-"""What a run shows of itself: a sheet of pictures for fixed prompts, captions of held-out ones."""
+"""Previews of a run: a sheet of images for fixed prompts, and captions of held-out images."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from PIL import Image, ImageOps
 
 from janusflow_jax import pipeline
 from janusflow_jax.config import MeshConfig, SourceConfig, TrainConfig
-from janusflow_jax.data import images, samples, sources
+from janusflow_jax.data import chat_format, images, samples, sources
 from janusflow_jax.eval import sheet
 from janusflow_jax.parallel import processes, sharding, trees
+from janusflow_jax.training import metrics, step as train_step
 
 MAX_CAPTION_TOKENS = 32
 
 
-def from_state(cfg: TrainConfig, state: Any, chat: Any) -> pipeline.Pipeline:
-    """The model that a train state holds (its EMA where there is one), ready to run.
+def from_state(
+    cfg: TrainConfig, state: train_step.State, chat: chat_format.ChatFormat
+) -> pipeline.Pipeline:
+    """The model of a train state, with its EMA where there is one.
 
-    All processes of a job call it: each gets a whole copy, array after array.
+    All processes of a job call it. Each gets a whole copy, one array at a time.
     """
     params = trees.merge(trees.merge(state["frozen"], state["params"]), state["ema"])
     params, vae = processes.whole((params, state["vae"]))
@@ -31,9 +34,9 @@ def from_state(cfg: TrainConfig, state: Any, chat: Any) -> pipeline.Pipeline:
 def caption_source(
     model: pipeline.Pipeline, source: SourceConfig, count: int
 ) -> list[dict[str, Any]]:
-    """Captions `count` pictures spread evenly over a source; with the truth beside them."""
-    opened = sources.open_source(source.path, source.split)
-    data = sources.mapped(opened, source.fields, source.task)
+    """Captions of `count` images spread evenly over a source: each record's fields and `answer`."""
+    records = sources.open_source(source.path, source.split)
+    data = sources.mapped(records, source.fields, source.task)
     count = min(count, len(data))
     records = [data[i * len(data) // count] for i in range(count)]
     out = []
@@ -45,18 +48,23 @@ def caption_source(
             max_new_tokens=MAX_CAPTION_TOKENS,
         )
         for record, answer in zip(part, answers, strict=True):
-            keep = {k: record[k] for k in ("id", "captions", "class", "colour") if k in record}
-            out.append({**keep, "answer": answer, "image": record["image"]})
+            fields = ("id", "captions", "class", "colour", "image")
+            out.append({k: record[k] for k in fields if k in record} | {"answer": answer})
     return out
 
 
 def write(
-    cfg: TrainConfig, workdir: epath.Path, step: int, state: Any, chat: Any, writer: Any
+    cfg: TrainConfig,
+    workdir: epath.Path,
+    step: int,
+    state: train_step.State,
+    chat: chat_format.ChatFormat,
+    writer: metrics.Writer,
 ) -> None:
-    """Writes `samples/sheet_<step>.png` and `samples/captions_<step>.jsonl` and `.png` (pictures
-    with answer and truth) into the workdir.
+    """Writes `samples/sheet_<step>.png`, and `samples/captions_<step>.jsonl` and `.png` (images
+    with the answer and the true caption).
 
-    With several processes the first one does it, on its first device, while the others wait.
+    In a job of several processes the first one does it on its first device; the others wait.
     """
     if not (cfg.prompts or cfg.heldout):
         return
@@ -74,35 +82,37 @@ def _write(
     workdir: epath.Path,
     step: int,
     model: pipeline.Pipeline,
-    writer: Any,
+    writer: metrics.Writer,
 ) -> None:
     folder = epath.Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.prompts and cfg.data.gen_slots:
-        pictures = model.generate(
+        generated = model.generate(
             list(cfg.prompts), guidance_scale=cfg.sheet_cfg_weight, num_steps=cfg.sheet_num_steps
         )
         path = folder / f"sheet_{step:06d}.png"
-        grid = sheet.make_sheet(pictures, list(cfg.prompts))
+        grid = sheet.image_grid(generated, list(cfg.prompts))
         _save_png(grid, path)
-        print(f"step {step}: pictures for {len(cfg.prompts)} prompts in {path}", flush=True)
+        print(f"step {step}: images for {len(cfg.prompts)} prompts in {path}", flush=True)
         writer.image(step, "sheet", grid)
-    lines, shown, said = [], [], []
+    lines, shown, labels = [], [], []
     side = (cfg.model.image_size,) * 2
     for source in cfg.heldout:
         for record in caption_source(model, source, cfg.heldout_captions):
-            picture = Image.fromarray(images.decode(record.pop("image")))
-            shown.append(ImageOps.pad(picture, side, color="white"))
-            said.append(f"{record['answer']} [{record['captions'][0]}]")
+            image = Image.fromarray(images.decode(record.pop("image")))
+            shown.append(ImageOps.pad(image, side, color="white"))
+            labels.append(f"{record['answer']} [{record['captions'][0]}]")
             lines.append({"split": source.split, **record})
     if lines:
-        grid = sheet.make_sheet(shown, said)
+        grid = sheet.image_grid(shown, labels)
         _save_png(grid, folder / f"captions_{step:06d}.png")
         writer.image(step, "captions", grid)
-        right = sum(line["answer"] in line["captions"] for line in lines)
+        num_exact = sum(line["answer"] in line["captions"] for line in lines)
         path = folder / f"captions_{step:06d}.jsonl"
         path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-        print(f"step {step}: {right} of {len(lines)} held-out captions exact, {path}", flush=True)
+        print(
+            f"step {step}: {num_exact} of {len(lines)} held-out captions exact, {path}", flush=True
+        )
 
 
 def _save_png(image: Image.Image, path: epath.Path) -> None:

@@ -1,4 +1,4 @@
-"""What was measured, as a report holds it: checksums of model and data, and the software."""
+"""What a report measured: checksums of the model and the data, and the software."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from janusflow_jax.hub import adapters, safetensors as safetensors_io
 
 
 def resolve(path: Any) -> epath.Path:
-    """The one folder that will be loaded: a run that trains on must not change it under us."""
+    """The folder that will be loaded. Of a run it is the newest checkpoint, which never changes."""
     folder = epath.Path(path)
     if (folder / model_folder.MODEL_FILE).exists() or not (folder / "checkpoints").exists():
         return folder
@@ -26,9 +26,9 @@ def resolve(path: Any) -> epath.Path:
 def of(path: Any, adapter: Any = "") -> dict[str, str]:
     """SHA-256 of everything that is loaded from a folder of `resolve`, and of an adapter.
 
-    `checksums.json` covers every file of a model or a checkpoint, `model.json` and `run.json` are
-    their configs, `base/checksums.json` covers what a checkpoint takes from its run's `base/` (VAE,
-    tokenizer, parts that were not trained), `adapter` an adapter's config and weights.
+    `checksums.json` covers every file of a model or a checkpoint; `model.json` and `run.json` are
+    their configs; `base/checksums.json` covers what a checkpoint uses from its run's `base/` (VAE,
+    tokenizer, frozen parts); `adapter` is an adapter's config and weights.
     """
     folder = epath.Path(path).resolve()
     out = {}
@@ -42,7 +42,7 @@ def of(path: Any, adapter: Any = "") -> dict[str, str]:
 
 
 def of_adapter(path: Any) -> str:
-    """SHA-256 over the config and the weights of an adapter's folder, in one file or in shards.
+    """SHA-256 over an adapter's config and weights, which are one file or shards.
 
     Raises:
       OSError: a file is missing.
@@ -69,7 +69,7 @@ def of_data(path: Any) -> dict[str, str]:
 
 
 def software() -> dict[str, str]:
-    """What numbers may depend on beside model, data and settings."""
+    """Software that numbers may depend on."""
     return {"jax": jax.__version__, "backend": jax.default_backend()}
 
 

@@ -1,4 +1,4 @@
-"""A grid of pictures with their prompts under them, as one PNG to look at."""
+"""A grid of images with a label under each, as one image."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _GAP = 8
 _LINES = 2
 
 
-def make_sheet(
-    pictures: Sequence[Image.Image | np.ndarray],
+def image_grid(
+    images: Sequence[Image.Image | np.ndarray],
     labels: Sequence[str],
     columns: int = 6,
     scale: int = 2,
@@ -23,19 +23,19 @@ def make_sheet(
     """Draws the grid, row by row.
 
     Args:
-      pictures: PIL images or uint8[H, W, 3]; all of one size.
-      labels: one a picture; broken into two lines, cut with an ellipsis where too long.
-      columns: pictures a row (fewer where there are fewer pictures).
-      scale: every pixel becomes a square of this many, unsmoothed: as painted.
+      images: PIL images or uint8[H, W, 3], all of one size.
+      labels: one for each image; wrapped into two lines, and cut with an ellipsis where too long.
+      columns: images in a row.
+      scale: width of the square that shows a pixel; pixels are not smoothed.
     Raises:
-      JanusFlowError: no picture, another number of labels, or pictures of several sizes.
+      JanusFlowError: no image, another number of labels, or images of several sizes.
     """
-    images = [x if isinstance(x, Image.Image) else Image.fromarray(np.asarray(x)) for x in pictures]
+    images = [x if isinstance(x, Image.Image) else Image.fromarray(np.asarray(x)) for x in images]
     sizes = {x.size for x in images}
     if len(sizes) != 1 or len(labels) != len(images):
         raise JanusFlowError(
-            "sheet: expected at least one picture, all of one size, and one label each; got "
-            f"{len(images)} pictures of sizes {sorted(sizes)} and {len(labels)} labels"
+            "image grid: expected images of one size and a label for each; got "
+            f"{len(images)} images of sizes {sorted(sizes)} and {len(labels)} labels"
         )
     font = ImageFont.load_default(FONT_SIZE)
     line_height = FONT_SIZE + 3
@@ -56,7 +56,7 @@ def make_sheet(
 
 
 def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The label in at most two lines that fit, by words."""
+    """The label's words in at most two lines that fit."""
     lines = [""]
     for word in label.split():
         joined = f"{lines[-1]} {word}".strip()

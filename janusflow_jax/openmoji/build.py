@@ -250,4 +250,4 @@ def contact_sheet(seed: int, size: int, new_classes: bool = False) -> Image.Imag
     for i, (name, drawing) in enumerate(drawings.items()):
         item = Item(name, colors[i % len(colors)], i % TRAIN_VIEWS)
         cells.append(images.decode(render_item(drawing, item, size, seed)))
-    return sheet.make_sheet(cells, list(drawings), columns=16, scale=1)
+    return sheet.image_grid(cells, list(drawings), columns=16, scale=1)

@@ -111,7 +111,7 @@ def score_generation(
         return list(model.generate(texts, seed=seed, **settings))
 
     images = generate(of_sheet, seed)
-    sheet.make_sheet(images, prompts.PROMPTS).save(sheet_file)
+    sheet.image_grid(images, prompts.PROMPTS).save(sheet_file)
     print(f"the sheet: {sheet_file}", flush=True)
     more_images = generate(more, seed + MORE_SEED)
     out = {

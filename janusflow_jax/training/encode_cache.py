@@ -1,8 +1,7 @@
-"""Makes caches of latents and SigLIP features, and checks that a run may use one.
+"""Computes caches of latents and SigLIP features, and checks that a run may use them.
 
-The form on disk is `data/cache.py`'s. Every process takes shards of its own and runs the
-encoders on its own devices, so processes need not know of each other, and a killed one goes on
-where it stood: a shard that is there is done.
+`data/cache.py` defines the files. Every process writes shards of its own with its own devices, so
+processes need not communicate, and a restarted one skips the shards that exist.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from janusflow_jax.parallel import processes, trees
 
 Encode = Callable[[Any], dict[str, jax.Array]]
 VAE_ENCODER = ("encoder", "quant_conv")
-"""What of a VAE decides about latents: another decoder keeps a cache good."""
+"""The parts of a VAE that latents depend on: a cache survives a change of decoder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """Parameters that encode; None: not asked for."""
+    """Parameters of the encoders; None: the cache holds no such values."""
 
     cfg: ModelConfig
     vae: Any
@@ -47,16 +46,16 @@ class Report:
     """What a process did."""
 
     shards: int = 0
-    skipped_shards: int = 0  # were there
-    pictures: int = 0  # encoded
+    skipped_shards: int = 0  # existed
+    images: int = 0  # encoded
     bad: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A crop, or a record: pixels that wait for the encoders, or the reason why there are none."""
+    """One entry of a shard: pixels for the encoders, or the bytes that stand for them."""
 
-    crcs: list[int]
+    crcs: list[int]  # of the encoded images
     pixels: list[np.ndarray]
     done: bytes = b""
 
@@ -73,7 +72,7 @@ def plan(
     computed_in: str,
     shard_records: int,
 ) -> Manifest:
-    """The manifest of a cache that these encoders would make."""
+    """The manifest of the cache that these encoders would compute."""
     cfg, und = encoders.cfg, encoders.cfg.und
     has_vae, has_siglip = encoders.vae is not None, encoders.siglip is not None
     return Manifest(
@@ -95,7 +94,7 @@ def plan(
 
 
 def vae_digest(params: Any) -> str:
-    """Digest of the parameters that a VAE's latents depend on."""
+    """Digest of the parameters that latents depend on."""
     return trees.digest({name: params[name] for name in VAE_ENCODER})
 
 
@@ -113,8 +112,8 @@ def make_encode(encoders: Encoders, manifest: Manifest, devices: list[Any]) -> E
         x, out = encode.to_float(pixels, compute), {}
         if encoders.vae is not None:
             module = vae.Vae(encoders.cfg.vae, compute)
-            both = module.apply({"params": params["vae"]}, x, method="encode")
-            out["latents"] = jnp.stack(both, axis=1).astype(stored)
+            mean_and_logvar = module.apply({"params": params["vae"]}, x, method="encode")
+            out["latents"] = jnp.stack(mean_and_logvar, axis=1).astype(stored)
         if encoders.siglip is not None:
             module = siglip.Siglip(encoders.cfg.und, compute)
             out["features"] = module.apply({"params": params["siglip"]}, x).astype(stored)
@@ -135,18 +134,18 @@ def build(
     process: int = 0,
     num_processes: int = 1,
     workers: int = 4,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Report:
-    """Makes the shards of one process that are not there yet.
+    """Writes the shards of one process that do not exist yet.
 
     Args:
       records: the open data set.
-      batch: pictures that `encode` takes at a time.
-      process: takes shards process, process + num_processes, ...
-      workers: threads that decode.
+      encode: of `make_encode`.
+      batch: images that `encode` takes at a time.
+      process: writes shards process, process + num_processes, ...
+      workers: threads that decode images.
     Raises:
-      DataError: the folder holds another cache.
-      DataError: the store cannot be read.
+      DataError: the folder holds another cache, or the store cannot be read.
     """
     latent_cache.create(folder, manifest)
     mine = range(process, manifest.num_shards, num_processes)
@@ -154,37 +153,34 @@ def build(
     report = Report(skipped_shards=len(mine) - len(todo))
     total = sum(len(manifest.shard_range(k)) for k in todo)
     if report.skipped_shards:
-        say(f"{report.skipped_shards} of {len(mine)} shards are there already")
-    began = said = time.perf_counter()
-    done = before = 0
+        log(f"{report.skipped_shards} of {len(mine)} shards exist already")
+    began = logged = time.perf_counter()
+    done = 0
     with futures.ThreadPoolExecutor(workers) as pool:
         for k in todo:
-            found = _in_order(
+            decoded = _in_order(
                 pool, lambda i: _entries(records, manifest, i), manifest.shard_range(k), 2 * workers
             )
             with latent_cache.shard_writers(folder, manifest, k) as writers:
-                for entries in _encoded(found, encode, batch, manifest, report):
+                for entries in _encoded(decoded, encode, batch, manifest, report):
                     for kind, writer in writers.items():
                         for entry in entries:
                             writer.write(entry[kind])
                     done += 1
-                    now = time.perf_counter()
-                    if done == 1:  # what was compiled until then is no speed
-                        began, before = now, report.pictures
-                    if now - said > 10:
-                        said, seconds = now, max(now - began, 1e-9)
-                        speed = (report.pictures - before) / seconds
-                        left = seconds / max(done - 1, 1) * (total - done)
-                        say(
-                            f"{done:,} of {total:,} records, {speed:.1f} pictures/s, "
-                            f"{len(report.bad)} bad, {left / 60:.0f} min left"
+                    if time.perf_counter() - logged > 10:
+                        logged = time.perf_counter()
+                        seconds = logged - began
+                        minutes_left = seconds / done * (total - done) / 60
+                        log(
+                            f"{done:,} of {total:,} records, {report.images / seconds:.1f} "
+                            f"images/s, {len(report.bad)} bad, {minutes_left:.0f} min left"
                         )
             report.shards += 1
     return report
 
 
 def _in_order(pool: Any, fn: Any, items: Iterable[int], ahead: int) -> Iterator[Any]:
-    """`pool.map` that keeps only so many results waiting."""
+    """`pool.map` with at most `ahead` results in memory."""
     waiting: collections.deque[Any] = collections.deque()
     for item in items:
         waiting.append(pool.submit(fn, item))
@@ -195,44 +191,44 @@ def _in_order(pool: Any, fn: Any, items: Iterable[int], ahead: int) -> Iterator[
 
 
 def _entries(records: Any, manifest: Manifest, i: int) -> list[_Entry]:
-    """A record's entries: each of its crops, or one of all its pictures."""
+    """A record's entries: one for each crop, or one for all its images."""
     try:
         encoded = samples.images_of(records[i])
         if not encoded:
-            raise DataError("expected a picture; the record has none")
+            raise DataError("expected an image; the record has none")
         if manifest.task == "understand":
-            seen = [slots.whole(x, manifest.image_size) for x in encoded]
-            return [_Entry([zlib.crc32(x) for x in encoded], seen)]
-        crc, picture = zlib.crc32(encoded[0]), slots.to_crop(encoded[0], manifest.image_size)
+            pixels = [slots.whole(x, manifest.image_size) for x in encoded]
+            return [_Entry([zlib.crc32(x) for x in encoded], pixels)]
+        crc, image = zlib.crc32(encoded[0]), slots.to_crop(encoded[0], manifest.image_size)
     except DataError as e:
         if e.reason == sources.UNREADABLE:
             raise
         return [_Entry([], [], latent_cache.bad_entry(str(e)))] * manifest.crops
     out = []
     for crop in range(manifest.crops):
-        if crop and picture.width == picture.height:
+        if crop and image.width == image.height:
             out.append(_Entry([], [], latent_cache.same_entry()))
             continue
         key = latent_cache.crop_key(manifest.seed, i, crop)
-        out.append(_Entry([crc], [images.for_generation(picture, manifest.image_size, key)]))
+        out.append(_Entry([crc], [images.for_generation(image, manifest.image_size, key)]))
     return out
 
 
 def _encoded(
-    found: Iterator[list[_Entry]], encode: Encode, batch: int, manifest: Manifest, report: Report
+    decoded: Iterator[list[_Entry]], encode: Encode, batch: int, manifest: Manifest, report: Report
 ) -> Iterator[list[dict[str, bytes]]]:
-    """Records' entries as they are written: kind -> bytes, for each entry of a record."""
-    first, second = itertools.tee(found)  # what batches read ahead waits in the second
+    """For each record its entries as they are written: kind -> bytes."""
+    first, second = itertools.tee(decoded)  # batches read ahead of the records that they belong to
     values = _in_batches((x for r in first for e in r for x in e.pixels), encode, batch)
     for record in second:
         out = []
         for entry in record:
-            got = [next(values) for _ in entry.pixels]
-            report.pictures += len(got)
+            encoded = [next(values) for _ in entry.pixels]
+            report.images += len(encoded)
             out.append(
                 {
                     kind: entry.done
-                    or latent_cache.entry(entry.crcs, [x[kind] for x in got], manifest.dtype)
+                    or latent_cache.entry(entry.crcs, [x[kind] for x in encoded], manifest.dtype)
                     for kind in manifest.shapes
                 }
             )
@@ -244,7 +240,7 @@ def _encoded(
 def _in_batches(
     pixels: Iterator[np.ndarray], encode: Encode, batch: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Each picture's values, in order. One batch is on the device while the next is decoded."""
+    """Each image's values, in order. One batch is on the device while the next is decoded."""
     running: collections.deque[Any] = collections.deque()
 
     def finish() -> Iterator[dict[str, np.ndarray]]:
@@ -264,7 +260,7 @@ def _in_batches(
 
 
 def digests(cfg: TrainConfig, made: rows.Rows, params: Any) -> dict[str, str]:
-    """Digests of the SigLIPs that stand behind the caches of an opened mixture, by part."""
+    """Part -> digest of each SigLIP that the caches of a mixture must come from."""
     parts = {"und_encoder"} if made.slots.und is not None else set()
     if made.slots.repa_cached:
         parts.add(_target(cfg))
@@ -272,47 +268,46 @@ def digests(cfg: TrainConfig, made: rows.Rows, params: Any) -> dict[str, str]:
 
 
 def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_params: Any) -> None:
-    """Raises DataError when the caches of an opened mixture are of other encoders than this
-    run's, or of a SigLIP that this run trains.
+    """Checks that the caches of a mixture come from this run's encoders.
 
-    Args: encoders: from `digests`; a part that is not in it is not compared, and that is told:
-      runs of older versions did not keep them.
+    Args: encoders: of `digests`. A part that is missing, as in runs of older versions, is not
+      compared, and a line says so.
+    Raises:
+      DataError: caches of other encoders, or of a SigLIP that this run trains.
     """
-    problems = []
     gen, und = made.slots.gen, made.slots.und
     folders = {s.cfg.task: s.cfg.cache for s in made.sources if s.cfg.cache}
-
-    def same(task: str, name: str, got: str, want: str | None) -> None:
-        if want is None:
-            processes.log(
-                f"cache {folders[task]}: not compared with this run's {name}, which a run begun by "
-                "an older version did not note"
-            )
-        elif got != want:
-            problems.append(
-                f"cache {folders[task]}: expected one made by this run's {name} ({want[:12]}); "
-                f"got {got[:12] or 'none'}: make it with tools/cache_latents.py from the model "
-                "that this run starts from"
-            )
-
+    compared: list[tuple[str, str, str, str | None]] = []  # task, encoder, of the cache, of the run
+    problems = []
     if gen is not None:
-        same("generate", "VAE", gen.vae, vae_digest(vae_params))
-    if made.slots.repa_cached:
-        assert gen is not None
-        part = _target(cfg)
-        if any(p.split("/")[0] == part for p in parts_lib.trained_paths(cfg)):
-            problems.append(
-                f"cache {folders['generate']}: holds features of a frozen SigLIP, and this run "
-                "trains it: expected --config.data.cached_features=False (the latents stay good)"
-            )
-        else:
-            same("generate", "SigLIP", gen.siglip, encoders.get(part))
+        compared.append(("generate", "VAE", gen.vae, vae_digest(vae_params)))
+        if made.slots.repa_cached:
+            target = _target(cfg)
+            compared.append(("generate", "SigLIP", gen.siglip, encoders.get(target)))
+            if any(parts_lib.top(path) == target for path in parts_lib.trained_paths(cfg)):
+                compared.pop()
+                problems.append(
+                    f"cache {folders['generate']}: holds features of a frozen SigLIP, but this run "
+                    "trains it: set --config.data.cached_features=False (the latents remain valid)"
+                )
     if und is not None:
-        same("understand", "SigLIP", und.siglip, encoders.get("und_encoder"))
+        compared.append(("understand", "SigLIP", und.siglip, encoders.get("und_encoder")))
+    for task, encoder, of_cache, of_run in compared:
+        if of_run is None:
+            processes.log(
+                f"cache {folders[task]}: not compared with this run's {encoder}, because the "
+                "version that began the run did not store its digest"
+            )
+        elif of_cache != of_run:
+            problems.append(
+                f"cache {folders[task]}: expected values of this run's {encoder} ({of_run[:12]}); "
+                f"got {of_cache[:12] or 'none'}: run tools/cache_latents.py with the model that "
+                "this run starts from"
+            )
     if problems:
         raise DataError("\n".join(["caches:", *(f"  - {p}" for p in problems)]))
 
 
 def _target(cfg: TrainConfig) -> str:
-    """The part whose features REPA aligns with."""
+    """The part whose features REPA aligns with (arXiv 2410.06940)."""
     return "repa_target" if cfg.model.repa_target == "siglip" else "und_encoder"

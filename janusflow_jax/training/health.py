@@ -1,8 +1,5 @@
-"""Where a run's time goes, over all its attempts; and a watchdog for steps that do not end.
-
-`attempts.json` in the workdir is the run's own record: a line of numbers for every time it was
-started, renewed with each logged step, so that the next attempt knows what a kill has cost.
-"""
+"""What keeps a long run healthy: where its time goes, steps with a non-finite loss, a watchdog for
+steps that hang, and signals that ask it to stop."""
 
 from __future__ import annotations
 
@@ -10,44 +7,49 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import files
+from janusflow_jax.data import loader
 from janusflow_jax.parallel import processes
 from janusflow_jax.training import metrics
 
-FILE = "attempts.json"
+ATTEMPTS_FILE = "attempts.json"
+BAD_STEPS_FILE = "bad_steps.jsonl"
 PHASES = ("step", "data", "compile", "checkpoint", "evaluation", "samples", "start")
-"""step: on the devices, or held up by the one before; data: waiting for rows; checkpoint: waiting
-for a save, not the saving; evaluation: held-out losses; samples: sheets and captions; start:
-reading and restoring."""
-WATCHDOG_STATUS = 70
-"""Exit status of a run that its watchdog has ended."""
+"""step: computing, or waiting for the step before; data: waiting for rows; checkpoint: waiting for
+a save, which itself runs in the background; evaluation: held-out losses; samples: previews; start:
+reading the start or the checkpoint."""
 
 
 class Clock:
-    """Splits the time since it was made among PHASES."""
+    """Splits the time since its creation among PHASES."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self.phase, self._since = "start", time.perf_counter()
+        self._phase, self._since = "start", time.perf_counter()
 
     def switch(self, phase: str) -> None:
-        """Books the time so far to the phase that was, and begins another."""
+        """Adds the time so far to the current phase, and begins another."""
+        self.update()
+        self._phase = phase
+
+    def update(self) -> None:
+        """Adds the time so far to the current phase."""
         now = time.perf_counter()
-        self.seconds[self.phase] += now - self._since
-        self.phase, self._since = phase, now
+        self.seconds[self._phase] += now - self._since
+        self._since = now
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        before = self.phase
+        before = self._phase
         self.switch(phase)
         try:
             yield
@@ -55,118 +57,170 @@ class Clock:
             self.switch(before)
 
 
-class Record:
-    """The attempts of a run, in its workdir."""
+class Attempts:
+    """`attempts.json`: one entry for every start of the run, with its seconds in each phase.
 
-    def __init__(self, workdir: epath.PathLike, clock: Clock, step: int, saved_at: float | None):
-        """Reads what earlier attempts left and works out what they lost.
+    The entry is updated with each logged step, so the next start knows what a kill has cost.
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, clock: Clock, first_step: int, saved_at: float | None
+    ):
+        """Reads the earlier attempts and works out what they lost.
 
         Args:
-          step: where this attempt begins.
           saved_at: when the restored checkpoint was saved (Unix time); None: there is none.
         """
-        self._file, self._clock = epath.Path(workdir) / FILE, clock
-        clock.switch(clock.phase)
+        self._file, self._clock = epath.Path(workdir) / ATTEMPTS_FILE, clock
+        clock.update()
         began = time.time() - sum(clock.seconds.values())
         earlier = checksums.read_json(self._file) if self._file.exists() else []
-        self._earlier = [_with_lost(a, saved_at) for a in earlier]
-        self._mine = {"began": round(began, 3), "first_step": step, "lost": 0.0, "ended": False}
-        self.write(step)
+        self._earlier = [_with_lost_time(a, saved_at) for a in earlier]
+        self._this = {"began": round(began, 3), "first_step": first_step, "lost": 0.0}
+        self.write(first_step)
 
     def write(self, step: int, ended: bool = False) -> None:
-        """Notes that the run is alive; `ended`: that it ends by itself, and nothing is lost."""
-        self._clock.switch(self._clock.phase)
+        """Updates the file. ended: the run has saved and stops, so nothing is lost."""
+        self._clock.update()
         seconds = {n: round(s, 3) for n, s in self._clock.seconds.items()}
-        now = {"alive": round(time.time(), 3), "step": step, "ended": ended, "seconds": seconds}
-        self._mine |= now
+        alive = round(time.time(), 3)
+        self._this |= {"ended": ended, "alive": alive, "step": step, "seconds": seconds}
         if processes.is_main():
             with files.replacing(self._file, "tmp") as part:
-                part.write_text(json.dumps([*self._earlier, self._mine], indent=0))
+                part.write_text(json.dumps([*self._earlier, self._this], indent=0))
 
     def totals(self) -> dict[str, float]:
-        """Seconds by phase over all attempts; `lost` was spent on steps that came again."""
-        self._clock.switch(self._clock.phase)
-        attempts = [*self._earlier, {**self._mine, "seconds": self._clock.seconds}]
+        """Seconds in each phase over all attempts; `lost`: on steps that were computed again."""
+        self._clock.update()
+        attempts = [*self._earlier, {**self._this, "seconds": self._clock.seconds}]
         out: dict[str, float] = {n: sum(a["seconds"].get(n, 0.0) for a in attempts) for n in PHASES}
         lost = sum(a["lost"] for a in attempts)
         return {**out, "step": max(0.0, out["step"] - lost), "lost": lost}
 
     def values(self) -> dict[str, float]:
-        """For the metrics: `time/<phase>` in seconds, `goodput` the share of kept steps."""
+        """Metrics: `time/<phase>` in seconds, and `goodput`, the share of steps that counted."""
         totals = self.totals()
-        share = totals["step"] / max(sum(totals.values()), 1e-9)
-        return {"goodput": share, **{f"time/{n}": s for n, s in totals.items()}}
+        goodput = totals["step"] / max(sum(totals.values()), 1e-9)
+        return {"goodput": goodput, **{f"time/{n}": s for n, s in totals.items()}}
 
     def summary(self) -> str:
         """One line for the end of a run."""
         totals = self.totals()
-        whole = sum(totals.values())
-        shares = ", ".join(f"{n} {s / max(whole, 1e-9):.1%}" for n, s in totals.items())
-        times = len(self._earlier) + 1
-        after = f" in {times} attempts" if times > 1 else ""
-        return f"time: {metrics.duration(whole)}{after}: {shares}"
+        total = sum(totals.values())
+        shares = ", ".join(f"{n} {s / max(total, 1e-9):.1%}" for n, s in totals.items())
+        count = len(self._earlier) + 1
+        attempts = f" in {count} attempts" if count > 1 else ""
+        return f"time: {metrics.duration(total)}{attempts}: {shares}"
 
 
-def _with_lost(attempt: dict[str, Any], saved_at: float | None) -> dict[str, Any]:
-    """An earlier attempt with what it did after the checkpoint that the run goes on from."""
+def _with_lost_time(attempt: dict[str, Any], saved_at: float | None) -> dict[str, Any]:
+    """An earlier attempt with the time it spent after the checkpoint that the run resumes from."""
     kept_until = attempt["began"] if saved_at is None else max(saved_at, attempt["began"])
     if attempt["ended"] or attempt["alive"] <= kept_until:
         return attempt
     return {**attempt, "lost": round(attempt["alive"] - kept_until, 3)}
 
 
-class Watchdog:
-    """Prints the stacks of all threads when no step ends for too long; may end the process.
+class BadSteps:
+    """`bad_steps.jsonl`: the rows of every step with a non-finite loss or gradient.
 
-    It watches from the first step's end on (compilation has no limit) and does nothing while a
-    phase is under way that may take long: samples, evaluation.
+    The step itself skips the update (`training/step.py`).
     """
 
-    def __init__(
-        self,
-        seconds: float,
-        phase: Callable[[], str],
-        *,
-        end: bool = False,
-        out: Any = None,
-        exit_with: Callable[[int], None] = os._exit,
-    ):
-        """Args: seconds: 0: off. end: exit after the stacks. out: a file with a descriptor."""
-        self._seconds, self._phase, self._end = seconds, phase, end
-        self._out, self._exit = out or sys.stderr, exit_with
-        self._beat: float | None = None
-        self._step, self._closed = 0, threading.Event()
-        if seconds > 0:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+    def __init__(self, workdir: epath.PathLike, max_in_a_row: int, resume_step: int = 0):
+        """
+        Args:
+          max_in_a_row: so many consecutive bad steps stop the run; 0: never.
+          resume_step: lines of later steps are removed, because those steps come again.
+        """
+        self.limit_reached = False
+        self._file, self._max = epath.Path(workdir) / BAD_STEPS_FILE, max_in_a_row
+        self._in_a_row = 0
+        self._last: dict[str, int] = {}
+        if processes.is_main() and self._file.exists():
+            self._file.write_text(metrics.kept_lines(self._file.read_text(), resume_step))
 
-    def beat(self, step: int) -> None:
-        """A step has ended."""
-        self._step, self._beat = step, time.monotonic()
-
-    def close(self) -> None:
-        self._closed.set()
-
-    def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self._seconds / 4)):
-            if self._phase() in ("samples", "evaluation"):
-                self._beat = None if self._beat is None else time.monotonic()
-            if self._beat is None or time.monotonic() - self._beat < self._seconds:
-                continue
-            self._tell()
-            self._beat = None  # once for each stall: the next step's end arms it again
-
-    def _tell(self) -> None:
-        print(
-            f"WATCHDOG: process {processes.index()}: no step has ended for {self._seconds:g} s "
-            f"since step {self._step} (watchdog_s); the loop is in: {self._phase()}.\n"
-            "In 'data' the records are slow or the store hangs; in 'step' a device hangs, or "
-            "another process of the job has died or waits (compare the stacks of all processes); "
-            "in 'checkpoint' the store hangs. A longer step is no fault: raise watchdog_s. "
-            + ("This process ends now. " if self._end else "The run goes on waiting. ")
-            + "Stacks of all threads:",
-            file=self._out,
-            flush=True,
+    def count(self, step: int, ok: bool, report: loader.Report) -> None:
+        if ok:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        # For good: metrics come one step late, so a good step may already be running.
+        self.limit_reached |= 0 < self._max <= self._in_a_row
+        self._last = {"step": step, "first_row": report.first_row, "end_row": report.next_row}
+        processes.log(
+            f"step {step}: non-finite loss or gradient, update skipped; rows {report.first_row} "
+            f"to {report.next_row - 1} added to {BAD_STEPS_FILE}"
         )
-        faulthandler.dump_traceback(self._out, all_threads=True)
-        if self._end:
-            self._exit(WATCHDOG_STATUS)
+        if processes.is_main():
+            lines = self._file.read_text() if self._file.exists() else ""
+            self._file.write_text(lines + json.dumps(self._last) + "\n")  # a bucket cannot append
+
+    def message(self) -> str:
+        """Why the run stopped, and what to do."""
+        rows = f"{self._last['first_row']}:{self._last['end_row']}"
+        return (
+            f"{self._max} steps in a row, up to step {self._last['step']}, had a non-finite loss "
+            "or gradient; their updates were skipped and the run is saved. To see which rows "
+            f"cause it, run the same command with --replay={rows}. To continue, lower optim.lr in "
+            "a new run that starts from this one (--config.start), or remove the records of those "
+            f"rows from the data. {self._file} lists all bad steps"
+        )
+
+
+class Watchdog:
+    """Prints the stacks of all threads to stderr when no step ends within `seconds`."""
+
+    def __init__(self, seconds: float, exit: bool = False):
+        """Args: seconds: 0: off. exit: end the process too (with status 1)."""
+        self._seconds, self._exit = seconds, exit
+        self._running = False
+
+    def restart(self) -> None:
+        """Begins to wait anew. First called after the first step, because compilation has no
+        limit."""
+        if self._seconds:
+            self._running = True
+            file = sys.__stderr__ or sys.stderr  # a notebook's stderr has no file descriptor
+            faulthandler.dump_traceback_later(self._seconds, exit=self._exit, file=file)
+
+    def stop(self) -> None:
+        if self._running:
+            self._running = False
+            faulthandler.cancel_dump_traceback_later()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around work between steps that may take long."""
+        running = self._running
+        self.stop()
+        yield
+        if running:
+            self.restart()
+
+
+class StopSignal:
+    """Records SIGTERM (a cluster reclaims the machine) or Ctrl-C; a second one stops at once.
+
+    One process of a job is enough: the loop lets all of them agree (`processes.Agreement`).
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+        # print() is not safe here: the signal may arrive while its buffer is in use.
+        os.write(1, b"stopping: saving a checkpoint at the next step\n")

@@ -1,15 +1,17 @@
-"""Held-out losses in the loop: the same rows, times and noise at every measurement.
+"""Held-out losses during training, and a check that they do not rise.
 
-Each source is packed alone and its first rows are read once. Times and noise follow from
-(`evaluate.seed`, row, slot) by the run's own distribution of times, so that a value stands beside
-training's; no prompt is dropped, latents are the posterior's mode. So a value changes with the
-parameters only, and two measurements of the same parameters are equal to the last digit.
+Every measurement takes the same rows, times and noise: each source is packed alone and its first
+rows are read once; times and noise are keyed by (`evaluate.seed`, row, slot) and drawn from the
+run's own distribution of times, so that values compare with the training losses. No prompt is
+dropped, and latents are the mode of the VAE's posterior. Equal parameters give equal values to the
+last digit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,15 +23,27 @@ from janusflow_jax.config import SourceConfig, TrainConfig
 from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.data import chat_format, rows as rows_lib
 from janusflow_jax.parallel import processes, sharding, trees
-from janusflow_jax.training import heldout_guard, losses, metrics, step as train_step
+from janusflow_jax.training import losses, metrics, step as train_step
 
-RAW, EMA = heldout_guard.RAW, heldout_guard.EMA
-FEW = 16
-"""Pictures; a loss of fewer says little."""
+RAW, EMA = "eval", "eval_ema"
+"""First parts of the metrics' names: of the parameters, and of their moving average."""
+LOSSES = ("loss_ar", "loss_rf")
+MIN_IMAGES = 16
+"""A loss over fewer images says little; the run warns."""
+
+
+def metric(weights: str, source: str, loss: str) -> str:
+    """Name of a metric, such as 'eval_ema/held_out/loss_rf'."""
+    return f"{weights}/{source}/{loss}"
+
+
+def source_name(source: SourceConfig) -> str:
+    """What a source is called in the metrics."""
+    return source.name or f"{source.split}-{source.task}"
 
 
 class Heldout:
-    """The held-out sources of a run; all processes of a job call all methods alike."""
+    """The held-out sources of a run. All processes of a job call every method alike."""
 
     def __init__(
         self,
@@ -40,21 +54,15 @@ class Heldout:
     ):
         """Reads this process's part of every source's rows.
 
-        Args: saved: of `to_json`, where the run has been under way before.
+        Args: saved: `to_json()` of the checkpoint that the run resumes from.
         Raises:
-          DataError, DataError, DataError: a source cannot be read.
+          DataError: a source cannot be read.
         """
         self._cfg, self._mesh = cfg, mesh
-        split = mesh.shape["data"] * mesh.shape["fsdp"]
-        wanted = min(cfg.evaluate.rows, max(cfg.batch_rows // cfg.optim.accum_steps, 1))
-        self._size = -(-wanted // split) * split
-        mine = sharding.rows_of_process(mesh, self._size)
-        opened = {name_of(s): _Fixed(cfg, s, chat) for s in cfg.evaluate.sources}
-        self._summary = [line for name, x in opened.items() for line in x.describe(name)]
-        self._batches = {name: x.batches(self._size, mine) for name, x in opened.items()}
-        follows_from = {name: x.follows_from() for name, x in opened.items()}
-        self._guard = heldout_guard.Guard(cfg.evaluate, follows_from, saved or {})
-        self._programs: dict[str, Any] = {}
+        self._sources = {source_name(s): _Source(cfg, s, chat, mesh) for s in cfg.evaluate.sources}
+        rows = {name: source.identity() for name, source in self._sources.items()}
+        self._rises = RiseCheck(cfg.evaluate.max_rise, rows, saved or {})
+        self._programs: dict[str, Callable] = {}  # a task's, compiled when it is first measured
 
     def due(self, step: int) -> bool:
         """Whether a run measures after this step."""
@@ -62,158 +70,154 @@ class Heldout:
         return step == self._cfg.num_steps or bool(every and step % every == 0)
 
     def measure(self, state: train_step.State) -> dict[str, float]:
-        """`eval/<source>/loss_ar` and `loss_rf` (and by quarter of time: `loss_rf/t0` ...), of the
+        """`eval/<source>/loss_ar` and `loss_rf` (and `loss_rf/t0` ... by quarter of time) of the
         parameters; `eval_ema/...` of their average where the run keeps one."""
-        kinds = {RAW: state["params"]} | ({EMA: state["ema"]} if state["ema"] else {})
+        if self._sources:
+            jax.block_until_ready(state)  # on CPU, two programs at once would mix their messages
         out: dict[str, float] = {}
-        if self._batches:
-            jax.block_until_ready(state)  # on CPU two programs at once would mix their messages
-        for source in self._cfg.evaluate.sources:
-            for kind, params in kinds.items():
-                found = self._measure(source, params, state)
-                out |= {f"{kind}/{name_of(source)}/{n}": x for n, x in found.items()}
+        for name, source in self._sources.items():
+            for weights, params in ((RAW, state["params"]), (EMA, state["ema"])):
+                if params:
+                    found = self._measure(source, params, state)
+                    out |= {metric(weights, name, loss): x for loss, x in found.items()}
         return out
 
-    def note(self, step: int, values: dict[str, float], writer: metrics.Writer) -> None:
-        """Writes and tells what was measured, and whether it has risen since the start."""
+    def record(self, step: int, values: dict[str, float], writer: metrics.Writer) -> None:
+        """Writes a measurement, prints it, and warns of losses that have risen."""
         if not values:
             return
         writer.write(step, values)
-        processes.log(f"step {step}: {describe(values)}")
-        for line in self._guard.note(step, values):
+        processes.log(f"step {step}: {describe(values, self._sources)}")
+        for line in self._rises.update(step, values):
             processes.log(line)
 
     def summary(self) -> str:
-        """A line a source, for people: how much its losses rest on; loud where that is little."""
-        return "\n".join(self._summary)
+        """A line for every source, and warnings of those with few images."""
+        return "\n".join(x for name, s in self._sources.items() for x in s.describe(name))
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run knows what it has to hold."""
-        return self._guard.to_json()
+        """What a checkpoint stores, so that a resumed run compares with the same first values."""
+        return self._rises.to_json()
 
     @property
-    def ends(self) -> bool:
-        """Whether a loss has risen so far that the run must end, now or when it stopped."""
-        return self._cfg.evaluate.stop_on_rise and bool(self._guard.risen())
+    def must_stop(self) -> bool:
+        """Whether a loss has risen so far that the run stops, in this attempt or an earlier one."""
+        return self._cfg.evaluate.stop_on_rise and bool(self._rises.risen())
 
-    def check(self) -> None:
-        """Raises DivergedError where the run must end."""
-        if self.ends:
+    def raise_risen(self) -> None:
+        """Raises DivergedError where `must_stop`."""
+        if self.must_stop:
             start = f" --config.start={self._cfg.start}" if self._cfg.start else ""
             raise DivergedError(
-                f"held-out losses have risen too far by step {self._guard.step}; the run is "
-                f"saved, and ends here again by the same command:\n"
-                f"{heldout_guard.listed(self._guard.risen())}\n"
-                "To keep them, lower --config.optim.lr, or give the sources that keep them more "
-                "weight (replay). Neither may change in this folder, so begin a new run: "
-                f"--config.workdir=NEW{start}\nTo go on with this one all the same: "
+                f"held-out losses have risen too far by step {self._rises.step}; the run is saved, "
+                f"and the same command stops here again:\n{_listed(self._rises.risen())}\n"
+                "To prevent it, lower --config.optim.lr, or raise the weight of sources that keep "
+                "these abilities (replay). Neither may change in this folder, so begin a new run: "
+                f"--config.workdir=NEW{start}\nTo continue this run all the same: "
                 "--config.evaluate.stop_on_rise=False, or a larger --config.evaluate.max_rise"
             )
 
-    def _measure(self, source: SourceConfig, params: Any, state: Any) -> dict[str, float]:
-        if source.task not in self._programs:
-            self._programs[source.task] = _program(self._cfg, source.task, self._mesh)
-        run = self._programs[source.task]
+    def _measure(self, source: _Source, params: Any, state: train_step.State) -> dict[str, float]:
+        task = source.cfg.task
+        if task not in self._programs:
+            self._programs[task] = _jit_sums(self._cfg, task, self._mesh)
         totals: dict[str, Any] = {}
-        for rows in self._batches[name_of(source)]:
-            batch = sharding.put_batch(rows, self._mesh, self._size)
-            found = jax.device_get(run(params, state["frozen"], state["vae"], batch))
-            for name, value in found.items():  # float64 on the host: batches add up exactly
+        for rows in source.batches:
+            batch = sharding.put_batch(rows, self._mesh, source.batch_rows)
+            sums = self._programs[task](params, state["frozen"], state["vae"], batch)
+            for name, value in jax.device_get(sums).items():  # float64: batches add up exactly
                 totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
         return _means(totals)
 
 
-def name_of(source: SourceConfig) -> str:
-    """What a source is called in the metrics."""
-    return source.name or f"{source.split}-{source.task}"
-
-
 def slots_of(cfg: TrainConfig, task: str) -> tuple[int, int]:
-    """Kg and Ku of a task's rows: the run's; where it has none of the task, as many as of the
-    other, so that a task's rows are the same whether the run replays it or not."""
+    """Generation and understanding slots of a task's rows: the run's. Where the run has none of the
+    task, as many as of the other, so that the rows are the same whether the run replays it or
+    not."""
     fit = max(1, cfg.data.row_len // (cfg.model.slot_len + 40))  # 40: a short text
     gen, und = cfg.data.gen_slots, cfg.data.und_slots
     gen, und = gen or und or fit, und or gen or fit
     return (gen if task == "generate" else 0, und if task == "understand" else 0)
 
 
-class _Fixed:
-    """The rows of a source that every measurement takes: its first."""
+class _Source:
+    """A held-out source, and this process's part of the rows that every measurement takes."""
 
-    def __init__(self, cfg: TrainConfig, source: SourceConfig, chat: chat_format.ChatFormat):
-        """Opens and packs the source, alone."""
-        self._source, self._seed = source, cfg.evaluate.seed
+    def __init__(
+        self, cfg: TrainConfig, source: SourceConfig, chat: chat_format.ChatFormat, mesh: Mesh
+    ):
+        self.cfg, self._seed = source, cfg.evaluate.seed
+        gen_slots, und_slots = slots_of(cfg, source.task)
         data = dataclasses.replace(
             cfg.data,
             sources=(dataclasses.replace(source, weight=1.0, weight_after=-1.0, cache=""),),
-            gen_slots=slots_of(cfg, source.task)[0],
-            und_slots=slots_of(cfg, source.task)[1],
+            gen_slots=gen_slots,
+            und_slots=und_slots,
             change_row=0,
             drop_prompt=0.0,
             seed=cfg.evaluate.seed,
         )
-        self._rows = rows_lib.Rows(data, cfg.model, chat, repa=False)
-        self._packed = self._rows.sources[0]
-        self.count = min(cfg.evaluate.rows, len(self._packed.bins))  # with fewer bins: all, once
-        chosen = [
-            i for row in range(self.count) for i, _ in self._packed.bins[self._rows.locate(row)[2]]
-        ]
-        self.samples, self.pictures = len(chosen), int(self._packed.samples.images[chosen].sum())
+        rows = rows_lib.Rows(data, cfg.model, chat, repa=False)
+        packed = rows.sources[0]
+        self._num_rows = min(cfg.evaluate.rows, len(packed.bins))  # with fewer bins: all, once
+        self._all_rows = self._num_rows == len(packed.bins)
+        samples = [i for row in range(self._num_rows) for i, _ in packed.bins[rows.locate(row)[2]]]
+        self._num_records = len(packed.records)
+        self._num_samples = len(samples)
+        self._num_images = int(packed.samples.images[samples].sum())
+        split = mesh.shape["data"] * mesh.shape["fsdp"]
+        wanted = min(cfg.evaluate.rows, max(cfg.batch_rows // cfg.optim.accum_steps, 1))
+        self.batch_rows = -(-wanted // split) * split
+        self.batches = list(self._batches(rows, sharding.rows_of_process(mesh, self.batch_rows)))
 
-    def follows_from(self) -> dict[str, Any]:
-        """What the rows follow from: where it is equal, values can be compared."""
-        settings = config_lib.to_dict(self._source)
-        own = {n: settings[n] for n in ("path", "split", "task", "format", "fields")}
-        return own | {"seed": self._seed, "rows": self.count, "samples": self.samples}
+    def identity(self) -> dict[str, Any]:
+        """What the rows follow from: values of equal identity can be compared."""
+        fields = config_lib.to_dict(self.cfg)
+        out = {n: fields[n] for n in ("path", "split", "task", "format", "fields")}
+        return out | {"seed": self._seed, "rows": self._num_rows, "samples": self._num_samples}
 
     def describe(self, name: str) -> list[str]:
-        """How much there is of it, and a warning where that is little."""
-        source = self._source
-        many, what = (self.pictures, "picture") if self.pictures else (self.samples, "text")
-        found = f"{many} {what}{'' if many == 1 else 's'}"
-        said = [
-            f"held-out {name} ({source.task}): {found} of {len(self._packed.records)} in split "
-            f"{source.split}, in {self.count} row{'' if self.count == 1 else 's'}"
+        images = self._num_images
+        count = _plural(images, "image") if images else _plural(self._num_samples, "text")
+        lines = [
+            f"held-out {name} ({self.cfg.task}): {count} of {self._num_records} records in split "
+            f"{self.cfg.split}, in {_plural(self._num_rows, 'row')}"
         ]
-        if 0 < self.pictures < FEW:
-            whole = self.count == len(self._packed.bins)
-            advice = (
-                "keep more apart: prepare it with a larger --heldout (tools/prepare_data.py)"
-                if whole
-                else f"raise --config.evaluate.rows ({self.count})"
+        if 0 < images < MIN_IMAGES:
+            advice = f"raise --config.evaluate.rows ({self._num_rows})"
+            if self._all_rows:
+                advice = "prepare the data with a larger --heldout (tools/prepare_data.py)"
+            lines.append(
+                f"WARNING: held-out {name}: its losses rest on {count}; expected {MIN_IMAGES} or "
+                f"more: {advice}"
             )
-            said.append(
-                f"WARNING: held-out {name}: its losses, and the guard on them, rest on {found}; "
-                f"expected {FEW} or more: {advice}"
-            )
-        return said
+        return lines
 
-    def batches(self, size: int, mine: list[int]) -> list[dict[str, np.ndarray]]:
-        """This process's rows, in batches of `size`; what is missing in the last is empty."""
-        out = []
-        for first in range(0, self.count, size):
-            made = []
+    def _batches(self, rows: rows_lib.Rows, mine: list[int]) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows; the last batch is filled up with empty ones."""
+        for first in range(0, self._num_rows, self.batch_rows):
+            out = []
             for place in mine:
-                row, bad = self._rows.row(min(first + place, self.count - 1))
+                row, bad = rows.row(min(first + place, self._num_rows - 1))
                 for sample in bad:
                     processes.log(f"held-out, left out: {sample}")
-                made.append(row if first + place < self.count else _empty(row))
-            out.append({name: np.stack([row[name] for row in made]) for name in made[0]})
-        return out
+                if first + place >= self._num_rows:
+                    row = {n: x if n == "row" else np.zeros_like(x) for n, x in row.items()}
+                out.append(row)
+            yield {name: np.stack([row[name] for row in out]) for name in out[0]}
 
 
-def _empty(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A row that counts for nothing."""
-    return {n: x if n == "row" else np.zeros_like(x) for n, x in row.items()}
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _program(cfg: TrainConfig, task: str, mesh: Mesh) -> Any:
-    """(trained, frozen, VAE parameters, batch) -> sums and counts, on a mesh."""
+def _jit_sums(cfg: TrainConfig, task: str, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
+    """(trained, frozen, VAE parameters, batch) -> sums and counts of a task's losses."""
     loss = dataclasses.replace(cfg.loss, repa_weight=0.0, vae_mode=True)
     num_gen, num_und = slots_of(cfg, task)
     model = train_step.make_model(cfg)
 
-    def run(trained: Any, frozen: Any, vae: Any, batch: losses.Batch) -> dict[str, Any]:
+    def sums_and_counts(trained: Any, frozen: Any, vae: Any, batch: losses.Batch) -> dict[str, Any]:
         draws = losses.draw(jax.random.key(cfg.evaluate.seed), batch, cfg.model, loss, num_gen)
         sums, extras = losses.loss_sums(
             trees.merge(frozen, trained),
@@ -230,32 +234,160 @@ def _program(cfg: TrainConfig, task: str, mesh: Mesh) -> Any:
         out |= {f"count_{n}": counts[n] for n in ("ar", "rf")}
         return out | {n: x for n, x in extras.items() if n.endswith("_by_t")}
 
-    return jax.jit(run, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(sums_and_counts, out_shardings=NamedSharding(mesh, P()))
 
 
 def _means(totals: Mapping[str, Any]) -> dict[str, float]:
-    """Losses of what there was any of."""
+    """The losses that have at least one element."""
     out = {
         f"loss_{n}": float(totals[f"sum_{n}"] / totals[f"count_{n}"])
         for n in ("ar", "rf")
-        if totals.get(f"count_{n}", 0)
+        if totals[f"count_{n}"]
     }
     if "loss_rf" in out:
-        for i, (total, count) in enumerate(
-            zip(totals["rf_by_t"], totals["count_by_t"], strict=True)
-        ):
-            out |= {f"loss_rf/t{i}": float(total / count)} if count else {}
+        for i, count in enumerate(totals["count_by_t"]):
+            out |= {f"loss_rf/t{i}": float(totals["rf_by_t"][i] / count)} if count else {}
     return out
 
 
-def describe(values: Mapping[str, float]) -> str:
-    """The losses in a line, EMA in brackets."""
-    parts = []
-    for name, value in values.items():
-        kind, _, rest = name.partition("/")
-        if kind == RAW and not rest.rpartition("/")[2].startswith("t"):
-            ema = values.get(f"{EMA}/{rest}")
-            beside = "" if ema is None else f" ({ema:.4f})"
-            parts.append(f"{rest.replace('/loss_', ' ')} {value:.4f}{beside}")
-    averaged = any(name.startswith(f"{EMA}/") for name in values)
+def describe(values: Mapping[str, float], sources: Iterable[str]) -> str:
+    """The losses in one line, those of the EMA in parentheses."""
+    parts, averaged = [], False
+    for source in sources:
+        for loss in LOSSES:
+            raw, ema = (values.get(metric(w, source, loss)) for w in (RAW, EMA))
+            if raw is not None:
+                averaged |= ema is not None
+                average = "" if ema is None else f" ({ema:.4f})"
+                parts.append(f"{source} {loss.removeprefix('loss_')} {raw:.4f}{average}")
     return f"held-out{' (EMA)' if averaged else ''}: {', '.join(parts)}"
+
+
+class RiseCheck:
+    """Compares each held-out loss with its first value.
+
+    Its state is saved with every checkpoint: a run that stopped because a loss had risen stops
+    again when it is restarted, until its config allows it to continue.
+    """
+
+    def __init__(
+        self, max_rise: float, rows: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Any]
+    ):
+        """
+        Args:
+          max_rise: the share by which a loss may rise; 0: nothing is checked.
+          rows: source -> identity of its rows. A source whose identity has changed since its first
+            measurement cannot be compared and begins anew.
+          saved: `to_json()`; {}: a new run. Values by name: of a version before 0.1, which stored
+            neither their step nor their rows.
+        """
+        if saved and "first" not in saved:
+            saved = {"first": saved}
+        self._max_rise = max_rise
+        self._rows = {source: dict(identity) for source, identity in rows.items()}
+        self._rows_measured: dict[str, dict[str, Any]] = dict(saved.get("rows", {}))
+        self._first = _from_json(saved.get("first", {}))
+        self._first_steps: dict[str, int] = dict(saved.get("steps", {}))
+        self._newest = _from_json(saved.get("newest", {}))
+        self.step = int(saved.get("step", 0))
+        """Of the newest measurement."""
+        self._warned: set[str] = set()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "first": _to_json(self._first),
+            "steps": {n: s for n, s in self._first_steps.items() if n in self._first},
+            "newest": _to_json(self._newest),
+            "step": self.step,
+            "rows": self._rows_measured,
+        }
+
+    def update(self, step: int, values: Mapping[str, float]) -> list[str]:
+        """Takes a measurement; returns lines to print."""
+        resumed, messages = bool(self._first), []
+        for source in self._rows:
+            names = [n for w in (RAW, EMA) for n in values if n.startswith(f"{w}/{source}/loss_")]
+            changes = self._changes(source)
+            new = names if changes else [n for n in names if n not in self._first]
+            self._first |= {n: values[n] for n in new}
+            self._first_steps |= dict.fromkeys(new, step)
+            if new and (resumed or step):
+                reason = "was not measured before"
+                if changes:
+                    reason = f"is measured on other rows than before ({changes})"
+                messages.append(f"held-out {source} {reason}: its rise counts from step {step}")
+        self._rows_measured |= self._rows
+        self._newest, self.step = dict(values), step
+        if not self._max_rise:
+            return []
+        for name in self._checked():
+            if not math.isfinite(self._first[name]) and name not in self._warned:
+                self._warned.add(name)
+                messages.append(
+                    f"WARNING: held-out {name}: its first value is {self._first[name]} "
+                    f"{self._since(name)}, so a rise cannot be detected: check the data of the "
+                    "source and the start of the run"
+                )
+        if risen := self.risen():
+            messages.append(f"WARNING: step {step}: held-out losses have risen:\n{_listed(risen)}")
+        return messages
+
+    def risen(self) -> list[str]:
+        """A line for every loss of the newest measurement that lies above its first value by more
+        than `max_rise`, or that is no longer finite."""
+        if not self._max_rise:
+            return []
+        out = []
+        for name in self._checked():
+            first, newest = self._first.get(name, math.nan), self._newest[name]
+            if not math.isfinite(first):
+                continue
+            change = f"{name}: {first:.4f} {self._since(name)}, now "
+            if not math.isfinite(newest):
+                out.append(f"{change}{newest}")
+            elif newest > first + self._max_rise * abs(first):
+                share = f"{newest / first - 1:+.0%}; " if first else ""
+                limit = f"evaluate.max_rise {self._max_rise:.0%}"
+                out.append(f"{change}{newest:.4f} ({share}{limit})")
+        return out
+
+    def _checked(self) -> Iterator[str]:
+        """Names of the newest losses to compare. Of a loss with an EMA the average counts, because
+        that is the run's result; a raw loss counts where it alone is not finite."""
+        for source in self._rows:
+            if self._changes(source):
+                continue
+            for loss in LOSSES:
+                raw, ema = (self._newest.get(metric(w, source, loss)) for w in (RAW, EMA))
+                if ema is not None:
+                    yield metric(EMA, source, loss)
+                alone = ema is None or (math.isfinite(ema) and not math.isfinite(raw or 0.0))
+                if raw is not None and alone:
+                    yield metric(RAW, source, loss)
+
+    def _changes(self, source: str) -> str:
+        """How a source's rows differ from those of its first values; '' where they do not."""
+        now, then = self._rows[source], self._rows_measured.get(source)
+        if then is None:  # never measured, or by a version that did not store the rows
+            return ""
+        names = [n for n in {**then, **now} if then.get(n) != now.get(n)]
+        return ", ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in names)
+
+    def _since(self, name: str) -> str:
+        step = self._first_steps.get(name)
+        if step is None:
+            return "when first measured"
+        return f"at step {step}" if step else "at the start"
+
+
+def _listed(lines: list[str]) -> str:
+    return "\n".join(f"  - {line}" for line in lines)
+
+
+def _to_json(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN or infinity: null stands for them."""
+    return {n: x if math.isfinite(x) else None for n, x in values.items()}
+
+
+def _from_json(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {n: math.nan if x is None else float(x) for n, x in values.items()}

@@ -1,122 +1,155 @@
-"""Where a run's parameters come from: every part from a folder that `init` or `start` names, or
-fresh; and what the run needs on disk, said before anything is loaded.
+"""Initializes a run: which folder or fresh values every part starts from, and the sharded state
+made of them or restored from the newest checkpoint.
+
+Whole parameter trees stay on the host as NumPy arrays; a device only ever holds its shard.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import shlex
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints import model_folder, workdir as workdir_lib
+from janusflow_jax.checkpoints import (
+    model_folder,
+    run as run_checkpoints,
+    workdir as workdir_lib,
+)
 from janusflow_jax.config import ModelConfig, TrainConfig, parts as parts_lib
 from janusflow_jax.config.errors import ConfigError, DataError
 from janusflow_jax.data import sources
 from janusflow_jax.models import janusflow, lora, vae
-from janusflow_jax.parallel import processes, trees
-from janusflow_jax.training import optim
+from janusflow_jax.parallel import processes, sharding, trees
+from janusflow_jax.training import optim, step as train_step
+
+Tree = dict[str, Any]
 
 
-def origins_of(cfg: TrainConfig, loaded: dict[str, model_folder.LoadedModel]) -> dict[str, str]:
-    """Part -> 'fresh' or the path that it comes from.
+def resolve_start(cfg: TrainConfig, workdir: epath.Path) -> tuple[TrainConfig, bool]:
+    """The config with `start`, `init` and `tokenizer` as a run in this folder reads them, and
+    whether it resumes from a checkpoint.
 
-    A `repa_target` comes from a folder's und_encoder where it has no such part: both are SigLIPs.
-
-    Args: loaded: path -> model, where `start` is put.
-    """
-    out = dict.fromkeys([*cfg.model.parts, "vae"], "fresh")
-    if cfg.start:
-        loaded[cfg.start] = model_folder.load_model(cfg.start, weights="ema")
-        has = loaded[cfg.start].parts
-        given = {*has, "repa_target"} if "und_encoder" in has else {*has}
-        out |= {part: cfg.start for part in out if part in given}
-    return out | dict(cfg.init)
-
-
-def of_workdir(cfg: TrainConfig, workdir: epath.Path) -> tuple[TrainConfig, bool]:
-    """What a run in this folder starts from: `cfg`'s own start, or what the folder has of it.
-
-    A run goes on with the VAE and the tokenizer of its `base/`, whatever lies at `start` by now.
-    Once it has a checkpoint, that has the other parts, and `start` need not be there any more.
-
-    Returns: the config with `start`, `init` and `tokenizer` as they are to be read; whether a
-      checkpoint will overwrite what is fresh by it.
+    A run keeps the VAE and the tokenizer of its `base/`, whatever `start` holds by now. Once it has
+    a checkpoint, that has the other parts, and `start` may be gone.
     """
     base = workdir / "base"
     if not model_folder.is_model(base):
         return cfg, False
     resumed = bool(model_folder.committed_steps(workdir))
-    given = {"init": (), "start": str(base), "tokenizer": str(base / "hub")}
+    fields: dict[str, Any] = {"init": (), "start": str(base), "tokenizer": str(base / "hub")}
     if not (resumed or workdir_lib.start_of(workdir)):
         others = tuple((part, path) for part, path in cfg.init if part != "vae")
-        given |= {"init": (*others, ("vae", str(base))), "start": cfg.start}
-    return dataclasses.replace(cfg, **given, allow_fresh=cfg.allow_fresh or resumed), resumed
+        fields |= {"init": (*others, ("vae", str(base))), "start": cfg.start}
+    return dataclasses.replace(cfg, **fields, allow_fresh=cfg.allow_fresh or resumed), resumed
 
 
-def initial_params(cfg: TrainConfig) -> tuple[Any, Any, str, dict[str, str]]:
-    """Every part from where `init` or `start` says.
+def initial_params(
+    cfg: TrainConfig, resumed: bool = False
+) -> tuple[Tree, Tree, str, dict[str, str]]:
+    """Every part, from where `init` or `start` says: float32 on the host.
 
-    Returns: params, VAE params, the folder of tokenizer files, part -> origin.
+    Args: resumed: a checkpoint will supply what no folder has: ShapeDtypeStructs stand for it.
+    Returns: params, VAE params, the folder of tokenizer files, part -> origin ('fresh' or a path).
     Raises:
-      ConfigError: a part that must have learned something is fresh, its path lacks it or has it of
-        another config, or a path of `train_parts` is none of the model's.
+      ConfigError: a pretrained part would be fresh, a path lacks a part or has it of another
+        config, or a path of `train_parts` does not exist in the model.
     """
-    cache: dict[str, model_folder.LoadedModel] = {}
-    origins = origins_of(cfg, cache)
-    must = [p for p in config_lib.PRETRAINED_PARTS if p in origins]
-    if cfg.model.und_encoder == "own":  # fresh, it begins with the VAE's encoder
-        must.remove("und_encoder")
-    fresh = [p for p in must if origins[p] == "fresh"]
+    folders: dict[str, model_folder.LoadedModel] = {}
+    origins = _origins(cfg, folders)
+    pretrained = [p for p in parts_lib.PRETRAINED_PARTS if p in origins]
+    if cfg.model.und_encoder == "own":  # fresh, it starts as a copy of the VAE's encoder
+        pretrained.remove("und_encoder")
+    fresh = [p for p in pretrained if origins[p] == "fresh"]
     if fresh and not cfg.allow_fresh:
         raise ConfigError(
-            f"init: the parts {fresh} would start from random numbers, and training could not "
-            "make up for it; expected a path for each (--config.init) or for all "
-            "(--config.start), made by experiments/starts/train_vae.py, "
-            "experiments/starts/pretrain_tiny.py or "
+            f"init: the parts {fresh} would start from random values, which training could not "
+            "make up for; expected a path for each (--config.init) or for all (--config.start), "
+            "made by experiments/starts/train_vae.py, experiments/starts/pretrain_tiny.py or "
             "tools/convert_checkpoint.py"
         )
-    key = jax.random.key(cfg.seed)
-    params = dict(jax.jit(janusflow.init_params, static_argnums=0)(cfg.model, key))
-    vae_params: Any = None
-    if origins["vae"] == "fresh":
-        vae_params = jax.jit(vae.init_params, static_argnums=0)(cfg.model.vae, key)
-    problems, hub = _unmatched(cfg, params), cfg.tokenizer
-    for path in dict.fromkeys(v for v in origins.values() if v != "fresh"):
-        parts = [p for p, origin in origins.items() if origin == path]
-        loaded = cache.get(path) or model_folder.load_model(path, weights="ema")
-        for part in parts:
-            got = _part_of(loaded, part)
-            if got is None:
-                problems.append(f"{path} has no part {part!r}; it has {loaded.parts}")
-            elif part == "vae":
-                expect = vae.param_shapes(cfg.model.vae)
-                problems += trees.mismatches(expect, got, "vae") or (
+    params = dict(janusflow.param_shapes(cfg.model))
+    problems, hub = _unknown_paths(cfg, params), cfg.tokenizer
+    with _on_host():
+        key = jax.random.key(cfg.seed)
+        new = tuple(p for p in params if origins[p] == "fresh" and not resumed)
+        params |= _to_host(_fresh_parts(cfg.model, new, key)) if new else {}
+        vae_params: Tree = {}
+        if origins["vae"] == "fresh":
+            vae_params = _to_host(jax.jit(vae.init_params, static_argnums=0)(cfg.model.vae, key))
+        for path in dict.fromkeys(v for v in origins.values() if v != "fresh"):
+            loaded = folders.get(path) or model_folder.load_model(path, weights="ema")
+            parts = [p for p, origin in origins.items() if origin == path]
+            for part in parts:
+                tree = _part_of(loaded, part)
+                if tree is None:
+                    problems.append(f"{path} has no part {part!r}; it has {loaded.parts}")
+                    continue
+                shapes = vae.param_shapes(cfg.model.vae) if part == "vae" else params[part]
+                problems += trees.mismatches(shapes, tree, part) or (
                     _other_config(cfg.model, loaded.cfg, part, path)
                 )
-                vae_params = _host(got)
-            else:
-                problems += trees.mismatches(params[part], got, part) or (
-                    _other_config(cfg.model, loaded.cfg, part, path)
-                )
-                params[part] = _host(got)
-        if not hub and "llm" in parts:
-            hub = str(loaded.hub)
+                if part == "vae":
+                    vae_params = _to_host(tree)
+                else:
+                    params[part] = _to_host(tree)
+            if not hub and "llm" in parts:
+                hub = str(loaded.hub)
     config_lib.raise_problems("init", problems)
     if not hub:
         raise ConfigError(
             "tokenizer: expected a folder with tokenizer.json and processor_config.json (a "
             "model folder's hub/); got '' and no `init` of the llm to take it from"
         )
-    if cfg.model.und_encoder == "own" and origins["und_encoder"] == "fresh":
-        encoder = {k: vae_params[k] for k in params["und_encoder"]["vae"]}  # its own copy
-        params["und_encoder"] = {**params["und_encoder"], "vae": jax.tree.map(np.array, encoder)}
+    if cfg.model.und_encoder == "own" and "und_encoder" in new:
+        encoder = {k: vae_params[k] for k in params["und_encoder"]["vae"]}
+        params["und_encoder"] = {**params["und_encoder"], "vae": jax.tree.map(np.copy, encoder)}
         origins["und_encoder"] = "the VAE's encoder, and fresh blocks"
     return params, vae_params, hub, origins
+
+
+def _origins(cfg: TrainConfig, folders: dict[str, model_folder.LoadedModel]) -> dict[str, str]:
+    """Part -> 'fresh' or the path that it comes from.
+
+    A `repa_target` comes from a folder's und_encoder where that has no such part: both are SigLIPs.
+
+    Args: folders: path -> model; `start` is added.
+    """
+    out = dict.fromkeys([*cfg.model.parts, "vae"], "fresh")
+    if cfg.start:
+        with _on_host():
+            start = folders[cfg.start] = model_folder.load_model(cfg.start, weights="ema")
+        parts = {*start.parts, *(["repa_target"] if "und_encoder" in start.parts else [])}
+        out |= {part: cfg.start for part in out if part in parts}
+    return out | dict(cfg.init)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fresh_parts(model: ModelConfig, parts: tuple[str, ...], key: jax.Array) -> Tree:
+    """These parts of the fresh parameters; a part's values do not depend on the others."""
+    params = janusflow.init_params(model, key)
+    return {p: params[p] for p in parts}
+
+
+def _on_host() -> contextlib.AbstractContextManager:
+    """Makes the CPU the default device: the first accelerator may not have room for a model."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return contextlib.nullcontext()
+
+
+def _to_host(tree: Any) -> Any:
+    """float32 NumPy arrays: those of one device cannot enter a step on a mesh of several."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
 
 
 def _part_of(loaded: model_folder.LoadedModel, part: str) -> Any:
@@ -129,18 +162,18 @@ def _part_of(loaded: model_folder.LoadedModel, part: str) -> Any:
 
 
 def _other_config(ours: ModelConfig, theirs: ModelConfig, part: str, path: str) -> list[str]:
-    """The fields that no shape shows, in which a part was another model's: with ours it would
-    compute something else. Sizes of pictures may differ."""
+    """Differences in fields that no shape shows, with which the part would compute something else.
+    Image sizes may differ."""
     out = []
     for section in _sections(ours, part):
-        here, there = (config_lib.to_dict(getattr(m, section)) for m in (ours, theirs))
-        for name in here.keys() - {"image_size"}:
-            if here[name] != there[name]:
+        want, got = (config_lib.to_dict(getattr(m, section)) for m in (ours, theirs))
+        for name in want.keys() - {"image_size"}:
+            if want[name] != got[name]:
                 field = f"model.{section}.{name}"
-                flag = shlex.quote(f"--config.{field}={there[name]!r}")
+                flag = shlex.quote(f"--config.{field}={got[name]!r}")
                 out.append(
-                    f"{path}: its {part} was made with {field} = {there[name]!r}; got "
-                    f"{here[name]!r}: give {flag}"
+                    f"{path}: its {part} was made with {field} = {got[name]!r}; the config has "
+                    f"{want[name]!r}: use {flag}"
                 )
     return sorted(out)
 
@@ -149,35 +182,37 @@ def _sections(model: ModelConfig, part: str) -> tuple[str, ...]:
     """The sections of a model's config that say how a part computes."""
     if part == "und_encoder" and model.und_encoder != "siglip":
         return ("gen", "vae")
-    known = {"llm": ("llm",), "und_encoder": ("und",), "repa_target": ("und",), "vae": ("vae",)}
-    return known.get(part, ("gen",) if part in ("gen_encoder", "gen_decoder") else ())
+    sections = {
+        "llm": ("llm",),
+        "und_encoder": ("und",),
+        "repa_target": ("und",),
+        "gen_encoder": ("gen",),
+        "gen_decoder": ("gen",),
+        "vae": ("vae",),
+    }
+    return sections.get(part, ())
 
 
-def _unmatched(cfg: TrainConfig, params: Any) -> list[str]:
+def _unknown_paths(cfg: TrainConfig, params: Any) -> list[str]:
     """The paths to train that the model does not have."""
     names = trees.flatten(params)
     return [
         f"train_parts: {path!r} is no path of this model's parameters, such as {next(iter(names))}"
         for path in cfg.train_parts
-        if path.split("/")[0] in cfg.model.parts
+        if parts_lib.top(path) in cfg.model.parts
         and not any(trees.below(name, path) for name in names)
     ]
 
 
-def _host(tree: Any) -> Any:
-    """float32 on the host: arrays of one device cannot enter a step on a mesh of several."""
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+def check_files(cfg: TrainConfig) -> None:
+    """Checks that every model, data set and tokenizer exists, before anything is loaded.
 
-
-def check_needs(cfg: TrainConfig) -> None:
-    """Raises ConfigError that lists the models, data sets and tokenizers that are missing on disk.
-
-    Loads nothing: a run of hours must not learn in its tenth minute that data is missing.
+    Raises:
+      ConfigError: lists what is missing.
     """
     problems = []
-    starts = dict.fromkeys([cfg.start, *(p for _, p in cfg.init if p != "fresh")])
-    for path in filter(None, starts):
-        if not model_folder.is_model(path):
+    for path in [cfg.start, *(p for _, p in cfg.init if p != "fresh")]:
+        if path and not model_folder.is_model(path):
             problems.append(f"{path}: expected a model folder or a training run; found none")
     for s in (*cfg.data.sources, *cfg.heldout, *cfg.evaluate.sources):
         try:
@@ -189,14 +224,15 @@ def check_needs(cfg: TrainConfig) -> None:
     if problems:
         listed = "\n".join(f"  - {p}" for p in dict.fromkeys(problems))
         raise ConfigError(
-            f"config {cfg.name!r} needs what is not here:\n{listed}\ntools/prepare_data.py "
-            "(--heldout SHARE adds a held-out split) and tools/prepare_openmoji.py create data "
-            "sets, tools/convert_checkpoint.py creates models (docs/data.md, docs/training.md)"
+            f"config {cfg.name!r} needs files that are missing:\n{listed}\n"
+            "tools/prepare_data.py (--heldout SHARE adds a held-out split) and "
+            "tools/prepare_openmoji.py make data sets, tools/convert_checkpoint.py makes models "
+            "(docs/data.md, docs/training.md)"
         )
 
 
 def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[str, str]) -> None:
-    """A line a part: parameters, how many of them this run trains, where they come from."""
+    """Prints for every part how many parameters it has, how many are trained, and its origin."""
     if not processes.is_main():
         return
     trained, _ = trees.split(params, parts_lib.trained_paths(cfg))
@@ -207,9 +243,90 @@ def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[
         print(f"{part:12} {optim.count_params(tree):>14,} {size:>14}  {origins[part]}")
     if cfg.lora.rank:
         adapted = jax.eval_shape(
-            lambda t, k: lora.add(t, cfg.lora, k), params["llm"], jax.random.key(0)
+            lambda llm: lora.add(llm, cfg.lora, jax.random.key(0)), params["llm"]
         )
-        moved, _ = trees.split({"llm": adapted}, parts_lib.lora_paths(cfg.lora))
-        count = optim.count_params(moved)
+        adapters, _ = trees.split({"llm": adapted}, parts_lib.lora_paths(cfg.lora))
+        count = optim.count_params(adapters)
         what = f"adapters of rank {cfg.lora.rank} on {', '.join(cfg.lora.targets)}"
         print(f"{'lora':12} {count:>14,} {count:>14,}  {what}")
+
+
+# The state of a run
+
+
+def create_state(cfg: TrainConfig, mesh: Mesh, params: Tree, vae_params: Tree) -> train_step.State:
+    """The sharded state of a new run, from whole trees that every process has."""
+    train, frozen = trees.split(params, parts_lib.trained_paths(cfg))
+    # Cast on the host: a device may not have room for both.
+    params = trees.merge(train, _cast(frozen, cfg.frozen_dtype))
+    vae_params = _cast(vae_params, cfg.frozen_dtype)
+    create = functools.partial(train_step.create_state, cfg)
+    where = train_step.state_shardings(jax.eval_shape(create, params, vae_params), mesh)
+    whole = (params, vae_params)
+    sharded = sharding.put_tree(whole, sharding.tree_shardings(whole, mesh))
+    return jax.jit(create, out_shardings=where)(*sharded)
+
+
+def restore_state(
+    cfg: TrainConfig,
+    mesh: Mesh,
+    params: Tree,
+    vae_params: Tree,
+    checkpoints: run_checkpoints.RunCheckpoints,
+    in_base: bool,
+) -> tuple[train_step.State, dict[str, Any]] | None:
+    """The state of the newest intact checkpoint, and its `run.json`; None where there is none.
+
+    Args:
+      params: shapes suffice for what the checkpoint holds.
+      in_base: as the run saves (`params_to_save`).
+    """
+    create = functools.partial(train_step.create_state, cfg)
+    shapes = jax.eval_shape(create, params, vae_params)
+    where = train_step.state_shardings(shapes, mesh)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
+    )
+    saved = {**state, "params": params_to_save(state, in_base)}
+    restored = checkpoints.restore_newest({n: saved[n] for n in train_step.SAVED})
+    if restored is None:
+        return None
+    arrays, run = restored
+    train, frozen = trees.split(arrays["params"], trees.flatten(state["params"]))
+    held, of_base = trees.flatten(frozen), trees.flatten(params)
+    rest = {n: of_base[n] for n in trees.flatten(state["frozen"]) if n not in held}
+    other = {
+        "frozen": _cast(trees.unflatten(rest), cfg.frozen_dtype),
+        "vae": _cast(vae_params, cfg.frozen_dtype),
+        "step": np.int32(run["step"]),
+        "bad_steps": np.int32(run["bad_steps"]),
+    }
+    other = sharding.put_tree(other, sharding.tree_shardings(other, mesh))
+    other["frozen"] = trees.merge(other["frozen"], frozen)
+    return {**arrays, **other, "params": train}, run
+
+
+def params_to_save(state: train_step.State, in_base: bool) -> Tree:
+    """The parameters that a checkpoint holds.
+
+    Args: in_base: the run's `base/` has the frozen ones, so only the trained ones and the scales of
+      adapters are saved.
+    """
+    frozen = state["frozen"]
+    if in_base:
+        leaves = trees.flatten(frozen)
+        frozen = trees.unflatten({n: x for n, x in leaves.items() if parts_lib.is_lora_path(n)})
+    return trees.merge(frozen, state["params"])
+
+
+def base_params(cfg: TrainConfig, params: Tree) -> Tree | None:
+    """The parameters that `base/` holds so that checkpoints need not repeat them: all in a LoRA
+    run, in the run's dtypes; None in other runs."""
+    if not cfg.lora.rank:
+        return None
+    train, frozen = trees.split(params, parts_lib.trained_paths(cfg))
+    return trees.merge(_cast(frozen, cfg.frozen_dtype), train)
+
+
+def _cast(tree: Tree, dtype: str) -> Tree:
+    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False), tree)

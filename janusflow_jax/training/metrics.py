@@ -1,7 +1,7 @@
-"""What a run says of itself: `metrics.jsonl`, TensorBoard when asked, and lines to read.
+"""A run's metrics: `metrics.jsonl`, TensorBoard where enabled, and lines on the console.
 
-One line of JSON a logged step: `{"step": 20, "time": 1.8e9, "loss": 0.5}`. A value that is no
-finite number stands as null and is named: `{"loss": null, "non_finite": {"loss": "nan"}}`.
+`metrics.jsonl` has a line for each logged step: `{"step": 20, "time": 1.8e9, "loss": 0.5}`. JSON
+has no NaN: `{"loss": null, "non_finite": {"loss": "nan"}}`.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from PIL import Image
 from janusflow_jax.config import files
 
 FILE = "metrics.jsonl"
-_ON_LINE = (("loss", "loss"), ("ar", "loss_ar"), ("rf", "loss_rf"), ("repa", "loss_repa"))
+_CONSOLE = (("loss", "loss"), ("ar", "loss_ar"), ("rf", "loss_rf"), ("repa", "loss_repa"))
 
 
 class Writer:
-    """Appends the metrics of a run to its workdir. Does nothing but on process 0.
+    """Appends metrics to the workdir; on process 0 only.
 
-    On resume, lines past the restored step are dropped: those steps come again.
-    A store that cannot append (`gs://`) gets the whole file at each `sync` and at `close`.
+    A resumed run removes the lines after the restored step, because those steps come again. A store
+    that cannot append (`gs://`) gets the whole file at each `sync` and at `close`.
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int = 0, tensorboard: bool = False):
         """Opens `workdir/metrics.jsonl`.
 
         Args:
-          workdir: folder of the run; made where it does not exist.
-          resume_step: the restored step; 0 starts a new file.
+          workdir: folder of the run; created where it does not exist.
+          resume_step: the last step whose lines are kept; -1: none.
           tensorboard: also write event files into `workdir/tensorboard`.
         Raises:
-          ImportError: TensorBoard asked for and tensorboardX not installed.
+          ImportError: `tensorboard` without the package tensorboardX.
         """
         self._file = self._board = self._remote = None
         if jax.process_index() != 0:
             return
-        # Before anything is written: a missing package must not cost the kept lines.
+        # Before anything is written: a missing package must not cost the existing lines.
         board = _summary_writer() if tensorboard else None
         target = epath.Path(workdir) / FILE
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,14 +74,14 @@ class Writer:
             for name, number in numbers.items():
                 self._board.add_scalar(name, number, step)
 
-    def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """Shows a picture in TensorBoard, where that was asked for."""
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Adds an image to TensorBoard, where enabled."""
         if self._board is not None:
-            pixels = np.asarray(picture.convert("RGB"))
+            pixels = np.asarray(image.convert("RGB"))
             self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def sync(self) -> None:
-        """Copies the file to a workdir that cannot append. Call with each checkpoint."""
+        """Copies the file to a store that cannot append. Call it with each checkpoint."""
         if self._remote is not None:
             self._remote.write_text(self._local.read_text())
 
@@ -96,13 +96,10 @@ class Writer:
 
 
 class Progress:
-    """Speed and time left, from what the loop counts.
-
-    The first `count` starts the clock: compilation comes before it and is no speed.
-    """
+    """Speed and time left. The first `count` starts the clock, so that compilation is left out."""
 
     def __init__(self, num_steps: int, first_step: int = 0, peak_tflops: float = 0.0):
-        """Args: peak_tflops: of all devices together; 0: not known, and no utilisation."""
+        """Args: peak_tflops: of all devices together; 0: unknown, and no utilization."""
         self._num_steps, self._peak = num_steps, peak_tflops
         self._step = self._clock_step = first_step
         self._began = self._window_began = 0.0
@@ -113,7 +110,7 @@ class Progress:
 
         Args:
           wait: seconds waited for its data.
-          sums: of its batch: positions, images, tflops (useful).
+          sums: positions, images and useful tflops of its batch.
         """
         self._step += 1
         if not self._began:
@@ -124,7 +121,7 @@ class Progress:
             self._window[name] = self._window.get(name, 0.0) + value
 
     def rates(self) -> dict[str, float]:
-        """Speed since the last call; empty when no step was counted since."""
+        """Speed since the last call; {} where no step was counted since."""
         now = time.perf_counter()
         seconds, sums = now - self._window_began, self._window
         if not sums or seconds <= 0:
@@ -140,17 +137,17 @@ class Progress:
         return out
 
     def seconds_left(self) -> float | None:
-        """By the mean speed so far, pauses for saving and sheets included; None: not known yet."""
+        """By the mean speed so far, including pauses; None: not known yet."""
         done = self._step - self._clock_step
         if done < 1:
             return None
         return (time.perf_counter() - self._began) / done * (self._num_steps - self._step)
 
     def line(self, step: int, values: Mapping[str, Any]) -> str:
-        """What a person reads: step, losses, images/s, time left."""
+        """The line on the console: step, losses, images/s, time left."""
         width = len(str(self._num_steps))
         parts = [f"step {step:{width}}/{self._num_steps}"]
-        parts += [f"{short} {values[name]:.4f}" for short, name in _ON_LINE if name in values]
+        parts += [f"{short} {values[name]:.4f}" for short, name in _CONSOLE if name in values]
         if "images_per_s" in values:
             parts.append(f"{values['images_per_s']:.1f} images/s")
         if "mfu" in values:
@@ -162,17 +159,17 @@ class Progress:
 
 
 def json_line(step: int, values: Mapping[str, float], now: float) -> str:
-    """One line of the file. JSON has no NaN: it stands as null and is named in `non_finite`."""
+    """One line of `metrics.jsonl`."""
     finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
     line: dict[str, Any] = {"step": step, "time": round(now, 3), **finite}
-    odd = {name: str(v) for name, v in values.items() if not math.isfinite(v)}
-    if odd:
-        line["non_finite"] = odd
+    non_finite = {name: str(v) for name, v in values.items() if not math.isfinite(v)}
+    if non_finite:
+        line["non_finite"] = non_finite
     return json.dumps(line, allow_nan=False) + "\n"
 
 
 def kept_lines(text: str, last_step: int) -> str:
-    """The lines up to and with `last_step`; a line that a crash cut short goes too."""
+    """The lines up to `last_step`, without a line that a crash cut short."""
     kept = []
     for line in text.splitlines():
         try:
@@ -196,7 +193,7 @@ def _summary_writer() -> Any:
         import tensorboardX
     except ImportError as error:
         raise ImportError(
-            "tensorboard=True: expected the package tensorboardX; it is not installed: "
-            "pip install 'janusflow_jax[tensorboard]', or turn tensorboard off"
+            "tensorboard: expected the package tensorboardX; it is not installed: run pip install "
+            "'janusflow_jax[tensorboard]', or set tensorboard=False"
         ) from error
     return tensorboardX.SummaryWriter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import socket
@@ -13,18 +12,6 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT_S = 300
-
-
-def _tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-crash_test = _tool("crash_test")
-"""Its tiny run and its data are the tests' too."""
 
 
 def free_port() -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import io
 import json
 import runpy
 from pathlib import Path
@@ -11,26 +11,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from helpers.records import HUB
 from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.parallel import trees
+from tools import crash_test
 
 ROOT = Path(__file__).parents[2]
-COLORS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (30, 180, 40)}
-
-
-def record(i: int) -> dict[str, Any]:
-    """A colored rectangle and its caption."""
-    color = list(COLORS)[i % 3]
-    pixels = np.full((64, 64, 3), 255, np.uint8)
-    pixels[8 : 40 + i % 8, 16:48] = COLORS[color]
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "PNG")
-    return {"id": str(i), "image": data.getvalue(), "captions": [f"a {color} fox"]}
+record = crash_test.record
 
 
 def config(workdir: Any, **fields) -> c.TrainConfig:
@@ -38,6 +28,19 @@ def config(workdir: Any, **fields) -> c.TrainConfig:
     cfg = runpy.run_path(str(ROOT / "configs" / "emoji.py"))["get_config"]("test")
     cfg.tokenizer, cfg.workdir = str(HUB), str(workdir)
     cfg.prompts, cfg.heldout = (), ()  # the sheet takes longer than the steps
+    for name, value in fields.items():
+        setattr(cfg, name, value)
+    return cfg
+
+
+def tiny_config(workdir: Any, **fields) -> c.TrainConfig:
+    """The same with 60,000 parameters and two steps: for tests that run every time."""
+    cfg = config(workdir)
+    cfg.model = crash_test.tiny_config("", "").model
+    cfg.optim = dataclasses.replace(cfg.optim, lr=1e-3, warmup_steps=1, ema=0.9)
+    cfg.num_steps = 2
+    cfg.log_every_steps, cfg.save_every_steps = 1, 0
+    cfg.remat = False
     for name, value in fields.items():
         setattr(cfg, name, value)
     return cfg
