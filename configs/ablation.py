@@ -15,7 +15,7 @@ One letter is required; `test` beside it (`:A,test`) is its tiny twin.
 All start from a pretrained language model, SigLIP-L/16-256 and SDXL-VAE, with pre-training's rate
 and batch; A, B, C and F run 10,000 steps at 30:50:20, then 40,000 at 14:80:6. In B and C a frozen
 SigLIP of its own is REPA's target. The loss is `per_sample`: a task weighs as much as its share,
-so that D and E see the gradients that they see in F (SPEC section 4).
+so that D and E see the gradients that they see in F (docs/model.md).
 
 Expect (table 5, guidance 7.5, 30 steps, MJHQ FID-10k; POPE, VQAv2, GQA):
 
@@ -24,7 +24,7 @@ Expect (table 5, guidance 7.5, 30 steps, MJHQ FID-10k; POPE, VQAv2, GQA):
     C  FID 17.53   75.30  55.41  44.44        F  FID 17.61    84.73  69.20  54.83
 
 Costs 50,000 steps of 512 packed rows of 4,096 positions (D 13,000, E 37,000): about 0.9e9 TFLOP for
-F. Packed rows are as long as at 384 px and hold 13 pictures of 256 px instead of 6.
+F. Packed rows are as long as at 384 px and hold 13 images of 256 px instead of 6.
 """
 
 import dataclasses
@@ -70,8 +70,8 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         cfg.model.repa_target = "siglip"
         cfg.init = (("und_aligner", "fresh"),)  # of another width than SigLIP's
     if letter == "C":
-        cfg.init += (("und_encoder", "fresh"),)  # begins with the VAE's encoder; not SigLIP
-    if letter == "E":  # no text is learned: the head would only take the optimizer's memory
+        cfg.init += (("und_encoder", "fresh"),)  # a copy of the VAE's encoder
+    if letter == "E":  # no text loss: training the head would only cost memory
         llm = ("llm/embedding", "llm/layers", "llm/norm")
         cfg.train_parts = (*llm, *(p for p in cfg.train_parts if p != "llm"))
     return stages.test_twin(cfg) if "test" in names else cfg

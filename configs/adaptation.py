@@ -1,4 +1,4 @@
-"""Stage 1, adaptation: the new parts learn to speak with a language model and SigLIP that stay.
+"""Stage 1, adaptation: trains the new parts between a frozen language model and SigLIP.
 
 Reproduces arXiv 2411.07975 section 4, stage 1: the generation encoder and decoder, both aligners,
 `und_begin` and REPA's head are trained; learning rate 1e-4, warm-up 2,000 of 10,000 steps, batch

@@ -1,4 +1,4 @@
-"""Fine-tuning: a converted JanusFlow, or any run, on your own pictures, without forgetting.
+"""Fine-tunes a converted JanusFlow, or any run, on your own images, without forgetting.
 
     python tools/prepare_data.py folder my_pictures --out data/mine \\
         --tokenizer models/janusflow/hub --heldout 0.02
@@ -6,24 +6,24 @@
 
 Arguments (docs/finetuning.md has what each needs in memory):
 
-    paint, read   what `data/mine` is for: captions -> pictures, pictures -> captions; one or both
-    replay        keep the rest: a quarter of all positions from `data/replay` (pictures with
-                  captions; both tasks, whichever you do not train most)
-    lora          adapters of rank 16 on the language model instead of all of it; with `paint` the
-                  generation parts stay as they are too
-    light         one device of little memory: frozen parts and moments in bfloat16, short rows
+    paint, read   what `data/mine` is for: captions -> images, images -> captions; one or both
+    replay        against forgetting: a quarter of all positions comes from `data/replay` (images
+                  with captions), mostly for the task that you do not train
+    lora          adapters of rank 16 on the language model; all other parts are frozen
+    light         for one device with little memory: frozen parts and moments in bfloat16, short
+                  rows
     emoji         the quick start's model (`runs/emoji`) on CPU, in five to ten minutes
     test          seconds on a CPU, through the same code
-    256           256 px pictures instead of 384; not with emoji
+    256           256 px images instead of 384; not with emoji
     mine=DIR      your data set, instead of `data/mine`
-    kept=DIR      what is measured beside it, and replayed with `replay`, instead of `data/replay`
+    kept=DIR      the data set to watch, and to replay with `replay`, instead of `data/replay`
 
-Any field can be set: `--config.data.sources[0].weight=...` (in order: of paint, read, replay).
-Held-out losses of both tasks are measured before, during and after on `data/mine` (split
-heldout) and on `data/replay`; a loss that ends a tenth above its start is told loudly, and with
-`--config.evaluate.stop_on_rise=True` ends the run, saved. The rate is a fifth of pre-training's
-(LoRA: its own), warm-up 100 steps; raise `--config.num_steps` with your data: 2,000 steps of 16
-rows see about 190,000 pictures.
+Any field can be set: `--config.data.sources[0].weight=...` (in the order paint, read, replay).
+The run measures held-out losses of both tasks before, during and after training, on `data/mine`
+(split heldout) and on `data/replay`. A loss that ends 10 % above its start logs a warning; with
+`--config.evaluate.stop_on_rise=True` the run saves and exits. The learning rate is a fifth of
+pre-training's (LoRA has its own), warm-up 100 steps. Raise `--config.num_steps` with your data:
+2,000 steps of 16 rows see about 190,000 images.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ from janusflow_jax.config import stages
 MINE, REPLAY = "data/mine", "data/replay"
 PARTS = tuple(p for p in c.MODEL_PARTS if p not in ("und_encoder", "repa_head", "repa_target"))
 NAMES = {
-    "paint": "captions -> pictures",
-    "read": "pictures -> captions",
-    "replay": "a quarter of all positions keeps the rest",
+    "paint": "captions -> images",
+    "read": "images -> captions",
+    "replay": "a quarter of all positions against forgetting",
     "lora": "adapters on the language model",
     "light": "one device of little memory",
     "256": stages.SIZE_256,
@@ -84,7 +84,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         save_every_steps=500,
     )
     if "replay" in names:
-        # most of it from the task that is not trained: that one is forgotten
+        # mostly of the task that is not trained, which the model forgets
         other = {"generate": 1.0, "understand": 1.0} | ({} if len(tasks) > 1 else {tasks[0]: 0.25})
         total = sum(other.values())
         for source in kept:
@@ -101,7 +101,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         _emoji(cfg)
     _use_drawings(cfg, emoji="emoji" in names)
     trained = {s.task for s in cfg.data.sources}
-    text = 10 if "emoji" in names else 40  # tokens beside a picture, a short prompt
+    text = 10 if "emoji" in names else 40  # tokens of a short prompt beside an image
     slots = max(1, cfg.data.row_len // (cfg.model.slot_len + text))
     cfg.data.gen_slots = slots if "generate" in trained else 0
     cfg.data.und_slots = slots if "understand" in trained else 0
@@ -113,7 +113,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
 
 
 def _split(arg: str | None) -> tuple[set[str], dict[str, str]]:
-    """The argument's names, and its folders by name."""
+    """The names in the argument, and its folders by name."""
     words = [w.strip() for w in (arg or "").split(",")]
     folders = dict(w.split("=", 1) for w in words if "=" in w)
     wrong = sorted(n for n, folder in folders.items() if n not in ("mine", "kept") or not folder)
@@ -123,17 +123,17 @@ def _split(arg: str | None) -> tuple[set[str], dict[str, str]]:
 
 
 def _last(folder: str) -> str:
-    """What a folder is called, for the run's name."""
+    """The last part of a folder's path, for the run's name."""
     return folder.rstrip("/").rpartition("/")[2]
 
 
 def _emoji(cfg: c.TrainConfig) -> None:
-    """The quick start's model on drawings of other classes; its own drawings are the replay."""
+    """The quick start's model on drawings of new classes; its own drawings are the replay."""
     cfg.model = c.model_config("emoji")
     cfg.start, cfg.dtype, cfg.remat = "runs/emoji", "float32", False
     cfg.data.row_len, cfg.batch_rows, cfg.optim.accum_steps = 160, 8, 1
-    # The rate of its pre-training, and long enough that replayed captions are learned again
-    # (docs/finetuning.md: 300 steps at this rate lose captions with replay as well as without).
+    # The learning rate of its pre-training, and long enough to learn the replayed captions again:
+    # 300 steps at this rate lose captions with and without replay (docs/finetuning.md).
     cfg.num_steps, cfg.optim.warmup_steps, cfg.optim.decay_steps = 1000, 20, 500
     cfg.optim.lr = 1e-3
     cfg.loss.time_shift = 3.0

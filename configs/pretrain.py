@@ -1,4 +1,4 @@
-"""Stage 2, unified pre-training: everything but SigLIP and the VAE learns both tasks at once.
+"""Stage 2, unified pre-training: trains everything but SigLIP and the VAE on both tasks.
 
 Reproduces arXiv 2411.07975 section 4, stage 2: learning rate 1e-4, warm-up 2,000 of 390,000 steps,
 batch 512, understanding : generation : text 30:50:20 for 10,000 steps, then 14:80:6, 384 px.

@@ -1,4 +1,4 @@
-"""Stage 3, supervised fine-tuning: all parts, SigLIP too, on conversations and chosen pictures.
+"""Stage 3, supervised fine-tuning: trains all parts, SigLIP too, on conversations and images.
 
 Reproduces arXiv 2411.07975 section 4, stage 3: learning rate 2e-5, warm-up 1,000 of 26,000 steps,
 batch 256, understanding : generation : text 21:70:9, chat form, 384 px.

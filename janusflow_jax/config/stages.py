@@ -1,7 +1,7 @@
-"""What the paper's three stages and six ablations share: sizes, sources, and their test twins.
+"""What the paper's three stages and six ablations share: sizes, data sources, test twins.
 
-Source: arXiv 2411.07975 section 4 and SPEC section 4. Where the paper is silent (packed rows of
-4,096 positions, which shares the ratios are of) the choice is ours and said so there.
+Source: arXiv 2411.07975 section 4. Our choices where the paper gives no value, such as packed rows
+of 4,096 positions and mixture ratios as shares of positions, are in docs/model.md.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from janusflow_jax import config as c
 
 ADAPTED = tuple(p for p in c.MODEL_PARTS if p not in ("llm", "und_encoder"))
-"""What adaptation trains: all that is new. The language model and SigLIP stay as they came."""
+"""What adaptation trains: the new parts. The language model and SigLIP stay frozen."""
 
 TEST = "seconds on a CPU: a tiny model on the quick start's data, through the same code"
-SIZE_256 = "256 px pictures instead of 384"
+SIZE_256 = "256 px images instead of 384"
 ROW_LEN = 4096
 Shares = tuple[float | int, float | int]
 START = "models/start"
 OPENMOJI, OPENMOJI_HELDOUT = "data/openmoji", "heldout_pairs"
-"""What tools/prepare_openmoji.py makes, and the split of it that training does not see."""
+"""The data set of tools/prepare_openmoji.py, and its held-out split."""
 OPENMOJI_PROMPTS = (
     "a red apple",
     "a red heart",
@@ -60,7 +60,7 @@ DATA = {"understand": "data/understand", "generate": "data/generate", "text": "d
 
 
 def sources(weights: Mapping[str, Shares], form: str) -> tuple[c.SourceConfig, ...]:
-    """One source a task, with its shares of positions before and after `data.change_row`."""
+    """One source for each task, with its shares of positions before and after `data.change_row`."""
     return tuple(
         c.SourceConfig(
             name=task,
@@ -81,10 +81,10 @@ def stage(
     """A 1.3B run on packed rows, with the values that all stages share.
 
     Args:
-      names: config arguments that were given; '256' changes the size.
+      names: arguments of the config; '256' changes the size.
       weights: task -> shares of positions (before, after the change; -1: the same).
-      form: chat | plain, of the sources with pictures.
-      fields: of TrainConfig.
+      form: 'chat' or 'plain', of the sources with images.
+      fields: other fields of TrainConfig.
     """
     model = c.model_config("1p3b", 256 if "256" in names else 384)
     slots = ROW_LEN // (model.slot_len + 40)  # 40: a short prompt
@@ -110,13 +110,13 @@ def stage(
 
 
 def test_twin(cfg: c.TrainConfig, given: tuple[str, ...] = ()) -> c.TrainConfig:
-    """The same run at the size of a test: everything that is no size stays.
+    """The same run at the size of a test; everything that is not a size stays.
 
-    Steps, warm-up and the change of the mixture shrink to 4, 2 and the third step; the parts that
-    `start` would give are fresh, unless `--config.start` names a run. Held-out sources are measured
-    on few rows, in the middle too.
+    It has 4 steps, 2 of warm-up, and changes the mixture at the third step. It starts from fresh
+    parameters unless `--config.start` names a run, and measures held-out losses on few rows, also
+    in the middle.
 
-    Args: given: folders that were asked for; all others become the quick start's.
+    Args: given: folders that the user chose; all others become the quick start's.
     """
 
     def small(source: c.SourceConfig) -> c.SourceConfig:
