@@ -9,6 +9,7 @@ import numpy as np
 from janusflow_jax.config.errors import JanusFlowError
 
 RESAMPLES = 10_000
+LEVEL = 0.95
 _ROUNDING = 1e-9  # equal scores may differ by this much
 
 
@@ -33,7 +34,7 @@ def bootstrap_interval(
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(len(index), np.full(len(index), 1 / len(index)), RESAMPLES)
     means = (drawn @ sums) / (drawn @ counts)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
