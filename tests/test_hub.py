@@ -153,13 +153,13 @@ def test_other_files_of_a_vae_folder_are_ignored_with_a_line(vae_folder, tmp_pat
     assert "sdxl_vae.safetensors: not read" in text and "model.bin: not read" in text
 
 
-def test_licences_travel(folder, vae_folder, tmp_path):
-    (folder / "LICENSE-MODEL").write_text("the model licence")
+def test_licenses_are_copied(folder, vae_folder, tmp_path):
+    (folder / "LICENSE-MODEL").write_text("the model license")
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: deepseek\n---\n# card\n")
     (vae_folder / "LICENSE.md").write_text("the vae's")
     to_model(folder, vae_folder, tmp_path / "model")
     hub.export(tmp_path / "model", tmp_path / "back", **SILENT)
-    assert (tmp_path / "back" / "LICENSE-MODEL").read_text() == "the model licence"
+    assert (tmp_path / "back" / "LICENSE-MODEL").read_text() == "the model license"
     assert (tmp_path / "back" / "vae" / "LICENSE.md").read_text() == "the vae's"
     card = (tmp_path / "back" / "README.md").read_text()
     assert card.startswith("---\n") and "license_name: deepseek" in card.split("---")[1]
