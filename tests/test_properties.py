@@ -1,6 +1,6 @@
 """What defines the training step, on a model so small that each test takes seconds: a packed row
-trains as its samples alone, and neither remat nor a mesh changes a loss or a gradient. The slow
-tests hold the same on the golden model and on rows of the loader."""
+trains as its samples alone, and neither remat nor accumulation nor a mesh changes a loss or a
+gradient. The slow tests hold the same on the golden model and on rows of the loader."""
 
 import functools
 
@@ -13,7 +13,7 @@ from janusflow_jax import config as c
 from janusflow_jax.config import GENERATE, UNDERSTAND
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.parallel import sharding
-from janusflow_jax.training import losses
+from janusflow_jax.training import losses, step as train_step
 
 CFG = c.ModelConfig(
     image_size=16,
@@ -116,6 +116,17 @@ def test_remat_changes_no_loss_and_no_gradient(packed):
     lean = gradient(janusflow.JanusFlow(CFG, remat=True))
     batch = batch_of([["understand", "generate"], [], [], []])
     close(lean(*parameters(), batch), packed, 1e-5)
+
+
+def test_accumulated_gradients_are_those_of_one_batch():
+    batch = batch_of([["understand", "generate"], ["generate"], ["understand"], ["generate"]])
+    run = functools.partial(loss, model=janusflow.JanusFlow(CFG))
+
+    def accumulated(params, vae_params, batch):
+        gradient = jax.value_and_grad(run, has_aux=True)
+        return train_step.accumulate(lambda part: gradient(params, vae_params, part), batch, 2)
+
+    close(jax.jit(accumulated)(*parameters(), batch), PLAIN(*parameters(), batch), 1e-5)
 
 
 def test_a_mesh_changes_no_loss_and_no_gradient():
