@@ -1,7 +1,7 @@
-"""Every importer on files it did not write, with bad input of more than 100 kinds in tables.
+"""Every format with bad and odd input of more than 100 kinds, from the tables in tests/helpers.
 
-Each case is skipped and counted with its reason, or, where it is good in truth, comes out right;
-nothing ends a run, and nothing passes silently: the counts of each run are exact.
+Each case is skipped and counted with its reason, or is good and comes out right. None ends a run,
+and the counts of each run are exact, so none passes silently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from helpers import bad_folder, bad_tables, bad_tars, bad_texts, scenes
 
 from janusflow_jax.data import images, sources
 from janusflow_jax.data.prepare import build, engines, report as prepare_report
-from janusflow_jax.data.prepare.raw import Options
+from janusflow_jax.data.prepare.records import Options
 
 HUB = Path(__file__).parent / "data" / "golden" / "tiny" / "janusflow"
 

@@ -86,24 +86,24 @@ def test_fields_have_our_names(catalog):
 
 
 @pytest.mark.parametrize(
-    ("fields", "task", "says"),
+    ("fields", "task", "word"),
     [
-        ((), "generate", "task generate: expected a field image or images"),
-        ((("image", "picture"),), "generate", "expected a field captions"),
-        ((("captions", "caption"),), "text", "captions: expected a field 'caption'; the data set"),
-        ((("captions", "annotations/text"),), "text", "expected a field 'annotations/text'"),
-        ((("caption", "text"),), "text", "caption: expected one of"),
-        ((("image", "label"),), "generate", "expected 'label' to hold images"),
-        ((("text", "area"),), "text", "to hold text or class names"),
+        ((), "generate", "image or images"),
+        ((("image", "picture"),), "generate", "field captions"),
+        ((("captions", "caption"),), "text", "'caption'"),
+        ((("captions", "annotations/text"),), "text", "'annotations/text'"),
+        ((("caption", "text"),), "text", "caption: "),
+        ((("image", "label"),), "generate", "'label'"),
+        ((("text", "area"),), "text", "'area'"),
     ],
 )
-def test_wrong_fields_are_told(catalog, fields, task, says):
+def test_wrong_fields_are_listed(catalog, fields, task, word):
     with pytest.raises(DataError, match="annotations/words, area, label, picture, text") as e:
         opened(catalog, fields, task)
-    assert says in str(e.value)
+    assert word in str(e.value)
 
 
-def test_other_file_formats_are_told(catalog, tmp_path):
+def test_other_file_formats_are_refused(catalog, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in catalog.iterdir():
@@ -111,7 +111,7 @@ def test_other_file_formats_are_told(catalog, tmp_path):
         if file.name == "dataset_info.json":
             text = text.replace(b'"array_record"', b'"tfrecord"')
         (copy / file.name).write_bytes(text)
-    with pytest.raises(DataError, match="array_record; got tfrecord: prepare it again"):
+    with pytest.raises(DataError, match="tfrecord"):
         sources.open_source(copy, "train")
 
 
@@ -136,5 +136,5 @@ def test_a_config_with_fields_is_checked_and_read_back():
     assert config_lib.from_dict(config_lib.DataConfig, config_lib.to_dict(cfg)) == cfg
     wrong = config_lib.SourceConfig(name="w", path="a", fields=(("image", "a"), ("image", "b")))
     train = config_lib.TrainConfig(data=config_lib.DataConfig(sources=(wrong,)))
-    problems = config_checks.train_problems(train)
-    assert any("fields" in problem and "pairs" in problem for problem in problems)
+    found = config_checks.train_problems(train)
+    assert any("source 'w' fields" in problem for problem in found)

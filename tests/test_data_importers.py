@@ -1,9 +1,10 @@
-"""Kinds of records that forms hold besides their usual one."""
+"""Kinds and layouts of records that formats hold besides their usual one."""
 
 from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +13,9 @@ from helpers import bad_tars, scenes
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import sources
-from janusflow_jax.data.prepare import build, engines, parquet
-from janusflow_jax.data.prepare.raw import Options
+from janusflow_jax.data.prepare import build, engines, inputs, parquet
+from janusflow_jax.data.prepare.inputs import Skipped
+from janusflow_jax.data.prepare.records import Options, RawRecord
 
 TAG = "<image_placeholder>"
 TURNS = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "Yes."}]
@@ -94,7 +96,7 @@ IMAGE = {"bytes": scenes.encoded(), "path": None}
 )
 def test_columns_of_hugging_face(row, kind, holds, tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
-    assert parquet.guess_kind(Options("parquet", (str(tmp_path),))) == kind
+    assert parquet.guess_kind([str(tmp_path)]) == kind
     (got,) = prepared("parquet", tmp_path, tmp_path / "out", kind=kind)
     assert got["id"] == "a.parquet-0"
     assert holds.items() <= got.items()
@@ -130,7 +132,22 @@ def test_named_columns_go_before_the_usual_names(tmp_path):
     assert scenes.encoded() == got["image"]
 
 
+def test_a_new_format_is_one_function_and_one_line(tmp_path, monkeypatch):
+    def read(shard, options, slices):
+        for number, line in enumerate(Path(shard["path"]).read_text().splitlines()):
+            raw = RawRecord(f"{shard['name']}-{number}", content=line)
+            yield f"{shard['name']}:{number}", raw if line != "bad" else Skipped("line: bad")
+
+    new = build.Format(inputs.whole_files((".new",)), read, ("text",))
+    monkeypatch.setitem(build.FORMATS, "new", new)
+    (tmp_path / "a.new").write_text("one\nbad\n\nthree")
+    got = prepared("new", tmp_path, tmp_path / "out", kind="text")
+    assert [(r["id"], r["text"]) for r in got] == [("a.new-0", "one"), ("a.new-3", "three")]
+    skipped = json.loads((tmp_path / "out" / "report.json").read_text())["skipped"]
+    assert skipped["line: bad"]["examples"] == [["a.new:1", ""]] and "text: empty" in skipped
+
+
 @pytest.mark.slow
-def test_a_worker_that_dies_is_told():
-    with pytest.raises(DataError, match="fewer --workers goes on"):
+def test_a_dead_worker_is_an_error_with_advice():
+    with pytest.raises(DataError, match="fewer `workers`"):
         list(engines.local(2)(os._exit, [1, 1]))

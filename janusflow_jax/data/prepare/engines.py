@@ -1,7 +1,7 @@
-"""Running one function on many jobs: processes of this machine, or an Apache Beam pipeline.
+"""Where shards run: processes of this machine, an Apache Beam pipeline, or a Ray cluster.
 
-A job is small and its result is in the shared store, so any engine that can map a function over a
-list will do.
+A job is small and its result is in files that every worker sees, so an engine only has to map a
+function over a list.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from janusflow_jax.config.errors import DataError
 
 T = TypeVar("T")
 Engine = Callable[[Callable[[T], Any], Sequence[T]], Iterator[Any]]
-"""(function, jobs) -> the results as they come, in any order; None where the engine keeps them."""
+"""(function, jobs) -> the results in any order; None where the engine does not return them."""
 
 
 def local(workers: int) -> Engine:
-    """Processes of this machine; 1: this process."""
+    """Processes of this machine; with 1, this process."""
 
     def run(function: Callable[[T], Any], jobs: Sequence[T]) -> Iterator[Any]:
         if workers <= 1 or len(jobs) <= 1:
@@ -31,12 +31,12 @@ def local(workers: int) -> Engine:
         context = multiprocessing.get_context("spawn")
         pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context)
         try:
-            for done in concurrent.futures.as_completed([pool.submit(function, j) for j in jobs]):
-                yield done.result()
+            futures = [pool.submit(function, job) for job in jobs]
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
         except concurrent.futures.process.BrokenProcessPool as e:
             raise DataError(
-                "a worker process died (killed for memory?): the same command with fewer "
-                "--workers goes on with what is not done"
+                "a worker process died (out of memory?): run again with fewer `workers` to resume"
             ) from e
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -57,8 +57,8 @@ def beam(arguments: Sequence[str]) -> Engine:
         from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise DataError(
-            "engine beam: expected the package apache-beam; it is not installed: "
-            "pip install apache-beam (with [gcp] for Dataflow)"
+            "engine beam: expected the package apache-beam; it is not installed: run "
+            "`pip install apache-beam` (apache-beam[gcp] for Dataflow)"
         ) from e
 
     def run(function: Callable[[T], Any], jobs: Sequence[T]) -> Iterator[Any]:
@@ -66,12 +66,12 @@ def beam(arguments: Sequence[str]) -> Engine:
             return
         options = pipeline_options.PipelineOptions(list(arguments))
         with apache_beam.Pipeline(options=options) as pipeline:
-            # Reshuffle: without it one worker would make and do all jobs
+            # without Reshuffle, Beam fuses the steps and one worker does all jobs
             _ = (
                 pipeline
                 | "jobs" >> apache_beam.Create(list(jobs))
                 | "spread" >> apache_beam.Reshuffle()
-                | "do" >> apache_beam.Map(function)
+                | "run" >> apache_beam.Map(function)
             )
         for _ in jobs:
             yield None
@@ -83,7 +83,7 @@ def ray(address: str) -> Engine:
     """Tasks of a Ray cluster.
 
     Args:
-      address: of the cluster ('auto', 'ray://host:10001'), or 'local' for one of its own here.
+      address: of the cluster ('auto', 'ray://host:10001'), or 'local' to start one here.
     Raises:
       DataError: ray is not installed.
     """
@@ -91,16 +91,16 @@ def ray(address: str) -> Engine:
         import ray as library  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise DataError(
-            "engine ray: expected the package ray; it is not installed: pip install ray"
+            "engine ray: expected the package ray; it is not installed: run `pip install ray`"
         ) from e
     if not library.is_initialized():
         library.init(address, log_to_driver=False)
 
     def run(function: Callable[[T], Any], jobs: Sequence[T]) -> Iterator[Any]:
         task: Any = library.remote(function)
-        waiting = [task.remote(job) for job in jobs]
-        while waiting:
-            done, waiting = library.wait(waiting, num_returns=1)
+        pending = [task.remote(job) for job in jobs]
+        while pending:
+            done, pending = library.wait(pending, num_returns=1)
             yield library.get(done[0])
 
     return run

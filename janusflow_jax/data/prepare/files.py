@@ -1,8 +1,8 @@
-"""Files of a prepared data set: ArrayRecord shards and the description that tfds reads.
+"""The files of a data set: ArrayRecord shards and the description that tfds reads.
 
-tfds writes a data set in one process; here every shard is a file of its own, written anywhere, and
-tfds describes them when all are there. No TensorFlow. ArrayRecord writes and reads local files
-only, so those of a bucket are made beside and copied.
+tfds itself writes a data set in one process. Here any worker writes any shard, and tfds describes
+them when all are there. No TensorFlow. ArrayRecord writes and reads local files only, so the files
+of a bucket are written to the local disk and copied.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from etils import epath
 from janusflow_jax.data.sources import write_whole
 
 NAME = "prepared"
+"""The name of the data set in its own files."""
 MODULE_NAME = "janusflow_jax.data.prepare_files"
 """Stored in every data set's dataset_info.json, and how a data set is recognized as ours. It is the
 module's path of the first release and must never change, wherever the code moves."""
-"""Of the data set in its own files."""
 _BATCH = 64  # records that are copied at once
 
 
 def features(kind: str) -> Any:
-    """The tfds features of a kind of records (`importers.raw.KINDS`)."""
+    """The tfds features of a kind of records (`records.KINDS`)."""
     import tensorflow_datasets as tfds
 
     f = tfds.features
@@ -54,31 +54,29 @@ class Serializer:
         self._bytes = example_serializer.ExampleSerializer(self._features.get_serialized_info())
 
     def __call__(self, record: dict[str, Any]) -> bytes:
-        given = dict(record)  # pictures are handed over as streams: an array would be encoded by TF
-        if "image" in given:
-            given["image"] = io.BytesIO(given["image"])
-        if "images" in given:
-            given["images"] = [io.BytesIO(data) for data in given["images"]]
-        example = self._bytes.get_tf_example(self._features.encode_example(given))
-        # tfds's own call leaves the order of fields to the process's hash seed
+        record = dict(record)  # tfds copies a stream as it is; an array it would encode with TF
+        if "image" in record:
+            record["image"] = io.BytesIO(record["image"])
+        if "images" in record:
+            record["images"] = [io.BytesIO(data) for data in record["images"]]
+        example = self._bytes.get_tf_example(self._features.encode_example(record))
+        # tfds's own call lets the hash seed of the process decide the order of fields
         return example.SerializeToString(deterministic=True)
 
 
 @contextlib.contextmanager
 def writer(path: epath.Path) -> Iterator[Any]:
-    """An ArrayRecord writer (`.write(bytes)`); the file stands there whole, or not at all."""
+    """An ArrayRecord writer (`.write(bytes)`); the file appears whole or not at all."""
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
     is_local = "://" not in str(path)
-    folder = os.path.dirname(path) if is_local else None
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
-    os.close(handle)
+    folder = os.path.dirname(path) if is_local else tempfile.gettempdir()
+    part = os.path.join(folder, f".{path.name}.{uuid.uuid4().hex}")
     try:
         out = array_record_module.ArrayRecordWriter(part, "group_size:1")
         yield out
         out.close()
         if is_local:
-            os.chmod(part, 0o666 & ~_umask())
             os.replace(part, path)
         else:
             with open(part, "rb") as source, path.open("wb") as target:
@@ -89,10 +87,10 @@ def writer(path: epath.Path) -> Iterator[Any]:
 
 
 def read(path: epath.Path) -> Iterator[bytes]:
-    """The records of a file in order. Raises OSError: it is broken or not there."""
+    """The records of a file in order. Raises OSError: the file is broken or missing."""
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-    with _local(path) as local:
+    with _local_copy(path) as local:
         reader = array_record_module.ArrayRecordReader(local)
         try:
             count = reader.num_records()
@@ -104,7 +102,7 @@ def read(path: epath.Path) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _local(path: epath.Path) -> Iterator[str]:
+def _local_copy(path: epath.Path) -> Iterator[str]:
     if "://" not in str(path):
         yield str(path)
         return
@@ -115,15 +113,15 @@ def _local(path: epath.Path) -> Iterator[str]:
         yield copy
 
 
-def merge(parts: Sequence[tuple[str, list[bool]]], target: str) -> None:
-    """Writes the kept records of `parts` to one file; does nothing where it stands already.
+def merge(job: tuple[str, Sequence[tuple[str, list[bool]]]]) -> None:
+    """Writes one file of the data set from files of shards, unless it is there already.
 
     Args:
-      parts: (file, which of its records are kept).
-      target: path of the file.
+      job: (path of the new file, ((path of a shard's file, which of its records stay), ...)).
     Raises:
       OSError: a file does not hold as many records as it should.
     """
+    target, parts = job
     path = epath.Path(target)
     if path.exists():
         return
@@ -132,28 +130,28 @@ def merge(parts: Sequence[tuple[str, list[bool]]], target: str) -> None:
         return
     with writer(path) as out:
         for part, keep in parts:
-            found = 0
-            for found, record in enumerate(read(epath.Path(part)), 1):
-                if found <= len(keep) and keep[found - 1]:
+            count = 0
+            for count, record in enumerate(read(epath.Path(part)), 1):
+                if count <= len(keep) and keep[count - 1]:
                     out.write(record)
-            if found != len(keep):  # array_record counts 0 in a file that is not there
-                raise OSError(f"{part}: expected {len(keep)} records; got {found}")
+            if count != len(keep):  # array_record reads 0 records from a missing file
+                raise OSError(f"{part}: expected {len(keep)} records; got {count}")
 
 
 def shard_name(split: str, number: int, count: int) -> str:
-    """The file name that tfds expects of a shard."""
+    """The file name that tfds expects."""
     return f"{NAME}-{split}.array_record-{number:05}-of-{count:05}"
 
 
 def describe(
     out: epath.Path, kind: str, shards: dict[str, list[int]], num_bytes: dict[str, int], text: str
 ) -> None:
-    """Writes features.json and dataset_info.json: from here on the data set is there.
+    """Writes features.json and dataset_info.json, which make the folder a data set.
 
     Args:
       out: the folder.
       kind: of the records.
-      shards: split -> records of each of its shards.
+      shards: split -> number of records of each shard.
       num_bytes: split -> bytes of its records.
       text: the description.
     """
@@ -165,23 +163,23 @@ def describe(
     )
     info = tfds.core.DatasetInfo(builder=identity, features=features(kind), description=text)
     info.set_file_format("array_record")
-    found = [
+    split_infos = [
         splits.SplitInfo(
             name=split,
-            shard_lengths=lengths,
+            shard_lengths=counts,
             num_bytes=num_bytes[split],
             filename_template=naming.ShardedFileTemplate(
                 data_dir=out, dataset_name=NAME, split=split, filetype_suffix="array_record"
             ),
         )
-        for split, lengths in shards.items()
+        for split, counts in shards.items()
     ]
-    info.set_splits(splits.SplitDict(found))
+    info.set_splits(splits.SplitDict(split_infos))
     info.write_to_directory(out)
 
 
 def save_arrays(path: epath.Path, **arrays: np.ndarray) -> None:
-    """Arrays in one compressed file, whole or not at all."""
+    """Arrays in one compressed file, written whole or not at all."""
     data = io.BytesIO()
     np.savez_compressed(data, **arrays)  # pyright: ignore[reportArgumentType]
     write_whole(path, data.getvalue())
@@ -191,9 +189,3 @@ def load_arrays(path: epath.Path, *names: str) -> list[np.ndarray]:
     """Some arrays of such a file."""
     with np.load(io.BytesIO(path.read_bytes())) as stored:
         return [stored[name] for name in names]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,108 +1,138 @@
-"""Which files an importer reads, and rows written in slices for workers to share."""
+"""Input files -> rows: listing, opening, and lines and JSON of files that may be broken."""
 
 from __future__ import annotations
 
 import errno
-import functools
+import gzip
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import sources
-from janusflow_jax.data.prepare.raw import Options, Skipped
 
-Entry = tuple[str, str, Any]
-"""(file and place, id by place, a row or the Skipped that stands for it)."""
+BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)
+"""What a truncated or broken .gz raises."""
+BOM = b"\xef\xbb\xbf"
+"""The mark that some editors write at the begin of a UTF-8 file."""
+_DATA_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".txt"),
+    *(".tar", ".parquet", ".json", ".jsonl", ".gz"),
+)
 
 
-_OF_FILES = (".jpg", ".jpeg", ".png", ".webp", ".txt", ".tar", ".parquet", ".json", ".jsonl", ".gz")
+class Skipped(Exception):
+    """A row or a file that cannot be used. The run continues and counts it.
 
-
-def files(options: Options, suffixes: tuple[str, ...]) -> list[tuple[epath.Path, str]]:
-    """(path, short name) of every input file, in order of the names.
-
-    An input is a file, a pattern with `*`, or a folder, whose files of these suffixes are taken.
-
-    Raises:
-      DataError: an input that stands for no file (lists all).
+    Attributes:
+      reason: one of few; a key of report.json.
+      detail: what was found.
     """
-    found: dict[str, str] = {}
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+Row = tuple[str, str, Any]
+"""(place for the report, id made of the place, value or the Skipped that replaces it)."""
+
+
+def files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[tuple[epath.Path, str]]:
+    """(path, short name) of every input file, in order of the paths.
+
+    Args:
+      inputs: files, patterns with `*`, or folders.
+      suffixes: which files of a folder are read.
+    Raises:
+      DataError: inputs that match no file (lists all).
+    """
+    names: dict[str, str] = {}
     problems = []
-    for given in options.inputs:
+    for given in inputs:
         path = epath.Path(given)
         if "*" in path.name:
-            these = [(p, p.name) for p in path.parent.glob(path.name)]
+            matches = [(p, p.name) for p in path.parent.glob(path.name)]
         elif path.is_dir():
-            these = [(p, name) for p, name in walk(path) if name.lower().endswith(suffixes)]
+            matches = [(p, name) for p, name in walk(path) if name.lower().endswith(suffixes)]
         else:
-            these = [(path, path.name)] if path.exists() else []
-        if not these:
+            matches = [(path, path.name)] if path.exists() else []
+        if not matches:
             problems.append(
-                f"{given}: expected a file, a pattern with * or a folder with files "
-                f"{', '.join(suffixes)}; it stands for none"
+                f"  - {given}: expected a file, a pattern with * or a folder with files "
+                f"{', '.join(suffixes)}; it matches no file"
             )
-        found |= {str(p): name for p, name in these}
+        names |= {str(p): name for p, name in matches}
     if problems:
-        raise DataError("inputs:\n" + "\n".join(f"  - {p}" for p in problems))
-    return [(epath.Path(path), found[path]) for path in sorted(found)]
+        raise DataError("\n".join(["inputs:", *problems]))
+    return [(epath.Path(path), names[path]) for path in sorted(names)]
+
+
+def whole_files(suffixes: tuple[str, ...]) -> Callable[[Any, epath.Path], Iterator[dict]]:
+    """A plan (see `build.Format`) with one shard a file."""
+
+    def plan(options: Any, slices: epath.Path) -> Iterator[dict]:
+        del slices
+        for path, name in files(options.inputs, suffixes):
+            yield {"path": str(path), "name": name}
+
+    return plan
 
 
 def walk(folder: epath.Path) -> Iterator[tuple[epath.Path, str]]:
     """(path, path relative to the folder) of every file in it, folder by folder, sorted.
 
-    A folder that is named as a file would be (x.jpg) comes too: its name says that a picture is
-    missing. Names that begin with a dot are left out. Links to folders are followed, once.
+    Names that begin with a dot are left out. Links to folders are followed once. A folder that is
+    named like a data file (x.jpg) comes too, so that the report names it.
     """
-    todo, seen = [(folder, "")], set()
-    while todo:
-        here, prefix = todo.pop()
-        real = str(here) if "://" in str(here) else os.path.realpath(here)
-        if real in seen:
+    stack, visited = [(folder, "")], set()
+    while stack:
+        current, prefix = stack.pop()
+        real = str(current) if "://" in str(current) else os.path.realpath(current)
+        if real in visited:
             continue
-        seen.add(real)
-        listed = sources.retry(functools.partial(_listed, here), str(here))
-        for path in listed:
-            name = prefix + path.name
+        visited.add(real)
+        paths = sources.retry(lambda folder=current: list(folder.iterdir()), str(current))
+        for path in sorted(paths, key=lambda path: path.name):
             if path.name.startswith("."):
                 continue
             is_folder = path.is_dir()
             if is_folder:
-                todo.append((path, f"{name}/"))
-            if not is_folder or path.suffix.lower() in _OF_FILES:
-                yield path, name
-
-
-def _listed(folder: epath.Path) -> list[epath.Path]:
-    return sorted(folder.iterdir(), key=lambda path: path.name)
-
-
-def read_bytes(path: epath.Path, what: str, limit: int = -2) -> bytes:
-    """The first `limit` + 1 bytes of a file; all without a limit. Raises as `open_file`."""
-
-    def once() -> bytes:
-        with _opened(path, what) as stream:
-            return stream.read(limit + 1)
-
-    return sources.retry(once, str(path))
+                stack.append((path, f"{prefix}{path.name}/"))
+            if not is_folder or path.suffix.lower() in _DATA_SUFFIXES:
+                yield path, prefix + path.name
 
 
 def open_file(path: epath.Path, what: str = "file") -> Any:
     """The file as a stream of bytes.
 
     Args:
-      what: names it in reasons: picture, caption, file.
+      path: the file.
+      what: its name in reasons: picture, caption, file.
     Raises:
-      Skipped: it is not there, or no file: to try again would not help.
-      DataError: the store fails again and again.
+      Skipped: no such file; trying again would not help.
+      DataError: the store fails repeatedly.
     """
-    return sources.retry(lambda: _opened(path, what), str(path))
+    return sources.retry(lambda: _open(path, what), str(path))
 
 
-def _opened(path: epath.Path, what: str) -> Any:
+def read_bytes(path: epath.Path, what: str, limit: int = -2) -> bytes:
+    """The first `limit` + 1 bytes of a file; all without a limit. Raises as `open_file`."""
+
+    def read() -> bytes:
+        with _open(path, what) as stream:
+            return stream.read(limit + 1)
+
+    return sources.retry(read, str(path))
+
+
+def _open(path: epath.Path, what: str) -> Any:
     try:
         return path.open("rb")
     except FileNotFoundError as e:
@@ -117,34 +147,147 @@ def _opened(path: epath.Path, what: str) -> Any:
         raise Skipped(f"{what}: missing", str(e)) from e
 
 
-def write_slices(entries: Iterable[Entry], folder: epath.Path, size: int) -> Iterator[dict]:
+def lines(
+    path: epath.Path, begin: int = 0, end: int = -1, limit: int = 2**28
+) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the lines that begin in [begin, end) of a file; .gz is decompressed.
+
+    Args:
+      path: the file.
+      begin, end: offsets. For .gz only 0 and -1 (the end); there offsets count decompressed bytes.
+      limit: of a line with more bytes, only the first `limit` + 1 are returned.
+    Raises:
+      BROKEN: a truncated or broken .gz, after the lines before the break.
+      Skipped, DataError: as `open_file`.
+    """
+    with open_file(path) as file:
+        stream: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        offset = begin
+        if begin:  # a line that begins before `begin` belongs to the shard before
+            stream.seek(begin - 1)
+            offset += _read_line(stream, 0)[1] - 1
+        while end < 0 or offset < end:
+            line, length = _read_line(stream, limit)
+            if not length:
+                return
+            yield offset, line.rstrip(b"\r\n")
+            offset += length
+
+
+def _read_line(stream: Any, limit: int) -> tuple[bytes, int]:
+    """(the first `limit` + 1 bytes of the next line, its whole length)."""
+    line = stream.readline(limit + 1)
+    length, last = len(line), line
+    while last and not last.endswith(b"\n"):
+        last = stream.readline(2**20)
+        length += len(last)
+    return line, length
+
+
+def parse_json(line: bytes) -> Any:
+    """The value of a line of JSON.
+
+    Raises:
+      Skipped: not UTF-8, or not JSON.
+    """
+    try:
+        return json.loads(line.removeprefix(BOM).decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise Skipped("line: not UTF-8", str(e)[:120]) from e
+    except (ValueError, RecursionError) as e:
+        raise Skipped("line: not JSON", str(e)[:120]) from e
+
+
+def json_lines(path: epath.Path, name: str) -> Iterator[Row]:
+    """The rows of a JSON-lines file (.gz too)."""
+    number = 0
+    try:
+        for number, (_, line) in enumerate(lines(path), 1):
+            if not line.strip():
+                continue
+            try:
+                value = parse_json(line)
+            except Skipped as e:
+                value = e
+            yield f"{name}:{number}", f"{name}-{number}", value
+    except BROKEN as e:
+        yield f"{name}:{number + 1}", "", Skipped("file: truncated or broken", str(e))
+    except Skipped as e:
+        yield name, "", e
+
+
+def json_array(path: epath.Path, name: str) -> Iterator[Row]:
+    """The elements of a file that holds one JSON array."""
+    try:
+        data = read_bytes(path, "file").removeprefix(BOM)
+    except Skipped as e:
+        yield name, "", e
+        return
+    if not data.strip():
+        yield name, name, Skipped("file: empty")
+        return
+    # bytes that are not UTF-8 stay in their text, where `records.clean_text` reports them
+    text = data.decode("utf-8", errors="surrogateescape")
+    for number, (offset, value) in enumerate(_elements(text)):
+        yield f"{name}@{offset}", f"{name}-{number}", value
+
+
+def _elements(text: str) -> Iterator[tuple[int, Any]]:
+    """(offset, element or Skipped) of a JSON array.
+
+    After a broken element it continues at the next object that begins as the first one did.
+    """
+    decoder = json.JSONDecoder()
+    first_key: re.Pattern[str] | None = None
+    separator = re.compile(r"[\s,]*")
+    bracket = re.match(r"\s*\[", text)
+    if not bracket:
+        yield 0, Skipped("file: not a JSON array", text[:40])
+        return
+    offset = bracket.end()
+    while True:
+        offset = separator.match(text, offset).end()  # pyright: ignore[reportOptionalMemberAccess]
+        if text.startswith("]", offset):
+            return
+        if offset >= len(text):
+            yield offset, Skipped("file: not JSON to its end", "the array does not end")
+            return
+        try:
+            element, end = decoder.raw_decode(text, offset)
+        except (ValueError, RecursionError) as e:
+            yield offset, Skipped("file: not JSON to its end", str(e)[:120])
+            match = first_key.search(text, offset + 1) if first_key else None
+            if not match:
+                return
+            offset = match.start()
+            continue
+        if first_key is None and isinstance(element, dict) and element:
+            key = re.escape(json.dumps(next(iter(element))))
+            first_key = re.compile(r"\{\s*" + key + r"\s*:")
+        yield offset, element
+        offset = end
+
+
+def write_slices(rows: Iterable[Row], folder: epath.Path, size: int) -> Iterator[dict]:
     """Writes rows to folder/00000.jsonl, ... of `size` rows each; yields a shard for each."""
-    lines: list[str] = []
-    count = 0
-
-    def flush() -> dict:
-        nonlocal count
-        path = folder / f"{count:05}.jsonl"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        lines.clear()
-        count += 1
-        return {"slice": path.name}
-
     folder.mkdir(parents=True, exist_ok=True)
-    for where, place_id, row in entries:
-        if isinstance(row, Skipped):
-            lines.append(json.dumps([where, place_id, None, row.reason, row.detail]))
-        else:
-            lines.append(json.dumps([where, place_id, row]))
-        if len(lines) == size:
-            yield flush()
-    if lines:
-        yield flush()
+    rows = iter(rows)
+    for number in itertools.count():
+        slice_lines = []
+        for where, place_id, value in itertools.islice(rows, size):
+            is_skipped = isinstance(value, Skipped)
+            rest = [None, value.reason, value.detail] if is_skipped else [value]
+            slice_lines.append(json.dumps([where, place_id, *rest]) + "\n")
+        if not slice_lines:
+            return
+        path = folder / f"{number:05}.jsonl"
+        path.write_text("".join(slice_lines), encoding="utf-8")
+        yield {"slice": path.name}
 
 
-def read_slice(path: epath.Path) -> Iterator[Entry]:
-    """The entries of a slice that `write_slices` wrote."""
+def read_slice(path: epath.Path) -> Iterator[Row]:
+    """The rows of a file that `write_slices` wrote."""
     text = sources.retry(lambda: path.read_text(encoding="utf-8"), str(path))
     for line in text.splitlines():
-        where, place_id, row, *skipped = json.loads(line)
-        yield where, place_id, Skipped(*skipped) if skipped else row
+        where, place_id, value, *skipped = json.loads(line)
+        yield where, place_id, Skipped(*skipped) if skipped else value

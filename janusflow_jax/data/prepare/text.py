@@ -1,4 +1,4 @@
-"""Plain text: .txt (a document a line, or a file), .jsonl with `text`, both as .gz too."""
+"""Plain text: .txt (a document a line, or a file) and .jsonl with a field `text`; also as .gz."""
 
 from __future__ import annotations
 
@@ -7,80 +7,85 @@ from typing import Any
 
 from etils import epath
 
-from janusflow_jax.data.prepare import fields, inputs, lines
-from janusflow_jax.data.prepare.raw import Options, Raw, Skip, Skipped
+from janusflow_jax.data.prepare import inputs, records
+from janusflow_jax.data.prepare.inputs import Row, Skipped
+from janusflow_jax.data.prepare.records import Options, RawRecord
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 
 def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
-    """Shards: stretches of bytes of large files, whole .gz files, or many small files at once."""
-    found = inputs.files(options, SUFFIXES)
-    whole = [(p, name) for p, name in found if _is_document(name, options)]
-    entries = ((name, name, {"path": str(path)}) for path, name in whole)
-    yield from inputs.write_slices(entries, slices, options.shard_records)
-    for path, name in found:
-        if _is_document(name, options):
-            continue
+    """Shards: byte ranges of large files, whole .gz files, or slices of a list of small files."""
+    documents, others = [], []
+    for path, name in inputs.files(options.inputs, SUFFIXES):
+        is_document = options.documents == "file" and not _is_json(name)
+        (documents if is_document else others).append((path, name))
+    rows = ((name, name, {"path": str(path)}) for path, name in documents)
+    yield from inputs.write_slices(rows, slices, options.shard_records)
+    for path, name in others:
         shard = {"path": str(path), "name": name}
         if name.endswith(".gz") or path.is_dir():
             yield shard | {"begin": 0, "end": -1}
             continue
-        size = path.stat().length
-        step = options.shard_bytes
+        size, step = path.stat().length, options.shard_bytes
         for begin in range(0, max(size, 1), step):
             yield shard | {"begin": begin, "end": min(begin + step, size)}
 
 
-def read(shard: dict, options: Options, slices: epath.Path) -> Iterator[Raw | Skip]:
+def read(shard: dict, options: Options, slices: epath.Path) -> Iterator[records.Item]:
     """The documents of one shard."""
+    limit = 4 * options.max_document  # a character has up to 4 bytes
     if "slice" in shard:
-        for where, place_id, row in inputs.read_slice(slices / shard["slice"]):
-            yield _whole(epath.Path(row["path"]), where, place_id, options)
-        return
-    path, name = epath.Path(shard["path"]), shard["name"]
-    is_json = name.removesuffix(".gz").endswith(".jsonl")
-    limit = 4 * options.max_document  # bytes of a character in UTF-8
-    at, empty = -1, True
+
+        def document(row: Any, place_id: str) -> RawRecord:
+            return RawRecord(place_id, content=_document(epath.Path(row["path"]), limit))
+
+        return records.convert(inputs.read_slice(slices / shard["slice"]), document)
+
+    def json_record(line: bytes, place_id: str) -> RawRecord:
+        return records.raw_record(inputs.parse_json(line), place_id, options)
+
+    def line_record(line: bytes, place_id: str) -> RawRecord:
+        return RawRecord(place_id, content=line)
+
+    is_json = _is_json(shard["name"])
+    return records.convert(_lines(shard, limit), json_record if is_json else line_record)
+
+
+def _is_json(name: str) -> bool:
+    return name.removesuffix(".gz").endswith(".jsonl")
+
+
+def _lines(shard: dict, limit: int) -> Iterator[Row]:
+    """The lines of a shard that are not blank."""
+    name, offset, empty = shard["name"], -1, True
     try:
-        for at, line in lines.lines(path, shard["begin"], shard["end"], limit):
-            if not line.strip():
-                continue
-            empty = False
-            yield _line(line, is_json, f"{name}@{at}", options)
-    except (*lines.BROKEN, Skipped) as e:
-        broken = e if isinstance(e, Skipped) else Skipped("file: truncated or broken", str(e))
-        yield Skip(f"{name}@{at}", broken.reason, broken.detail)
+        for offset, line in inputs.lines(
+            epath.Path(shard["path"]), shard["begin"], shard["end"], limit
+        ):
+            if line.strip():
+                empty = False
+                yield f"{name}@{offset}", f"{name}@{offset}", line
+    except inputs.BROKEN as e:
+        yield f"{name}@{offset}", "", Skipped("file: truncated or broken", str(e))
+        return
+    except Skipped as e:
+        yield f"{name}@{offset}", "", e
         return
     if empty and shard["begin"] == 0:
-        yield Skip(name, "file: empty")
+        yield name, "", Skipped("file: empty")
 
 
-def _is_document(name: str, options: Options) -> bool:
-    return options.documents == "file" and name.removesuffix(".gz").endswith(".txt")
-
-
-def _line(line: bytes, is_json: bool, where: str, options: Options) -> Raw | Skip:
-    if not is_json:
-        return Raw(where, where, text=line)
-    try:
-        row: Any = lines.parse(line.removeprefix(b"\xef\xbb\xbf"))
-        return fields.raw(row, where, where, options, lambda v: v)
-    except Skipped as e:
-        return Skip(where, e.reason, e.detail)
-
-
-def _whole(path: epath.Path, where: str, place_id: str, options: Options) -> Raw | Skip:
+def _document(path: epath.Path, limit: int) -> bytes:
+    """The bytes of a whole file; of a file with more than `limit`, enough to be reported."""
     parts: list[bytes] = []
-    size, limit = 0, 4 * options.max_document
+    size = 0
     try:
-        for _, line in lines.lines(path, limit=limit):
+        for _, line in inputs.lines(path, limit=limit):
             parts.append(line)
             size += len(line)
-            if size > limit:  # more than is kept; the check of texts says so
+            if size > limit:
                 break
-    except lines.BROKEN as e:
-        return Skip(where, "file: truncated or broken", str(e))
-    except Skipped as e:
-        return Skip(where, e.reason, e.detail)
-    return Raw(where, place_id, text=b"\n".join(parts))
+    except inputs.BROKEN as e:
+        raise Skipped("file: truncated or broken", str(e)) from e
+    return b"\n".join(parts)

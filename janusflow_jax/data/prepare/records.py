@@ -1,0 +1,454 @@
+"""Rows -> records of the data set, or the reason why a row is skipped.
+
+Every format comes through here: fields by their usual names, then checks of ids, texts and images.
+Reasons such as 'picture: missing' are keys of report.json: their wording must not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+from PIL import Image
+
+from janusflow_jax.config.errors import DataError
+from janusflow_jax.data import images
+from janusflow_jax.data.prepare import inputs
+from janusflow_jax.data.prepare.inputs import Row, Skipped
+
+KINDS = ("captions", "conversation", "document", "text")
+"""What a record holds; see `data/samples.py`."""
+SPLITS = ("train", "heldout")
+
+ID_FIELDS = ("id", "key", "__key__", "uid")
+IMAGE_FIELDS = (
+    *("image", "images", "file_name", "filename", "path", "img", "picture"),
+    *("image_path", "image_bytes", "jpg", "jpeg", "png", "webp"),
+)
+CONTENT_FIELDS = {
+    "captions": (
+        *("captions", "caption", "text", "txt", "sentence", "sentences", "description", "prompt"),
+    ),
+    "conversation": ("conversations", "conversation", "messages", "texts"),
+    "document": ("text", "content", "document", "body", "texts"),
+    "text": ("text", "content", "document", "body"),
+}
+"""The usual names of fields; the first that a row has is read."""
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".png", ".webp"),
+    *(".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"),
+    *(".jp2", ".jxl", ".svg", ".ico", ".psd", ".ppm"),
+)
+"""Files that are images by their names. Only the first line is decoded; the others are counted as
+skipped instead of being ignored."""
+USER_ROLES = ("user", "human", "prompter")
+ASSISTANT_ROLES = ("assistant", "gpt", "chatgpt", "bot", "model")
+
+_JPEG_QUALITY = 95
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a data set is prepared. The same options and inputs give the same files."""
+
+    format: str  # a name of `build.FORMATS`
+    inputs: tuple[str, ...]
+    kind: str = "captions"
+    images: str = ""  # folder that the paths of images are relative to
+    rows: str = ""  # format folder: a JSON-lines or CSV file that names the images
+    image_field: str = ""  # '': the usual names
+    text_field: str = ""
+    id_field: str = ""
+    classes: tuple[str, ...] = ()  # names by number, for WebDataset's .cls
+    ids: str = "given"  # given | place (file and place, for ids that repeat from file to file)
+    documents: str = "line"  # format text, .txt: line | file
+    image_marker: str = "<image>"
+    image_tag: str = "<image_placeholder>"
+    heldout: float = 0.0  # share of the records, chosen by a hash of the id
+    tokenizer: str = ""
+    lengths: tuple[str, ...] = ()  # TASK:FORM
+    max_side: int = 0  # pixels; larger images are shrunk; 0: images stay as they are
+    min_side: int = 16
+    max_aspect: float = 20.0
+    max_pixels: int = 100_000_000
+    max_bytes: int = 64 * 2**20
+    max_chars: int = 100_000  # of a caption or a turn
+    max_document: int = 50_000_000  # characters of a document
+    shard_records: int = 4096
+    shard_bytes: int = 256 * 2**20  # of text files
+
+
+@dataclasses.dataclass(frozen=True)
+class RawRecord:
+    """A record as it was read. Values may be anything; `to_record` checks them."""
+
+    id: Any
+    images: Sequence[Any] = ()  # bytes or a path each
+    content: Any = None  # captions, turns or text, by the kind of data set
+
+
+Item = tuple[str, RawRecord | Skipped]
+"""(place for the report, a raw record or why there is none): what a format's `read` yields."""
+
+
+def convert(rows: Iterable[Row], to_raw: Callable[[Any, str], RawRecord]) -> Iterator[Item]:
+    """Raw records of rows, by `to_raw(value, place_id)`, which may raise Skipped."""
+    for where, place_id, value in rows:
+        try:
+            if isinstance(value, Skipped):
+                raise value
+            yield where, to_raw(value, place_id)
+        except Skipped as e:
+            yield where, e
+
+
+def raw_record(
+    row: Any, place_id: str, options: Options, image: Callable[[Any], Any] = lambda value: value
+) -> RawRecord:
+    """The fields of a row that the kind of data set needs.
+
+    Args:
+      row: a JSON object or a row of a table.
+      place_id: the id if the row has none, or if `options.ids` is 'place'.
+      options: names of fields, and the kind.
+      image: the value of an image field (a path, bytes, {bytes, path}) -> bytes or a path.
+    Raises:
+      Skipped: the row is not an object, or `image` raises it.
+    """
+    if not isinstance(row, dict):
+        raise Skipped("row: not an object", type(row).__name__)
+    names = [name for name, value in row.items() if not _is_null(value)]
+    id_field = field_of(names, options.id_field, ID_FIELDS)
+    record_id = row[id_field] if id_field and options.ids == "given" else place_id
+    if isinstance(record_id, float) and record_id.is_integer():
+        record_id = int(record_id)  # a column of numbers with gaps is read as floats
+    content_field = field_of(names, options.text_field, CONTENT_FIELDS[options.kind])
+    content = row[content_field] if content_field else None
+    image_field = field_of(names, options.image_field, IMAGE_FIELDS)
+    values = row[image_field] if image_field and options.kind != "text" else []
+    values = values if isinstance(values, (list, tuple)) else [values]
+    if options.kind == "document" and isinstance(content, (list, tuple)):
+        values = [value for value in values if not _is_null(value)]
+        content = _join_texts(content, options.image_marker)
+    return RawRecord(record_id, [image(value) for value in values], content)
+
+
+def field_of(names: Iterable[str], chosen: str, usual: tuple[str, ...]) -> str:
+    """The chosen field, or the first of the usual ones; '' if there is none."""
+    names = list(names)
+    if chosen:
+        return chosen if chosen in names else ""
+    return next((name for name in usual if name in names), "")
+
+
+def _join_texts(parts: Sequence[Any], marker: str) -> str:
+    """OBELICS stores a document as a list of texts; an image takes the place of each null."""
+    for part in parts:
+        if not (_is_null(part) or isinstance(part, str)):
+            raise Skipped("text: not text", f"part {_brief(part)}")
+    return "\n".join(marker if _is_null(part) else part for part in parts)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _brief(value: Any) -> str:
+    """Type and begin of a value, for details."""
+    return f"{type(value).__name__} {str(value)[:40]}"
+
+
+# Records
+
+
+def to_record(raw: RawRecord, options: Options) -> tuple[dict[str, Any], list[Skipped]]:
+    """A record with the fields of `data/samples.py`; images stay encoded.
+
+    Returns:
+      (record, captions that were dropped because others can be used).
+    Raises:
+      Skipped: it cannot be used. Texts are checked first, because images cost more.
+    """
+    if isinstance(raw.id, bool) or not isinstance(raw.id, (str, int)):
+        raise Skipped("id: neither text nor number", _brief(raw.id))
+    record: dict[str, Any] = {"id": clean_text(str(raw.id), "id", 4096)}
+    count = len(raw.images)
+    if options.kind == "captions":
+        if count != 1:
+            reason = "picture: more than one" if count else "picture: missing"
+            raise Skipped(reason, f"expected one; got {count}")
+        record["captions"], dropped = captions(raw.content, options.max_chars)
+        record["image"] = load_image(raw.images[0], options)
+        return record, dropped
+    if options.kind == "conversation":
+        record["conversation"] = conversation(raw.content, count, options)
+    else:
+        record["text"] = clean_text(raw.content, "text", options.max_document)
+    if options.kind == "document":
+        record["text"] = mark_images(record["text"], options)
+        _check_marks(record["text"].count(options.image_tag), count)
+    if options.kind != "text":
+        record["images"] = [load_image(image, options) for image in raw.images]
+    return record, []
+
+
+def split_of(record_id: str, heldout: float) -> str:
+    """train or heldout, by a hash of the id alone: a larger share keeps what was held out."""
+    return SPLITS[int(hash64(record_id, "split") / 2**64 < heldout)]
+
+
+def hash64(text: str, purpose: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose.encode())
+    return int.from_bytes(digest.digest(), "big")
+
+
+# Images
+
+
+def image_path(folder: str, name: Any) -> epath.Path:
+    """The path of an image that a row names.
+
+    Raises:
+      Skipped: not a path, a web address, or a path that leads out of the folder.
+    """
+    if not isinstance(name, str):
+        raise Skipped("picture: neither path nor bytes", _brief(name))
+    if not name.strip():
+        raise Skipped("picture: missing", "no name")
+    if "\x00" in name or _SURROGATE.search(name):
+        raise Skipped("picture: missing", f"no file can have the name {name[:80]!r}")
+    if _SCHEME.match(name):
+        raise Skipped("picture: a web address, not a file", name[:120])
+    if name.startswith(("/", "\\", "~")) or ".." in name.replace("\\", "/").split("/"):
+        raise Skipped("picture: outside its folder", name[:120])
+    return epath.Path(folder) / name
+
+
+def load_image(image: Any, options: Options) -> bytes:
+    """The encoded bytes of an image that decodes in full; shrunk if larger than `max_side`.
+
+    Args:
+      image: bytes or a path.
+      options: limits.
+    Raises:
+      Skipped: missing, not an image of a known format, too large, too small, too thin.
+      DataError: the store fails repeatedly.
+    """
+    data = image
+    if not isinstance(data, bytes):
+        data = inputs.read_bytes(image, "picture", options.max_bytes)
+    try:
+        pixels = images.decode(data, options.max_pixels, options.max_bytes)
+    except DataError as e:
+        raise Skipped(f"picture: {e.reason}", str(e)) from e
+    height, width = pixels.shape[:2]
+    short, long = sorted((height, width))
+    if short < options.min_side:
+        raise Skipped("picture: too small", f"{width} x {height}, at least {options.min_side}")
+    if long > short * options.max_aspect:
+        raise Skipped("picture: too long and thin", f"{width} x {height}")
+    if not options.max_side or long <= options.max_side:
+        return data
+    scale = options.max_side / long
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    out = io.BytesIO()
+    if data.startswith(b"\x89PNG"):  # drawings and text stay sharp
+        small.save(out, "PNG")
+    else:
+        small.save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return out.getvalue()
+
+
+# Texts
+
+
+def clean_text(value: Any, what: str, max_chars: int) -> str:
+    r"""The text, stripped, with \n at line ends.
+
+    Args:
+      value: str, or UTF-8 bytes (a byte order mark is dropped).
+      what: its name in reasons: caption, turn, text, id.
+      max_chars: longer texts are refused.
+    Raises:
+      Skipped: missing, empty, not text, not UTF-8, control characters, too long.
+    """
+    if value is None:
+        raise Skipped(f"{what}: missing")
+    if isinstance(value, bytes):
+        if len(value) > 4 * max_chars:  # perhaps cut within a character
+            raise Skipped(f"{what}: too long", f"more than {4 * max_chars:,} bytes")
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as e:
+            near = value[e.start : e.start + 8]
+            raise Skipped(f"{what}: not UTF-8", f"byte {e.start}: {near!r}") from e
+    if not isinstance(value, str):
+        raise Skipped(f"{what}: not text", _brief(value))
+    if match := _SURROGATE.search(value):
+        raise Skipped(f"{what}: not UTF-8", f"half a character at {match.start()}")
+    text = value.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\x0b", "\n").replace("\x0c", "\n").strip()  # page breaks
+    if not any(c.isprintable() and not c.isspace() for c in text):
+        raise Skipped(f"{what}: empty")
+    if match := _CONTROL.search(text):
+        raise Skipped(f"{what}: control characters", f"{match[0]!r} at {match.start()}")
+    if len(text) > max_chars:
+        raise Skipped(f"{what}: too long", f"{len(text):,} characters, at most {max_chars:,}")
+    return text
+
+
+def captions(value: Any, max_chars: int) -> tuple[list[str], list[Skipped]]:
+    """(captions that can be used, why the others were dropped).
+
+    Raises:
+      Skipped: none can be used; the reason is that of the first one.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    good, dropped = [], []
+    for one in values:
+        try:
+            good.append(clean_text(one, "caption", max_chars))
+        except Skipped as e:
+            dropped.append(e)
+    if not good:
+        raise dropped[0] if dropped else Skipped("caption: missing")
+    return list(dict.fromkeys(good)), dropped
+
+
+def mark_images(text: str, options: Options) -> str:
+    """Replaces the source's image marker by our image tag.
+
+    Raises:
+      Skipped: the text holds our tag already, which would stand for an image.
+    """
+    if options.image_marker != options.image_tag and options.image_tag in text:
+        detail = f"{options.image_tag}; if it marks images, set `image_marker` to it"
+        raise Skipped("text: holds the image tag", detail)
+    return text.replace(options.image_marker, options.image_tag)
+
+
+def _check_marks(marks: int, count: int) -> None:
+    if marks != count:
+        which = "more" if marks < count else "fewer"
+        raise Skipped(f"pictures: {which} than their marks", f"{count} images, {marks} marks")
+
+
+# Conversations
+
+
+def conversation(value: Any, num_images: int, options: Options) -> list[dict[str, str]]:
+    """Turns {role, content}: an optional system turn, then user and assistant in turn.
+
+    A question after the last answer is dropped, because it has no target.
+
+    Args:
+      value: turns {from, value}, {role, content} (content: text, or a list of texts and images) or
+        {user, assistant}; also as JSON text.
+      num_images: the number of images of the record.
+      options: limits, image marker and tag.
+    Raises:
+      Skipped: the first thing that is wrong.
+    """
+    raw_turns: list[tuple[str, Any]] = []
+    in_pairs = False
+    for turn in _turn_list(value):
+        if isinstance(turn, dict) and {"user", "assistant"} <= turn.keys():
+            in_pairs = True
+            raw_turns += [("user", turn["user"]), ("assistant", turn["assistant"])]
+        else:
+            raw_turns.append(_turn(turn, options.image_marker))
+    turns = []
+    for role, content in raw_turns:
+        try:
+            text = clean_text(content, "turn", options.max_chars)
+        except Skipped as e:
+            if e.reason == "turn: empty" and role == "system":
+                continue  # LLaVA and ShareGPT store empty system prompts
+            raise
+        text = mark_images(text, options) if role == "user" else text
+        turns.append({"role": role, "content": text})
+    turns = _in_order(turns)
+    questions = [turn for turn in turns if turn["role"] == "user"]
+    marks = sum(turn["content"].count(options.image_tag) for turn in questions)
+    if in_pairs and not marks:  # data in this form has its images first, without marks
+        questions[0]["content"] = f"{options.image_tag}\n" * num_images + questions[0]["content"]
+        marks = num_images
+    _check_marks(marks, num_images)
+    return turns
+
+
+def _turn_list(value: Any) -> list[Any]:
+    if value is None:
+        raise Skipped("conversation: missing")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as e:
+            raise Skipped("conversation: not a list of turns", str(e)) from e
+    if isinstance(value, dict) and isinstance(value.get("role"), list):  # as tfds returns turns
+        roles, contents = value["role"], value.get("content")
+        if not isinstance(contents, list) or len(contents) != len(roles):
+            raise Skipped("conversation: not a list of turns", "roles without contents")
+        value = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    if not isinstance(value, list):
+        raise Skipped("conversation: not a list of turns", type(value).__name__)
+    if not value:
+        raise Skipped("conversation: empty")
+    return value
+
+
+def _turn(turn: Any, marker: str) -> tuple[str, Any]:
+    """(our role, content) of one turn."""
+    if not isinstance(turn, dict):
+        raise Skipped("conversation: turn without role and text", type(turn).__name__)
+    role = turn["from"] if "from" in turn else turn.get("role")
+    content = turn["value"] if "value" in turn else turn.get("content")
+    if not isinstance(role, str):
+        raise Skipped("conversation: turn without role and text", f"keys {sorted(turn)}"[:80])
+    role = role.strip().lower()
+    name = "user" if role in USER_ROLES else "assistant" if role in ASSISTANT_ROLES else role
+    if name not in ("user", "assistant", "system"):
+        raise Skipped("conversation: unknown role", role[:40])
+    if isinstance(content, list):
+        content = "".join(_part(part, marker) for part in content)
+    return name, content
+
+
+def _part(part: Any, marker: str) -> str:
+    """A part of a content list as text."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict):
+        kind = part.get("type")
+        if kind in ("text", "input_text") and isinstance(part.get("text"), str):
+            return part["text"]
+        if kind in ("image", "image_url", "input_image"):
+            return marker + "\n"
+    raise Skipped("conversation: part that is neither text nor picture", str(part)[:60])
+
+
+def _in_order(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The turns without a last question, after a check of their order."""
+    body = turns[1:] if turns and turns[0]["role"] == "system" else turns
+    if any(turn["role"] == "system" for turn in body):
+        raise Skipped("conversation: system turn that is not the first")
+    if body and body[0]["role"] == "assistant":
+        raise Skipped("conversation: begins with the assistant")
+    for i, turn in enumerate(body):
+        if turn["role"] != ("user", "assistant")[i % 2]:
+            detail = f"two turns of {turn['role']}, turn {i}"
+            raise Skipped("conversation: turns do not alternate", detail)
+    if len(body) < 2:
+        raise Skipped("conversation: no answer")
+    return turns[:-1] if len(body) % 2 else turns
