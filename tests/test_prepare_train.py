@@ -1,4 +1,4 @@
-"""From each of the five forms: prepare with the tool, train two steps, resume."""
+"""From each of the five formats: prepare with the tool, train two steps, resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures for tests of importers, drawn with PIL: one scene, in every form of file."""
+"""Images for tests of data formats, drawn with PIL: one scene, in every kind of file."""
 
 from __future__ import annotations
 

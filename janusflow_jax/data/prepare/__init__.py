@@ -18,7 +18,7 @@ To add a format:
 2. Add a line to `build.FORMATS`: the plan (`inputs.whole_files(SUFFIXES)`: one shard a file),
    `read`, and the kinds of records that the format can hold. The command line reads this table.
 3. Add a row to the table "Formats" of docs/data_at_scale.md, and a case to
-   tests/test_data_importers.py.
+   tests/test_data_formats.py.
 
 `records.to_record` checks the texts, images and ids of every format. A format of one large file has
 a plan of its own, such as `text.plan` (ranges of bytes) or `llava.plan` (slices of a list).

@@ -28,14 +28,14 @@ def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
         raise DataError(f"folder: expected one folder; got {', '.join(options.inputs)}")
     root, rows = epath.Path(options.inputs[0]), epath.Path(options.rows)
     if not options.rows:
-        found = _pairs(root)
+        entries = _pairs(root)
     elif not rows.exists() or rows.is_dir():
         raise DataError(f"{rows}: expected a .jsonl or .csv file; no such file")
     elif rows.name.lower().endswith((".csv", ".tsv")):
-        found = _csv_rows(rows)
+        entries = _csv_rows(rows)
     else:
-        found = inputs.json_lines(rows, rows.name)
-    return inputs.write_slices(found, slices, options.shard_records)
+        entries = inputs.json_lines(rows, rows.name)
+    return inputs.write_slices(entries, slices, options.shard_records)
 
 
 def read(shard: dict, options: Options, slices: epath.Path) -> Iterator[records.Item]:

@@ -55,20 +55,20 @@ def files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[tuple[epath.
     """
     names: dict[str, str] = {}
     problems = []
-    for given in inputs:
-        path = epath.Path(given)
+    for name in inputs:
+        path = epath.Path(name)
         if "*" in path.name:
             matches = [(p, p.name) for p in path.parent.glob(path.name)]
         elif path.is_dir():
-            matches = [(p, name) for p, name in walk(path) if name.lower().endswith(suffixes)]
+            matches = [(p, n) for p, n in walk(path) if n.lower().endswith(suffixes)]
         else:
             matches = [(path, path.name)] if path.exists() else []
         if not matches:
             problems.append(
-                f"  - {given}: expected a file, a pattern with * or a folder with files "
+                f"  - {name}: expected a file, a pattern with * or a folder with files "
                 f"{', '.join(suffixes)}; it matches no file"
             )
-        names |= {str(p): name for p, name in matches}
+        names |= {str(p): n for p, n in matches}
     if problems:
         raise DataError("\n".join(["inputs:", *problems]))
     return [(epath.Path(path), names[path]) for path in sorted(names)]
