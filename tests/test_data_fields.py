@@ -93,8 +93,8 @@ def test_fields_have_our_names(catalog):
         ((("captions", "caption"),), "text", "'caption'"),
         ((("captions", "annotations/text"),), "text", "'annotations/text'"),
         ((("caption", "text"),), "text", "caption: "),
-        ((("image", "label"),), "generate", "'label'"),
-        ((("text", "area"),), "text", "'area'"),
+        ((("image", "label"),), "generate", "'label' to hold"),
+        ((("text", "area"),), "text", "'area' to hold"),
     ],
 )
 def test_wrong_fields_are_listed(catalog, fields, task, word):
