@@ -40,6 +40,7 @@ from janusflow_jax.data.prepare import (
 from janusflow_jax.data.prepare.inputs import Skipped
 from janusflow_jax.data.prepare.records import SPLITS, Options
 from janusflow_jax.data.prepare.report import Report
+from janusflow_jax.data.sources import write_whole
 
 
 class Format(NamedTuple):
@@ -179,7 +180,7 @@ def run_shard(job: Job) -> tuple[int, int]:
             index.add(split, where, record_id, len(data), units)
             report.records[split] = report.records.get(split, 0) + 1
     index.save(job)
-    files.write_whole(done, json.dumps(report.to_json()).encode())
+    write_whole(done, json.dumps(report.to_json()).encode())
     return report.num_records, report.num_skipped
 
 
@@ -266,7 +267,7 @@ def _jobs(options: Options, out: epath.Path) -> list[Job]:
         shards = list(FORMATS[options.format].plan(options, work / "slices"))
         sizes = {shard["path"]: _size(shard["path"]) for shard in shards if "path" in shard}
         plan = {"options": wanted, "sizes": sizes, "shards": shards}
-        files.write_whole(path, json.dumps(plan).encode())
+        write_whole(path, json.dumps(plan).encode())
     return [Job(str(out), i, shard, options) for i, shard in enumerate(shards)]
 
 
@@ -303,7 +304,7 @@ def _assemble(options: Options, out: epath.Path, jobs: list[Job], engine: engine
     for _ in engine(files.merge, merges):
         pass
     content = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
-    files.write_whole(out / "report.json", (content + "\n").encode("utf-8", "replace"))
+    write_whole(out / "report.json", (content + "\n").encode("utf-8", "replace"))
     description = f"Prepared by tools/prepare_data.py from data in the form {options.format}."
     files.describe(out, options.kind, shards, num_bytes, description)
     (out / WORK_FOLDER).rmtree()

@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
