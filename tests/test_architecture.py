@@ -32,6 +32,7 @@ ENTRY_POINTS = {"train", "generate", "chat", "evaluate"}
 
 ONLY = {
     "orbax": ("checkpoints.",),
+    "grain": ("data.loader",),
     "transformers": (),
     "tokenizers": ("data.chat_format", "openmoji.tokenizer"),
     "array_record": ("data.", "openmoji."),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import itertools
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from concurrent import futures
 
@@ -84,33 +83,32 @@ class Loader:
             raise ValueError(
                 f"rows_of_process: expected places below batch_rows {self.batch_rows}; got {places}"
             )
-        num_samples, num_bad = counted
+        import grain
+
         threads = max(self.cfg.num_threads, 1)
-        pool = futures.ThreadPoolExecutor(threads, "rows")
-        stacker = futures.ThreadPoolExecutor(1, "batch")  # it waits for rows: not a job for `pool`
-        first_rows = itertools.count(first_row, self.batch_rows)
-
-        def submit() -> tuple[int, futures.Future]:
-            first = next(first_rows)
-            rows = [pool.submit(self.rows.row, first + place) for place in places]
-            return first, stacker.submit(_stack, rows)
-
+        numbers = _RowNumbers(first_row, self.batch_rows, places)
+        read = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=max(AHEAD * len(places), threads)
+        )
+        rows = grain.MapDataset.source(numbers).map(self.rows.row).to_iter_dataset(read)
+        iterator = iter(rows.batch(len(places), batch_fn=_stack))
+        stacker = futures.ThreadPoolExecutor(1, "batch")  # stacks the next batch during a step
+        num_samples, num_bad = counted
+        future = stacker.submit(next, iterator)
         try:
-            ahead = max(AHEAD, -(-threads // len(places)))  # enough rows for every thread
-            coming = collections.deque(submit() for _ in range(ahead))
             while True:
-                first, future = coming.popleft()
                 batch, bad = future.result()
-                coming.append(submit())
+                future = stacker.submit(next, iterator)
                 num_bad += len(bad)
                 num_samples += len(bad) + sum(_num_segments(ids) for ids in batch["segment_ids"])
                 for sample in bad:
                     logging.warning("bad sample: %s", sample)
                 self._check(num_bad, num_samples, bad)
-                yield batch, Report(first, first + self.batch_rows, bad, num_samples, num_bad)
+                first_row += self.batch_rows
+                first = first_row - self.batch_rows
+                yield batch, Report(first, first_row, bad, num_samples, num_bad)
         finally:
-            pool.shutdown(cancel_futures=True)  # waits for the rows that are being made
-            stacker.shutdown(cancel_futures=True)
+            stacker.shutdown(cancel_futures=True)  # waits for the batch that is being made
 
     def _check(self, num_bad: int, num_samples: int, bad: list[rows_lib.BadSample]) -> None:
         if num_bad <= MIN_BAD or num_bad <= self.cfg.max_bad_share * num_samples:
@@ -147,11 +145,24 @@ class Ahead:
             self.error = error
 
 
-def _stack(rows: list[futures.Future[Row]]) -> tuple[Batch, list[rows_lib.BadSample]]:
-    """The rows as one batch, once they are made, and their bad samples."""
-    made = [row.result() for row in rows]
-    batch = {name: np.stack([row[name] for row, _ in made]) for name in made[0][0]}
-    return batch, [sample for _, bad in made for sample in bad]
+class _RowNumbers:
+    """Row numbers of one process's places in endless batches, as a random-access source."""
+
+    def __init__(self, first_row: int, batch_rows: int, places: Sequence[int]):
+        self._first_row, self._batch_rows, self._places = first_row, batch_rows, places
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._batch_rows
+
+    def __getitem__(self, index: int) -> int:
+        batch, place = divmod(index, len(self._places))
+        return self._first_row + batch * self._batch_rows + self._places[place]
+
+
+def _stack(rows: Sequence[Row]) -> tuple[Batch, list[rows_lib.BadSample]]:
+    """Rows as one batch, and their bad samples."""
+    batch = {name: np.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
+    return batch, [sample for _, bad in rows for sample in bad]
 
 
 def _num_segments(segment_ids: np.ndarray) -> int:
