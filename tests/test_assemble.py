@@ -110,7 +110,7 @@ def logits(loaded, tokens):
     def run(m):
         return m.logits(m.run_llm(m.embed_tokens(tokens), positions, mask)[0])
 
-    return model.apply({"params": loaded.params}, method=run)
+    return model.apply({"params": jax.tree.map(jnp.asarray, loaded.params)}, method=run)
 
 
 def test_the_language_model_computes_what_torch_does(start):

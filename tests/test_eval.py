@@ -252,5 +252,5 @@ def test_sheet_shows_every_image_as_painted_with_its_label():
 
 @pytest.mark.parametrize("labels", [[], ["a"], ["a", "b", "c"]])
 def test_sheet_wants_a_label_each(labels):
-    with pytest.raises(ValueError, match="one label each"):
+    with pytest.raises(ValueError, match="a label for each"):
         sheet.image_grid([np.zeros((8, 8, 3), np.uint8)] * (2 * bool(labels)), labels)

@@ -235,5 +235,5 @@ def test_what_cannot_be_adapted_is_an_error():
     cfg.train_parts, cfg.frozen_dtype = ("llm", "gen_head"), "float16"
     cfg.optim.moments_dtype, cfg.optim.b2 = "bfloat16", 0.999
     message = "\n".join(config_checks.train_problems(cfg))
-    for text in ("lora.targets", "['llm']", "frozen_dtype", "b2 of 0.98 or less"):
+    for text in ("lora.targets", "['llm']", "frozen_dtype", "moments_dtype"):
         assert text in message

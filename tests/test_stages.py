@@ -73,8 +73,8 @@ def test_a_stage_has_the_papers_values(stage, lr, warmup, steps, rows, frozen, m
 
 def test_a_change_of_the_mixture_keeps_every_sources_count():
     change, n = 137, 600
-    before, _ = packing.mixture([30, 50, 20], [0.9, 0.8, 1.0], [False] * 3)
-    after, _ = packing.mixture([14, 80, 6], [0.9, 0.8, 1.0], [False] * 3)
+    before, _ = packing.row_shares([30, 50, 20], [0.9, 0.8, 1.0], [False] * 3)
+    after, _ = packing.row_shares([14, 80, 6], [0.9, 0.8, 1.0], [False] * 3)
     ended = packing.count(change, before)
     assert sum(ended) == change
     seen = [0, 0, 0]

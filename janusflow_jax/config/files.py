@@ -19,17 +19,24 @@ def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]
       active: False: only gives the path, because another process replaces it.
     """
     part = path.parent / f".{path.name}.partial-{suffix or os.getpid()}"
+    old = path.parent / f"{part.name}-old"
     if active:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(part)
     try:
         yield part
         if active:
-            if part.is_dir():  # a file replaces a file by itself, at one instant
+            if os.path.isdir(path):  # a rename replaces a file, but not a folder
+                os.rename(path, old)
+            elif part.is_dir():
                 remove(path)
             part.replace(path)
+            if os.path.isdir(old):
+                remove(old)
     except BaseException:
         if active:
+            if os.path.isdir(old) and not os.path.exists(path):
+                os.rename(old, path)
             remove(part)
         raise
 

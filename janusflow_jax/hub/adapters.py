@@ -221,7 +221,9 @@ def digest(llm: dict[str, Any], targets: Iterable[str]) -> str:
 
 def read_config(values: dict[str, Any]) -> tuple[AdapterConfig | None, list[str]]:
     """(settings, []) of an `adapter_config.json`, or (None, everything that is wrong with it)."""
-    rank, alpha, targets = (values.get(n) for n in ("r", "lora_alpha", "target_modules"))
+    rank: Any = values.get("r")
+    alpha: Any = values.get("lora_alpha")
+    targets: Any = values.get("target_modules")
     ranks, alphas, ours = (
         values.get(n) or {} for n in ("rank_pattern", "alpha_pattern", "janusflow_jax")
     )

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, images, samples
 from janusflow_jax.eval import sheet
@@ -148,16 +148,10 @@ def build(
         )
     drawings = load_drawings(classes_lib.NEW if new_classes else classes_lib.CLASSES)
     splits = split_items(list(drawings), seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        built = _write_records(work / "new", splits, drawings, size, seed)
+    with files.replacing(out) as new, tempfile.TemporaryDirectory(dir=out.parent) as work:
+        built = _write_records(Path(work), splits, drawings, size, seed)
         (built / "CREDITS.txt").write_text(CREDITS)
-        if out.exists():
-            os.replace(out, work / "old")
-        os.replace(built, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.replace(built, new)
     return {name: len(items) for name, items in splits.items()}
 
 
