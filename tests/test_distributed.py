@@ -16,6 +16,7 @@ from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import loader
 from janusflow_jax.parallel import processes as distributed, trees
+from tools import crash_test
 
 BOUND_S = 120
 """A survivor ends within it (in seconds when alone on the machine)."""
@@ -24,7 +25,7 @@ BOUND_S = 120
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("squares") / "data"
-    jobs.crash_test.make_data(out)
+    crash_test.make_data(out)
     return out
 
 

@@ -20,6 +20,7 @@ from helpers.runs import read_metrics
 from janusflow_jax.checkpoints import model_folder, workdir
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.training import health
+from tools import crash_test
 
 SHORT = ("num_steps=1000", "save_every_steps=3")
 
@@ -27,7 +28,7 @@ SHORT = ("num_steps=1000", "save_every_steps=3")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("squares") / "data"
-    jobs.crash_test.make_data(out)
+    crash_test.make_data(out)
     return out
 
 
@@ -55,9 +56,9 @@ def test_five_kills_leave_no_trace(tmp_path):
     whole, other = tmp_path / "w" / "whole", tmp_path / "w" / "run1"
     lines = (other / "metrics.jsonl").read_text().splitlines()
     (other / "metrics.jsonl").write_text("\n".join(lines[:3] + lines[4:]))
-    assert "metrics: steps" in jobs.crash_test.differences(whole, other)[0]
+    assert "metrics: steps" in crash_test.differences(whole, other)[0]
     (other / "metrics.jsonl").write_text("\n".join(lines).replace('"lr": ', '"lr": 1'))
-    assert "metrics of step 1" in jobs.crash_test.differences(whole, other)
+    assert "metrics of step 1" in crash_test.differences(whole, other)
 
 
 @pytest.mark.slow
