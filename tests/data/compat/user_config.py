@@ -79,7 +79,7 @@ def tiny() -> c.ModelConfig:
     model.llm = c.LlamaConfig(
         vocab_size=640, width=16, mlp_width=32, num_layers=2, num_heads=2, num_kv_heads=2,
         head_dim=8,
-    )  # fmt: skip
+    )
     model.und = c.SiglipConfig(image_size=64, width=16, num_layers=1, num_heads=2, mlp_width=32)
     model.gen = c.GenConfig(width=8)
     model.vae = c.VaeConfig(channels=(4, 4, 4, 4), layers_per_block=1, norm_groups=2)
