@@ -52,15 +52,6 @@ def test_a_tiny_run_resumes_bit_for_bit(store):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_bit_for_bit(store):
-    train.train(config("whole"))
-    train.train(config("resumed", num_steps=2))
-    train.train(config("resumed", num_steps=4))
-    check_resumed_equals_whole(4)
-    assert all(x["loss_rf"] > 0 and x["loss_ar"] > 0 for x in read_metrics("whole"))
-
-
-@pytest.mark.slow
 def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
     cfg = config("whole")
     cfg.prompts, cfg.heldout = ("a red fox", "a blue fox"), cfg.data.sources[:1]
@@ -80,7 +71,7 @@ def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
 
 
 MESHES = {  # data, fsdp, tensor, slices
-    1: ((2, 2, 2, 1), (8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 4, 1), (4, 2, 1, 2), (2, 2, 2, 2)),
+    1: ((2, 2, 2, 1), (1, 2, 4, 1), (2, 2, 2, 2)),
     2: ((2, 2, 2, 1),),
 }
 
@@ -121,24 +112,6 @@ def test_sharded_step_equals_single_device(store, accum):
         np.testing.assert_allclose(
             losses[shape], losses[(1, 1, 1, 1)], rtol=2e-5, err_msg=f"mesh {shape}"
         )
-
-
-@pytest.mark.slow
-def test_accumulation_equals_one_big_batch(store):
-    chat = chat_format.ChatFormat.load(str(HUB))
-    out = {}
-    for accum in (1, 4):
-        cfg = config("x")
-        cfg.optim.accum_steps = accum
-        batches = loader.Loader(cfg.data, cfg.model, chat, 8).batches(0)
-        batch = next(batches)[0]
-        batches.close()
-        key = jax.random.key(0)
-        params, vae_params = fresh_params(cfg.model, key)
-        state = train_step.create_state(cfg, params, vae_params)
-        _, metrics = jax.jit(train_step.make_train_step(cfg))(state, batch)
-        out[accum] = [float(metrics[n]) for n in ("loss", "grad_norm", "grad_norm/llm")]
-    np.testing.assert_allclose(out[1], out[4], rtol=1e-5)
 
 
 @pytest.mark.slow
