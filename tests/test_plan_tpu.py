@@ -83,7 +83,8 @@ def test_neither_activations_nor_stacked_parameters_are_gathered(run):
     per_layer = math.prod((cfg.model.llm.width, cfg.model.llm.mlp_width)) // 2  # of two: tensor
     assert sum(x.times for x in gathers if per_layer in (elements(x), elements(x) // 2)) >= 3 * 3
     assert not activation_gathers(items, shapes(run), own(cfg, run.mesh))
-    assert not stack_gathers(items, shapes(run))
+    # A patch embedding's kernel has four dimensions, but is no stack of layers.
+    assert not [x for x in stack_gathers(items, shapes(run)) if "patch_embed" not in x.op_name]
     head = cfg.model.llm.width * cfg.model.llm.vocab_size
     assert max(elements(x) for x in gathers) < head // 8  # neither the head nor the embedding moves
     assert plan_report.memory(run)["fits"]

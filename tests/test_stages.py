@@ -271,7 +271,7 @@ def test_latents_are_encoded_clean_at_t_1():
     z = jax.random.normal(jax.random.key(1), (2, *cfg.latent_shape))
     run = lambda method, *args: model.apply({"params": params}, *args, method=method)  # noqa: E731
     slot = run("understanding_slot", z)
-    _, at_1, _ = run("generation_slot", z, jnp.full(2, 1000.0, jnp.float32))
+    _, at_1, _ = run("generation_slot", z, jnp.ones(2, jnp.float32))
     _, at_0, _ = run("generation_slot", z, jnp.zeros(2, jnp.float32))
     want = at_1.reshape(2, -1, cfg.gen.width) @ params["und_aligner"]["kernel"]
     np.testing.assert_allclose(slot[:, 1:], want, atol=1e-5)
@@ -298,7 +298,7 @@ def test_small_pictures_taken_at_once_train_as_one_by_one(monkeypatch):
     slots = []
     over_slots = encode.over_slots
     monkeypatch.setattr(
-        losses, "over_slots", lambda fn, x, n=1: slots.append(n) or over_slots(fn, x, n)
+        encode, "over_slots", lambda fn, x, n=1: slots.append(n) or over_slots(fn, x, n)
     )
 
     def gradient():  # not the VAE's own: one by one that is what is slow

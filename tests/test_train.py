@@ -71,7 +71,7 @@ def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
 
 
 MESHES = {  # data, fsdp, tensor, slices
-    1: ((2, 2, 2, 1), (1, 2, 4, 1), (2, 2, 2, 2)),
+    1: ((1, 2, 4, 1), (2, 2, 2, 2)),
     2: ((2, 2, 2, 1),),
 }
 
