@@ -67,7 +67,7 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
         return own
     if isinstance(error, flags.Error):
         return f"{error}\n--helpshort lists the flags"
-    reason = str(error).strip().splitlines()[-1].strip()
+    reason = (str(error).strip().splitlines() or ["no message"])[-1].strip()
     return (
         f"--config: expected a file such as configs/emoji.py:F; got {file!r} "
         f"({line}{type(error).__name__}: {reason})"
