@@ -86,8 +86,8 @@ def main() -> None:
         edges = [0, 50, 100, 200, 400, 800, 1600, 4096]
         print(f"{'text tokens':12}" + "".join(f"{f'<{e}':>8}" for e in edges[1:]) + "    mean")
         for source in packed.sources:
-            slots = source.samples.images * packed.model.slot_len
-            text = source.samples.length - slots
+            samples = source.bins.samples
+            text = samples.length - samples.images * packed.model.slot_len
             share = np.histogram(text, edges)[0] / len(text)
             cells = "".join(f"{x:8.1%}" for x in share)
             print(f"{source.name:12}{cells}  {text.mean():6.0f}")

@@ -14,7 +14,7 @@ from helpers import scenes
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import checks as config_checks
 from janusflow_jax.config.errors import DataError
-from janusflow_jax.data import chat_format, lengths, rows, sources
+from janusflow_jax.data import chat_format, packing, rows, sources
 
 HUB = Path(__file__).parent / "data" / "golden" / "tiny" / "janusflow"
 MODEL = config_lib.model_config("test")
@@ -124,8 +124,8 @@ def test_rows_read_mapped_fields_and_lengths_are_of_them(catalog):
         made = rows.Rows(cfg, MODEL, chat)
         row, bad = made.row(0)
         assert not bad and (row["slot_task"] == 1).any()
-        tails.append(made.sources[0].samples.length.tolist())
-        kept = lengths.lengths_path(catalog, "train", "generate", "plain", chat, fields)
+        tails.append(made.sources[0].bins.samples.length.tolist())
+        kept = packing.lengths_path(catalog, "train", "generate", "plain", chat, fields)
         assert kept.exists()
     assert tails[0] != tails[1]
 

@@ -15,7 +15,7 @@ import pytest
 from helpers import scenes
 
 from janusflow_jax.config.errors import DataError
-from janusflow_jax.data import chat_format, images, lengths, sources
+from janusflow_jax.data import chat_format, images, packing, sources
 from janusflow_jax.data.prepare import build, engines, parquet, records, report as report_lib
 from janusflow_jax.data.prepare.inputs import Skipped
 from janusflow_jax.data.prepare.records import Options
@@ -94,9 +94,9 @@ def test_report_lengths_and_splits(folder, tmp_path):
     for split in ("train", "heldout"):
         source = sources.open_source(out, split)
         for task, form in (("generate", "chat"), ("understand", "plain")):
-            assert lengths.lengths_path(out, split, task, form, chat).exists()
-            got = lengths.load_lengths(source, str(out), split, task, form, chat)
-            want = lengths.measure(source, task, form, chat)
+            assert packing.lengths_path(out, split, task, form, chat).exists()
+            got = packing.load_lengths(source, str(out), split, task, form, chat)
+            want = packing.measure_lengths(source, task, form, chat)
             for a, b in zip(got, want, strict=True):
                 np.testing.assert_array_equal(a, b)
                 assert a.dtype == b.dtype
@@ -291,8 +291,8 @@ def test_duplicates_across_shards_leave_the_first(tmp_path):
     assert report.skipped["id: duplicate"]["count"] == 20
     chat = chat_format.ChatFormat.load(HUB)
     source = sources.open_source(tmp_path / "out", "train")
-    measured = lengths.load_lengths(source, str(tmp_path / "out"), "train", "text", "plain", chat)
-    for a, b in zip(measured, lengths.measure(source, "text", "plain", chat), strict=True):
+    measured = packing.load_lengths(source, str(tmp_path / "out"), "train", "text", "plain", chat)
+    for a, b in zip(measured, packing.measure_lengths(source, "text", "plain", chat), strict=True):
         np.testing.assert_array_equal(a, b)
     again = Options("text", (str(file),), kind="text", shard_bytes=200, ids="place")
     assert run(again, tmp_path / "places").num_records == 50

@@ -14,7 +14,7 @@ from helpers.records import HUB, MODEL, Store, png
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import UNDERSTAND
-from janusflow_jax.data import chat_format, images, lengths, packing, rows, samples, sources
+from janusflow_jax.data import chat_format, images, packing, rows, samples, sources
 
 WORDS = "a red fox sits in the snow beside a quiet river while it rains".split()
 
@@ -95,7 +95,7 @@ def test_a_conversation_is_split_at_turns_and_every_answer_is_learned_once(
 ):
     made = open_rows(chat, path, task)
     source = made.sources[0]
-    assert len(source.samples) > len(stores[path])  # some were split
+    assert len(source.bins.offsets) > len(stores[path])  # some were split
     got = []
     for row, where in epoch(made):
         ids = row["tokens"][where]
@@ -111,7 +111,7 @@ def test_a_conversation_is_split_at_turns_and_every_answer_is_learned_once(
         if turn["role"] == "assistant"
     ]
     lost = len(every) - len(got)
-    assert lost == source.samples.left_out > 0
+    assert lost == source.left_out > 0
     assert collections.Counter(got) <= collections.Counter(every) and len(got) > 40
 
 
@@ -122,17 +122,15 @@ def test_images_of_a_sample_stand_in_order_where_they_are_marked(stores, chat):
         row, _ = made.row(r)
         ids = row["segment_ids"]
         slot = 0
-        for place, (i, _) in enumerate(source.bins[r_bin(made, r)]):
+        for place, sample in enumerate(source.bins[r_bin(made, r)]):
             where = np.flatnonzero(ids == place + 1)
-            record = stores["talks"][int(source.samples.record[i])]
+            record = stores["talks"][sample.record]
             _, turns = samples.turns_of(record)
             groups = samples.exchanges(turns)
             before = sum(
-                t["content"].count(chat.image_tag)
-                for g in groups[: int(source.samples.begin[i])]
-                for t in g
+                t["content"].count(chat.image_tag) for g in groups[: sample.begin] for t in g
             )
-            count = int(source.samples.images[i])
+            count = sample.images
             several += count > 1
             held = np.flatnonzero(row["tokens"][where] == chat.image_start_id) + where[0]
             assert held.tolist() == row["slot_start"][slot : slot + count].tolist()
@@ -154,7 +152,7 @@ def r_bin(made: rows.Rows, row: int) -> int:
 def test_a_document_learns_all_its_text_and_is_never_cut_inside_an_image(stores, chat):
     made = open_rows(chat, "docs", "understand", row_len=80)
     source = made.sources[0]
-    assert len(source.samples) > 20 and not source.samples.left_out
+    assert len(source.bins.offsets) > 20 and not source.left_out
     learned = 0
     for row, where in epoch(made):
         ids = row["tokens"][where]
@@ -175,34 +173,33 @@ def test_a_document_learns_all_its_text_and_is_never_cut_inside_an_image(stores,
 
 def test_long_text_is_cut_into_even_pieces_and_every_token_is_learned_once(stores, chat):
     made = open_rows(chat, "long", "text", row_len=64)
-    table = made.sources[0].samples
-    assert len(table) >= 30 and not table.left_out
+    table = made.sources[0].bins.samples
+    assert len(table.record) >= 30 and not made.sources[0].left_out
     assert (table.length <= 64).all() and table.length[table.record == 8].min() > 55
     got = {}
     for place in range(len(made.sources[0].bins)):
         row, bad = made.row(place)
         assert not bad
-        bins = made.sources[0].bins
-        for segment, (i, _) in enumerate(bins[r_bin(made, place)], start=1):
+        for segment, sample in enumerate(made.sources[0].bins[r_bin(made, place)], start=1):
             where = np.flatnonzero(row["segment_ids"] == segment)
-            got[i] = targets(row, where)
+            got[sample.record, sample.begin] = targets(row, where)
             assert row["tokens"][where[0]] == chat.bos_id
     for record in range(9):
-        joined = sum((got[p] for p in np.flatnonzero(table.record == record).tolist()), [])
+        joined = sum((got[key] for key in sorted(got) if key[0] == record), [])
         ids = chat.plain_text(stores["long"][record]["text"]).ids
         assert joined == ids[1:].tolist()
 
 
 def test_what_no_row_can_hold_is_left_out_and_counted():
-    units = lengths.Lengths(
+    units = packing.Lengths(
         offsets=np.array([0, 3, 4]),
         text=np.zeros(2, bool),
         first=np.array([30, 95, 20, 10], np.int32),
         more=np.array([25, 90, 15, 5], np.int32),
         images=np.array([1, 1, 0, 4], np.int32),
     )
-    table = packing.divide(units, slot_len=17, row_len=100, slots=3, head=1)
-    assert table.left_out == 2  # an exchange of 112 positions, and one with four images
+    table, left_out = packing.divide(units, slot_len=17, row_len=100, slots=3, head=1)
+    assert left_out == 2  # an exchange of 112 positions, and one with four images
     assert table.record.tolist() == [0, 0] and table.begin.tolist() == [0, 2]
     assert table.length.tolist() == [47, 20] and table.images.tolist() == [1, 0]
 

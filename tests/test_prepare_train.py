@@ -15,7 +15,7 @@ from helpers import scenes
 from PIL import Image
 
 from janusflow_jax import config as c, train
-from janusflow_jax.data import lengths
+from janusflow_jax.data import packing
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
@@ -90,7 +90,7 @@ def test_prepare_train_two_steps_resume(form, tmp_path, monkeypatch):
     assert report["records"] == {"train": COUNT}
     assert report["num_skipped"] == 0
     # training uses the stored lengths: it measures nothing
-    monkeypatch.setattr(lengths, "measure", lambda *_: pytest.fail("lengths were measured"))
+    monkeypatch.setattr(packing, "measure_lengths", lambda *_: pytest.fail("lengths were measured"))
     cfg = runpy.run_path(str(ROOT / "configs" / "emoji.py"))["get_config"]("test")
     cfg.tokenizer, cfg.workdir, cfg.prompts, cfg.heldout = str(HUB), "run", (), ()
     cfg.data.sources = tuple(

@@ -21,7 +21,7 @@ from janusflow_jax.config import (
     stages as config_stages,
 )
 from janusflow_jax.config.errors import ConvertError
-from janusflow_jax.data import packing, sources
+from janusflow_jax.data import mixture as mixture_lib, sources
 from janusflow_jax.models import encode, janusflow, vae
 from janusflow_jax.parallel import trees
 from janusflow_jax.training import losses, step as train_step
@@ -73,22 +73,22 @@ def test_a_stage_has_the_papers_values(stage, lr, warmup, steps, rows, frozen, m
 
 def test_a_change_of_the_mixture_keeps_every_sources_count():
     change, n = 137, 600
-    before, _ = packing.row_shares([30, 50, 20], [0.9, 0.8, 1.0], [False] * 3)
-    after, _ = packing.row_shares([14, 80, 6], [0.9, 0.8, 1.0], [False] * 3)
-    ended = packing.count(change, before)
+    before, _ = mixture_lib.row_shares([30, 50, 20], [0.9, 0.8, 1.0], [False] * 3)
+    after, _ = mixture_lib.row_shares([14, 80, 6], [0.9, 0.8, 1.0], [False] * 3)
+    ended = mixture_lib.count(change, before)
     assert sum(ended) == change
     seen = [0, 0, 0]
     for row in range(n):
         shares, first = (before, 0) if row < change else (after, change)
-        source, k = packing.interleave(row - first, shares)
+        source, k = mixture_lib.interleave(row - first, shares)
         assert k + (ended[source] if first else 0) == seen[source]
         seen[source] += 1
 
 
 @pytest.mark.parametrize("shares", [[1, 2, 999_997], [1_000_000, 0, 0], [0, 1_000_000, 0]])
 def test_count_is_what_interleave_gives(shares):
-    got = np.bincount([packing.interleave(r, shares)[0] for r in range(300)], minlength=3)
-    assert packing.count(300, shares) == got.tolist()
+    got = np.bincount([mixture_lib.interleave(r, shares)[0] for r in range(300)], minlength=3)
+    assert mixture_lib.count(300, shares) == got.tolist()
 
 
 def test_per_sample_weights_follow_the_mixture():

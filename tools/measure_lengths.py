@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from janusflow_jax import cli
-from janusflow_jax.data import chat_format, lengths, sources
+from janusflow_jax.data import chat_format, packing, sources
 
 
 def main() -> None:
@@ -37,9 +37,9 @@ def main() -> None:
     chat = chat_format.ChatFormat.load(args.tokenizer)
     opened = sources.open_source(args.data, args.split)
     source = sources.mapped(opened, fields, args.task)
-    measured = lengths.measure(source, args.task, args.format, chat)
-    file = lengths.lengths_path(args.data, args.split, args.task, args.format, chat, fields)
-    lengths.store(file, measured, chat)
+    measured = packing.measure_lengths(source, args.task, args.format, chat)
+    file = packing.lengths_path(args.data, args.split, args.task, args.format, chat, fields)
+    packing.store_lengths(file, measured, chat)
     print(
         f"{file}: {len(measured):,} records in {len(measured.first):,} units of "
         f"{measured.first.mean():.1f} tokens, the longest {measured.first.max()}; "

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from janusflow_jax import cli
-from janusflow_jax.data import chat_format, lengths, sources
+from janusflow_jax.data import chat_format, packing, sources
 from janusflow_jax.openmoji import build, tokenizer
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         chat = chat_format.ChatFormat.load(args.tokenizer)
         source = sources.open_source(args.out, "train")
         for task in ("generate", "understand"):
-            lengths.load_lengths(source, str(args.out), "train", task, "chat", chat)
+            packing.load_lengths(source, str(args.out), "train", task, "chat", chat)
     print(f"done in {time.time() - start:.1f} s; credits in {args.out / 'CREDITS.txt'}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from concurrent import futures
 
 import numpy as np
 from absl import logging
@@ -78,37 +77,30 @@ class Loader:
           DataError: more than cfg.max_bad_share of the samples, and more than MIN_BAD, are bad, or
             the store cannot be read.
         """
-        places = list(range(self.batch_rows) if rows_of_process is None else rows_of_process)
-        if not places or not all(0 <= place < self.batch_rows for place in places):
-            raise ValueError(
-                f"rows_of_process: expected places below batch_rows {self.batch_rows}; got {places}"
-            )
         import grain
 
-        threads = max(self.cfg.num_threads, 1)
-        numbers = _RowNumbers(first_row, self.batch_rows, places)
-        read = grain.ReadOptions(
-            num_threads=threads, prefetch_buffer_size=max(AHEAD * len(places), threads)
+        places = list(range(self.batch_rows) if rows_of_process is None else rows_of_process)
+
+        def read(index: int) -> Row:
+            """Row of this process, counted from `first_row`."""
+            batch, place = divmod(index, len(places))
+            return self.rows.row(first_row + batch * self.batch_rows + places[place])
+
+        options = grain.ReadOptions(
+            num_threads=self.cfg.num_threads,
+            prefetch_buffer_size=max(AHEAD * len(places), self.cfg.num_threads),
         )
-        rows = grain.MapDataset.source(numbers).map(self.rows.row).to_iter_dataset(read)
-        iterator = iter(rows.batch(len(places), batch_fn=_stack))
-        stacker = futures.ThreadPoolExecutor(1, "batch")  # stacks the next batch during a step
+        rows = grain.MapDataset.range(sys.maxsize // self.batch_rows).map(read)
+        batches = rows.to_iter_dataset(options).batch(len(places), batch_fn=_stack)
         num_samples, num_bad = counted
-        future = stacker.submit(next, iterator)
-        try:
-            while True:
-                batch, bad = future.result()
-                future = stacker.submit(next, iterator)
-                num_bad += len(bad)
-                num_samples += len(bad) + sum(_num_segments(ids) for ids in batch["segment_ids"])
-                for sample in bad:
-                    logging.warning("bad sample: %s", sample)
-                self._check(num_bad, num_samples, bad)
-                first_row += self.batch_rows
-                first = first_row - self.batch_rows
-                yield batch, Report(first, first_row, bad, num_samples, num_bad)
-        finally:
-            stacker.shutdown(cancel_futures=True)  # waits for the batch that is being made
+        for batch_number, (batch, bad) in enumerate(batches):
+            num_bad += len(bad)
+            num_samples += len(bad) + sum(_num_segments(ids) for ids in batch["segment_ids"])
+            for sample in bad:
+                logging.warning("bad sample: %s", sample)
+            self._check(num_bad, num_samples, bad)
+            first = first_row + batch_number * self.batch_rows
+            yield batch, Report(first, first + self.batch_rows, bad, num_samples, num_bad)
 
     def _check(self, num_bad: int, num_samples: int, bad: list[rows_lib.BadSample]) -> None:
         if num_bad <= MIN_BAD or num_bad <= self.cfg.max_bad_share * num_samples:
@@ -143,20 +135,6 @@ class Ahead:
             self._next = next(self._batches)
         except Exception as error:  # noqa: BLE001 - raised when all processes know
             self.error = error
-
-
-class _RowNumbers:
-    """Row numbers of one process's places in endless batches, as a random-access source."""
-
-    def __init__(self, first_row: int, batch_rows: int, places: Sequence[int]):
-        self._first_row, self._batch_rows, self._places = first_row, batch_rows, places
-
-    def __len__(self) -> int:
-        return sys.maxsize // self._batch_rows
-
-    def __getitem__(self, index: int) -> int:
-        batch, place = divmod(index, len(self._places))
-        return self._first_row + batch * self._batch_rows + self._places[place]
 
 
 def _stack(rows: Sequence[Row]) -> tuple[Batch, list[rows_lib.BadSample]]:

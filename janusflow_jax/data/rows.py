@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import (
     cache as latent_cache,
     chat_format,
-    lengths,
+    mixture as mixture_lib,
     packing,
     samples,
     slots as slots_lib,
@@ -54,10 +53,18 @@ class Source:
     cfg: config_lib.SourceConfig
     name: str
     records: Any
-    samples: packing.SampleTable
-    bins: packing.Bins  # of numbers in `samples`
-    key: int  # of its permutations
+    bins: packing.Bins
+    left_out: int  # units that no row can hold
     cache: latent_cache.Cache | None
+
+    @property
+    def task(self) -> int:
+        return _TASKS[self.cfg.task]
+
+    @property
+    def key(self) -> int:
+        """Of its permutations."""
+        return zlib.crc32(f"{self.name}:{self.cfg.task}".encode())
 
 
 class Rows:
@@ -78,22 +85,28 @@ class Rows:
           chat: the tokenizer.
           repa: whether the loss reads SigLIP's features of generation slots.
         Raises:
-          DataError: the tokenizer, the model and the mixture do not fit together (lists all), or a
-            data set, its lengths or its cache cannot be used.
+          DataError: the tokenizer does not fit the model, or a data set, its lengths or its cache
+            cannot be used.
         """
         self.cfg, self.model, self.chat = cfg, model, chat
-        _raise(_problems(cfg, model, chat))
+        if chat.num_image_tokens != model.num_image_tokens:
+            raise DataError(
+                f"tokenizer {chat.folder}: expected {model.num_image_tokens} positions an image "
+                f"(the model's); got {chat.num_image_tokens}: load it with "
+                "num_image_tokens=cfg.model.num_image_tokens"
+            )
+        chat.check_vocab(model.llm.vocab_size)
         self.sources = [self._open(source) for source in cfg.sources]
-        _raise(
-            f"{s.name}: expected samples that fit data.row_len {cfg.row_len} and the slots of task "
-            f"{s.cfg.task}; none of its {len(s.records)} records makes one"
-            for s in self.sources
-            if not len(s.bins)
+        gen, und = (
+            slots_lib.manifest_of(self.sources, task, model, cfg.cached_features)
+            for task in ("generate", "understand")
         )
-        self.slots = self._slots(repa)
-        self.fill = [s.bins.used / (len(s.bins) * cfg.row_len) for s in self.sources]
-        is_text = [s.cfg.task == "text" for s in self.sources]
-        self.mixtures = packing.mixtures(cfg.phases(), self.fill, is_text)
+        self.slots = slots_lib.Slots(cfg, model, gen, und, repa)
+        self.fill = [
+            int(s.bins.samples.length.sum()) / (len(s.bins) * cfg.row_len) for s in self.sources
+        ]
+        is_text = [s.task == NONE for s in self.sources]
+        self.mixtures = mixture_lib.mixtures(cfg.phases(), self.fill, is_text)
 
     def row(self, row: int) -> tuple[dict[str, np.ndarray], list[BadSample]]:
         """One row, and the records that had to be left out of it.
@@ -107,114 +120,60 @@ class Rows:
         Raises:
           DataError: the store cannot be read.
         """
-        cfg = self.cfg
         which, _, b = self.locate(row)
         source = self.sources[which]
-        table, task = source.samples, _TASKS[source.cfg.task]
-        out, bad = self._empty(row), []
-        slot = self.slots.first(task)
-        for place, (i, offset) in enumerate(source.bins[b]):  # sample i begins at `offset`
-            record = int(table.record[i])
+        out, bad = self._padding(row), []
+        slot = self.slots.first(source.task)
+        segment = end = 0
+        for segment, placed in enumerate(source.bins[b], start=1):
             # The caption, the crop and whether the prompt is dropped are drawn by this key.
-            key = (cfg.seed, row, place if task == NONE else slot)
+            key = (self.cfg.seed, row, segment - 1 if source.task == NONE else slot)
             try:
-                sample = self._sample(source, i, key)
-                images = self.slots.load(task, source.cache, record, sample.images, key)
-            except DataError as e:
-                if e.reason == sources.UNREADABLE:
-                    raise
-                # Its positions and slots stay empty, so that nothing else moves.
-                bad.append(BadSample(row, source.name, record, str(e)))
+                sample = self._read_sample(source, placed.record, key, placed.begin, placed.end)
+                if len(sample.tokens) > placed.length or len(sample.images) != placed.images:
+                    raise DataError(
+                        f"expected at most {placed.length} positions and {placed.images} image(s), "
+                        f"as measured; got {len(sample.tokens)} and {len(sample.images)}: measure "
+                        "lengths again"
+                    )
+                starts = [placed.offset + start for start in sample.slot_starts]
+                self.slots.fill(
+                    out, source.task, slot, starts, sample.images, source.cache, placed.record
+                )
+            except DataError as error:  # its positions and slots stay empty: nothing else moves
+                bad.append(_bad_sample(row, source, placed.record, error))
             else:
-                drop = task == GENERATE and _bernoulli(key, packing.DROP_PROMPT, cfg.drop_prompt)
-                _write(out, sample, offset, place + 1, drop_prompt=drop)
-                self.slots.fill(out, task, slot, [offset + x for x in sample.slot_starts], images)
-            slot += int(table.images[i])
-        filler = packing.mixture_of(self.mixtures, row).filler
-        if task != NONE and _bernoulli((cfg.seed, row), packing.FILL_TAIL, filler):
-            i, offset = source.bins[b][-1]
-            end, place = offset + int(table.length[i]), len(source.bins[b])
-            bad += self._fill_tail(out, row, end, place)
+                drop_prompt = source.task == GENERATE and mixture_lib.bernoulli(
+                    key, mixture_lib.DROP_PROMPT, self.cfg.drop_prompt
+                )
+                _write(out, sample, placed.offset, segment, drop_prompt)
+            slot += placed.images
+            end = placed.offset + placed.length
+        if source.task != NONE:
+            bad += self._fill_tail(out, row, end, segment)
         return out, bad
 
     def locate(self, row: int) -> tuple[int, int, int]:
         """(source, epoch of that source, bin) of a row."""
-        mixture = packing.mixture_of(self.mixtures, row)
-        which, k = packing.interleave(row - mixture.first_row, mixture.shares)
+        mixture = self._mixture(row)
+        which, k = mixture_lib.interleave(row - mixture.first_row, mixture.shares)
         source = self.sources[which]
         epoch, place = divmod(mixture.earlier[which] + k, len(source.bins))
         key = (self.cfg.seed, source.key, epoch)
-        return which, epoch, packing.permute(place, len(source.bins), key)
+        return which, epoch, mixture_lib.permute(place, len(source.bins), key)
 
     def records(self, row: int) -> tuple[str, list[int]]:
         """Name of a row's source, and the numbers of the records in the row, in order."""
         which, _, b = self.locate(row)
         source = self.sources[which]
-        return source.name, [int(source.samples.record[i]) for i, _ in source.bins[b]]
+        return source.name, [placed.record for placed in source.bins[b]]
 
-    def shares(self, mixture: packing.Mixture) -> np.ndarray:
-        """Share of the mixture's positions that each source has."""
-        rows, fill = np.array(mixture.shares) / packing.SHARE_UNITS, np.array(self.fill)
-        is_text = np.array([s.cfg.task == "text" for s in self.sources])
-        positions = rows * fill
-        weights = np.array(mixture.weights) * is_text
-        if weights.any():  # text also fills the tails of the other rows
-            tails = mixture.filler * float((rows * (1 - fill))[~is_text].sum())
-            positions = positions + tails * weights / weights.sum()
-        return positions / positions.sum()
+    def _mixture(self, row: int) -> mixture_lib.Mixture:
+        """The mixture that holds for a row."""
+        return next(m for m in reversed(self.mixtures) if m.first_row <= row)
 
-    def summary(self, mixture: packing.Mixture) -> str:
-        """A line for each source."""
-        lines = []
-        for s, fill, share in zip(self.sources, self.fill, self.shares(mixture), strict=True):
-            left_out = f"; {s.samples.left_out} too long, left out" if s.samples.left_out else ""
-            lines.append(
-                f"{s.name} ({s.cfg.task}): {len(s.bins.samples)} samples of {len(s.records)} "
-                f"records in {len(s.bins)} bins, {fill:.1%} of positions used, {share:.1%} of the "
-                f"mixture{left_out}"
-            )
-        return "\n".join(lines)
-
-    def _open(self, cfg: config_lib.SourceConfig) -> Source:
-        records = sources.mapped(sources.open_source(cfg.path, cfg.split), cfg.fields, cfg.task)
-        measured = lengths.load_lengths(
-            records, cfg.path, cfg.split, cfg.task, cfg.format, self.chat
-        )
-        slots = {"generate": self.cfg.gen_slots, "understand": self.cfg.und_slots}.get(cfg.task, 0)
-        row_len, slot_len = self.cfg.row_len, self.model.slot_len
-        table = packing.divide(measured, slot_len, row_len, slots, int(self.chat.add_bos))
-        name = cfg.name or f"{cfg.path}:{cfg.split}:{cfg.task}"
-        return Source(
-            cfg=cfg,
-            name=name,
-            records=records,
-            samples=table,
-            bins=packing.pack(table.length, table.images, row_len, slots),
-            key=zlib.crc32(f"{name}:{cfg.task}".encode()),
-            cache=latent_cache.Cache(cfg.cache) if cfg.cache else None,
-        )
-
-    def _slots(self, repa: bool) -> slots_lib.Slots:
-        """How slots are filled; every cache must fit its source and the other caches."""
-        problems, manifests = [], {}
-        for task in ("generate", "understand"):
-            caches = []
-            for s in self.sources:
-                if s.cache is not None and s.cfg.task == task:
-                    caches.append(s.cache)
-                    problems += slots_lib.cache_problems(
-                        s.name, s.cache, s.records, s.cfg.split, task, self.model
-                    )
-            features = task == "understand" or self.cfg.cached_features
-            problems += slots_lib.batch_problems(caches, features)
-            manifests[task] = caches[0].manifest if caches else None
-        _raise(problems)
-        return slots_lib.Slots(
-            self.cfg, self.model, manifests["generate"], manifests["understand"], repa
-        )
-
-    def _empty(self, row: int) -> dict[str, np.ndarray]:
-        """A row of padding."""
+    def _padding(self, row: int) -> dict[str, np.ndarray]:
+        """A row without samples."""
         length = self.cfg.row_len
         return {
             "row": np.array(row, np.uint32),
@@ -225,63 +184,96 @@ class Rows:
             **self.slots.empty(),
         }
 
-    def _sample(self, source: Source, i: int, key: tuple[int, ...]) -> samples.Sample:
-        """Sample i of a source; raises DataError also where it is larger than was measured."""
-        table = source.samples
-        record = source.records[int(table.record[i])]
-        sample = self._encode(source, record, key, int(table.begin[i]), int(table.end[i]))
-        n, length = len(sample.tokens), int(table.length[i])
-        if n > length or len(sample.images) != table.images[i]:
-            raise DataError(
-                f"expected at most {length} positions and {table.images[i]} image(s), as "
-                f"measured; got {n} and {len(sample.images)}: measure lengths again"
-            )
-        return sample
-
-    def _encode(
-        self,
-        source: Source,
-        record: dict[str, Any],
-        key: tuple[int, ...],
-        begin: int = 0,
-        end: int = -1,
+    def _read_sample(
+        self, source: Source, record: int, key: tuple[int, ...], begin: int = 0, end: int = -1
     ) -> samples.Sample:
+        """Units [begin, end) of a record, with a caption drawn by `key`."""
+
         def choose(n: int) -> int:
-            return int(packing.generator(key, packing.CAPTION).integers(n)) if n > 1 else 0
+            generator = mixture_lib.generator(key, mixture_lib.CAPTION)
+            return int(generator.integers(n)) if n > 1 else 0
 
         cfg = source.cfg
-        return samples.encode(record, cfg.task, cfg.format, self.chat, choose, begin, end)
+        return samples.encode(
+            source.records[record], cfg.task, cfg.format, self.chat, choose, begin, end
+        )
 
     def _fill_tail(
-        self, out: dict[str, np.ndarray], row: int, end: int, place: int
+        self, out: dict[str, np.ndarray], row: int, end: int, segment: int
     ) -> list[BadSample]:
-        """Fills the positions from `end` on with random stretches of text; returns bad records."""
-        texts = [i for i, s in enumerate(self.sources) if s.cfg.task == "text"]
-        mixture = packing.mixture_of(self.mixtures, row)
+        """Fills the positions from `end` on with random stretches of text, in the part of the rows
+        that the mixture wants; returns bad records."""
+        mixture = self._mixture(row)
+        if not mixture_lib.bernoulli((self.cfg.seed, row), mixture_lib.FILL_TAIL, mixture.filler):
+            return []
+        texts = [i for i, s in enumerate(self.sources) if s.task == NONE]
         weights = np.array([mixture.weights[i] for i in texts], np.float64)
-        draw = packing.generator((self.cfg.seed, row, place), packing.FILL_TAIL)
+        draw = mixture_lib.generator((self.cfg.seed, row, segment), mixture_lib.FILL_TAIL)
         head = int(self.chat.add_bos)
-        while self.cfg.row_len - end >= _MIN_FILLER:
+        while (room := self.cfg.row_len - end) >= _MIN_FILLER:
             source = self.sources[texts[int(draw.choice(len(texts), p=weights / weights.sum()))]]
-            number = int(draw.integers(len(source.records)))
+            record = int(draw.integers(len(source.records)))
             try:
-                record = source.records[number]
-                sample = self._encode(source, record, (self.cfg.seed, row, place))
-            except DataError as e:
-                if e.reason == sources.UNREADABLE:
-                    raise
-                return [BadSample(row, source.name, number, str(e))]
-            room = self.cfg.row_len - end
+                sample = self._read_sample(source, record, (self.cfg.seed, row, segment))
+            except DataError as error:
+                return [_bad_sample(row, source, record, error)]
             if len(sample.tokens) > room:
                 start = int(draw.integers(len(sample.tokens) - room + 1))
                 sample = sample.cut(start, start + room - head, head)
-            _write(out, sample, end, place + 1)
-            end, place = end + len(sample.tokens), place + 1
+            segment += 1
+            _write(out, sample, end, segment)
+            end += len(sample.tokens)
         return []
 
+    def shares(self, mixture: mixture_lib.Mixture) -> np.ndarray:
+        """Share of the mixture's positions that each source has."""
+        rows, fill = np.array(mixture.shares) / mixture_lib.SHARE_UNITS, np.array(self.fill)
+        is_text = np.array([s.task == NONE for s in self.sources])
+        positions = rows * fill
+        weights = np.array(mixture.weights) * is_text
+        if weights.any():  # text also fills the tails of the other rows
+            tails = mixture.filler * float((rows * (1 - fill))[~is_text].sum())
+            positions = positions + tails * weights / weights.sum()
+        return positions / positions.sum()
 
-def _bernoulli(key: tuple[int, ...], purpose: int, probability: float) -> bool:
-    return packing.generator(key, purpose).random() < probability
+    def summary(self, mixture: mixture_lib.Mixture) -> str:
+        """A line for each source."""
+        lines = []
+        for s, fill, share in zip(self.sources, self.fill, self.shares(mixture), strict=True):
+            left_out = f"; {s.left_out} too long, left out" if s.left_out else ""
+            lines.append(
+                f"{s.name} ({s.cfg.task}): {len(s.bins.offsets)} samples of {len(s.records)} "
+                f"records in {len(s.bins)} bins, {fill:.1%} of positions used, {share:.1%} of the "
+                f"mixture{left_out}"
+            )
+        return "\n".join(lines)
+
+    def _open(self, cfg: config_lib.SourceConfig) -> Source:
+        records = sources.mapped(sources.open_source(cfg.path, cfg.split), cfg.fields, cfg.task)
+        lengths = packing.load_lengths(
+            records, cfg.path, cfg.split, cfg.task, cfg.format, self.chat
+        )
+        slots = {"generate": self.cfg.gen_slots, "understand": self.cfg.und_slots}.get(cfg.task, 0)
+        row_len, slot_len = self.cfg.row_len, self.model.slot_len
+        divided, left_out = packing.divide(
+            lengths, slot_len, row_len, slots, head=int(self.chat.add_bos)
+        )
+        name = cfg.name or f"{cfg.path}:{cfg.split}:{cfg.task}"
+        if not len(divided.record):
+            raise DataError(
+                f"{name}: expected samples that fit data.row_len {row_len} and the slots of task "
+                f"{cfg.task}; none of its {len(records)} records makes one"
+            )
+        bins = packing.pack(divided, row_len, slots)
+        cache = latent_cache.Cache(cfg.cache) if cfg.cache else None
+        return Source(cfg, name, records, bins, left_out, cache)
+
+
+def _bad_sample(row: int, source: Source, record: int, error: DataError) -> BadSample:
+    """What is reported of a bad record; raises where the store fails: the record may be good."""
+    if error.reason == sources.UNREADABLE:
+        raise error
+    return BadSample(row, source.name, record, str(error))
 
 
 def _write(
@@ -301,30 +293,3 @@ def _write(
     out["positions"][inside] = np.arange(len(sample.tokens))
     out["target_mask"][inside] = sample.target_mask
     out["segment_ids"][inside] = np.where(drop_prompt & sample.prompt_mask, 0, segment)
-
-
-def _raise(problems: Iterable[str]) -> None:
-    listed = [f"  - {problem}" for problem in problems]
-    if listed:
-        raise DataError("\n".join(["data:", *listed]))
-
-
-def _problems(
-    cfg: config_lib.DataConfig, model: config_lib.ModelConfig, chat: chat_format.ChatFormat
-) -> list[str]:
-    """What `config.checks` cannot know."""
-    bad = []
-    if chat.num_image_tokens != model.num_image_tokens:
-        bad.append(
-            f"tokenizer {chat.folder}: expected {model.num_image_tokens} positions an image (the "
-            f"model's); got {chat.num_image_tokens}: load it with "
-            "num_image_tokens=cfg.model.num_image_tokens"
-        )
-    try:
-        chat.check_vocab(model.llm.vocab_size)
-    except DataError as e:
-        bad.append(str(e))
-    names = [(s.name or s.path, s.split, s.task) for s in cfg.sources]
-    if len(set(names)) < len(names):
-        bad.append("sources: expected different names; got two alike: set data.sources[i].name")
-    return bad

@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 from janusflow_jax.config import UNDERSTAND, DataConfig, ModelConfig
-from janusflow_jax.data import cache as latent_cache, images, packing
+from janusflow_jax.config.errors import DataError
+from janusflow_jax.data import cache as latent_cache, images, mixture
 
 Values = dict[str, np.ndarray]
 
@@ -39,23 +40,8 @@ class Slots:
     @functools.cached_property
     def repa_cached(self) -> bool:
         """Whether REPA's targets come from a cache."""
-        has_features = self.gen is not None and bool(self.gen.siglip) and self.cfg.cached_features
-        return self.repa and has_features
-
-    @functools.cached_property
-    def cached(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Name -> shape and dtype of the arrays that come from caches."""
-        out: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-        if self.gen is not None:
-            dtype, count = latent_cache.DTYPES[self.gen.dtype], self.cfg.gen_slots
-            for name in ("latent_mean", "latent_logvar"):
-                out[name] = (count, *self.model.latent_shape), dtype
-            if self.repa_cached:
-                out["repa_target"] = (count, *self.gen.feature_shape), dtype
-        if self.und is not None:
-            shape = (self.cfg.und_slots, *self.und.feature_shape)
-            out["und_features"] = shape, latent_cache.DTYPES[self.und.dtype]
-        return out
+        has_features = self.gen is not None and bool(self.gen.siglip)
+        return self.repa and has_features and self.cfg.cached_features
 
     @functools.cached_property
     def image_slots(self) -> tuple[int, int]:
@@ -77,69 +63,73 @@ class Slots:
             "slot_start": np.zeros(count, np.int32),
             "slot_task": np.zeros(count, np.int32),
         }
-        return out | {n: np.zeros(shape, dtype) for n, (shape, dtype) in self.cached.items()}
-
-    def load(
-        self,
-        task: int,
-        cache: latent_cache.Cache | None,
-        record: int,
-        encoded: Sequence[bytes],
-        key: tuple[int, int, int],
-    ) -> list[Values]:
-        """What the slots of a sample's images hold, one dict a slot.
-
-        Args:
-          task: of the sample.
-          cache: of the sample's source.
-          record: its number in the data set.
-          encoded: the sample's images, as the record has them.
-          key: (seed, row, slot of the first image).
-        Raises:
-          DataError: an image, or what is cached of it, is bad.
-        """
-        if task != UNDERSTAND:
-            seed, row, slot = key
-            return [
-                self._load_generate(cache, record, x, (seed, row, slot + i))
-                for i, x in enumerate(encoded)
-            ]
-        if cache is not None:
-            return [{"und_features": x} for x in cache.features(record, 0, encoded)]
-        return [{"images": whole(x, self.model.image_size)} for x in encoded]
-
-    def _load_generate(
-        self, cache: latent_cache.Cache | None, record: int, encoded: bytes, key: tuple[int, ...]
-    ) -> Values:
-        size = self.model.image_size
-        if cache is None:
-            crop = images.for_generation(to_crop(encoded, size), size, (*key, packing.CROP))
-            return {"images": crop}
-        number = int(packing.generator(key, packing.CROP).integers(cache.manifest.crops))
-        mean, logvar = cache.latents(record, number, encoded)
-        out = {"latent_mean": mean, "latent_logvar": logvar}
-        if self.repa_cached:
-            (out["repa_target"],) = cache.features(record, number, [encoded])
-        elif self.repa:
-            out["images"] = cache.pixels(record, number, to_crop(encoded, size))
+        if self.gen is not None:
+            count, dtype = self.cfg.gen_slots, latent_cache.DTYPES[self.gen.dtype]
+            out["latent_mean"] = np.zeros((count, *self.model.latent_shape), dtype)
+            out["latent_logvar"] = np.zeros((count, *self.model.latent_shape), dtype)
+            if self.repa_cached:
+                out["repa_target"] = np.zeros((count, *self.gen.feature_shape), dtype)
+        if self.und is not None:
+            shape = (self.cfg.und_slots, *self.und.feature_shape)
+            out["und_features"] = np.zeros(shape, latent_cache.DTYPES[self.und.dtype])
         return out
 
     def fill(
-        self, row: Values, task: int, slot: int, starts: Sequence[int], loaded: Sequence[Values]
+        self,
+        row: Values,
+        task: int,
+        slot: int,
+        starts: Sequence[int],
+        encoded: Sequence[bytes],
+        cache: latent_cache.Cache | None,
+        record: int,
     ) -> None:
-        """Writes what the slots of a sample hold into a row.
+        """Writes the images of a sample into a row, all or none.
 
         Args:
-          slot: number of the first one in the row.
-          starts: the position where each begins.
-          loaded: of `load`.
+          row: of `empty`, with its number.
+          task: of the sample.
+          slot: number of the first image's slot in the row.
+          starts: the position in the row where each image begins.
+          encoded: the images, as the record has them.
+          cache: of the sample's source.
+          record: its number in the data set.
+        Raises:
+          DataError: an image, or what is cached of it, is bad.
         """
+        if task == UNDERSTAND:
+            if cache is not None:
+                loaded = [{"und_features": x} for x in cache.features(record, 0, encoded)]
+            else:
+                loaded = [{"images": whole(x, self.model.image_size)} for x in encoded]
+        else:
+            seed, number = self.cfg.seed, int(row["row"])
+            loaded = [
+                self._load_generate(x, cache, record, (seed, number, slot + i))
+                for i, x in enumerate(encoded)
+            ]
         for n, (start, values) in enumerate(zip(starts, loaded, strict=True), start=slot):
             row["slot_start"][n] = start
             row["slot_task"][n] = task
             for name, value in values.items():
                 und_image = name == "images" and task == UNDERSTAND
                 row[name][n - self.first(task) + (self.image_slots[1] if und_image else 0)] = value
+
+    def _load_generate(
+        self, encoded: bytes, cache: latent_cache.Cache | None, record: int, key: tuple[int, ...]
+    ) -> Values:
+        size = self.model.image_size
+        if cache is None:
+            crop = images.for_generation(to_crop(encoded, size), size, (*key, mixture.CROP))
+            return {"images": crop}
+        crop = int(mixture.generator(key, mixture.CROP).integers(cache.manifest.crops))
+        mean, logvar = cache.latents(record, crop, encoded)
+        out = {"latent_mean": mean, "latent_logvar": logvar}
+        if self.repa_cached:
+            (out["repa_target"],) = cache.features(record, crop, [encoded])
+        elif self.repa:
+            out["images"] = cache.pixels(record, crop, to_crop(encoded, size))
+        return out
 
 
 def whole(encoded: bytes, size: int) -> np.ndarray:
@@ -152,34 +142,44 @@ def to_crop(encoded: bytes, size: int) -> Image.Image:
     return images.open_image(encoded, short=images.GAP * size)
 
 
-def cache_problems(
-    name: str, cache: latent_cache.Cache, records: Any, split: str, task: str, model: ModelConfig
-) -> list[str]:
-    """Every reason why a source cannot use a cache."""
-    m = cache.manifest
-    pairs = [
-        ("task", task, m.task),
-        ("split", split, m.split),
-        ("records", len(records), m.records),
-        ("image_size", model.image_size, m.image_size),
-    ]
-    if m.vae:
-        pairs.append(("latents of shape", model.latent_shape, m.latent_shape))
-    if m.siglip:
-        shape = (model.num_image_tokens, model.und.width)
-        pairs.append(("features of shape", shape, m.feature_shape))
-    bad = [f"{what} {want!r}; got {got!r}" for what, want, got in pairs if want != got]
-    if not bad and latent_cache.fingerprint(records) != m.pictures:
-        bad = ["the images of this data set; got those of another"]
-    return [f"{name}: cache {cache.folder}: expected {x}: make the cache again" for x in bad]
+def manifest_of(
+    sources: Sequence[Any], task: str, model: ModelConfig, cached_features: bool
+) -> latent_cache.Manifest | None:
+    """What the caches of a task's sources hold; None where they have no caches.
 
-
-def batch_problems(caches: Sequence[latent_cache.Cache], features: bool) -> list[str]:
-    """Every reason why the caches of one task's sources cannot share a batch."""
-    bad = []
-    names = ("dtype", "vae", "siglip") if features else ("dtype", "vae")
-    for name in names:
-        if len({getattr(c.manifest, name) for c in caches}) > 1:
-            listed = ", ".join(f"{c.folder}: {getattr(c.manifest, name) or 'none'}" for c in caches)
-            bad.append(f"caches: expected one {name}; got {listed}: make the caches alike")
-    return bad
+    Args:
+      sources: of the mixture (`rows.Source`).
+      cached_features: whether a generation source's features are used.
+    Raises:
+      DataError: a cache that does not fit its source, the model or the other caches.
+    """
+    cached = [s for s in sources if s.cache is not None and s.cfg.task == task]
+    for source in cached:
+        manifest, first = source.cache.manifest, cached[0].cache.manifest
+        expected: dict[str, Any] = {
+            "task": task,
+            "split": source.cfg.split,
+            "records": len(source.records),
+            "image_size": model.image_size,
+            "dtype": first.dtype,
+            "vae": first.vae,
+        }
+        if manifest.vae:
+            expected["latent_shape"] = model.latent_shape
+        if manifest.siglip:
+            expected["feature_shape"] = (model.num_image_tokens, model.und.width)
+        if task == "understand" or cached_features:
+            expected["siglip"] = first.siglip
+        problems = [
+            f"{name} {value!r}; got {getattr(manifest, name)!r}"
+            for name, value in expected.items()
+            if getattr(manifest, name) != value
+        ]
+        if not problems and latent_cache.fingerprint(source.records) != manifest.pictures:
+            problems = ["the images of this data set; got those of another"]
+        if problems:
+            raise DataError(
+                f"{source.name}: cache {source.cache.folder}: expected {', '.join(problems)}: "
+                "make the cache again"
+            )
+    return cached[0].cache.manifest if cached else None

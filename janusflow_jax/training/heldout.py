@@ -161,10 +161,10 @@ class _Source:
         packed = rows.sources[0]
         self._num_rows = min(cfg.evaluate.rows, len(packed.bins))  # with fewer bins: all, once
         self._all_rows = self._num_rows == len(packed.bins)
-        samples = [i for row in range(self._num_rows) for i, _ in packed.bins[rows.locate(row)[2]]]
+        bins = [packed.bins[rows.locate(row)[2]] for row in range(self._num_rows)]
         self._num_records = len(packed.records)
-        self._num_samples = len(samples)
-        self._num_images = int(packed.samples.images[samples].sum())
+        self._num_samples = sum(map(len, bins))
+        self._num_images = sum(sample.images for b in bins for sample in b)
         split = mesh.shape["data"] * mesh.shape["fsdp"]
         wanted = min(cfg.evaluate.rows, max(cfg.batch_rows // cfg.optim.accum_steps, 1))
         self.batch_rows = -(-wanted // split) * split

@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from janusflow_jax.config.errors import DataError
-from janusflow_jax.data import chat_format, lengths, samples
+from janusflow_jax.data import chat_format, packing, samples
 from janusflow_jax.data.prepare import (
     engines,
     files,
@@ -220,7 +220,7 @@ class _Index:
             split=np.array(splits, np.uint8),
         )
         for key, units in self.units.items():
-            measured = lengths.of_units(units, np.array(self.is_text[key], bool))
+            measured = packing.lengths_of_units(units, np.array(self.is_text[key], bool))
             files.save_arrays(job.file(f"-{'-'.join(key)}.npz"), **measured._asdict())
 
 
@@ -362,7 +362,7 @@ def _store_lengths(options: Options, out: epath.Path, split: str, parts: list[Pa
         measured = []
         for job, keep, _ in parts:
             path = job.file(f"-{split}-{task}-{form}.npz")
-            stored = files.load_arrays(path, *lengths.Lengths._fields)
-            measured.append((lengths.Lengths(*stored), keep))
-        path = lengths.lengths_path(out, split, task, form, chat)
-        lengths.store(path, lengths.join(measured), chat)
+            stored = files.load_arrays(path, *packing.Lengths._fields)
+            measured.append((packing.Lengths(*stored), keep))
+        path = packing.lengths_path(out, split, task, form, chat)
+        packing.store_lengths(path, packing.join_lengths(measured), chat)
