@@ -65,7 +65,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         c.SourceConfig(name=f"mine_{task}", path=mine, task=task, weight=1 / len(tasks))
         for task in tasks
     )
-    kept = tuple(
+    replayed = tuple(
         c.SourceConfig(name=f"replay_{task}", path=replay, task=task, weight=0.0)
         for task in ("generate", "understand")
     )
@@ -87,10 +87,10 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         # mostly of the task that is not trained, which the model forgets
         other = {"generate": 1.0, "understand": 1.0} | ({} if len(tasks) > 1 else {tasks[0]: 0.25})
         total = sum(other.values())
-        for source in kept:
+        for source in replayed:
             source.weight = other[source.task] / total / 3
-        cfg.data.sources += kept
-    held = tuple(dataclasses.replace(s, split="heldout", weight=1.0) for s in (*own, *kept))
+        cfg.data.sources += replayed
+    held = tuple(dataclasses.replace(s, split="heldout", weight=1.0) for s in (*own, *replayed))
     cfg.evaluate = c.EvalConfig(sources=held, rows=16, every_steps=500, max_rise=0.1)
     if "lora" in names:
         cfg.lora.rank, cfg.train_parts, cfg.optim.lr = 16, (), 1e-4
@@ -106,7 +106,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     cfg.data.gen_slots = slots if "generate" in trained else 0
     cfg.data.und_slots = slots if "understand" in trained else 0
     if "test" in names:
-        stages.test_twin(cfg, given=tuple(folders.values()))
+        stages.test_twin(cfg, own_folders=tuple(folders.values()))
         cfg.lora.rank = min(cfg.lora.rank, 4)
         cfg.optim.accum_steps = 1
     return cfg

@@ -10,10 +10,11 @@ from janusflow_jax.config.errors import ConfigError
 
 
 def dataclass(cls: type) -> Any:
+    """A config type: keyword arguments only, no other attributes, and a hash for `jax.jit`."""
     return dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)(cls)
 
 
-def limited(default: Any, allowed: Callable[[Any], bool], expected: str) -> Any:
+def limited(default: Any, allowed: Callable[[Any], Any], expected: str) -> Any:
     """A field that `problems_of_fields` checks; `expected` describes the values it may have."""
     return dataclasses.field(default=default, metadata={"allowed": allowed, "expected": expected})
 
@@ -41,14 +42,13 @@ def problems_of_fields(cfg: Any, where: str = "") -> list[str]:
     problems = []
     for field in dataclasses.fields(cfg):
         name, value = f"{where}{field.name}", getattr(cfg, field.name)
+        if field.metadata and not field.metadata["allowed"](value):
+            problems.append(f"{name}: expected {field.metadata['expected']}; got {value!r}")
         if dataclasses.is_dataclass(value):
             problems += problems_of_fields(value, f"{name}.")
-        elif isinstance(value, tuple):
-            for i, item in enumerate(value):
-                if dataclasses.is_dataclass(item):
-                    problems += problems_of_fields(item, f"{name}[{i}].")
-        elif field.metadata and not field.metadata["allowed"](value):
-            problems.append(f"{name}: expected {field.metadata['expected']}; got {value!r}")
+        for i, item in enumerate(value if isinstance(value, tuple) else ()):
+            if dataclasses.is_dataclass(item):
+                problems += problems_of_fields(item, f"{name}[{i}].")
     return problems
 
 

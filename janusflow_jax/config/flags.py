@@ -50,21 +50,17 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
     from absl import flags
 
     files = [arg.partition("=")[2].partition(":")[0] for arg in argv if "--config=" in arg]
-    file = files[-1] if files else ""
-    cause, line, own = error, "", ""
-    while cause is not None:
+    file, line, ours = files[-1] if files else "", "", ""
+    cause: BaseException | None = error
+    while cause is not None:  # the innermost counts: ml_collections adds tracebacks to the others
         if isinstance(cause, ConfigError):
-            own = str(cause)  # the innermost: ml_collections adds tracebacks to the others
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(cause.__traceback__)
-            if os.path.abspath(frame.filename) == os.path.abspath(file)
-        ]
-        if lines:
-            error, line = cause, f"line {lines[-1]}: "
+            ours = str(cause)
+        for frame in traceback.extract_tb(cause.__traceback__):
+            if os.path.abspath(frame.filename) == os.path.abspath(file):
+                error, line = cause, f"line {frame.lineno}: "
         cause = cause.__cause__ or cause.__context__
-    if own:
-        return own
+    if ours:
+        return ours
     if isinstance(error, flags.Error):
         return f"{error}\n--helpshort lists the flags"
     reason = (str(error).strip().splitlines() or ["no message"])[-1].strip()

@@ -9,7 +9,7 @@ import dataclasses
 
 from janusflow_jax.config.fields import choice, dataclass, limited, positive, share, zero_or_more
 from janusflow_jax.config.model import ATTENTION, ModelConfig
-from janusflow_jax.config.parts import LORA_TARGETS, MODEL_PARTS
+from janusflow_jax.config.parts import LORA_TARGETS, MODEL_PARTS, top
 
 
 @dataclass
@@ -23,13 +23,18 @@ class SourceConfig:
     format: str = choice("chat", "plain")
     weight: float = 1.0  # share of positions
     weight_after: float = -1.0  # from data.change_row on; -1: the same
-    fields: tuple[tuple[str, str], ...] = ()  # (ours, the data set's) where names differ
+    # (ours, the data set's) where names differ
+    fields: tuple[tuple[str, str], ...] = limited(
+        (),
+        lambda pairs: all(len(x) == 2 for x in pairs) and len(dict(pairs)) == len(pairs),
+        "pairs (our name, the data set's name), each of ours once",
+    )
     cache: str = ""  # folder of tools/cache_latents.py; '': the encoders run in every step
 
 
 @dataclass
 class DataConfig:
-    sources: tuple[SourceConfig, ...] = ()
+    sources: tuple[SourceConfig, ...] = limited((), bool, "at least one source")
     row_len: int = 4096
     gen_slots: int = 6
     und_slots: int = 6
@@ -63,7 +68,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema: float = share(0.99)
-    accum_steps: int = 1
+    accum_steps: int = positive(1)
     moments_dtype: str = choice("float32", "bfloat16")  # bfloat16: AdamW only, half the memory
 
 
@@ -93,7 +98,11 @@ class LoraConfig:
 
     rank: int = zero_or_more(0)  # 0: no adapters
     alpha: float = positive(32.0)  # adapters are scaled by alpha / rank
-    targets: tuple[str, ...] = tuple(LORA_TARGETS)
+    targets: tuple[str, ...] = limited(
+        tuple(LORA_TARGETS),
+        lambda names: names and {*names} <= {*LORA_TARGETS},
+        f"some of {tuple(LORA_TARGETS)}",
+    )
 
 
 @dataclass
@@ -124,7 +133,11 @@ class TrainConfig:
     made_by: tuple[tuple[str, str], ...] = ()  # ignored since 0.2; remove in 0.3
     tokenizer: str = ""  # folder with tokenizer and processor files; '': from init's model folder
     allow_fresh: bool = False
-    train_parts: tuple[str, ...] = MODEL_PARTS  # or paths below them: llm/layers/block/attn
+    train_parts: tuple[str, ...] = limited(
+        MODEL_PARTS,
+        lambda paths: {top(path) for path in paths} <= {*MODEL_PARTS},
+        f"{MODEL_PARTS} or paths below them, such as llm/layers/block/attn",
+    )
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     frozen_dtype: str = choice("float32", "bfloat16")  # of parts that are not trained
     batch_rows: int = positive(512)

@@ -109,18 +109,18 @@ def stage(
     return cfg
 
 
-def test_twin(cfg: c.TrainConfig, given: tuple[str, ...] = ()) -> c.TrainConfig:
+def test_twin(cfg: c.TrainConfig, own_folders: tuple[str, ...] = ()) -> c.TrainConfig:
     """The same run at the size of a test; everything that is not a size stays.
 
     It has 4 steps, 2 of warm-up, and changes the mixture at the third step. It starts from fresh
     parameters unless `--config.start` names a run, and measures held-out losses on few rows, also
     in the middle.
 
-    Args: given: folders that the user chose; all others become the quick start's.
+    Args: own_folders: data sets that the user chose; all others become the quick start's.
     """
 
     def small(source: c.SourceConfig) -> c.SourceConfig:
-        if source.path in given:
+        if source.path in own_folders:
             return source
         split = source.split if source.split == "train" else OPENMOJI_HELDOUT
         return dataclasses.replace(source, path=OPENMOJI, split=split)

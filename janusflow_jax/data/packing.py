@@ -10,7 +10,6 @@ bin a row holds is arithmetic (`mixture`).
 
 from __future__ import annotations
 
-import array
 import dataclasses
 import hashlib
 import io
@@ -297,8 +296,7 @@ def pack(samples: Samples, row_len: int, slots: int) -> Bins:
     # Two binary trees. A leaf holds the room and the free slots of a bin, a node above it the
     # maximum of what is below. There are never more bins than samples.
     num_leaves = 1 << max(len(order) - 1, 0).bit_length()
-    room = array.array("l", [row_len]) * (2 * num_leaves)
-    free = array.array("l", [slots]) * (2 * num_leaves)
+    room, free = [row_len] * (2 * num_leaves), [slots] * (2 * num_leaves)
     bins, offsets = np.zeros(len(order), np.int64), np.zeros(len(order), np.int64)
     sizes = zip(samples.length[order].tolist(), samples.images[order].tolist(), strict=True)
     for i, (length, images) in enumerate(sizes):
@@ -318,12 +316,14 @@ def pack(samples: Samples, row_len: int, slots: int) -> Bins:
     )
 
 
-def _first_fit(room: array.array, free: array.array, length: int, images: int) -> int:
+def _first_fit(room: list[int], free: list[int], length: int, images: int) -> int:
     """The first leaf with enough room and free slots."""
+    num_leaves = len(room) // 2
     nodes = [1]
     while True:  # the two maxima of a node may be of different bins: then search further right
         node = nodes.pop()
-        if room[node] >= length and free[node] >= images:
-            if 2 * node >= len(room):
+        while room[node] >= length and free[node] >= images:
+            if node >= num_leaves:
                 return node
-            nodes += (2 * node + 1, 2 * node)
+            nodes.append(2 * node + 1)
+            node = 2 * node
