@@ -98,7 +98,7 @@ class ChatFormat:
             processor_config.json.
           num_image_tokens: features an image; 0 takes the processor's.
         Raises:
-          DataError: a file is missing or cannot be read, or a token is missing (lists all).
+          DataError: a file is missing or cannot be read, or a token is missing.
         """
         path = epath.Path(folder)
         files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
@@ -128,19 +128,16 @@ class ChatFormat:
         # NOTE(parity): whether there is a BOS is decided by the config alone. The template in
         # tokenizer.json adds one in one of the two published forms and not in the other.
         add_bos = config.get("add_bos_token", True) is not False
-        problems = []
-        if eos_id is None:
-            problems.append("tokenizer_config.json: expected eos_token; got none")
-        if add_bos and bos_id is None:
-            problems.append(
-                "tokenizer_config.json: expected bos_token (or add_bos_token false); got none"
+        if eos_id is None or (add_bos and bos_id is None):
+            raise DataError(
+                f"{path}/tokenizer_config.json: expected eos_token, and bos_token or add_bos_token "
+                f"false; got {names[1]!r} and {names[0]!r}"
             )
         if num_image_tokens <= 0:
-            problems.append(
-                "processor_config.json: expected num_image_tokens > 0 (or the argument); got none"
+            raise DataError(
+                f"{path}/processor_config.json: expected num_image_tokens > 0 (or the argument); "
+                "got none"
             )
-        if problems or eos_id is None:
-            raise DataError(f"{path} cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
         return cls(
             folder=str(path),
             tokenizer=tokenizer,

@@ -164,22 +164,23 @@ def units(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFo
     Raises:
       DataError: the record makes no sample.
     """
-    slot = 1 + chat.num_image_tokens
-    head = int(chat.add_bos)
+    slot, head = 1 + chat.num_image_tokens, int(chat.add_bos)
     what = kind(record, task)
     if what == "text":
-        longest = max(len(chat.plain_text(t).ids) for t in texts_of(record))
+        longest = max(len(chat.plain_text(text).ids) for text in texts_of(record))
         return [Unit(longest, longest - head, 0)]
     if what == "caption":
         lengths = [len(_caption(c, task, form, chat)[0].ids) - slot for c in captions_of(record)]
         return [Unit(max(lengths), max(lengths) - head, 1)]
-    whole = _Units.of(record, what, task, chat)
-    out = []
-    for i, images in enumerate(whole.images):
-        first = len(whole.encode(i, i + 1, chat).ids) - slot * images
-        more = len(whole.encode(i, i + 1, chat, first=False).ids) - slot * images - head
-        out.append(Unit(first, more, images))
-    return out
+    images, encode_units = _divisible(record, what, task, chat)
+    return [
+        Unit(
+            first=len(encode_units(i, i + 1, True).ids) - slot * count,
+            more=len(encode_units(i, i + 1, False).ids) - slot * count - head,
+            images=count,
+        )
+        for i, count in enumerate(images)
+    ]
 
 
 def encode(
@@ -217,14 +218,12 @@ def encode(
         sample = _sample(encoded, images_of(record)[:1])
         sample.prompt_mask[int(chat.add_bos) : prompt] = True
         return sample
-    whole = _Units.of(record, what, task, chat)
-    count = len(whole.images)
-    end = count if end < 0 else min(end, count)
+    images, encode_units = _divisible(record, what, task, chat)
+    end = len(images) if end < 0 else min(end, len(images))
     if begin >= end:
-        raise DataError(f"expected more than {begin} exchanges, as measured; got {count}")
-    first_image = sum(whole.images[:begin])
-    last_image = first_image + sum(whole.images[begin:end])
-    return _sample(whole.encode(begin, end, chat), images_of(record)[first_image:last_image])
+        raise DataError(f"expected more than {begin} exchanges, as measured; got {len(images)}")
+    inside = slice(sum(images[:begin]), sum(images[:end]))
+    return _sample(encode_units(begin, end, True), images_of(record)[inside])
 
 
 def _caption(
@@ -244,55 +243,48 @@ def _caption(
     return chat.conversation(turns, 1), 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Units:
-    """A conversation or a document in its units."""
+def _divisible(
+    record: dict[str, Any], what: str, task: str, chat: chat_format.ChatFormat
+) -> tuple[list[int], Callable[[int, int, bool], chat_format.Encoded]]:
+    """The units of a conversation or a document.
 
-    exchanges: list[Turns]  # of a conversation
-    passages: list[str]  # of a document: the text in front of all images, then one an image
-    images: list[int]  # of each unit
-    system: str = ""
+    Returns:
+      (images of each unit, encode): encode(begin, end, first) gives units [begin, end) as one
+      sequence; `first`: a sample begins with them, so a conversation has its system prompt.
+    Raises:
+      DataError: another number of image tags than images, or an unknown role.
+    """
+    tag = chat.image_tag
+    if what == "interleaved":
+        front, *behind = record["text"].strip().split(tag)
+        passages = ([front] if front else []) + [tag + text for text in behind]
+        images = [text.count(tag) for text in passages]
 
-    @classmethod
-    def of(
-        cls, record: dict[str, Any], what: str, task: str, chat: chat_format.ChatFormat
-    ) -> _Units:
-        """Raises DataError: another number of image tags than images, or an unknown role."""
-        tag = chat.image_tag
-        if what == "interleaved":
-            front, *behind = record["text"].strip().split(tag)
-            passages = ([front] if front else []) + [tag + text for text in behind]
-            out = cls([], passages, [text.count(tag) for text in passages])
-        else:
-            system, turns = turns_of(record)
-            if wrong := sorted({t["role"] for t in turns} - {"user", "assistant"}):
-                raise DataError(f"conversation: expected roles user and assistant; got {wrong}")
-            groups = exchanges(turns)
-            images = [
-                sum(t["content"].count(tag) for t in group if t["role"] == "user")
-                for group in groups
-            ]
-            out = cls(groups, [], images, system)
-        tags, count = sum(out.images), len(images_of(record))
-        if task == "text" and (tags or count):
-            raise DataError(f"expected no images in a text-only source; got {max(tags, count)}")
-        if tags != count:
-            raise DataError(f"expected an image tag for each of the {count} images; got {tags}")
-        return out
+        def encode_units(begin: int, end: int, first: bool) -> chat_format.Encoded:
+            closed = end == len(passages)
+            return chat.interleaved("".join(passages[begin:end]), closed)
 
-    def encode(
-        self, begin: int, end: int, chat: chat_format.ChatFormat, first: bool = True
-    ) -> chat_format.Encoded:
-        """Units [begin, end) as one sequence.
+    else:
+        system, turns = turns_of(record)
+        if wrong := sorted({t["role"] for t in turns} - {"user", "assistant"}):
+            raise DataError(f"conversation: expected roles user and assistant; got {wrong}")
+        groups = exchanges(turns)
+        images = [
+            sum(turn["content"].count(tag) for turn in group if turn["role"] == "user")
+            for group in groups
+        ]
 
-        Args: first: whether a sample begins with them; a conversation then has its system prompt.
-        """
-        if self.passages:
-            closed = end == len(self.passages)
-            return chat.interleaved("".join(self.passages[begin:end]), closed)
-        turns = [turn for group in self.exchanges[begin:end] for turn in group]
-        images = sum(self.images[begin:end])
-        return chat.conversation(turns, images, system=self.system if first else "")
+        def encode_units(begin: int, end: int, first: bool) -> chat_format.Encoded:
+            turns = [turn for group in groups[begin:end] for turn in group]
+            num_images = sum(images[begin:end])
+            return chat.conversation(turns, num_images, system=system if first else "")
+
+    tags, count = sum(images), len(images_of(record))
+    if task == "text" and (tags or count):
+        raise DataError(f"expected no images in a text-only source; got {max(tags, count)}")
+    if tags != count:
+        raise DataError(f"expected an image tag for each of the {count} images; got {tags}")
+    return images, encode_units
 
 
 def _sample(encoded: chat_format.Encoded, images: Sequence[Any]) -> Sample:
