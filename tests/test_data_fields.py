@@ -125,8 +125,8 @@ def test_rows_read_mapped_fields_and_lengths_are_of_them(catalog):
         row, bad = made.row(0)
         assert not bad and (row["slot_task"] == 1).any()
         tails.append(made.sources[0].bins.samples.length.tolist())
-        kept = packing.lengths_path(catalog, "train", "generate", "plain", chat, fields)
-        assert kept.exists()
+        file = packing.lengths_path(catalog, "train", "generate", "plain", chat, fields)
+        assert file.exists()
     assert tails[0] != tails[1]
 
 
@@ -138,3 +138,5 @@ def test_a_config_with_fields_is_checked_and_read_back():
     train = config_lib.TrainConfig(data=config_lib.DataConfig(sources=(wrong,)))
     problems = config_checks.train_problems(train)
     assert any("fields" in problem and "pairs" in problem for problem in problems)
+    train.data.sources = (source, source)
+    assert any("different names" in problem for problem in config_checks.train_problems(train))

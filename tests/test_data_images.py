@@ -1,4 +1,4 @@
-"""Decoding of every odd kind of picture, and parity of the preparation."""
+"""Decoding of every odd kind of image, and parity of the preparation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return out.getvalue()
 
 
-def picture(height: int = 20, width: int = 30) -> np.ndarray:
+def noise(height: int = 20, width: int = 30) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -41,8 +41,8 @@ def test_understanding_equals_the_published_processor():
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_lossless_formats_come_back(kind):
     options = {"lossless": True} if kind == "WEBP" else {}
-    got = images.decode(encode(Image.fromarray(picture()), kind, **options))
-    np.testing.assert_array_equal(got, picture())
+    got = images.decode(encode(Image.fromarray(noise()), kind, **options))
+    np.testing.assert_array_equal(got, noise())
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "I;16"])
@@ -72,22 +72,22 @@ def test_transparent_is_white(mode):
     assert images.decode(data).min() == 255
 
 
-def test_exif_turns_the_picture():
+def test_exif_turns_the_image():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to show it
-    got = images.decode(encode(Image.fromarray(picture()), exif=exif))
-    np.testing.assert_array_equal(got, np.rot90(picture(), -1))
+    got = images.decode(encode(Image.fromarray(noise()), exif=exif))
+    np.testing.assert_array_equal(got, np.rot90(noise(), -1))
 
 
 def test_truncated_broken_and_foreign_bytes():
-    good = encode(Image.fromarray(picture()), "JPEG")
+    good = encode(Image.fromarray(noise()), "JPEG")
     with pytest.raises(DataError, match="truncated or broken"):
         images.decode(good[: len(good) // 2])
-    png = encode(Image.fromarray(picture()))
+    png = encode(Image.fromarray(noise()))
     with pytest.raises(DataError, match="truncated or broken"):
         images.decode(png[: len(png) // 2])
     with pytest.raises(DataError, match="JPEG, PNG, WEBP"):
-        images.decode(encode(Image.fromarray(picture()), "BMP"))
+        images.decode(encode(Image.fromarray(noise()), "BMP"))
     with pytest.raises(DataError, match="0 bytes"):
         images.decode(b"")
     with pytest.raises(DataError, match="MiB"):
@@ -107,8 +107,8 @@ def test_200_megapixels_are_refused_before_decoding():
             images.decode(data)
 
 
-def test_generation_crops_are_squares_of_the_picture():
-    image = picture(64, 200)
+def test_generation_crops_are_squares_of_the_image():
+    image = noise(64, 200)
     centre = images.for_generation(image, 64)
     np.testing.assert_array_equal(centre, image[:, 68:132])
     crops = [images.for_generation(image, 64, (0, k)) for k in range(8)]
@@ -127,8 +127,8 @@ def test_sides_are_floored_and_never_too_short():
 
 def test_extreme_shapes():
     for shape in ((1, 5000), (5000, 1)):
-        assert images.for_understanding(picture(*shape), 64).shape == (64, 64, 3)
-        assert images.for_generation(picture(*shape), 64, (0,)).shape == (64, 64, 3)
+        assert images.for_understanding(noise(*shape), 64).shape == (64, 64, 3)
+        assert images.for_generation(noise(*shape), 64, (0,)).shape == (64, 64, 3)
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same():

@@ -46,7 +46,7 @@ def test_pack_is_first_fit_decreasing_in_positions_and_images(most):
     assert [[placed.record for placed in bins[b]] for b in range(len(bins))] == plain
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000])
 def test_permute_is_a_permutation_that_the_key_changes(size):
     got = [mixture.permute(i, size, (0, 1, 2)) for i in range(size)]
     assert sorted(got) == list(range(size))
@@ -56,8 +56,8 @@ def test_permute_is_a_permutation_that_the_key_changes(size):
 
 
 def test_permute_mixes():
-    got = np.array([mixture.permute(i, 5000, (7,)) for i in range(5000)])
-    assert abs(np.corrcoef(got, np.arange(5000))[0, 1]) < 0.05
+    got = np.array([mixture.permute(i, 2000, (7,)) for i in range(2000)])
+    assert abs(np.corrcoef(got, np.arange(2000))[0, 1]) < 0.05
     assert abs(np.corrcoef(got[1:], got[:-1])[0, 1]) < 0.05
 
 

@@ -7,7 +7,7 @@ Config files import all of it by one name: `from janusflow_jax import config as 
 # ruff: noqa: F401, F403
 
 from janusflow_jax.config.errors import ConfigError, JanusFlowError
-from janusflow_jax.config.fields import dataclass, from_dict, raise_problems, to_dict
+from janusflow_jax.config.fields import from_dict, raise_problems, to_dict
 from janusflow_jax.config.flags import check_field, parse_arg
 from janusflow_jax.config.model import *
 from janusflow_jax.config.parts import LORA_TARGETS, MODEL_PARTS, PRETRAINED_PARTS

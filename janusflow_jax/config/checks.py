@@ -1,6 +1,6 @@
 """What makes a config impossible: all problems at once, before anything is compiled.
 
-What one field may be stands beside the field (`fields.limited`). Here is what involves several.
+What one field may be is beside the field (`fields.limited`). These checks involve several.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """Every error that this project raises for something a user can fix.
 
-A message says what was expected, what was found and what to do. Commands print it as one line
-instead of a traceback.
+A message has what was expected, what was there instead, and what to do. Commands print it as one
+line instead of a traceback.
 """
 
 

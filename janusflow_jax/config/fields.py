@@ -20,7 +20,7 @@ def limited(default: Any, allowed: Callable[[Any], Any], expected: str) -> Any:
 
 
 def choice(default: str, *others: str) -> Any:
-    """A field that is one of several names; '' among them stands for none."""
+    """A field that is one of several names; '' among them means none."""
     names = (default, *others)
     return limited(default, lambda value: value in names, f"one of {', '.join(names)}")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]:
-    """Gives a path beside `path` to write a file or folder to, which replaces `path` at the end.
+    """Yields a path beside `path` for a new file or folder, which replaces `path` at the end.
 
     After an error, or Ctrl-C, `path` is what it was and nothing else is left.
 
     Args:
       path: a `pathlib.Path` or `epath.Path`.
       suffix: of the temporary name; default: this process's number.
-      active: False: only gives the path, because another process replaces it.
+      active: False: only yields the path, because another process replaces `path`.
     """
     part = path.parent / f".{path.name}.partial-{suffix or os.getpid()}"
     old = path.parent / f"{part.name}-old"

@@ -7,7 +7,7 @@ from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.config.fields import choice, dataclass
 
 ATTENTION = ("xla", "cudnn", "splash")
-"""Implementations of attention (`models/attention.py`); a config may also say 'auto'."""
+"""Implementations of attention (`models/attention.py`); a config may also have 'auto'."""
 
 NONE, GENERATE, UNDERSTAND = 0, 1, 2
 """The task of an image slot; NONE: the slot is empty."""
@@ -31,7 +31,7 @@ class SiglipConfig:
     image_size: int = 384
     patch_size: int = 16
     width: int = 1024
-    num_layers: int = 24  # blocks that are kept (select_layer already applied)
+    num_layers: int = 24  # blocks that are used (select_layer already applied)
     num_heads: int = 16
     mlp_width: int = 4096
     norm_eps: float = 1e-6

@@ -128,7 +128,7 @@ class TrainConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    start: str = ""  # gives every part that it has and `init` does not name
+    start: str = ""  # the source of every part that it has and `init` does not name
     init: tuple[tuple[str, str], ...] = ()  # (part, 'fresh' | path); the rest: `start`, or fresh
     made_by: tuple[tuple[str, str], ...] = ()  # ignored since 0.2; remove in 0.3
     tokenizer: str = ""  # folder with tokenizer and processor files; '': from init's model folder

@@ -29,15 +29,13 @@ SYSTEM_PROMPT = (
 CAPTION_REQUEST = "Generate the caption of this picture."
 """The plain understanding form: `<image>{CAPTION_REQUEST} {caption}<eos>`."""
 
-TAG_KEYS = ("image_tag", "image_gen_tag", "image_start_tag", "image_end_tag")
-"""Keys of processor_config.json, in the order in which missing tags take free ids."""
-
 DEFAULT_TAGS = {
     "image_tag": "<image_placeholder>",
     "image_gen_tag": "<｜begin▁of▁generation｜>",
     "image_start_tag": "<image_beg>",
     "image_end_tag": "<image_end>",
 }
+"""Key of processor_config.json -> tag, in the order in which missing tags get new ids."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -96,7 +94,7 @@ class ChatFormat:
         Args:
           folder: holds tokenizer.json, tokenizer_config.json and, if it is JanusFlow's,
             processor_config.json.
-          num_image_tokens: features an image; 0 takes the processor's.
+          num_image_tokens: features an image; 0: as the processor file has it.
         Raises:
           DataError: a file is missing or cannot be read, or a token is missing.
         """
@@ -119,7 +117,7 @@ class ChatFormat:
         # not list the added tokens itself.
         special = config if "added_tokens_decoder" in config else config | special
         names = [_content(special.get(f"{name}_token")) for name in ("bos", "eos", "pad")]
-        tags = {key: processor.get(key) or DEFAULT_TAGS[key] for key in TAG_KEYS}
+        tags = {key: processor.get(key) or tag for key, tag in DEFAULT_TAGS.items()}
         _add_special(tokenizer, [name for name in names if name])
         added = _add_special(tokenizer, list(tags.values()))
         bos_id, eos_id, pad_id = (tokenizer.token_to_id(n) if n else None for n in names)
@@ -176,7 +174,7 @@ class ChatFormat:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def generation_ids(self, prompt: str, form: str = "chat") -> list[int]:
-        """What stands before a generated image: BOS .. 'Assistant:', or the bare prompt.
+        """The ids before a generated image: BOS .. 'Assistant:', or the bare prompt.
 
         Args:
           prompt: user text; special strings in it are text. Its ends are stripped.
@@ -257,7 +255,7 @@ class ChatFormat:
 
         Args:
           text: the image tag marks each image.
-          closed: whether the document ends here, with eos.
+          closed: whether the document ends with this text, and so with eos.
         """
         first, *others = text.split(self.image_tag)
         parts: list[_Span | int] = [_Span(first, target_from=0)]
@@ -304,7 +302,7 @@ def _id(tokenizer: tokenizers.Tokenizer, token: str) -> int:
 
 
 def _add_special(tokenizer: tokenizers.Tokenizer, tokens: Sequence[str]) -> list[str]:
-    """Marks tokens as special. Those that have no id take the next ids, and are returned."""
+    """Marks tokens as special. Those without an id get the next ids, and are returned."""
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     new = []
     for token in tokens:

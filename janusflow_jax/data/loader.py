@@ -1,4 +1,4 @@
-"""Batches of rows, made ahead by threads. The data position is a row number and nothing else."""
+"""Batches of rows, read ahead by threads. The data position is a row number and nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from janusflow_jax.data import chat_format, rows as rows_lib
 MIN_BAD = 20
 """This many bad samples are tolerated, whatever their share."""
 AHEAD = 2
-"""Batches that are made before they are asked for."""
+"""Batches whose rows are read before they are needed."""
 
 Batch = dict[str, np.ndarray]
 Row = tuple[dict[str, np.ndarray], list[rows_lib.BadSample]]
@@ -67,7 +67,7 @@ class Loader:
 
         Args:
           first_row: the run's saved position; 0 for a new run.
-          rows_of_process: places in the batch (0 to batch_rows - 1) that this process makes;
+          rows_of_process: places in the batch (0 to batch_rows - 1) that this process reads;
             None for all.
           counted: samples and bad samples of the run so far.
         Yields:
@@ -114,10 +114,10 @@ class Loader:
 
 
 class Ahead:
-    """Batches, of which the next is always made already.
+    """Batches, of which the next is always there already.
 
-    So a process knows that it has no next batch before it begins a step, in time to tell the
-    others: `error` says why.
+    So a process knows before it begins a step that it has no next batch, in time for the others to
+    learn of it. `error` is the reason.
     """
 
     def __init__(self, batches: Iterator[tuple[Batch, Report]]):

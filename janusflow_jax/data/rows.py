@@ -2,7 +2,7 @@
 
 A *row* is a sequence of `row_len` positions with up to K image *slots*. It holds the samples of one
 *bin* of one source (see `packing`), each in a segment of its own with positions from 0. What a
-record, a unit and a sample are stands in `samples`.
+record, a unit and a sample are is defined in `samples`.
 
 The bin, the caption, the crop and the dropped prompts follow from the row's number and the seed
 alone. So the same row comes out on any host, with any number of threads, after any restart.

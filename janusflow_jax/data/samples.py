@@ -1,4 +1,4 @@
-"""Record -> samples: which tokens, which of them are targets, where the images stand.
+"""Record -> samples: which tokens, which of them are targets, where the images are.
 
 A *record* is one entry of a data set. Its fields say what it is:
 
@@ -9,7 +9,7 @@ A *record* is one entry of a data set. Its fields say what it is:
 
 A *unit* is the part of a record that is never split: an exchange of turns that ends with an answer,
 an image of a document with the text behind it, an image with its caption. A *sample* is one or more
-consecutive units of a record, and stands in a row as one segment with positions from 0. Text-only
+consecutive units of a record. In a row it is one segment with positions from 0. Text-only
 records have no units; they are divided anywhere.
 
 An image with captions is measured by its longest caption and trained with one of them, drawn anew
@@ -47,7 +47,7 @@ class Unit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Tokens of one sample. `prompt_mask` marks what guidance may drop (BOS is kept)."""
+    """Tokens of one sample. `prompt_mask` marks what guidance may drop (not BOS)."""
 
     tokens: np.ndarray  # int32[n]
     target_mask: np.ndarray  # bool[n], True where the next position's token is a target
@@ -84,7 +84,7 @@ def kind(record: dict[str, Any], task: str) -> str:
 
 def _has(record: dict[str, Any], name: str) -> bool:
     value = record.get(name)
-    if isinstance(value, dict):  # tfds gives a sequence of turns as a dict of lists
+    if isinstance(value, dict):  # tfds returns a sequence of turns as a dict of lists
         value = value.get("role")
     return value is not None and len(value) > 0
 

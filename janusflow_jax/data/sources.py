@@ -1,7 +1,7 @@
 """Prepared data sets with random access: `open_source(path, split)[i] -> record`.
 
 A data set is a folder that tfds prepared as array_record, with some of the fields that `samples`
-reads: image or images (kept encoded), captions, conversation, text. `mapped` renames other fields.
+reads: image or images (encoded), captions, conversation, text. `mapped` renames other fields.
 TensorFlow is not needed.
 """
 
@@ -71,7 +71,7 @@ class TfdsSource:
             )
 
         class KeepEncoded(tfds.decode.SkipDecoding):
-            """Also keeps sequences of images encoded, which tfds can do in TensorFlow only."""
+            """Leaves sequences of images encoded too, which tfds can do in TensorFlow only."""
 
             def decode_batch_example_np(self, example: Any) -> Any:
                 return example
