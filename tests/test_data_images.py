@@ -79,6 +79,16 @@ def test_exif_turns_the_image():
     np.testing.assert_array_equal(got, np.rot90(noise(), -1))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_an_open_image_is_read_as_its_file(mode):
+    """As CMYK it cannot be written as PNG; its EXIF orientation counts."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(noise()).convert(mode), "JPEG", exif=exif)
+    got = images.read(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(got, images.decode(data))
+
+
 def test_truncated_broken_and_foreign_bytes():
     good = encode(Image.fromarray(noise()), "JPEG")
     with pytest.raises(DataError, match="truncated or broken"):

@@ -88,14 +88,15 @@ def stage(
     """
     model = c.model_config("1p3b", 256 if "256" in names else 384)
     slots = ROW_LEN // (model.slot_len + 40)  # 40: a short prompt
-    generates, understands = (any(weights.get(t, (0, 0))) for t in ("generate", "understand"))
+    mixture = sources(weights, form)
+    tasks = {source.task for source in mixture}
     cfg = c.TrainConfig(
         model=model,
         data=c.DataConfig(
-            sources=sources(weights, form),
+            sources=mixture,
             row_len=ROW_LEN,
-            gen_slots=slots if generates else 0,
-            und_slots=slots if understands else 0,
+            gen_slots=slots if "generate" in tasks else 0,
+            und_slots=slots if "understand" in tasks else 0,
         ),
         mesh=c.MeshConfig(data=-1, fsdp=8, tensor=1),
         dtype="bfloat16",

@@ -144,9 +144,7 @@ def read(image: Any) -> np.ndarray:
             raise DataError(f"image array: expected uint8[H, W, 3]; got {image.dtype}{image.shape}")
         return image
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")  # so that gray, palette and transparent images take one path
-        return decode(buffer.getvalue())
+        return np.asarray(_rgb(_upright(image)))
     if isinstance(image, bytes):
         return decode(image)
     path = epath.Path(image)
