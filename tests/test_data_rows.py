@@ -56,7 +56,7 @@ def test_batches_do_not_depend_on_hosts_threads_or_restart(stores, chat, hosts, 
                     assert_same({k: v[i] for k, v in batch.items()}, want.row(first + place)[0])
 
 
-def test_a_restart_with_another_batch_size_goes_on_with_the_next_row(stores, chat):
+def test_a_restart_with_another_batch_size_continues_with_the_next_row(stores, chat):
     whole = loader.Loader(data_config(), MODEL, chat, batch_rows=4)
     rows_of = [x for batch, _ in take(whole.batches(0), 6) for x in range_rows(batch)]
     first = loader.Loader(data_config(), MODEL, chat, batch_rows=6)
@@ -112,7 +112,7 @@ def test_samples_are_apart_and_start_at_position_0(stores, chat):
         assert (row["tokens"][row["segment_ids"] == 0] == chat.pad_id).all()
 
 
-def test_slots_stand_where_they_say(stores, chat):
+def test_slots_are_where_slot_start_is(stores, chat):
     made = rows.Rows(data_config(drop_prompt=0.0, sources=MIX[:2]), MODEL, chat)
     seen = set()
     for r in range(40):
@@ -140,7 +140,7 @@ def test_slots_stand_where_they_say(stores, chat):
     assert seen == {"generate", "understand"}
 
 
-def test_text_stands_behind_the_images_and_moves_nothing(stores, chat):
+def test_text_follows_the_images_and_moves_nothing(stores, chat):
     mixed = rows.Rows(data_config(), MODEL, chat)
     assert mixed.mixtures[0].filler > 0
     filled = 0
@@ -181,16 +181,6 @@ def test_targets_of_understanding_are_a_caption_and_eos(stores, chat):
         ids = row["tokens"][where[1:]][row["target_mask"][where[:-1]]]
         assert ids[-1] == chat.eos_id
         assert chat.decode(ids).startswith(" A")
-
-
-def test_text_rows(stores, chat):
-    made = rows.Rows(data_config(sources=MIX[2:], row_len=64), MODEL, chat)
-    for r in range(8):
-        row, bad = made.row(r)
-        assert not bad and not row["slot_task"].any()
-        for where in segments(row):
-            np.testing.assert_array_equal(row["positions"][where], np.arange(len(where)))
-            assert row["target_mask"][where].tolist() == [True] * (len(where) - 1) + [False]
 
 
 def test_a_dropped_prompt_is_the_samplers_unconditional_form(stores, chat):
@@ -328,6 +318,6 @@ def test_lengths_are_stored_for_one_tokenizer(stores, chat, monkeypatch):
         load()
 
 
-def test_a_wrong_path_says_what_to_run():
+def test_a_wrong_path_is_an_error_with_the_command_to_run():
     with pytest.raises(DataError, match=r"does not exist.*prepare_openmoji\.py"):
         sources.TfdsSource("nowhere/at/all", "train")

@@ -36,7 +36,7 @@ def config(stage: str, arg: str | None = None) -> c.TrainConfig:
 
 @pytest.mark.parametrize("arg", [None, "256", "test"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_can_work_and_says_who_it_is(stage, arg):
+def test_a_stage_can_work_and_has_its_name(stage, arg):
     cfg = config(stage, arg)
     assert not config_checks.train_problems(cfg)
     assert cfg.name == (f"{stage}-{arg}" if arg else stage)
@@ -97,15 +97,15 @@ def test_per_sample_weights_follow_the_mixture():
     np.testing.assert_allclose([early, late], [0.5, 0.8], rtol=1e-6)
 
 
-def test_what_is_missing_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_missing_files_are_an_error_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", None)  # nothing may be compiled
     with pytest.raises(c.ConfigError) as error:
         train.train(config("pretrain"))
-    said = str(error.value)
+    message = str(error.value)
     for path in ("data/understand", "data/generate", "data/text", "runs/adaptation"):
-        assert path in said
-    assert "tools/prepare_data.py" in said
+        assert path in message
+    assert "tools/prepare_data.py" in message
     with pytest.raises(c.ConfigError, match="models/start: .*(?s:.*)convert_checkpoint"):
         train.train(config("adaptation"))
 
@@ -115,14 +115,14 @@ def mixture(monkeypatch, tmp_path):
     """Sources by task: captions, conversations with two pictures, text."""
 
     def talk(i: int) -> dict:
-        given = [runs.record(i + j)["image"] for j in range(2)]
+        images = [runs.record(i + j)["image"] for j in range(2)]
         turns = [
             {"role": "user", "content": "<image_placeholder> Which colour?"},
             {"role": "assistant", "content": runs.record(i)["captions"][0]},
             {"role": "user", "content": "<image_placeholder> And this?"},
             {"role": "assistant", "content": runs.record(i + 1)["captions"][0]},
         ]
-        return {"id": str(i), "images": given, "conversation": turns}
+        return {"id": str(i), "images": images, "conversation": turns}
 
     both = [runs.record(i) for i in range(20)] + [talk(i) for i in range(20)]
     known = {
@@ -235,11 +235,11 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
     idle = {"E": {"ar"}}.get(letter, set())
     for name in ("ar", "rf", "repa"):
         assert any(x[f"loss_{name}"] for x in metrics) == (name not in idle), name
-    given = model_folder.load_model(start)
+    begun = model_folder.load_model(start)
     now = model_folder.load_model(workdir, weights="params")
-    before = {**(given.params or {}), "repa_target": (given.params or {})["und_encoder"]}
+    before = {**(begun.params or {}), "repa_target": (begun.params or {})["und_encoder"]}
     if letter == "C":
-        before["und_encoder"] = {"vae": given.vae}
+        before["und_encoder"] = {"vae": begun.vae}
     after, trained = trees.flatten(now.params), parts_lib.trained_paths(cfg)
     compared = 0
     for name, x in trees.flatten(before).items():
@@ -250,8 +250,9 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
         assert same != moves, name
     assert compared > 80
     model = pipeline.load(workdir)
-    assert model.generate("a fox", num_steps=1, output="latent").shape == (1, 8, 8, 4)
-    if letter != "E":
+    if letter == "E":
+        assert model.generate("a fox", num_steps=1, output="latent").shape == (1, 8, 8, 4)
+    else:  # other encoders for understanding; generation is that of every model
         answer = model.chat("What?", [runs.record(0)["image"]], max_new_tokens=3)
         assert isinstance(answer, str)
     if letter in "BC":
