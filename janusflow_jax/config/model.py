@@ -131,19 +131,22 @@ def model_config(name: str, image_size: int = 0) -> ModelConfig:
     return cfg
 
 
+def _llama(width: int, num_heads: int, **fields: int) -> LlamaConfig:
+    """A Llama whose heads share the width; each has keys of its own."""
+    return LlamaConfig(
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=width // num_heads,
+        **fields,
+    )
+
+
 MODEL_SIZES = {
     "test": lambda: ModelConfig(
         name="test",
         image_size=64,
-        llm=LlamaConfig(
-            vocab_size=640,
-            width=64,
-            mlp_width=176,
-            num_layers=3,
-            num_heads=4,
-            num_kv_heads=4,
-            head_dim=16,
-        ),
+        llm=_llama(vocab_size=640, width=64, mlp_width=176, num_layers=3, num_heads=4),
         und=SiglipConfig(image_size=64, width=48, num_layers=2, num_heads=3, mlp_width=192),
         gen=GenConfig(width=32),
         vae=VaeConfig(channels=(16, 16, 32, 32), norm_groups=8),
@@ -152,33 +155,15 @@ MODEL_SIZES = {
     "emoji": lambda: ModelConfig(
         name="emoji",
         image_size=64,
-        llm=LlamaConfig(
-            vocab_size=640,
-            width=192,
-            mlp_width=512,
-            num_layers=4,
-            num_heads=6,
-            num_kv_heads=6,
-            head_dim=32,
-        ),
-        und=SiglipConfig(
-            image_size=64, patch_size=16, width=96, num_layers=4, num_heads=3, mlp_width=384
-        ),
+        llm=_llama(vocab_size=640, width=192, mlp_width=512, num_layers=4, num_heads=6),
+        und=SiglipConfig(image_size=64, width=96, num_layers=4, num_heads=3, mlp_width=384),
         gen=GenConfig(width=192, patch_size=4),
         vae=VaeConfig(channels=(16, 32, 64), layers_per_block=1, norm_groups=4),
         repa=RepaConfig(layer=2, width=192),
     ),
     "small": lambda: ModelConfig(
         name="small",
-        llm=LlamaConfig(
-            vocab_size=32000,
-            width=768,
-            mlp_width=2048,
-            num_layers=12,
-            num_heads=12,
-            num_kv_heads=12,
-            head_dim=64,
-        ),
+        llm=_llama(vocab_size=32000, width=768, mlp_width=2048, num_layers=12, num_heads=12),
         und=SiglipConfig(width=384, num_layers=12, num_heads=6, mlp_width=1536),
         gen=GenConfig(width=256),
         repa=RepaConfig(layer=3, width=768),
