@@ -7,6 +7,7 @@ TensorFlow is not needed.
 
 from __future__ import annotations
 
+import copy
 import time
 import uuid
 from collections.abc import Callable
@@ -44,6 +45,7 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         self.path, self.split = str(path), split
+        self.fields: Fields = ()  # see `mapped`
         folder = epath.Path(path)
         scheme = str(folder).partition("://")[0]
         if scheme not in (str(folder), "gs"):  # array_record reads no other store
@@ -96,33 +98,12 @@ class TfdsSource:
           DataError: the store fails after every retry.
         """
         record = retry(lambda: self._records[index], f"{self.path} {self.split} record {index}")
-        return {name: _plain(value, name in self._encoded) for name, value in record.items()}
-
-
-open_source = TfdsSource
-
-
-class Mapped:
-    """A data set under other field names. Fields that are not mapped keep their names."""
-
-    def __init__(self, source: TfdsSource, fields: Fields):
-        self.path, self.split, self.fields = source.path, source.split, fields
-        self._source = source
-        self._class_names = {
-            theirs: getattr(_feature(source.features, theirs), "names", None)
-            for _, theirs in fields
-        }
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._source[index]
+        record = {name: _plain(value, name in self._encoded) for name, value in record.items()}
         taken = {theirs.split("/")[0] for _, theirs in self.fields}
         out = {name: value for name, value in record.items() if name not in taken}
         for ours, theirs in self.fields:
             value = _value_at(record, theirs.split("/"))
-            names = self._class_names[theirs]
+            names = getattr(_feature(self.features, theirs), "names", None)  # of classes
             if names is not None:
                 value = [names[v] for v in value] if isinstance(value, list) else names[value]
             many = ours in ("captions", "images") and not isinstance(value, list)
@@ -130,8 +111,12 @@ class Mapped:
         return out
 
 
+open_source = TfdsSource
+
+
 def mapped(source: Any, fields: Fields, task: str) -> Any:
-    """The source under our field names; checks that it has what the task reads.
+    """The source under our field names; checks that it has what the task reads. Fields that are not
+    mapped have their own names.
 
     Args:
       source: of `open_source`.
@@ -163,7 +148,11 @@ def mapped(source: Any, fields: Fields, task: str) -> Any:
             f"{source.path}: fields (the data set has {known}):\n"
             f"{listed}\nSet the source's `fields`, such as (('captions', 'label'),): ours, theirs"
         )
-    return Mapped(source, fields) if fields else source
+    if not fields:
+        return source
+    out = copy.copy(source)
+    out.fields = fields
+    return out
 
 
 def _value_at(value: Any, path: list[str]) -> Any:
