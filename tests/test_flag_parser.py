@@ -16,6 +16,13 @@ from janusflow_jax.config import ConfigError, flags as flag_parser
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def no_config_file_is_loaded():
+    """ml_collections loads every file as one module, in which the names of the last one remain."""
+    yield
+    sys.modules.pop("config_config", None)
+
+
 def message(*args: str) -> str:
     argv, values = ["train", *args], flags.FlagValues()
     with pytest.raises(ConfigError) as error:

@@ -230,5 +230,5 @@ def test_a_damaged_checkpoint_is_named(store):
 
 def test_empty_data_is_an_error(store):
     store.clear()
-    with pytest.raises(DataError, match="paint: .*none of its 0 records"):
+    with pytest.raises(DataError, match="none of its 0 records"):
         train.train(tiny_config("none"))
