@@ -1,8 +1,12 @@
 """Row number -> row of the batch: a pure function of (config, data, tokenizer, row number).
 
 A *row* is a sequence of `row_len` positions with up to K image *slots*. It holds the samples of one
-*bin* of one source (see `packing`), each in a segment of its own with positions from 0. What a
-record, a unit and a sample are is defined in `samples`.
+*bin* of one source, each in a segment of its own with positions from 0. `Rows.row` makes it:
+
+    source and bin       by arithmetic (`mixture`); bins are packed once, at the start (`packing`)
+    samples of the bin   tokens, targets and images (`samples`) of records (`sources`)
+    image slots          pixels, or what a cache holds instead (`slots`)
+    a free tail          text, where the mixture has some
 
 The bin, the caption, the crop and the dropped prompts follow from the row's number and the seed
 alone. So the same row comes out on any host, with any number of threads, after any restart.
