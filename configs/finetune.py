@@ -27,6 +27,7 @@ pre-training's (LoRA has its own), warm-up 100 steps. Raise `--config.num_steps`
 """
 
 import dataclasses
+from pathlib import Path
 
 from janusflow_jax import config as c
 from janusflow_jax.config import stages
@@ -70,7 +71,9 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         for task in ("generate", "understand")
     )
     cfg = c.TrainConfig(
-        name="-".join(["finetune", *map(_last, folders.values()), *sorted(names)]),
+        name="-".join(
+            ["finetune", *(Path(folder).name for folder in folders.values()), *sorted(names)]
+        ),
         model=c.model_config("1p3b", 256 if "256" in names else 384),
         data=c.DataConfig(sources=own, row_len=4096),
         optim=c.OptimConfig(lr=2e-5, warmup_steps=100, ema=0.0 if "light" in names else 0.99),
@@ -120,11 +123,6 @@ def _split(arg: str | None) -> tuple[set[str], dict[str, str]]:
     if wrong:
         raise c.ConfigError(f"configs/finetune.py: expected mine=DIR or kept=DIR; got {wrong}")
     return c.parse_arg(",".join(w for w in words if "=" not in w), NAMES), folders
-
-
-def _last(folder: str) -> str:
-    """The last part of a folder's path, for the run's name."""
-    return folder.rstrip("/").rpartition("/")[2]
 
 
 def _emoji(cfg: c.TrainConfig) -> None:
