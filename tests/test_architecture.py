@@ -176,7 +176,7 @@ def test_the_rules_can_fail(module, source, message):
 
 
 def test_the_public_names_need_no_further_import():
-    """`jf.config`, `jf.hub` and `jf.load` work after `import janusflow_jax as jf`, which is fast."""
+    """`jf.config`, `jf.hub` and `jf.load` work after one import, which is fast."""
     code = (
         "import sys, janusflow_jax as jf; "
         "jf.config.model_config('1p3b'), jf.load, jf.hub; "

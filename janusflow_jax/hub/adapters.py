@@ -60,15 +60,14 @@ def save_adapter(run: Any, out: Any, weights: str = "ema") -> str:
     folder = epath.Path(out).resolve()
     if folder.exists():
         raise CheckpointError(f"{folder}: exists; choose another path")
-    is_run = not (epath.Path(run) / model_folder.MODEL_FILE).exists()
-    loaded = model_folder.load_model(run, weights=weights, merged=False) if is_run else None
-    values = loaded.meta.get("config") if loaded else None
-    cfg = config_lib.from_dict(TrainConfig, values) if values else None
-    if loaded is None or cfg is None or not cfg.lora.rank:
+    loaded = model_folder.load_model(run, weights=weights, merged=False)
+    values = loaded.meta["config"]  # of a run, or of a model alone
+    if not values.get("lora", {}).get("rank"):
         raise ConvertError(
             f"{run}: no adapters: expected a training run with lora.rank above 0; export the model "
             "itself"
         )
+    cfg = config_lib.from_dict(TrainConfig, values)
     if trained := sorted(parts_lib.trained_parts(cfg)):
         raise ConvertError(
             f"{loaded.source}: {trained} were trained too, and adapters do not hold them; export "
