@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import golden
-from helpers.published import SILENT, edit, shard, to_model
+from helpers.published import SILENT, shard, to_model
 from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import config, hub, pipeline
@@ -119,28 +119,6 @@ def test_dtype_casts_and_an_export_remembers_the_source(folder, vae_folder, tmp_
     to_model(folder, vae_folder, tmp_path / "model", dtype="float32")
     got = model_folder.load_model(tmp_path / "model")
     assert {x.dtype for x in jax.tree.leaves([got.params, got.vae])} == {np.dtype("float32")}
-    hub.export(tmp_path / "model", tmp_path / "back", **SILENT)
-    same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
-
-
-@pytest.mark.slow
-def test_select_layer_of_a_published_folder(folder, tmp_path):
-    """-2 keeps one block less; the file has no more, and one that has is refused."""
-    edit(
-        folder / "config.json",
-        lambda c: c["vision_und_enc_config"]["params"].update(select_layer=-2),
-    )
-    with pytest.raises(ConvertError, match=r"vision_und_enc_model.*blocks\.1\.\S+: unknown"):
-        to_model(folder, golden.TINY / "vae", tmp_path / "model")
-    tensors = {
-        n: x for n, x in golden.arrays("janusflow/model").items() if ".tower.blocks.1." not in n
-    }
-    tensors = {n: x for n, x in tensors.items() if "vision_tower.blocks.1." not in n}
-    save_file(tensors, folder / "model.safetensors")
-    cfg = to_model(folder, golden.TINY / "vae", tmp_path / "model")
-    assert cfg.und.num_layers == 1
-    params = model_folder.load_model(tmp_path / "model").params
-    assert params["und_encoder"]["layers"]["block"]["norm1"]["scale"].shape == (1, 48)
     hub.export(tmp_path / "model", tmp_path / "back", **SILENT)
     same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
