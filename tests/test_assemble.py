@@ -209,7 +209,7 @@ def test_tensors_that_do_not_fit_are_named(llm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: expected none; got 'llama3'"),
         ({"attention_bias": True}, "attention_bias: expected False; got True"),
@@ -218,10 +218,10 @@ def test_tensors_that_do_not_fit_are_named(llm, tmp_path):
         ({"vocab_size": 700}, r"embed_tokens\.weight: expected shape \(700, 32\)"),
     ],
 )
-def test_a_language_model_of_another_kind(change, says, llm, tmp_path):
+def test_a_language_model_of_another_kind(change, message, llm, tmp_path):
     config = json.loads((llm / "config.json").read_text()) | change
     (llm / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConvertError, match=says):
+    with pytest.raises(ConvertError, match=message):
         hub.assemble(
             llm,
             siglip_folder("hf", tmp_path / "siglip"),

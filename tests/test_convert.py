@@ -25,7 +25,7 @@ def hub_files():
     return [read(name) for name in names]
 
 
-def test_every_tensor_of_the_released_model_has_its_place():
+def test_every_tensor_of_the_released_model_has_a_rule():
     published = json.loads((golden.ROOT / "janusflow_1p3b_tensors.json").read_text())
     used = {n: tuple(s) for n, s in published.items() if not torch_trees.is_pool(n)}
     cfg = config.model_config("1p3b")

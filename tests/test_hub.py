@@ -1,4 +1,4 @@
-"""Published folders in and out again: every bit, every number, and errors that tell all."""
+"""Published folders are converted and exported again: every bit, and nothing half done."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_converted_model_samples_the_golden_numbers(loaded):
     assert golden.error(got, golden.nhwc(want)) < 5e-6
 
 
-def test_a_converted_model_says_the_golden_words(loaded):
+def test_a_converted_model_answers_as_the_golden_one(loaded):
     case = golden.facts("expected")["chat"][0]
     images = [golden.TINY / "images" / name for name in case["images"]]
     got = loaded.chat(case["conversation"], images, max_new_tokens=24)

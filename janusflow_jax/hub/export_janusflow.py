@@ -145,9 +145,9 @@ def _card(
     sources = json.loads(hub[LICENSES_FILE].read_text()) if LICENSES_FILE in hub else []
     named = [{k: v for k, v in s.items() if k.startswith("license")} for s in sources]
     named = [{"license": license}] if license else [fields for fields in named if fields]
-    head = {"license": "other"} if len(named) > 1 else {}  # different licenses are listed below
-    if named and all(fields == named[0] for fields in named):
-        head = named[0]
+    head: dict[str, Any] = {}
+    if named:  # sources with different licenses are listed below
+        head = named[0] if all(x == named[0] for x in named) else {"license": "other"}
     origin = (
         f"Trained to step {meta['step']}, `{weights}` weights."
         if "step" in meta
