@@ -54,12 +54,13 @@ def create_checkpoint(scratch: pathlib.Path) -> None:
     processor = json.loads((GOLDEN / "tiny/janusflow/processor_config.json").read_text())
     (model / "processor_config.json").write_text(json.dumps(processor | {"num_image_tokens": 576}))
     shapes = json.loads((GOLDEN / "janusflow_1p3b_tensors.json").read_text())
+    vae_tensors = tensors.to_torch(tensors.vae_shapes(cfg.vae), names.vae_rules(cfg.vae))
     folders = (
         (model, "model", shapes, np.dtype(ml_dtypes.bfloat16)),
         (
             autoencoder,
             "diffusion_pytorch_model",
-            tensors.torch_shapes(names.vae_rules(cfg.vae), tensors.vae_shapes(cfg.vae)),
+            {name: x.shape for name, x in vae_tensors.items()},
             np.dtype(np.float32),
         ),
     )

@@ -1,10 +1,19 @@
-"""JanusFlow in JAX: unified image understanding and generation."""
+"""JanusFlow in JAX: unified image understanding and generation.
+
+    import janusflow_jax as jf
+    model = jf.load("runs/emoji")  # a pipeline.Pipeline: generate, chat, encode_image
+    cfg = jf.config.model_config("1p3b")
+    jf.hub.export("runs/emoji", "exported")
+
+Importing the package imports no JAX, because config files import it too.
+"""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+from janusflow_jax import config as config, hub as hub
 from janusflow_jax.config import stages
 
 # Config files written before the packages import `janusflow_jax.config_stages`. Remove in 0.3.
@@ -20,6 +29,6 @@ def load(
     adapter: Any = "",
 ) -> Any:
     """Loads a model to generate images, chat and encode images: see `pipeline.load`."""
-    from janusflow_jax import pipeline  # config files must not import JAX
+    from janusflow_jax import pipeline
 
     return pipeline.load(path, dtype=dtype, mesh=mesh, weights=weights, int8=int8, adapter=adapter)

@@ -173,3 +173,16 @@ def test_no_test_file_imports_another():
 def test_the_rules_can_fail(module, source, message):
     (problem,) = problems(module, source)
     assert message in problem
+
+
+def test_the_public_names_need_no_further_import():
+    """`jf.config`, `jf.hub` and `jf.load` work after one import, which is fast."""
+    code = (
+        "import sys, janusflow_jax as jf; "
+        "jf.config.model_config('1p3b'), jf.load, jf.hub; "
+        "heavy = {'jax', 'numpy', 'flax', 'orbax', 'huggingface_hub'} & {*sys.modules}; "
+        "assert not heavy, heavy; "
+        "jf.hub.convert, jf.hub.assemble, jf.hub.export, jf.hub.save_adapter"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

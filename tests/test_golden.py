@@ -274,7 +274,7 @@ def train_numbers(in_one_row=False):
 
     (value, rest), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
     torch = torch_trees.janusflow_to_torch(grads, model.cfg)
-    torch |= torch_trees.repa_to_torch(grads["repa_head"], model.cfg)
+    torch |= torch_trees.repa_to_torch(grads["repa_head"])
     return value, rest, torch
 
 

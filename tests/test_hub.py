@@ -1,4 +1,4 @@
-"""Published folders in and out again: every bit, every number, and errors that tell all."""
+"""Published folders are converted and exported again: every bit, and nothing half done."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import golden
-from helpers.published import SILENT, edit, read_config, shard, to_model
+from helpers.published import SILENT, shard, to_model
 from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import config, hub, pipeline
@@ -22,6 +22,7 @@ from janusflow_jax.checkpoints import model_folder, run as run_checkpoints
 from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import (
+    configs as hub_configs,
     export_janusflow,
     safetensors as safetensors_io,
     tensors as hub_tensors,
@@ -60,7 +61,7 @@ def test_a_converted_model_samples_the_golden_numbers(loaded):
     assert golden.error(got, golden.nhwc(want)) < 5e-6
 
 
-def test_a_converted_model_says_the_golden_words(loaded):
+def test_a_converted_model_answers_as_the_golden_one(loaded):
     case = golden.facts("expected")["chat"][0]
     images = [golden.TINY / "images" / name for name in case["images"]]
     got = loaded.chat(case["conversation"], images, max_new_tokens=24)
@@ -104,7 +105,7 @@ def test_bfloat16_shards_there_and_back(folder, vae_folder, tmp_path):
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     same_bits({n: x for f in files for n, x in load_file(tmp_path / "back" / f).items()}, tensors)
     opened = safetensors_io.open_folder(model_folder.epath.Path(tmp_path / "back"))
-    assert not opened.problems and opened.tensors.keys() == tensors.keys()
+    assert opened.keys() == tensors.keys()
     meta = json.loads((tmp_path / "model" / "model.json").read_text())
     assert meta["source_dtypes"]["janusflow"][name] == "float32"
     assert meta["source_dtypes"]["vae"] == "float32"
@@ -120,37 +121,6 @@ def test_dtype_casts_and_an_export_remembers_the_source(folder, vae_folder, tmp_
     assert {x.dtype for x in jax.tree.leaves([got.params, got.vae])} == {np.dtype("float32")}
     hub.export(tmp_path / "model", tmp_path / "back", **SILENT)
     same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
-
-
-@pytest.mark.slow
-def test_select_layer_of_a_published_folder(folder, tmp_path):
-    """-2 keeps one block less; the file has no more, and one that has is refused."""
-    edit(
-        folder / "config.json",
-        lambda c: c["vision_und_enc_config"]["params"].update(select_layer=-2),
-    )
-    with pytest.raises(ConvertError, match=r"unknown: vision_und_enc_model.*blocks\.1\."):
-        to_model(folder, golden.TINY / "vae", tmp_path / "model")
-    tensors = {
-        n: x for n, x in golden.arrays("janusflow/model").items() if ".tower.blocks.1." not in n
-    }
-    tensors = {n: x for n, x in tensors.items() if "vision_tower.blocks.1." not in n}
-    save_file(tensors, folder / "model.safetensors")
-    cfg = to_model(folder, golden.TINY / "vae", tmp_path / "model")
-    assert cfg.und.num_layers == 1
-    params = model_folder.load_model(tmp_path / "model").params
-    assert params["und_encoder"]["layers"]["block"]["norm1"]["scale"].shape == (1, 48)
-    hub.export(tmp_path / "model", tmp_path / "back", **SILENT)
-    same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
-
-
-def test_other_files_of_a_vae_folder_are_ignored_with_a_line(vae_folder, tmp_path):
-    save_file({"first_stage_model.x": np.zeros(3)}, vae_folder / "sdxl_vae.safetensors")
-    (vae_folder / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    lines = []
-    to_model(golden.TINY / "janusflow", vae_folder, tmp_path / "model", log=lines.append)
-    text = "\n".join(lines)
-    assert "sdxl_vae.safetensors: not read" in text and "model.bin: not read" in text
 
 
 def test_licenses_are_copied(folder, vae_folder, tmp_path):
@@ -266,23 +236,6 @@ def test_parts_are_read_one_after_another(tmp_path, monkeypatch):
     assert counts["und_begin"] == 1 and counts["vae"] == 244
 
 
-def test_old_model_folders_load(tmp_path):
-    """Format 1: all parts in one Orbax folder."""
-    model, params, vae = golden.model()
-    out = tmp_path / "old"
-    model_folder.save_model(
-        out, model_cfg=model.cfg, params=params, vae=vae, hub_files=None, extra={}
-    )
-    shutil.rmtree(out / "params")
-    model_folder._save_tree(
-        model_folder.epath.Path(out / "params"), jax.tree.map(np.asarray, params)
-    )
-    edit(out / "model.json", lambda m: m.update(format=1))
-    model_folder.write_sums(model_folder.epath.Path(out))
-    got = model_folder.load_model(out)
-    jax.tree.map(np.testing.assert_array_equal, got.params, params)
-
-
 @pytest.fixture(scope="module")
 def born(tmp_path_factory):
     """A model that was never published: other sizes, its own REPA head, no pooling head."""
@@ -307,11 +260,8 @@ def born(tmp_path_factory):
 def test_a_model_born_here_comes_back_as_it_was(born, tmp_path):
     model, cfg = born
     hub.export(model, tmp_path / "out", license="apache-2.0", **SILENT)
-    pool = load_file(tmp_path / "out" / "model.safetensors")
-    pool = {n: x for n, x in pool.items() if ".attn_pool." in n}
-    assert len(pool) == 13 and not any(x.any() for x in pool.values())
     files = [json.loads((tmp_path / "out" / n).read_text()) for n in export_janusflow.CONFIGS]
-    assert read_config(*files) == cfg
+    assert hub_configs.model_config_from_hf(*files) == cfg
     assert "license: apache-2.0" in (tmp_path / "out" / "README.md").read_text()
     to_model(tmp_path / "out", tmp_path / "out" / "vae", tmp_path / "again")
     a, b = model_folder.load_model(model), model_folder.load_model(tmp_path / "again")
@@ -320,20 +270,17 @@ def test_a_model_born_here_comes_back_as_it_was(born, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, (a.params, a.vae), (b.params, b.vae))
 
 
-def test_what_the_published_format_cannot_say(tmp_path):
-    cfg = config.model_config("emoji")
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("emoji", r"gen\.patch_size: expected 2; got 4"), ("test", r"parts .*'llm'.*'vae'.* missing")],
+)
+def test_what_the_published_format_cannot_hold(tmp_path, size, message):
+    cfg = config.model_config(size)
     model_folder.save_model(
         tmp_path / "model", model_cfg=cfg, params=None, vae=None, hub_files=None, extra={}
     )
-    with pytest.raises(ConvertError) as error:
+    with pytest.raises(ConvertError, match=message):
         hub.export(tmp_path / "model", tmp_path / "out", **SILENT)
-    for part in (
-        "gen.patch_size",
-        "'llm'",
-        "'vae'",
-        "hub/tokenizer.json: missing",
-    ):
-        assert part in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -363,5 +310,5 @@ def test_a_training_run_is_exported(weights, model, tmp_path):
         want["beg_of_und_embed"] = want["beg_of_und_embed"] + 1
     same_bits(load_file(tmp_path / "out" / "model.safetensors"), want)
     files = [json.loads((tmp_path / "out" / n).read_text()) for n in export_janusflow.CONFIGS]
-    assert read_config(*files) == cfg.model
+    assert hub_configs.model_config_from_hf(*files) == cfg.model
     assert f"to step 7, `{weights}` weights" in (tmp_path / "out" / "README.md").read_text()

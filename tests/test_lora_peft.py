@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from janusflow_jax import config as c
 from janusflow_jax.config.errors import CheckpointError, ConvertError
@@ -78,15 +78,15 @@ DEFAULTS = {
 PLAIN = {**DEFAULTS, "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
-def write(folder, about, modules=(), *, head=ALONE, ending="", ranks=None):
+def write(folder, about, modules=(), *, head=ALONE, ranks=None):
     """An adapter whose product is 1 everywhere: what is added to a kernel is the scale."""
     folder.mkdir(exist_ok=True)
     tensors = {}
     for module in modules:
         rank = (ranks or {}).get(module, 2)
         name = f"base_model.model.{head}{module}.lora_"
-        tensors[f"{name}A{ending}.weight"] = np.full((rank, WIDTH), 1 / rank, np.float32)
-        tensors[f"{name}B{ending}.weight"] = np.ones((OUT, rank), np.float32)
+        tensors[f"{name}A.weight"] = np.full((rank, WIDTH), 1 / rank, np.float32)
+        tensors[f"{name}B.weight"] = np.ones((OUT, rank), np.float32)
     (folder / "adapter_config.json").write_text(json.dumps(about))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
@@ -160,20 +160,18 @@ def test_targets_are_read_as_peft_reads_them(tmp_path, case):
     assert scales(folder) == dict.fromkeys(want, 2)
 
 
-@pytest.mark.parametrize("ending", ["", ".default"])
 @pytest.mark.parametrize("head", ["language_model.model.", "model.", ""])
-def test_layouts_of_names(tmp_path, head, ending):
-    folder = write(tmp_path / "adapter", PLAIN, QV, head=head, ending=ending)
+def test_layouts_of_names(tmp_path, head):
+    folder = write(tmp_path / "adapter", PLAIN, QV, head=head)
     assert scales(folder) == dict.fromkeys(QV, 2)
 
 
-def test_what_is_not_checked_is_a_warning(tmp_path):
-    about = {**PLAIN, "use_tomorrow": 3, "janusflow_jax": None}
-    folder = write(tmp_path / "adapter", about, QV)
+def test_the_base_is_checked_if_the_adapter_names_it(tmp_path):
+    folder = write(tmp_path / "adapter", {**PLAIN, "janusflow_jax": None}, QV)
     with pytest.warns(UserWarning) as caught:
         adapters.apply(LLM, folder)
     (message,) = (str(w.message) for w in caught)
-    for text in (str(folder), "somebody/model", "base_sha256", "['use_tomorrow']"):
+    for text in (str(folder), "somebody/model", "base_sha256"):
         assert text in message
     about = {**PLAIN, "janusflow_jax": {"base_sha256": adapters.digest(LLM, ("q", "v"))}}
     with warnings.catch_warnings():
@@ -203,83 +201,40 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
         "kasa_config": {"beta": 1},
         "monteclora_config": {"n": 1},
         "init_lora_weights": "pissa_niter_4",
+        "use_tomorrow": 3,
     }
     folder = tmp_path / "adapter"
     message = refused(write(folder, {**PLAIN, **wrong}, QV))
     for name, value in wrong.items():
-        assert f"{name}: expected" in message and f"got {json.dumps(value)}" in message
+        assert f"{name} = {json.dumps(value)}" in message
         alone = refused(write(folder, {**PLAIN, name: value}, QV))
-        assert f"{name}: expected" in alone and alone.count(": expected") == 1
+        assert f"{name} = " in alone and alone.count(" = ") == 1
     assert "merge_and_unload" in message
 
 
 @pytest.mark.parametrize(
-    ("about", "says"),
+    ("about", "message"),
     [
-        ([1], ["expected a JSON object; got [1]"]),
-        ({"r": 2}, ["lora_alpha: expected", "target_modules: expected", "got null"]),
-        ({**PLAIN, "r": "x", "lora_alpha": "y"}, ["r: expected a whole", 'got "x"', 'got "y"']),
-        ({**PLAIN, "r": 0}, ["r: expected a whole number of 1 or more; got 0"]),
-        ({**PLAIN, "r": -2}, ["r: expected a whole number of 1 or more; got -2"]),
-        ({**PLAIN, "r": True}, ["r: expected", "got true"]),
-        ({**PLAIN, "lora_alpha": -1}, ["lora_alpha: expected a number above 0; got -1"]),
-        ({**PLAIN, "lora_alpha": math.nan}, ["lora_alpha: expected a number above 0; got NaN"]),
-        ({**PLAIN, "target_modules": "q_proj("}, ["target_modules: expected", 'got "q_proj("']),
-        ({**PLAIN, "target_modules": "a_proj"}, ["target_modules: a_proj: unknown"]),
-        (
-            {**PLAIN, "target_modules": ["q_proj", "v_proj", "qkv"]},
-            ["qkv: unknown", "model.layers.0.self_attn.q_proj"],
-        ),
-        ({**PLAIN, "target_modules": [3]}, ["target_modules: expected", "got [3]"]),
-        ({**PLAIN, "target_modules": []}, ["target_modules: expected", "got []"]),
-        ({**PLAIN, "use_rslora": "yes"}, ['use_rslora: expected true or false; got "yes"']),
-        ({**PLAIN, "rank_pattern": {"q_proj": 0}}, ["rank_pattern: expected"]),
-        ({**PLAIN, "alpha_pattern": {"q_(": 4}}, ["alpha_pattern: expected"]),
-        ({**PLAIN, "alpha_pattern": [4]}, ["alpha_pattern: expected"]),
-        ({**PLAIN, "janusflow_jax": [1]}, ["janusflow_jax: expected", "got [1]"]),
-        (
-            {**PLAIN, "janusflow_jax": {"base_sha256": 3}},
-            ["janusflow_jax: expected", "base_sha256"],
-        ),
+        ({"r": 2}, "expected a LoRA adapter; ['lora_alpha', 'target_modules'] are missing"),
+        ({**PLAIN, "r": 3}, "lora_A.weight: expected shape (3, 6); got (2, 6)"),
+        ({**PLAIN, "target_modules": ["a_proj"]}, "q_proj.lora_A.weight: unknown"),
+        ({**PLAIN, "target_modules": "all-linear"}, "k_proj.lora_A.weight: missing"),
     ],
 )
-def test_a_bad_config_is_one_clear_message(tmp_path, about, says):
-    message = refused(write(tmp_path / "adapter", about, QV))
-    for text in says:
-        assert text in message
-    assert str(tmp_path / "adapter") in message and len(message.splitlines()) < 5
+def test_a_config_of_other_tensors(tmp_path, about, message):
+    assert message in refused(write(tmp_path / "adapter", about, QV))
 
 
-def test_bad_weights_are_one_clear_message(tmp_path):
-    folder = write(tmp_path / "adapter", {**PLAIN, "r": 0}, QV)
-    file = folder / "adapter_model.safetensors"
-    file.unlink()
+def test_bad_weights(tmp_path):
+    folder = write(tmp_path / "adapter", PLAIN, QV, head="transformer.model.")
     message = refused(folder)
-    assert "adapter_model.safetensors" in message and "r: expected" in message
-    (folder / "adapter_model.bin").touch()
-    assert "only adapter_model.bin" in refused(folder)
-
-    message = refused(write(folder, PLAIN, QV, head="transformer.model."))
     for text in (
         "begin with one of base_model.model.language_model.model.layers.0...",
         "base_model.model.model.layers.0...",
-        "got 8, such as base_model.model.transformer.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.transformer.model.layers.0.self_attn.q_proj.lora_A.weight",
     ):
         assert text in message
-    assert len(message.splitlines()) == 2
-    assert "got 0, such as none" in refused(write(folder, PLAIN))
-
-    one, two = (write(tmp_path / n, PLAIN, QV, ending=f".{n}") for n in ("one", "two"))
-    save_file(load_file(one / file.name) | load_file(two / file.name), file)
-    assert "expected one adapter; got 2, named ['one', 'two']" in refused(folder)
-
-
-def test_long_lists_are_cut_with_a_count(tmp_path):
-    about = {**PLAIN, "target_modules": "all-linear"}
-    others = [f"layers.{i}.self_attn.{t}_proj" for i in range(2, 9) for t in "qv"]
-    message = refused(write(tmp_path / "adapter", about, [*QV, *others], ranks={Q0: 3}))
-    shown = adapters.SHOWN
-    assert message.count(": missing, expected shape") == message.count(": unknown") == shown
-    assert f"... and {2 * (len(EVERY) - len(QV)) - shown} more" in message
-    assert f"... and {2 * len(others) - shown} more" in message
-    assert f"{Q0}.lora_A.weight: expected shape (2, 6); got (3, 6)" in message
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").touch()
+    message = refused(folder)
+    assert "expected adapter_model.safetensors" in message and "pickle" in message

@@ -45,10 +45,11 @@ def of_adapter(path: Any) -> str:
     """SHA-256 over an adapter's config and weights, which are one file or shards.
 
     Raises:
+      ConvertError: no adapter's weights.
       OSError: a file is missing.
     """
     folder = epath.Path(path)
-    weights = safetensors_io.open_folder(folder, (adapters.WEIGHTS,)).files
+    weights = safetensors_io.weight_files(folder, (adapters.WEIGHTS,))
     return _hash([folder / adapters.CONFIG, *weights])
 
 

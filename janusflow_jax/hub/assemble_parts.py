@@ -7,23 +7,19 @@ open_clip.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from safetensors.numpy import save as safetensors_bytes
 
-from janusflow_jax.config import (
-    GenConfig,
-    ModelConfig,
-    RepaConfig,
-    SiglipConfig,
-    checks as config_checks,
-)
+from janusflow_jax.config import GenConfig, ModelConfig, RepaConfig, SiglipConfig
+from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import configs as hub_configs, names, tensors
 from janusflow_jax.hub.source import (
@@ -31,8 +27,6 @@ from janusflow_jax.hub.source import (
     UNUSED_FILE,
     VAE_CONFIG_FILE,
     Source,
-    license_files,
-    load_chat_format,
     open_vae,
     save_converted,
 )
@@ -41,12 +35,6 @@ from janusflow_jax.models import janusflow
 VOCAB_UNIT = 128
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """SigLIP's heads by width, for timm folders that do not name them."""
-
-
-class Sources(NamedTuple):
-    llm: Source
-    siglip: Source
-    vae: Source
 
 
 def assemble(
@@ -67,155 +55,129 @@ def assemble(
       llm, siglip, vae: published folders.
       dtype: 'bfloat16' or 'float32'; '' keeps each tensor's own, and new parts are float32.
       gen_width: width of the new ConvNeXt parts; seed: of their initialization.
-      log: receives progress and notes, a line each.
+      log: receives progress and remarks, a line each.
     Raises:
-      ConvertError: everything that is wrong with the folders; nothing was written.
-      CheckpointError: `out` exists and `overwrite` is not set.
+      ConvertError: weights, config files or tensors that do not fit; lists all tensors of a folder.
+        Nothing was written.
+      DataError: a tokenizer that is missing or cannot be read.
+      CheckpointError: a JSON file that cannot be read, or `out` exists and `overwrite` is not set.
     """
-    sources = Sources(Source(llm, "llm"), Source(siglip, "siglip"), open_vae(vae))
-    tied = bool(sources.llm.config.get("tie_word_embeddings", False))
-    sources.llm.drop(names.HF_BUFFERS, "computed from the config")
+    language, tower, autoencoder = Source(llm), Source(siglip), open_vae(vae)
+    language_json = language.json("config.json")
+    tied = bool(language_json.get("tie_word_embeddings", False))
+    language.pop(names.HF_BUFFERS)
     if tied:
-        sources.llm.drop(r"lm_head\.weight$", "the head is tied to the embedding")
-    sources.siglip.drop(names.SIGLIP_TEXT, "the text tower and the loss")
-    pool = pop_pooling_head(sources.siglip)
-    problems = [p for s in sources for p in s.problems]
-    notes = [n for s in sources for n in s.notes]
-    cast = np.dtype(dtype) if dtype else None
-    shapes: dict[str, Any] = {}
-    cfg = chat = None
-    if sources.llm.right_kind and sources.vae.right_kind and sources.siglip.complete:
-        cfg, chat = _config(sources, gen_width, problems, notes)
-    if cfg is not None:
-        log(f"config: {cfg}")
-        shapes = _file_shapes(cfg, sources.llm, tied)
-        problems += sources.llm.misfits(names.llm_rules(tied=tied), {"llm": shapes["llm"]}, cast)
-        problems += sources.siglip.misfits(
-            siglip_rules(sources.siglip), {"und_encoder": shapes["und_encoder"]}, cast
-        )
-        problems += sources.vae.misfits(names.vae_rules(cfg.vae), shapes["vae"], cast)
-    for note in notes:
-        log(f"note: {note}")
-    tensors.raise_problems("these folders cannot be assembled", problems)
-    assert cfg is not None and chat is not None
-    rows = shapes["llm"]["embedding"].shape[0]
-    if cfg.llm.vocab_size > rows:
-        log(f"note: the token table grows from {rows} to {cfg.llm.vocab_size} rows")
-    parts = _parts(sources, cfg, shapes, tied, cast, seed, log)
-    hub_files = _hub_files(sources, cfg, chat, pool)
-    save_converted(out, cfg, parts, sources, hub_files, {"seed": seed}, overwrite)
-    return cfg
-
-
-def _config(
-    sources: Sources, gen_width: int, problems: list[str], notes: list[str]
-) -> tuple[ModelConfig | None, chat_format.ChatFormat | None]:
-    """The model's config, its table large enough for the image tags, and the tokenizer."""
-    known = len(problems)
-    try:
-        llm = hub_configs.llama_config_from_hf(sources.llm.config, problems, notes)
-        und = siglip_config(sources.siglip, problems, notes)
-        vae = hub_configs.vae_config_from_hf(sources.vae.config, problems, notes)
-    except hub_configs.WRONG_TYPE as error:
-        problems.append(f"a config.json has a value of the wrong type: {error}")
-        return None, None
-    if und is None:
-        return None, None
-    chat = load_chat_format(sources.llm.folder, und.num_tokens, problems)
-    if chat is not None and chat.vocab_needed > llm.vocab_size:
-        llm.vocab_size = -(-chat.vocab_needed // VOCAB_UNIT) * VOCAB_UNIT
+        language.pop(r"lm_head\.weight$")
+    und, und_rules, pool = open_siglip(tower, log)
+    file_llm = hub_configs.llama_config_from_hf(language_json)
+    vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"))
+    chat = chat_format.ChatFormat.load(language.folder, und.num_tokens)
+    rows = file_llm.vocab_size
+    if chat.vocab_needed > rows:
+        rows = math.ceil(chat.vocab_needed / VOCAB_UNIT) * VOCAB_UNIT
+        log(f"the token table grows from {file_llm.vocab_size} to {rows} rows")
     cfg = ModelConfig(
         name="assembled",
         image_size=und.image_size,
-        llm=llm,
+        llm=dataclasses.replace(file_llm, vocab_size=rows),
         und=und,
         gen=GenConfig(width=gen_width),
-        vae=vae,
-        repa=RepaConfig(layer=max(1, llm.num_layers // 4), width=llm.width),
+        vae=vae_cfg,
+        repa=RepaConfig(layer=max(1, file_llm.num_layers // 4), width=file_llm.width),
     )
-    problems += config_checks.model_problems(cfg)
-    return (cfg if len(problems) == known else None), chat
+    hub_configs.check_model(cfg)
+    log(f"config: {cfg}")
+    shapes = tensors.published_shapes(dataclasses.replace(cfg, llm=file_llm))
+    files = {
+        "llm": (language, names.llm_rules(tied=tied), {"llm": shapes["llm"]}),
+        "und_encoder": (tower, und_rules, {"und_encoder": shapes["und_encoder"]}),
+        "vae": (autoencoder, names.vae_rules(vae_cfg), tensors.vae_shapes(vae_cfg)),
+    }
+    for source, rules, expected in files.values():
+        tensors.check(source.tensors, rules, expected, source.folder)
+    cast = np.dtype(dtype) if dtype else None
+
+    def read(name: str) -> Any:
+        log(f"{name} ...")
+        source, rules, expected = files[name]
+        return tensors.from_torch(source.tensors, rules, expected, cast)
+
+    def parts() -> Iterator[tuple[str, Any]]:
+        """One part after another, each read or initialized when it is asked for."""
+        yield "llm", grow(read("llm").pop("llm"), rows)
+        yield from read("und_encoder").items()
+        yield from initialize(cfg, seed, cast, log)
+        yield "vae", read("vae")
+
+    sources = {"llm": language, "siglip": tower, "vae": autoencoder}
+    hub_files = _hub_files(language, cfg, chat)
+    hub_files[VAE_CONFIG_FILE] = (autoencoder.folder / "config.json").read_bytes()
+    if pool:
+        hub_files[UNUSED_FILE] = safetensors_bytes({n: np.asarray(x) for n, x in pool.items()})
+    save_converted(out, cfg, parts(), sources, hub_files, overwrite, seed=seed)
+    return cfg
 
 
-def siglip_naming(source: Source) -> tuple[str, str]:
-    """('timm' or 'transformers', prefix of the names); ('', '') if it is neither."""
+def open_siglip(
+    source: Source, log: Callable[[str], None]
+) -> tuple[SiglipConfig, list[names.Rule], dict[str, Any]]:
+    """A tower's config, the rules of its naming, and its pooling head under JanusFlow's names.
+
+    Removes what a JanusFlow has no place for: the text tower, the loss, and the pooling head in
+    transformers' layout.
+    """
+    source.pop(names.SIGLIP_TEXT)
     for prefix in ("", "visual.trunk."):
         if f"{prefix}patch_embed.proj.weight" in source.tensors:
-            return "timm", prefix
+            pool = source.pop(re.escape(prefix + names.POOL))
+            pool = {f"{names.TOWER}{n.removeprefix(prefix)}": x for n, x in pool.items()}
+            return _timm_config(source, prefix), names.siglip_rules(prefix), pool
     for prefix in ("vision_model.", ""):
         if f"{prefix}embeddings.patch_embedding.weight" in source.tensors:
-            return "transformers", prefix
-    return "", ""
+            source.pop(names.HF_POOL)
+            return _transformers_config(source, log), names.siglip_hf_rules(prefix), {}
+    raise ConvertError(
+        f"{source.folder}: expected a SigLIP with the tensor names of transformers, timm or "
+        f"open_clip; got {sorted(source.tensors)[:4]}"
+    )
 
 
-def siglip_rules(source: Source) -> list[names.Rule]:
-    naming, prefix = siglip_naming(source)
-    return names.siglip_rules(prefix) if naming == "timm" else names.siglip_hf_rules(prefix)
-
-
-def pop_pooling_head(source: Source) -> dict[str, Any]:
-    """The pooling head's tensors under JanusFlow's names; {} in transformers' naming."""
-    naming, prefix = siglip_naming(source)
-    if naming == "transformers":
-        source.drop(names.HF_POOL, "pooling head; an export gets zeros")
-        return {}
-    pool = source.pop(re.escape(prefix + names.POOL))
-    return {f"{names.TOWER}{n.removeprefix(prefix)}": x for n, x in pool.items()}
-
-
-def siglip_config(source: Source, problems: list[str], notes: list[str]) -> SiglipConfig | None:
-    """The tower's sizes: from config.json in transformers' naming, from the tensors in timm's."""
-    naming, prefix = siglip_naming(source)
-    if naming == "transformers":
-        return _siglip_config_from_hf(source, problems, notes)
-    try:
-        width, _, patch, _ = source.tensors[f"{prefix}patch_embed.proj.weight"].shape
-        num_tokens = source.tensors[f"{prefix}pos_embed"].shape[-2]
-        mlp_width = source.tensors[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError, IndexError) as error:
-        problems.append(
-            f"{source.folder}: expected a SigLIP with the tensor names of transformers, timm or "
-            f"open_clip; {error!r}"
-        )
-        return None
-    blocks = {
-        n.removeprefix(prefix).split(".")[1]
-        for n in source.tensors
-        if n.startswith(f"{prefix}blocks.")
-    }
-    num_heads = (source.config.get("model_args") or {}).get("num_heads") or HEADS.get(width, 0)
+def _timm_config(source: Source, prefix: str) -> SiglipConfig:
+    """The tower's sizes by its tensors."""
+    shapes = {n.removeprefix(prefix): x.shape for n, x in source.tensors.items()}
+    width, _, patch, _ = shapes["patch_embed.proj.weight"]
+    model_args = source.json("config.json", default={}).get("model_args") or {}
+    num_heads = model_args.get("num_heads") or HEADS.get(width)
     if not num_heads:
-        problems.append(
+        raise ConvertError(
             f"{source.folder / 'config.json'}: expected model_args.num_heads, because the width "
             f"{width} is none of {sorted(HEADS)}"
         )
-        return None
     return SiglipConfig(
-        image_size=patch * math.isqrt(num_tokens),
+        image_size=patch * math.isqrt(shapes["pos_embed"][-2]),
         patch_size=patch,
         width=width,
-        num_layers=len(blocks),
+        num_layers=len({n.split(".")[1] for n in shapes if n.startswith("blocks.")}),
         num_heads=num_heads,
-        mlp_width=mlp_width,
+        mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
     )
 
 
-def _siglip_config_from_hf(source: Source, problems: list[str], notes: list[str]) -> SiglipConfig:
+def _transformers_config(source: Source, log: Callable[[str], None]) -> SiglipConfig:
     """`vision_config` of transformers; the defaults are those of its SiglipVisionConfig."""
-    values = source.config.get("vision_config") or source.config
-    where = f"{source.folder / 'config.json'}: "
-    if not source.config:
-        problems.append(f"{where}missing")
+    values = source.json("config.json")
+    values = values.get("vision_config") or values
     act = values.get("hidden_act", "gelu_pytorch_tanh")
     if act not in ("gelu", "gelu_pytorch_tanh"):
-        problems.append(f"{where}hidden_act: expected gelu or gelu_pytorch_tanh; got {act!r}")
+        raise ConvertError(
+            f"{source.folder / 'config.json'}: hidden_act: expected gelu or gelu_pytorch_tanh; "
+            f"got {act!r}"
+        )
     if act == "gelu_pytorch_tanh":
-        notes.append(
-            f"{where}JanusFlow's tower uses the exact GELU with the same weights, not the tanh "
+        log(
+            "JanusFlow's tower uses the exact GELU with SigLIP's weights, not the tanh "
             "approximation (features differ by about 1e-3)"
         )
-    if values.get("num_channels", 3) != 3:
-        problems.append(f"{where}num_channels: expected 3; got {values['num_channels']}")
     return SiglipConfig(
         image_size=values.get("image_size", 224),
         patch_size=values.get("patch_size", 16),
@@ -227,51 +189,20 @@ def _siglip_config_from_hf(source: Source, problems: list[str], notes: list[str]
     )
 
 
-def _file_shapes(cfg: ModelConfig, llm: Source, tied: bool) -> dict[str, Any]:
-    """Shapes of the parts in the files: the table has its own rows, and no head if it is tied."""
-    shapes = tensors.published_shapes(cfg)
-    rows, width = llm.config.get("vocab_size", 32000), cfg.llm.width
-    text = {**shapes["llm"], "embedding": jax.ShapeDtypeStruct((rows, width), np.float32)}
-    text["head"] = {"kernel": jax.ShapeDtypeStruct((width, rows), np.float32)}
-    if tied:
-        del text["head"]
-    return {
-        "llm": text,
-        "und_encoder": shapes["und_encoder"],
-        "vae": tensors.vae_shapes(cfg.vae),
-    }
-
-
-def _parts(
-    sources: Sources,
-    cfg: ModelConfig,
-    shapes: dict[str, Any],
-    tied: bool,
-    dtype: Any,
-    seed: int,
-    log: Callable[[str], None],
+def initialize(
+    cfg: ModelConfig, seed: int, dtype: Any, log: Callable[[str], None]
 ) -> Iterator[tuple[str, Any]]:
-    """One part after another, each read or initialized when it is asked for."""
-    log("llm ...")
-    rules = names.llm_rules(tied=tied)
-    tree = tensors.from_torch(sources.llm.tensors, rules, {"llm": shapes["llm"]}, dtype)
-    yield "llm", grow(tree.pop("llm"), cfg.llm.vocab_size)
-    log("und_encoder ...")
-    rules, expected = siglip_rules(sources.siglip), {"und_encoder": shapes["und_encoder"]}
-    yield from tensors.from_torch(sources.siglip.tensors, rules, expected, dtype).items()
+    """The parts that come from no file, in float32 or `dtype`."""
     new = [p for p in cfg.parts if p not in ("llm", "und_encoder")]
     log(f"new: {', '.join(new)} ...")
 
     @jax.jit  # only the new parts are computed
-    def initialize(key: jax.Array) -> dict[str, Any]:
+    def init(key: jax.Array) -> dict[str, Any]:
         params = janusflow.init_params(cfg, key)
         return {part: params[part] for part in new}
 
-    for part, tree in initialize(jax.random.key(seed)).items():
+    for part, tree in init(jax.random.key(seed)).items():
         yield part, jax.tree.map(lambda x: np.asarray(x).astype(dtype or x.dtype), tree)
-    log("vae ...")
-    rules = names.vae_rules(cfg.vae)
-    yield "vae", tensors.from_torch(sources.vae.tensors, rules, shapes["vae"], dtype)
 
 
 def grow(llm: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -282,28 +213,17 @@ def grow(llm: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """
     table = llm["embedding"]
     head = llm["head"]["kernel"] if "head" in llm else table.T
-    new = vocab_size - len(table)
-    if new:
-        row = _mean_row(table).astype(table.dtype)
-        column = _mean_row(head.T).astype(head.dtype)
+    if new := vocab_size - len(table):
+        row = table.mean(0, dtype=np.float64).astype(table.dtype)
+        column = head.mean(1, dtype=np.float64).astype(head.dtype)
         table = np.concatenate([table, np.broadcast_to(row, (new, len(row)))])
         head = np.concatenate([head, np.broadcast_to(column[:, None], (len(column), new))], axis=1)
     return {**llm, "embedding": table, "head": {"kernel": np.ascontiguousarray(head)}}
 
 
-def _mean_row(table: np.ndarray, rows: int = 4096) -> np.ndarray:
-    """The mean in float64, a block of rows at a time, so that no float copy of all is made."""
-    total = np.zeros(table.shape[1])
-    for at in range(0, len(table), rows):
-        total += table[at : at + rows].astype(np.float32).sum(0)
-    return total / len(table)
-
-
-def _hub_files(
-    sources: Sources, cfg: ModelConfig, chat: chat_format.ChatFormat, pool: dict[str, Any]
-) -> dict[str, bytes]:
-    """Tokenizer files with the tags in them, a processor file, the sources' configs, licenses."""
-    files = sources.llm.hub_files()
+def _hub_files(llm: Source, cfg: ModelConfig, chat: chat_format.ChatFormat) -> dict[str, bytes]:
+    """The language model's files, with the tags in its tokenizer, and a processor file."""
+    files = llm.hub_files()
     files[LLM_CONFIG_FILE] = files.pop("config.json")
     if chat.added_tags:
         files["tokenizer.json"] = chat.tokenizer.to_str(pretty=True).encode()
@@ -317,8 +237,4 @@ def _hub_files(
         "ignore_id": -100,
     }
     files.setdefault("processor_config.json", json.dumps(processor, indent=1).encode())
-    if pool:
-        files[UNUSED_FILE] = safetensors_bytes({n: np.asarray(x) for n, x in pool.items()})
-    files[VAE_CONFIG_FILE] = (sources.vae.folder / "config.json").read_bytes()
-    licensed = [(sources.llm, ""), (sources.siglip, "siglip."), (sources.vae, "vae.")]
-    return files | license_files(licensed)
+    return files

@@ -1,11 +1,13 @@
 """The JSON files of published folders <-> ModelConfig.
 
-A missing key takes the default of the published module; the tensors' shapes are compared later. An
-unknown key is noted. A known key with a value that is not implemented here is a problem.
+What `model_config_to_hf` writes is what is implemented: reading compares a folder's values with it.
+A missing key takes the default of the published module. Unknown keys are ignored; whatever they
+change about the tensors shows when those are compared with the config.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,28 +20,25 @@ from janusflow_jax.config import (
     VaeConfig,
     checks as config_checks,
 )
-
-SIGLIP_SIZES = {
-    "siglip_so400m_patch14_224": (1152, 27, 16, 4304, 14),
-    "siglip_so400m_patch14_384": (1152, 27, 16, 4304, 14),
-    "siglip_large_patch16_256": (1024, 24, 16, 4096, 16),
-    "siglip_large_patch16_384": (1024, 24, 16, 4096, 16),
-}
-"""model_name -> width, layers, heads, mlp width, patch size."""
+from janusflow_jax.config.errors import ConvertError
+from janusflow_jax.hub.tensors import raise_problems
 
 OURS = "janusflow_jax"
 """Key of config.json for what the published format cannot hold: the name and REPA's head."""
 
-_IGNORED = """
-    _name_or_path architectures model_type cls torch_dtype dtype use_cache transformers_version
-    bos_token_id eos_token_id pad_token_id max_position_embeddings initializer_range pretraining_tp
-    _attn_implementation attn_implementation processor_class image_processor_type _class_name
-    _diffusers_version _name sample_size force_upcast ckpt_path resample
-""".split()
-"""Keys that change nothing about what is computed here."""
+_LARGE = {"width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4, "patch_size": 16}
+_SO400M = {"width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362, "patch_size": 14}
+SIGLIP_SIZES: dict[str, dict[str, Any]] = {
+    "siglip_so400m_patch14_224": _SO400M,
+    "siglip_so400m_patch14_384": _SO400M,
+    "siglip_large_patch16_256": _LARGE,
+    "siglip_large_patch16_384": _LARGE,
+}
+"""The towers that the published code builds by `model_name`."""
 
-# Keys with one implemented value, read and written: any other value is a problem.
+# Values that are the same in every model of ours. docs/model.md describes the image preparation.
 _PREPROCESSOR = {
+    "rescale_factor": 1 / 255,
     "min_size": 14,
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
@@ -52,273 +51,226 @@ _CONVNEXT = {
     "use_bias": True,
     "use_mid_block": True,
 }
-_AUTOENCODER = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_AUTOENCODER = {
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "latents_mean": None,
+    "latents_std": None,
+    "shift_factor": None,
+}
 
-WRONG_TYPE = (TypeError, AttributeError, ValueError, ZeroDivisionError)
-"""What reading a config raises if a value has the wrong type."""
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a JSON object; a null counts as missing."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
-class _Section:
-    """One JSON object. Remembers problems, and which keys were read."""
+def _check(
+    where: str,
+    values: Mapping[str, Any],
+    required: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ConvertError for every value that is not implemented.
 
-    def __init__(self, values: Mapping[str, Any], where: str, problems: list[str]):
-        self.values, self.where, self.problems = values, where, problems
-        self.read: set[str] = set()
+    Args:
+      required: key -> the only value that is implemented.
+      defaults: the published module's for missing keys, where it is not the required value.
+    """
+    actual = {**required, **(defaults or {}), **values}
+    raise_problems(
+        f"{where}: values that are not implemented",
+        [f"{k}: expected {x!r}; got {actual[k]!r}" for k, x in required.items() if actual[k] != x],
+    )
 
-    def get(self, key: str, default: Any) -> Any:
-        self.read.add(key)
-        value = self.values.get(key)
-        return default if value is None else value
 
-    def only(self, key: str, default: Any, *allowed: Any) -> None:
-        """Adds a problem unless the value (or the default) is one of `allowed`."""
-        value = self.get(key, default)
-        if value not in allowed:
-            origin = "" if key in self.values else " (the default of the missing key)"
-            options = " or ".join(repr(a) for a in allowed)
-            self.problems.append(f"{self.where}{key}: expected {options}; got {value!r}{origin}")
-
-    def fixed(self, values: Mapping[str, Any]) -> None:
-        """Adds a problem for each key that differs; a missing key has the right default."""
-        for key, value in values.items():
-            self.only(key, value, value)
-
-    def section(self, key: str) -> _Section:
-        return _Section(self.get(key, {}), f"{self.where}{key}.", self.problems)
-
-    def unknown(self) -> list[str]:
-        return [self.where + k for k in self.values if k not in {*self.read, *_IGNORED}]
+def check_model(cfg: ModelConfig) -> None:
+    """Raises ConvertError if no model can have this config."""
+    raise_problems("the config files describe no possible model", config_checks.model_problems(cfg))
 
 
 def model_config_from_hf(
-    janusflow: Mapping[str, Any],
-    preprocessor: Mapping[str, Any],
-    vae: Mapping[str, Any],
-    problems: list[str],
-    notes: list[str],
-) -> ModelConfig | None:
-    """The model that a published folder describes; None if there are problems.
+    main: Mapping[str, Any], preprocessor: Mapping[str, Any], vae: Mapping[str, Any]
+) -> ModelConfig:
+    """The model that a published folder describes.
 
     REPA's head is no part of a published model: its config comes from our own key, else its layer
     is a quarter of the depth.
 
-    Args:
-      janusflow, preprocessor, vae: config.json, preprocessor_config.json ({} if there is none) and
-        the AutoencoderKL's config.json.
-      problems: gets every value that is not implemented; notes: gets the unknown keys.
+    Args: config.json, preprocessor_config.json ({} if there is none) and the AutoencoderKL's
+      config.json.
+    Raises:
+      ConvertError: not JanusFlow's, or values that are not implemented.
     """
-    known = len(problems)
-    root = _Section(janusflow, "config.json: ", problems)
-    processor = _Section(preprocessor, "preprocessor_config.json: ", problems)
-    autoencoder = _Section(vae, "vae/config.json: ", problems)
-    try:
-        language = root.section("language_config")
-        parts = {n: root.section(f"vision_{n}_config") for n in ("und_enc", "gen_enc", "gen_dec")}
-        params = {n: s.section("params") for n, s in parts.items()}
-        parts["und_enc"].only("cls", "CLIPVisionTower", "CLIPVisionTower")
-        parts["gen_enc"].only("cls", "ShallowUViTEncoder", "ShallowUViTEncoder")
-        parts["gen_dec"].only("cls", "ShallowUViTDecoder", "ShallowUViTDecoder")
-        llm, und, vae_cfg = _llama(language), _siglip(params["und_enc"]), _vae(autoencoder)
-        gen = _gen(params["gen_enc"], params["gen_dec"], llm, vae_cfg)
-        _images(processor)
-        ours = root.get(OURS, {})
-        repa = RepaConfig(layer=max(1, llm.num_layers // 4), width=llm.width)
-        cfg = ModelConfig(
-            name=ours.get("name", "hub"),
-            image_size=processor.get("image_size", und.image_size),
-            llm=llm,
-            und=und,
-            gen=gen,
-            vae=vae_cfg,
-            repa=RepaConfig(**ours["repa"]) if "repa" in ours else repa,
-        )
-        if len(problems) == known:
-            problems += config_checks.model_problems(cfg)
-    except WRONG_TYPE as error:
-        problems.append(f"config.json: a value has the wrong type: {error}")
-        return None
-    _note_unknown(
-        [root, processor, autoencoder, language, *parts.values(), *params.values()], notes
+    if "vision_gen_enc_config" not in main:
+        kind = main.get("model_type")
+        if "gen_vision_config" in main:
+            kind = "Janus or Janus-Pro, which generate images from a codebook"
+        raise ConvertError(f"config.json: expected JanusFlow (vision_gen_enc_config); got {kind}")
+    language = main["language_config"]
+    und_params, enc_params, dec_params = (
+        main[f"vision_{name}_config"]["params"] for name in ("und_enc", "gen_enc", "gen_dec")
     )
-    return cfg if len(problems) == known else None
-
-
-def _note_unknown(sections: list[_Section], notes: list[str]) -> None:
-    unknown = [key for section in sections for key in section.unknown()]
-    if unknown:
-        notes.append(f"unknown keys, kept for export but not used: {', '.join(unknown)}")
-
-
-def llama_config_from_hf(
-    values: Mapping[str, Any], problems: list[str], notes: list[str]
-) -> LlamaConfig:
-    """config.json of a Llama's own folder. Its head may be tied."""
-    section = _Section(values, "config.json: ", problems)
-    cfg = _llama(section, tied=(False, True))
-    _note_unknown([section], notes)
+    _check("config.json: language_config", _present(language), {"tie_word_embeddings": False})
+    _check("preprocessor_config.json", _present(preprocessor), _PREPROCESSOR)
+    llm, und, vae_cfg = (
+        llama_config_from_hf(language),
+        _siglip_config_from_hf(und_params),
+        vae_config_from_hf(vae),
+    )
+    ours = main.get(OURS, {})
+    repa = ours.get("repa", {"layer": max(1, llm.num_layers // 4), "width": llm.width})
+    cfg = ModelConfig(
+        name=ours.get("name", "hub"),
+        image_size=preprocessor.get("image_size", und.image_size),
+        llm=llm,
+        und=und,
+        gen=_gen_config_from_hf(_present(enc_params), _present(dec_params), llm, vae_cfg),
+        vae=vae_cfg,
+        repa=RepaConfig(**repa),
+    )
+    check_model(cfg)
     return cfg
 
 
-def vae_config_from_hf(
-    values: Mapping[str, Any], problems: list[str], notes: list[str]
-) -> VaeConfig:
-    """config.json of an AutoencoderKL."""
-    section = _Section(values, "vae/config.json: ", problems)
-    cfg = _vae(section)
-    _note_unknown([section], notes)
-    return cfg
-
-
-def _llama(s: _Section, tied: tuple[bool, ...] = (False,)) -> LlamaConfig:
-    """`language_config`; defaults are transformers' LlamaConfig."""
-    s.fixed({"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0})
-    s.fixed({"attention_bias": False, "mlp_bias": False})
-    s.only("tie_word_embeddings", False, *tied)
-    rope = s.get("rope_parameters", {})  # the form of transformers 5
-    for scaling in (rope, s.get("rope_scaling", {})):
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            s.problems.append(f"{s.where}rope_scaling: expected none; got {kind!r}")
-    width, heads = s.get("hidden_size", 4096), s.get("num_attention_heads", 32)
+def llama_config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
+    """config.json of a Llama, or `language_config`; the defaults are transformers'."""
+    values = _present(values)
+    _check("config.json of the language model", values, _LLAMA)
+    rope = values.get("rope_scaling") or values.get("rope_parameters", {})  # the latter since 5.0
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConvertError(f"config.json: rope_scaling: expected none; got {kind!r}")
+    width, heads = values.get("hidden_size", 4096), values.get("num_attention_heads", 32)
     return LlamaConfig(
-        vocab_size=s.get("vocab_size", 32000),
+        vocab_size=values.get("vocab_size", 32000),
         width=width,
-        mlp_width=s.get("intermediate_size", 11008),
-        num_layers=s.get("num_hidden_layers", 32),
+        mlp_width=values.get("intermediate_size", 11008),
+        num_layers=values.get("num_hidden_layers", 32),
         num_heads=heads,
-        num_kv_heads=s.get("num_key_value_heads", heads),
-        head_dim=s.get("head_dim", width // heads),
-        norm_eps=s.get("rms_norm_eps", 1e-6),
-        rope_theta=float(s.get("rope_theta", rope.get("rope_theta", 10000.0))),
+        num_kv_heads=values.get("num_key_value_heads", heads),
+        head_dim=values.get("head_dim", width // heads),
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+        rope_theta=float(values.get("rope_theta", rope.get("rope_theta", 10000.0))),
     )
 
 
-def _siglip(s: _Section) -> SiglipConfig:
-    """`vision_und_enc_config.params`; explicit sizes override the name."""
-    name = s.get("model_name", "siglip_large_patch16_384")
-    size = SIGLIP_SIZES.get(name)
-    explicit = ("width", "layers", "heads", "patch_size")
-    if size is None and not all(k in s.values for k in explicit):
-        s.problems.append(
-            f"{s.where}model_name: expected one of {', '.join(SIGLIP_SIZES)}, or all of "
-            f"{', '.join(explicit)}; got {name!r}"
+def _siglip_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
+    """`vision_und_enc_config.params`. Sizes beside the name, which only we write, override it."""
+    values = _present(values)
+    name = values.get("model_name", "siglip_large_patch16_384")
+    values = {"mlp_ratio": 4, **SIGLIP_SIZES.get(name, {}), **values}
+    where = "config.json: vision_und_enc_config.params"
+    if missing := [k for k in ("width", "layers", "heads", "patch_size") if k not in values]:
+        raise ConvertError(
+            f"{where}.model_name: expected one of {', '.join(SIGLIP_SIZES)}, or {missing} beside "
+            f"it; got {name!r}"
         )
-    s.only("select_feature", "same", "same")
-    width, layers, heads, mlp_width, patch = size or SIGLIP_SIZES["siglip_large_patch16_384"]
-    width = s.get("width", width)
-    layers = s.get("layers", layers)
-    default_mlp = mlp_width if size and "width" not in s.values else 4 * width
-    ratio = s.get("mlp_ratio", None)
-    select = s.get("select_layer", -2)
+    _check(where, values, {"select_feature": "same"})
+    layers, select = values["layers"], values.get("select_layer", -2)
     return SiglipConfig(
-        image_size=s.get("image_size", 336),
-        patch_size=s.get("patch_size", patch),
-        width=width,
+        image_size=values.get("image_size", 336),
+        patch_size=values["patch_size"],
+        width=values["width"],
         num_layers=min(layers, layers + select + 1 if select <= 0 else select),
-        num_heads=s.get("heads", heads),
-        mlp_width=default_mlp if ratio is None else int(width * ratio),
-        pixel_mean=tuple(s.get("pixel_mean", ())),
-        pixel_std=tuple(s.get("pixel_std", ())),
+        num_heads=values["heads"],
+        mlp_width=int(values["width"] * values["mlp_ratio"]),
+        pixel_mean=tuple(values.get("pixel_mean", ())),
+        pixel_std=tuple(values.get("pixel_std", ())),
     )
 
 
-def _gen(enc: _Section, dec: _Section, llm: LlamaConfig, vae: VaeConfig) -> GenConfig:
+def _gen_config_from_hf(
+    enc: dict[str, Any], dec: dict[str, Any], llm: LlamaConfig, vae: VaeConfig
+) -> GenConfig:
     """The ConvNeXt encoder's and decoder's params, which must describe one pair."""
-    widths = tuple(enc.get("block_out_channels", (768,)))
-    width, blocks = widths[0], enc.get("layers_in_middle", 2)
-    eps = enc.get("norm_eps", 1e-6)
-    enc.only("block_out_channels", [width], [width], (width,))
-    dec.only("block_out_channels", [width], [width], (width,))
-    enc.only("input_channels", 3, vae.latent_channels)
-    enc.only("kernel_size", 7, 2)
-    enc.only("stride", 4, 2)
-    enc.only("padding", 0, 0, "valid")
-    dec.only("in_channels", width, width)
-    dec.only("out_channels", vae.latent_channels, vae.latent_channels)
-    dec.only("upsamples", 2, 1)
-    dec.only("layers_in_middle", blocks, blocks)
-    dec.only("norm_eps", eps, eps)
-    for s in (enc, dec):
-        s.only("hidden_size", 2048, llm.width)
-        s.fixed(_CONVNEXT)
-    return GenConfig(width=width, num_blocks=blocks, patch_size=2, norm_eps=eps)
-
-
-def _images(s: _Section) -> None:
-    """Image preparation is fixed (docs/model.md); other values are problems."""
-    s.fixed(_PREPROCESSOR)
-    if abs(s.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        s.problems.append(f"{s.where}rescale_factor: expected 1/255")
-
-
-def _vae(s: _Section) -> VaeConfig:
-    """diffusers' AutoencoderKL; defaults are its own."""
-    channels = tuple(s.get("block_out_channels", (64,)))
-    count = len(channels)
-    down, up = ["DownEncoderBlock2D"] * count, ["UpDecoderBlock2D"] * count
-    s.only("down_block_types", down[:1], down)
-    s.only("up_block_types", up[:1], up)
-    s.fixed(_AUTOENCODER)
-    s.fixed(
-        dict.fromkeys(("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"), True)
+    gen = GenConfig(
+        width=enc.get("block_out_channels", [768])[0],
+        num_blocks=enc.get("layers_in_middle", 2),
+        patch_size=2,
+        norm_eps=enc.get("norm_eps", 1e-6),
     )
-    s.fixed(dict.fromkeys(("latents_mean", "latents_std", "shift_factor")))
-    return VaeConfig(
-        channels=channels,
-        layers_per_block=s.get("layers_per_block", 1),
-        norm_groups=s.get("norm_num_groups", 32),
-        latent_channels=s.get("latent_channels", 4),
-        scaling_factor=s.get("scaling_factor", 0.18215),
-    )
+    if enc.get("padding") == "valid":
+        enc["padding"] = 0
+    enc_required, dec_required = _convnext_to_hf(gen, llm, vae)
+    enc_defaults = {"hidden_size": 2048, "input_channels": 3, "kernel_size": 7, "stride": 4}
+    _check("config.json: vision_gen_enc_config.params", enc, enc_required, enc_defaults)
+    dec_defaults = {"hidden_size": 2048, "upsamples": 2}
+    _check("config.json: vision_gen_dec_config.params", dec, dec_required, dec_defaults)
+    return gen
 
 
-def _siglip_name(und: SiglipConfig) -> str:
-    """The published code builds towers by name and knows SIGLIP_SIZES only.
-
-    Others are called 'siglip', with their sizes beside the name, and load only here.
-    """
-    size = (und.width, und.num_layers, und.num_heads, und.mlp_width, und.patch_size)
-    names = [n for n, known in SIGLIP_SIZES.items() if known == size]
-    same = [n for n in names if n.endswith(f"_{und.image_size}")]
-    return [*same, *names, "siglip"][0]
-
-
-def export_problems(cfg: ModelConfig) -> list[str]:
-    """What the published format cannot hold of a model; empty if it can be exported."""
-    fixed = (
-        ("und_encoder", cfg.und_encoder, "siglip"),
-        ("gen.patch_size", cfg.gen.patch_size, 2),
-        ("und.norm_eps", cfg.und.norm_eps, 1e-6),
-        ("und.final_norm", cfg.und.final_norm, True),
-        ("vae.norm_eps", cfg.vae.norm_eps, 1e-6),
-    )
-    return [
-        f"model.{name}: the published format allows only {only!r}; got {value!r}"
-        for name, value, only in fixed
-        if value != only
-    ]
-
-
-def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The inverse of `model_config_from_hf`, for a model without `export_problems`.
-
-    Args: llm_extra: more keys for `language_config`, from the language model's own config.json.
-    Returns: file name -> content: config.json, preprocessor_config.json, vae/config.json.
-    """
-    llm, und, gen, vae = cfg.llm, cfg.und, cfg.gen, cfg.vae
-    ratio = und.mlp_width / und.width
-    if int(und.width * ratio) != und.mlp_width:
-        ratio = (und.mlp_width + 0.5) / und.width
-    convnext = {
+def _convnext_to_hf(
+    gen: GenConfig, llm: LlamaConfig, vae: VaeConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The params of the ConvNeXt encoder and of the decoder."""
+    both = {
         "block_out_channels": [gen.width],
         "layers_in_middle": gen.num_blocks,
         "hidden_size": llm.width,
         "norm_eps": gen.norm_eps,
         **_CONVNEXT,
     }
-    tower = {
+    encoder = {"input_channels": vae.latent_channels, "kernel_size": 2, "stride": 2, "padding": 0}
+    decoder = {"in_channels": gen.width, "out_channels": vae.latent_channels, "upsamples": 1}
+    return both | encoder, both | decoder
+
+
+def vae_config_from_hf(values: Mapping[str, Any]) -> VaeConfig:
+    """config.json of diffusers' AutoencoderKL, whose defaults these are."""
+    values = _present(values)
+    cfg = VaeConfig(
+        channels=tuple(values.get("block_out_channels", (64,))),
+        layers_per_block=values.get("layers_per_block", 1),
+        norm_groups=values.get("norm_num_groups", 32),
+        latent_channels=values.get("latent_channels", 4),
+        scaling_factor=values.get("scaling_factor", 0.18215),
+    )
+    _check("config.json of the VAE", values, {**_AUTOENCODER, **_vae_config_to_hf(cfg)})
+    return cfg
+
+
+def _vae_config_to_hf(vae: VaeConfig) -> dict[str, Any]:
+    count = len(vae.channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": list(vae.channels),
+        "layers_per_block": vae.layers_per_block,
+        "down_block_types": ["DownEncoderBlock2D"] * count,
+        "up_block_types": ["UpDecoderBlock2D"] * count,
+        "latent_channels": vae.latent_channels,
+        "norm_num_groups": vae.norm_groups,
+        "scaling_factor": vae.scaling_factor,
+    }
+
+
+def _siglip_config_to_hf(und: SiglipConfig) -> dict[str, Any]:
+    """`vision_und_enc_config.params`.
+
+    The published code builds towers by name and knows SIGLIP_SIZES only. Others are called
+    'siglip', with their sizes beside the name, and load only here.
+    """
+    plain = dataclasses.replace(und, pixel_mean=(), pixel_std=())
+    known = {"image_size": und.image_size, "select_layer": -1}
+    names = [n for n in SIGLIP_SIZES if _siglip_config_from_hf({"model_name": n, **known}) == plain]
+    names.sort(key=lambda name: not name.endswith(f"_{und.image_size}"))
+    ratio = und.mlp_width / und.width
+    if int(und.width * ratio) != und.mlp_width:
+        ratio = (und.mlp_width + 0.5) / und.width
+    params = {
         "image_size": und.image_size,
-        "model_name": _siglip_name(und),
+        "model_name": names[0] if names else "siglip",
         "select_feature": "same",
         "select_layer": -1,
         "width": und.width,
@@ -328,14 +280,33 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
         "patch_size": und.patch_size,
     }
     if und.pixel_mean:
-        tower |= {"pixel_mean": list(und.pixel_mean), "pixel_std": list(und.pixel_std)}
-    encoder = {
-        "input_channels": vae.latent_channels,
-        "kernel_size": 2,
-        "stride": 2,
-        "padding": 0,
-    }
-    decoder = {"in_channels": gen.width, "out_channels": vae.latent_channels, "upsamples": 1}
+        params |= {"pixel_mean": list(und.pixel_mean), "pixel_std": list(und.pixel_std)}
+    return params
+
+
+def check_exportable(cfg: ModelConfig) -> None:
+    """Raises ConvertError that lists what the published format cannot hold of a model."""
+    fixed = (
+        ("und_encoder", cfg.und_encoder, "siglip"),
+        ("repa_target", cfg.repa_target, "und_encoder"),
+        ("gen.patch_size", cfg.gen.patch_size, 2),
+        ("und.norm_eps", cfg.und.norm_eps, 1e-6),
+        ("und.final_norm", cfg.und.final_norm, True),
+        ("vae.norm_eps", cfg.vae.norm_eps, 1e-6),
+    )
+    raise_problems(
+        f"{cfg.name}: the published format cannot hold this model",
+        [f"model.{name}: expected {x!r}; got {value!r}" for name, value, x in fixed if value != x],
+    )
+
+
+def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The inverse of `model_config_from_hf`, for a model that passes `check_exportable`.
+
+    Args: llm_extra: more keys for `language_config`, from the language model's own config.json.
+    Returns: file name -> content: config.json, preprocessor_config.json, vae/config.json.
+    """
+    llm = cfg.llm
     dropped = ("rope_parameters", "rope_scaling", "tie_word_embeddings", "torch_dtype", "dtype")
     language = {k: v for k, v in llm_extra.items() if k not in dropped} | {
         "model_type": "llama",
@@ -350,40 +321,27 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
         "rope_theta": llm.rope_theta,
         "tie_word_embeddings": False,
     }
+    encoder, decoder = _convnext_to_hf(cfg.gen, llm, cfg.vae)
     parts = (
-        ("vision_und_enc", "CLIPVisionTower", tower),
-        ("vision_gen_enc", "ShallowUViTEncoder", convnext | encoder),
-        ("vision_gen_dec", "ShallowUViTDecoder", convnext | decoder),
+        ("vision_und_enc", "CLIPVisionTower", _siglip_config_to_hf(cfg.und)),
+        ("vision_gen_enc", "ShallowUViTEncoder", encoder),
+        ("vision_gen_dec", "ShallowUViTDecoder", decoder),
     )
     main = {
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
         "language_config": language,
         **{f"{n}_config": {"cls": c, "model_type": n, "params": p} for n, c, p in parts},
-        OURS: {"name": cfg.name, "repa": {"layer": cfg.repa.layer, "width": cfg.repa.width}},
+        OURS: {"name": cfg.name, "repa": dataclasses.asdict(cfg.repa)},
     }
     preprocessor = {
         "processor_class": "VLChatProcessor",
         "image_processor_type": "VLMImageProcessor",
         "image_size": cfg.image_size,
-        "rescale_factor": 1 / 255,
         **_PREPROCESSOR,
-    }
-    count = len(vae.channels)
-    autoencoder = {
-        "_class_name": "AutoencoderKL",
-        **_AUTOENCODER,
-        "block_out_channels": list(vae.channels),
-        "layers_per_block": vae.layers_per_block,
-        "down_block_types": ["DownEncoderBlock2D"] * count,
-        "up_block_types": ["UpDecoderBlock2D"] * count,
-        "latent_channels": vae.latent_channels,
-        "norm_num_groups": vae.norm_groups,
-        "scaling_factor": vae.scaling_factor,
-        "sample_size": cfg.image_size,
     }
     return {
         "config.json": main,
         "preprocessor_config.json": preprocessor,
-        "vae/config.json": autoencoder,
+        "vae/config.json": {**_vae_config_to_hf(cfg.vae), "sample_size": cfg.image_size},
     }

@@ -7,10 +7,10 @@ in the naming of timm and of transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from janusflow_jax.config import ModelConfig, SiglipConfig, VaeConfig
+from janusflow_jax.config import ModelConfig, VaeConfig
 
 TOWER = "vision_und_enc_model.vision_tower."
 POOL = "attn_pool."
@@ -74,6 +74,10 @@ class Rule(NamedTuple):
     @property
     def stacked(self) -> bool:
         return "{}" in self.name
+
+    def count(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How many published tensors the rule names, from our arrays' shapes by path."""
+        return shapes[self.paths[0]][0] if self.stacked else 1
 
 
 def _affine(name: str, path: str, layout: str = "linear") -> list[Rule]:
@@ -142,24 +146,6 @@ def siglip_hf_rules(prefix: str) -> list[Rule]:
     for n, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
         rules += _affine(f"{block}.self_attn.{name}", f"{our_block}/attn/{n}")
     return rules
-
-
-def pool_shapes(cfg: SiglipConfig) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of the pooling head's tensors."""
-    width, mlp_width = cfg.width, cfg.mlp_width
-    weights = {
-        "q": (width, width),
-        "kv": (2 * width, width),
-        "proj": (width, width),
-        "norm": (width,),
-        "mlp.fc1": (mlp_width, width),
-        "mlp.fc2": (width, mlp_width),
-    }
-    shapes: dict[str, tuple[int, ...]] = {f"{TOWER}{POOL}latent": (1, 1, width)}
-    for name, shape in weights.items():
-        shapes[f"{TOWER}{POOL}{name}.weight"] = shape
-        shapes[f"{TOWER}{POOL}{name}.bias"] = shape[:1]
-    return shapes
 
 
 def _und_rules() -> list[Rule]:

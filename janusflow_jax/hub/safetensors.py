@@ -10,13 +10,14 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
 from etils import epath
 
+from janusflow_jax.checkpoints.checksums import read_json
 from janusflow_jax.config.errors import ConvertError
 
 DTYPES = {
@@ -74,11 +75,12 @@ def _read_tensor(path: epath.Path, name: str) -> np.ndarray:
         return file.get_tensor(name)
 
 
-def read_header(path: epath.Path) -> dict[str, LazyTensor]:
+def open_file(path: epath.Path) -> dict[str, LazyTensor]:
     """The tensors of one file.
 
     Raises:
       ConvertError: the file is damaged or no safetensors file.
+      OSError: there is no such file.
     """
     try:
         with safetensors.safe_open(local(path), framework="numpy") as file:
@@ -95,91 +97,46 @@ def read_header(path: epath.Path) -> dict[str, LazyTensor]:
         raise ConvertError(f"{path}: dtype {error} is not supported") from error
     except safetensors.SafetensorError as error:
         with path.open("rb") as file:
-            pointer = file.read(8) == b"version "
-        hint = (
-            "it is a Git LFS pointer; run 'git lfs pull'"
-            if pointer
-            else f"got {path.stat().length} bytes; download it again"
-        )
+            is_pointer = file.read(8) == b"version "
+        hint = "it is a Git LFS pointer; run 'git lfs pull'" if is_pointer else "download it again"
         raise ConvertError(f"{path}: expected a safetensors file; {hint} ({error})") from error
 
 
-class Folder(NamedTuple):
-    """The weights of a folder.
-
-    `complete`: all files could be read, so names and shapes can be compared. `ignored`: names of
-    other weights that were not read.
-    """
-
-    tensors: dict[str, LazyTensor]
-    files: list[epath.Path]
-    problems: list[str]
-    ignored: list[str]
-    complete: bool
-
-
-def open_folder(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> Folder:
-    """Reads the headers of a folder's weights: one file, or shards with an index.
+def weight_files(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> list[epath.Path]:
+    """The files of a folder's weights: one file, or the shards that an index lists.
 
     Args: names: possible names of the weights without their ending; the first that exists counts.
+    Raises:
+      ConvertError: no such folder, or no weights in it.
+      CheckpointError: an index that is no JSON file.
     """
-    if not folder.is_dir():
-        return Folder({}, [], [f"{folder}: no such folder"], [], False)
-    entries = {p.name: p for p in folder.iterdir() if p.is_file()}
-    problems: list[str] = []
-    listed: list[str] = []
     for name in names:
-        if f"{name}.safetensors" in entries:
-            listed = [f"{name}.safetensors"]
-            break
-        if f"{name}.safetensors.index.json" in entries:
-            listed = _read_index(entries[f"{name}.safetensors.index.json"], problems)
-            break
-    weights = [n for n in sorted(entries) if n.endswith((".safetensors", *_PICKLES))]
-    ignored = [n for n in weights if n not in listed]
-    if not listed and not problems:
-        problems.append(_no_weights(folder, entries, names))
-
-    tensors: dict[str, LazyTensor] = {}
-    complete = bool(listed)
-    for file in listed:
-        try:
-            if file not in entries:
-                raise ConvertError(f"{folder / file}: missing, but the index lists it")
-            header = read_header(entries[file])
-        except (OSError, ConvertError) as error:
-            problems.append(str(error))
-            complete = False
-            continue
-        doubled = sorted(header.keys() & tensors)
-        problems += [f"duplicate: {n} is in {file} and in another shard" for n in doubled]
-        tensors |= header
-    files = [entries[n] for n in listed if n in entries]
-    return Folder(tensors, files, problems, ignored, complete)
-
-
-def _read_index(path: epath.Path, problems: list[str]) -> list[str]:
-    """The files that an index lists. What is in them is compared with the model, not the index."""
-    try:
-        files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        if not files or any("/" in file for file in files):
-            raise ValueError("weight_map: expected names of files")
-        return files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"{path}: expected an index with a weight_map; {error!r}")
-        return []
-
-
-def _no_weights(folder: epath.Path, entries: Mapping[str, Any], names: Sequence[str]) -> str:
-    if pickles := [n for n in sorted(entries) if n.endswith(_PICKLES)]:
-        return (
-            f"{folder}: only {', '.join(pickles)}: a pickle can run code and is not read; convert "
-            "it with torch.load(..., weights_only=True) and safetensors.torch.save_file to "
-            f"{names[0]}.safetensors"
+        file = folder / f"{name}.safetensors"
+        index = folder / f"{name}.safetensors.index.json"
+        if file.exists():
+            return [file]
+        if index.exists():
+            return [folder / shard for shard in sorted({*read_json(index)["weight_map"].values()})]
+    if not folder.is_dir():
+        raise ConvertError(f"{folder}: no such folder")
+    present = sorted(p.name for p in folder.iterdir())
+    expected = " or ".join(f"{name}.safetensors" for name in names)
+    message = f"{folder}: expected {expected}, or shards with an index; got {present[:8]}"
+    if any(name.endswith(_PICKLES) for name in present):
+        message += (
+            ". A pickle can run code and is not read: convert it with "
+            "torch.load(..., weights_only=True) and safetensors.torch.save_file"
         )
-    files = ", ".join(sorted(entries)[:8]) or "an empty folder"
-    expected = " or ".join(f"{n}.safetensors" for n in names)
-    return f"{folder}: expected {expected}, or shards with an index; got {files}"
+    raise ConvertError(message)
+
+
+def open_folder(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> dict[str, LazyTensor]:
+    """The tensors of a folder's `weight_files`, which raises as that and `open_file` do."""
+    return {
+        name: tensor
+        for file in weight_files(folder, names)
+        for name, tensor in open_file(file).items()
+    }
 
 
 def write_folder(

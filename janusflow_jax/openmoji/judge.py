@@ -198,12 +198,10 @@ def load(path: Any) -> LoadedJudge:
         width=sizes["width"],
     )
     weights = folder / f"{WEIGHTS}.safetensors"
-    stored = safetensors_io.open_folder(folder, (WEIGHTS,))
-    params = trees.unflatten(
-        {n: np.asarray(x).astype(np.float32) for n, x in stored.tensors.items()}
-    )
+    stored = safetensors_io.open_file(weights)
+    params = trees.unflatten({n: np.asarray(x).astype(np.float32) for n, x in stored.items()})
     shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
-    if problems := [*stored.problems, *trees.mismatches(shapes, params, WEIGHTS)]:
+    if problems := trees.mismatches(shapes, params, WEIGHTS):
         raise CheckpointError(f"{folder}: " + "; ".join(problems))
     return LoadedJudge(cfg, params, about, hashlib.sha256(weights.read_bytes()).hexdigest())
 

@@ -4,22 +4,13 @@ import json
 
 from safetensors.numpy import load_file, save_file
 
-from janusflow_jax import config, hub
-from janusflow_jax.hub import configs as hub_configs
+from janusflow_jax import hub
 
 SILENT = {"log": lambda line: None}
 
 
 def to_model(source, vae, out, **options):
     return hub.convert(source, vae, out, **{**SILENT, **options})
-
-
-def read_config(*files):
-    """The ModelConfig of three JSON files; raises ConfigError if they do not describe one."""
-    problems = []
-    cfg = hub_configs.model_config_from_hf(*files, problems=problems, notes=[])
-    config.raise_problems("config files", problems)
-    return cfg
 
 
 def edit(path, change):

@@ -1,5 +1,6 @@
 """Published tensors <-> trees in memory, checked: what conversion does, without folders."""
 
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,12 @@ def is_pool(name: str) -> bool:
 
 
 def _from_torch(published: dict[str, np.ndarray], rules: list[names.Rule], shapes: Any) -> Any:
-    tensors.raise_problems("tensors", tensors.problems(published, rules, shapes))
+    tensors.check(published, rules, shapes, pathlib.PurePath("published"))
     return tensors.from_torch(published, rules, shapes)
 
 
-def _to_torch(tree: Any, rules: list[names.Rule], shapes: Any) -> dict[str, np.ndarray]:
-    published = tensors.to_torch(tree, rules, shapes, "tree")
-    return {name: np.asarray(x) for name, x in published.items()}
+def _to_torch(tree: Any, rules: list[names.Rule]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x) for name, x in tensors.to_torch(tree, rules).items()}
 
 
 def janusflow_from_torch(published: dict[str, np.ndarray], cfg: ModelConfig) -> dict[str, Any]:
@@ -40,8 +40,7 @@ def janusflow_from_torch(published: dict[str, np.ndarray], cfg: ModelConfig) -> 
 
 
 def janusflow_to_torch(params: dict[str, Any], cfg: ModelConfig) -> dict[str, np.ndarray]:
-    params = {part: tree for part, tree in params.items() if part != "repa_head"}
-    return _to_torch(params, names.janusflow_rules(cfg), tensors.published_shapes(cfg))
+    return _to_torch(params, names.janusflow_rules(cfg))
 
 
 def vae_from_torch(published: dict[str, np.ndarray], cfg: VaeConfig) -> dict[str, Any]:
@@ -49,12 +48,12 @@ def vae_from_torch(published: dict[str, np.ndarray], cfg: VaeConfig) -> dict[str
 
 
 def vae_to_torch(params: dict[str, Any], cfg: VaeConfig) -> dict[str, np.ndarray]:
-    return _to_torch(params, names.vae_rules(cfg), tensors.vae_shapes(cfg))
+    return _to_torch(params, names.vae_rules(cfg))
 
 
 def repa_from_torch(published: dict[str, np.ndarray], cfg: ModelConfig) -> dict[str, Any]:
     return _from_torch(published, REPA, janusflow.param_shapes(cfg)["repa_head"])
 
 
-def repa_to_torch(params: dict[str, Any], cfg: ModelConfig) -> dict[str, np.ndarray]:
-    return _to_torch(params, REPA, janusflow.param_shapes(cfg)["repa_head"])
+def repa_to_torch(params: dict[str, Any]) -> dict[str, np.ndarray]:
+    return _to_torch(params, REPA)
