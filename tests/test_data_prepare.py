@@ -224,6 +224,9 @@ def test_no_good_record_is_an_error_with_the_reasons(tmp_path):
     with pytest.raises(DataError, match="(?s)no record.*text: not UTF-8"):
         run(Options("text", (str(text),), kind="text"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset_info.json").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no record can be used"):
+        run(Options("folder", (str(tmp_path / "empty"),)), tmp_path / "out2")
 
 
 def test_images_are_shrunk_upright_or_kept_as_they_are(tmp_path):

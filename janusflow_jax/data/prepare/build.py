@@ -149,7 +149,7 @@ def run_shard(job: Job) -> tuple[int, int]:
                 if isinstance(result, Skipped):
                     raise result
                 record, dropped_captions = result
-                measured = [samples.units(record, *spec, chat) for spec in specs]
+                measured = [samples.units(record, task, form, chat) for task, form in specs]
             except Skipped as e:
                 report.skip(where, e)
                 continue
@@ -186,8 +186,11 @@ def run_shard(job: Job) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=2)
-def _chat(tokenizer: str) -> chat_format.ChatFormat | None:
-    """For lengths, which do not depend on the number of positions of an image."""
+def _chat(tokenizer: str) -> Any:
+    """The ChatFormat for lengths, which do not depend on the number of positions of an image.
+
+    None without a tokenizer.
+    """
     return chat_format.ChatFormat.load(tokenizer, num_image_tokens=1) if tokenizer else None
 
 
@@ -303,7 +306,7 @@ def _first_of_each_id(
     is_first = np.zeros(len(hashes), bool)
     is_first[np.unique(hashes, return_index=True)[1]] = True
     ends = np.cumsum([len(column[0]) for column in columns])
-    out = np.split(is_first, ends[:-1])
+    out = np.split(is_first, ends[:-1]) if jobs else []
     for job, first, (_, splits, _) in zip(jobs, out, columns, strict=True):
         if first.all():
             continue

@@ -53,12 +53,12 @@ def read(shard: dict, options: Options) -> Iterator[Row]:
 
 
 class _Member(tarfile.TarInfo):
-    """tarfile takes a truncated or broken header for the end of the tar; here it is an error."""
+    """tarfile takes a truncated or broken header for the end of the tar; this class raises."""
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Member:
+    def fromtarfile(cls, tar: Any) -> Any:
         try:
-            return super().fromtarfile(tarfile_)  # pyright: ignore[reportReturnType]
+            return super().fromtarfile(tar)
         except tarfile.HeaderError as e:
             if type(e).__name__ == "EOFHeaderError":  # the block of zeros that ends every tar
                 raise
