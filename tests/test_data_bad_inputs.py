@@ -1,4 +1,4 @@
-"""Every format with bad and odd input of more than 100 kinds, from the tables in tests/helpers.
+"""Every format with bad and odd input, from the tables in tests/helpers.
 
 Each case is skipped and counted with its reason, or is good and comes out right. None ends a run,
 and the counts of each run are exact, so none passes silently.
@@ -242,22 +242,3 @@ def test_texts(monkeypatch, tmp_path, shard_bytes):
     compare([(stem(name), data, want) for name, data, want in cases], gathered(records, skips))
     assert records["text_lines.txt@14"]["text"] == "another"
     assert records["text_tags.txt@0"]["text"].startswith("<image_placeholder> <image>")
-
-
-def test_the_tables_hold_a_hundred_kinds():
-    names = [
-        stem(name)
-        for cases in (
-            bad_folder.PAIRS,
-            bad_folder.ROWS,
-            bad_folder.CSV,
-            bad_tars.CASES,
-            bad_tables.CASES,
-            bad_texts.TALKS,
-            bad_texts.JSON_FILES,
-            bad_texts.TEXTS,
-        )
-        for name, _, expected in cases
-        if set(outcome(expected)) - {"good"}
-    ]
-    assert len(set(names)) >= 100, len(set(names))

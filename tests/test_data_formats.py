@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import types
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import sources
 from janusflow_jax.data.prepare import build, engines, inputs, parquet
 from janusflow_jax.data.prepare.inputs import Skipped
-from janusflow_jax.data.prepare.records import Options, RawRecord
+from janusflow_jax.data.prepare.records import Options
 
 TAG = "<image_placeholder>"
 TURNS = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "Yes."}]
@@ -132,19 +133,25 @@ def test_named_columns_go_before_the_usual_names(tmp_path):
     assert scenes.encoded() == got["image"]
 
 
-def test_a_new_format_is_one_function_and_one_line(tmp_path, monkeypatch):
-    def read(shard, options, slices):
-        for number, line in enumerate(Path(shard["path"]).read_text().splitlines()):
-            raw = RawRecord(f"{shard['name']}-{number}", content=line)
-            yield f"{shard['name']}:{number}", raw if line != "bad" else Skipped("line: bad")
+def test_a_new_format_is_one_module_and_one_line(tmp_path, monkeypatch):
+    def plan(options, slices):
+        return [{"path": str(p), "name": n} for p, n in inputs.files(options.inputs, (".new",))]
 
-    new = build.Format(inputs.whole_files((".new",)), read, ("text",))
-    monkeypatch.setitem(build.FORMATS, "new", new)
-    (tmp_path / "a.new").write_text("one\nbad\n\nthree")
+    def read(shard, options):
+        for number, line in enumerate(Path(shard["path"]).read_text().splitlines()):
+            if line == "end":
+                raise Skipped("file: truncated or broken")
+            place = f"{shard['name']}-{number}"
+            yield place, place, Skipped("line: bad") if line == "bad" else {"text": line}
+
+    module = types.SimpleNamespace(plan=plan, read=read, KINDS=("text",))
+    monkeypatch.setitem(build.FORMATS, "new", module)
+    (tmp_path / "a.new").write_text("one\nbad\n\nthree\nend\nfour")
     got = prepared("new", tmp_path, tmp_path / "out", kind="text")
     assert [(r["id"], r["text"]) for r in got] == [("a.new-0", "one"), ("a.new-3", "three")]
     skipped = json.loads((tmp_path / "out" / "report.json").read_text())["skipped"]
-    assert skipped["line: bad"]["examples"] == [["a.new:1", ""]] and "text: empty" in skipped
+    assert skipped["line: bad"]["examples"] == [["a.new-1", ""]] and "text: empty" in skipped
+    assert skipped["file: truncated or broken"]["examples"] == [["a.new", ""]]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from janusflow_jax.data.prepare.records import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
-TOOL = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
+TOOL = ROOT / "tools" / "prepare_data.py"
 
 
 def make_folder(folder: Path, count: int, jpg: bytes | None = None) -> Path:
@@ -42,8 +43,8 @@ def folder(tmp_path_factory):
 
 
 def options(folder: Path, **changes: object) -> Options:
-    given = {"tokenizer": str(HUB), "lengths": ("generate:chat", "understand:plain")}
-    return Options("folder", (str(folder),), **(given | {"shard_records": 7} | changes))
+    default = {"tokenizer": str(HUB), "lengths": ("generate:chat", "understand:plain")}
+    return Options("folder", (str(folder),), **(default | {"shard_records": 7} | changes))
 
 
 def run(opts: Options, out: Path, engine: engines.Engine | None = None, **more):
@@ -110,31 +111,21 @@ def test_a_larger_heldout_share_keeps_what_was_held_out():
     assert small < large and 5 < len(small) < 40 and 150 < len(large) < 250
 
 
+def command(folder: Path, out: Path, *arguments: str) -> list[str]:
+    """The command line that means `options(folder)`."""
+    paths = [str(folder), "--out", str(out), "--tokenizer", str(HUB)]
+    more = ["--lengths", "generate:chat", "understand:plain", *arguments]
+    return [sys.executable, str(TOOL), "folder", *paths, *more]
+
+
 @pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(folder, tmp_path):
-    opts = options(folder, heldout=0.2)
-    run(opts, tmp_path / "one")
+    run(options(folder, heldout=0.2), tmp_path / "one")
     want = contents(tmp_path / "one")
     env = os.environ | {"PYTHONHASHSEED": "7"}
-    command = [
-        *TOOL,
-        "folder",
-        str(folder),
-        "--out",
-        str(tmp_path / "three"),
-        "--workers",
-        "3",
-        "--heldout",
-        "0.2",
-        "--shard-records",
-        "7",
-        "--tokenizer",
-        str(HUB),
-        "--lengths",
-        "generate:chat",
-        "understand:plain",
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    more = ("--workers", "3", "--heldout", "0.2", "--shard-records", "7")
+    arguments = command(folder, tmp_path / "three", *more)
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, check=True)
     assert contents(tmp_path / "three") == want
     assert "train: 3" in done.stdout and "zero.jpg" in done.stdout
     assert "shard 6 of 6" in done.stderr
@@ -166,23 +157,8 @@ def test_a_killed_run_resumes(tmp_path):
     """SIGKILL of the whole process group while its workers write."""
     folder = make_folder(tmp_path / "in", 60, scenes.encoded("JPEG", scenes.scene((1800, 1200))))
     opts, out = options(folder, shard_records=4), tmp_path / "out"
-    command = [
-        *TOOL,
-        "folder",
-        str(folder),
-        "--out",
-        str(out),
-        "--workers",
-        "2",
-        "--shard-records",
-        "4",
-        "--tokenizer",
-        str(HUB),
-        "--lengths",
-        "generate:chat",
-        "understand:plain",
-    ]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    arguments = command(folder, out, "--workers", "2", "--shard-records", "4")
+    process = subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         deadline = time.time() + 120
         while len(list(out.glob(".prepare_data/0*.json"))) < 2:
@@ -248,6 +224,9 @@ def test_no_good_record_is_an_error_with_the_reasons(tmp_path):
     with pytest.raises(DataError, match="(?s)no record.*text: not UTF-8"):
         run(Options("text", (str(text),), kind="text"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset_info.json").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no record can be used"):
+        run(Options("folder", (str(tmp_path / "empty"),)), tmp_path / "out2")
 
 
 def test_images_are_shrunk_upright_or_kept_as_they_are(tmp_path):
@@ -324,13 +303,13 @@ def test_documents_with_images(folder, tmp_path):
     assert list(report.skipped) == ["pictures: more than their marks"]
 
 
-def test_missing_inputs_are_listed_before_the_work(tmp_path):
-    opts = Options("webdataset", (str(tmp_path / "*.tar"), str(tmp_path / "no.tar")))
-    with pytest.raises(DataError) as e:
+def test_missing_inputs_are_an_error_before_the_work(tmp_path):
+    opts = Options("webdataset", (str(tmp_path / "*.tar"),))
+    with pytest.raises(DataError, match=r"\*\.tar: expected a file, a pattern"):
         run(opts, tmp_path / "out")
-    assert str(e.value).count(".tar: expected") == 2
     with pytest.raises(DataError, match="expected one folder"):
         run(Options("folder", (str(tmp_path / "gone"),)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -355,42 +334,37 @@ def test_the_preview_shows_what_training_sees(folder):
     )
     side = 16 * round(chat.num_image_tokens**0.5)
     assert shown[0].images[0].shape == (side, side, 3)
-    assert report_lib.sheet(shown).shape[0] == 3 * 212
+    assert report_lib.sheet(shown).shape == (3 * side, side, 3)
     generated, _ = preview("generate", "chat", 1)
     assert "«" not in generated[0].text and "positions]" in generated[0].text
     everything, report = preview("understand", "plain", 99)
     assert len(everything) == 40 and list(report.skipped) == ["picture: 0 bytes"]
 
 
-@pytest.mark.slow
-def test_the_dry_run_writes_a_sheet_and_nothing_else(folder, tmp_path):
-    command = [
-        *TOOL,
-        "folder",
-        str(folder),
-        "--out",
-        str(tmp_path / "out"),
-        "--tokenizer",
-        str(HUB),
-        "--dry-run",
-        str(tmp_path / "sheet.png"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.count("--- ") == 2 * 10 and "«" in done.stdout
+def test_the_dry_run_writes_a_sheet_and_nothing_else(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [str(TOOL), "folder", str(folder), "--out", "out", "--tokenizer", str(HUB)]
+    monkeypatch.setattr(sys, "argv", [*command, "--dry-run", "sheet.png"])
+    assert runpy.run_path(str(TOOL))["main"]() == 0
+    text = capsys.readouterr().out
+    assert text.count("--- ") == 2 * 10 and "«" in text
     assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
-    assert images.decode((tmp_path / "sheet.png").read_bytes()).shape[0] == 20 * 212
+    side = 16 * round(chat_format.ChatFormat.load(HUB).num_image_tokens ** 0.5)
+    assert images.decode((tmp_path / "sheet.png").read_bytes()).shape == (20 * side, side, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        (["text", "no.txt", "--out", "o"], "no.txt: expected"),
-        (["text", "x", "--out", "o", "--lengths", "paint:chat"], "--lengths: expected generate"),
-        (["text", "x", "--out", "o", "--dry-run", "--heldout", "2"], "--heldout: expected"),
-        (["text", "x", "--out", "o", "--tokenizer", "nowhere"], "expected a tokenizer folder"),
+        (["text", "no.txt"], "no.txt: expected"),
+        (["text", "x", "--dry-run", "--heldout", "2"], "--heldout: expected"),
+        (["text", "x", "--lengths", "text:chat"], "--tokenizer too"),
+        (["text", "x", "--tokenizer", "nowhere"], "expected a tokenizer folder"),
+        (["text", "x", "--kind", "captions"], "--kind: expected one of text"),
     ],
 )
-def test_wrong_arguments_are_one_message(tmp_path, arguments, says):
-    done = subprocess.run([*TOOL, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+def test_wrong_arguments_are_one_message(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments, "--out", "out"])
+    with pytest.raises(DataError, match=message):
+        runpy.run_path(str(TOOL))["main"]()

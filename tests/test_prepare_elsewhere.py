@@ -26,7 +26,6 @@ from janusflow_jax.data.prepare.records import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = ROOT / "tests" / "data" / "golden" / "tiny" / "janusflow"
-TOOL = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
 
 
 class FakeS3(MemoryFileSystem):
@@ -185,21 +184,10 @@ def test_other_engines_give_the_same_bytes(engine, tmp_path):
     pytest.importorskip({"beam": "apache_beam", "ray": "ray"}[engine[0]])
     fill(tmp_path / "in")
     build.prepare(options("webdataset", tmp_path / "in"), tmp_path / "one", engines.local(1))
-    command = [
-        *TOOL,
-        "webdataset",
-        str(tmp_path / "in" / "tars" / "*.tar"),
-        "--out",
-        str(tmp_path / "out"),
-        "--shard-records",
-        "4",
-        "--tokenizer",
-        str(HUB),
-        "--lengths",
-        "generate:chat",
-        "--engine",
-        *engine,
-    ]
+    inputs = str(tmp_path / "in" / "tars" / "*.tar")
+    paths = ["webdataset", inputs, "--out", str(tmp_path / "out"), "--tokenizer", str(HUB)]
+    more = ["--shard-records", "4", "--lengths", "generate:chat", "--engine", *engine]
+    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *paths, *more]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]

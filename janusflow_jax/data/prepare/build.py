@@ -18,8 +18,8 @@ import dataclasses
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -30,7 +30,6 @@ from janusflow_jax.data.prepare import (
     engines,
     files,
     folder,
-    inputs,
     llava,
     parquet,
     records,
@@ -42,36 +41,21 @@ from janusflow_jax.data.prepare.records import SPLITS, Options
 from janusflow_jax.data.prepare.report import Report
 from janusflow_jax.data.sources import write_whole
 
-
-class Format(NamedTuple):
-    """How data of a format is read.
-
-    plan(options, slices) -> shards, in a fixed order. A shard is a dict that JSON can hold;
-      `slices` is a folder for rows that the plan has read (`inputs.write_slices`).
-    read(shard, options, slices) -> items of one shard, in their order.
-    kinds: what its records can be; the first is the default.
-    """
-
-    plan: Callable[[Options, epath.Path], Iterable[dict]]
-    read: Callable[[dict, Options, epath.Path], Iterator[records.Item]]
-    kinds: tuple[str, ...]
-
-
-FORMATS = {
-    "folder": Format(folder.plan, folder.read, ("captions", "conversation", "document")),
-    "webdataset": Format(
-        inputs.whole_files(webdataset.SUFFIXES),
-        webdataset.read,
-        ("captions", "conversation", "document"),
-    ),
-    "parquet": Format(parquet.plan, parquet.read, records.KINDS),
-    "llava": Format(llava.plan, llava.read, ("conversation",)),
-    "text": Format(text.plan, text.read, ("text",)),
+FORMATS: dict[str, Any] = {
+    "folder": folder,
+    "webdataset": webdataset,
+    "parquet": parquet,
+    "llava": llava,
+    "text": text,
 }
+"""Name -> module with `plan`, `read` and `KINDS`: see the docstring of the package."""
 WORK_FOLDER = ".prepare_data"
 """In OUT, holds what is not yet a data set."""
 _MERGE_BYTES = 2**26
 """Smaller shards are merged up to about this size."""
+
+Result = tuple[dict[str, Any], list[Skipped]] | Skipped
+"""What becomes of a row: a record and its dropped captions (`records.to_record`), or a reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +69,6 @@ class Job:
 
     def file(self, name: str) -> epath.Path:
         return epath.Path(self.out) / WORK_FOLDER / f"{self.number:06}{name}"
-
-
-class Record(NamedTuple):
-    """A record as `data/samples.py` reads it, and its captions that cannot be used."""
-
-    fields: dict[str, Any]
-    dropped: list[Skipped]
 
 
 def prepare(
@@ -118,7 +95,6 @@ def prepare(
     jobs = _jobs(options, path)
     todo = [job for job in jobs if not job.file(".json").exists()]
     done, num_records, num_skipped = len(jobs) - len(todo), 0, 0
-    progress(done, len(jobs), 0, 0)
     for counts in engine(run_shard, todo):
         done += 1
         if counts:  # Beam returns none
@@ -127,24 +103,29 @@ def prepare(
     return _assemble(options, path, jobs, engine)
 
 
-def read_all(options: Options) -> Iterator[tuple[str, Record | Skipped]]:
+def read_all(options: Options) -> Iterator[tuple[str, Result]]:
     """All records of the inputs, for a preview; nothing is written."""
     with tempfile.TemporaryDirectory() as scratch:
-        slices = epath.Path(scratch) / WORK_FOLDER / "slices"
-        for i, shard in enumerate(FORMATS[options.format].plan(options, slices)):
-            yield from read_shard(Job(scratch, i, shard, options))
+        for shard in FORMATS[options.format].plan(options, epath.Path(scratch)):
+            yield from _read_shard(shard, options)
 
 
-def read_shard(job: Job) -> Iterator[tuple[str, Record | Skipped]]:
+def _read_shard(shard: dict, options: Options) -> Iterator[tuple[str, Result]]:
     """(place, record or why there is none) of a shard."""
-    slices = epath.Path(job.out) / WORK_FOLDER / "slices"
-    for where, raw in FORMATS[job.options.format].read(job.shard, job.options, slices):
-        try:
-            if isinstance(raw, Skipped):
-                raise raw
-            yield where, Record(*records.to_record(raw, job.options))
-        except Skipped as e:
-            yield where, e
+    is_empty = not shard.get("begin")  # the lines of a file may all begin in its first shard
+    try:
+        for where, place_id, row in FORMATS[options.format].read(shard, options):
+            is_empty = False
+            try:
+                if isinstance(row, Skipped):
+                    raise row
+                yield where, records.to_record(row, place_id, options)
+            except Skipped as e:
+                yield where, e
+        if is_empty:
+            raise Skipped("file: empty")
+    except Skipped as e:
+        yield shard.get("name", ""), e
 
 
 def run_shard(job: Job) -> tuple[int, int]:
@@ -155,78 +136,61 @@ def run_shard(job: Job) -> tuple[int, int]:
     done = job.file(".json")
     if done.exists():
         return 0, 0
-    report, index = Report(), _Index(job.options)
-    serialize = files.Serializer(job.options.kind)
+    options, report = job.options, Report()
+    chat = _chat(options.tokenizer)
+    specs = [tuple(spec.split(":")) for spec in options.lengths] if chat else []
+    serialize = files.Serializer(options.kind)
+    ids: list[tuple[bytes, int, int, int]] = []  # place, hash of the id, size, split
+    units, is_text = collections.defaultdict(list), collections.defaultdict(list)
     writers: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
-        for where, record in read_shard(job):
-            if isinstance(record, Skipped):
-                report.skip(where, record)
-                continue
+        for where, result in _read_shard(job.shard, options):
             try:
-                units = index.measure(record.fields)
+                if isinstance(result, Skipped):
+                    raise result
+                record, dropped_captions = result
+                measured = [samples.units(record, task, form, chat) for task, form in specs]
+            except Skipped as e:
+                report.skip(where, e)
+                continue
             except DataError as e:
                 report.skip(where, Skipped("sample: none", str(e)))
                 continue
-            for caption in record.dropped:
+            for caption in dropped_captions:
                 report.drop_caption(where, caption)
-            record_id = record.fields["id"]
-            split = records.split_of(record_id, job.options.heldout)
+            split = records.split_of(record["id"], options.heldout)
             if split not in writers:
                 path = job.file(f"-{split}.array_record")
                 writers[split] = stack.enter_context(files.writer(path))
-            data = serialize(record.fields)
+            data = serialize(record)
             writers[split].write(data)
-            index.add(split, where, record_id, len(data), units)
+            hashed = records.hash64(record["id"], "id")
+            ids.append((where.encode(errors="replace"), hashed, len(data), SPLITS.index(split)))
+            for (task, form), record_units in zip(specs, measured, strict=True):
+                units[split, task, form].append(record_units)
+                is_text[split, task, form].append(samples.kind(record, task) == "text")
             report.records[split] = report.records.get(split, 0) + 1
-    index.save(job)
+    where, hashes, sizes, splits = zip(*ids, strict=True) if ids else [()] * 4
+    files.save_arrays(
+        job.file("-ids.npz"),
+        where=np.array(where, np.bytes_),
+        hash=np.array(hashes, np.uint64),
+        size=np.array(sizes, np.int64),
+        split=np.array(splits, np.uint8),
+    )
+    for key in units:
+        stored = packing.lengths_of_units(units[key], np.array(is_text[key], bool))
+        files.save_arrays(job.file(f"-{'-'.join(key)}.npz"), **stored._asdict())
     write_whole(done, json.dumps(report.to_json()).encode())
     return report.num_records, report.num_skipped
 
 
-class _Index:
-    """What the assembly needs to know of the records of a shard: places, ids, sizes, lengths."""
-
-    def __init__(self, options: Options):
-        self.specs = [tuple(spec.split(":")) for spec in options.lengths]
-        self.chat = _chat(options.tokenizer)
-        self.rows: list[tuple[bytes, int, int, int]] = []  # place, hash of the id, size, split
-        self.units: dict[tuple, list] = collections.defaultdict(list)  # by split, task, form
-        self.is_text: dict[tuple, list[bool]] = collections.defaultdict(list)
-
-    def measure(self, record: dict[str, Any]) -> list[tuple[list[samples.Unit], bool]]:
-        """Units for each task and form. Raises DataError: the record makes no sample."""
-        if self.chat is None:
-            return []
-        return [
-            (samples.units(record, task, form, self.chat), samples.kind(record, task) == "text")
-            for task, form in self.specs
-        ]
-
-    def add(self, split: str, where: str, record_id: str, size: int, units: list) -> None:
-        hashed = records.hash64(record_id, "id")
-        self.rows.append((where.encode(errors="replace"), hashed, size, SPLITS.index(split)))
-        for spec, (record_units, is_text) in zip(self.specs, units, strict=bool(units)):
-            self.units[split, *spec].append(record_units)
-            self.is_text[split, *spec].append(is_text)
-
-    def save(self, job: Job) -> None:
-        where, hashes, sizes, splits = zip(*self.rows, strict=True) if self.rows else [()] * 4
-        files.save_arrays(
-            job.file("-ids.npz"),
-            where=np.array(where, np.bytes_),
-            hash=np.array(hashes, np.uint64),
-            size=np.array(sizes, np.int64),
-            split=np.array(splits, np.uint8),
-        )
-        for key, units in self.units.items():
-            measured = packing.lengths_of_units(units, np.array(self.is_text[key], bool))
-            files.save_arrays(job.file(f"-{'-'.join(key)}.npz"), **measured._asdict())
-
-
 @functools.lru_cache(maxsize=2)
-def _chat(tokenizer: str) -> chat_format.ChatFormat | None:
-    """For lengths, which do not depend on the number of positions of an image."""
+def _chat(tokenizer: str) -> Any:
+    """The ChatFormat for lengths, which do not depend on the number of positions of an image.
+
+    None without a tokenizer.
+    """
     return chat_format.ChatFormat.load(tokenizer, num_image_tokens=1) if tokenizer else None
 
 
@@ -261,14 +225,16 @@ def _jobs(options: Options, out: epath.Path) -> list[Job]:
                 f"{out}: expected the options and inputs of the unfinished run; these differ: "
                 f"{', '.join(changed)}: restore them to resume, or set `overwrite` to start again"
             )
-        shards = plan["shards"]
     else:
-        work.mkdir(parents=True, exist_ok=True)
         shards = list(FORMATS[options.format].plan(options, work / "slices"))
         sizes = {shard["path"]: _size(shard["path"]) for shard in shards if "path" in shard}
         plan = {"options": wanted, "sizes": sizes, "shards": shards}
+        work.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(plan).encode())
-    return [Job(str(out), i, shard, options) for i, shard in enumerate(shards)]
+    for shard in plan["shards"]:
+        if "slice" in shard:  # plans of 0.1.0 hold the file's name only
+            shard["slice"] = str(work / "slices" / epath.Path(shard["slice"]).name)
+    return [Job(str(out), i, shard, options) for i, shard in enumerate(plan["shards"])]
 
 
 def _size(name: str) -> int:
@@ -279,28 +245,40 @@ def _size(name: str) -> int:
 def _assemble(options: Options, out: epath.Path, jobs: list[Job], engine: engines.Engine) -> Report:
     """Removes duplicates, merges small files, stores lengths, writes report and description."""
     report = Report.total(json.loads(job.file(".json").read_text()) for job in jobs)
-    unique = _unique_ids(jobs, report)
+    columns = [files.load_arrays(job.file("-ids.npz"), "hash", "split", "size") for job in jobs]
+    is_first = _first_of_each_id(jobs, columns, report)
     if not report.num_records:
         (out / WORK_FOLDER).rmtree()
         raise DataError(f"{out}: no record can be used:\n{report.table()}")
+    chat = _chat(options.tokenizer)
     shards, num_bytes, merges = {}, {}, []
     for index, split in enumerate(SPLITS):
-        parts = [
-            (job, keep[splits == index], sizes[splits == index])
-            for job, (keep, splits, sizes) in zip(jobs, unique, strict=True)
-        ]
-        parts = [part for part in parts if part[1].any()]
+        parts = []  # (job, which of its records stay: bool[n], their sizes: int64[n])
+        for job, first, (_, splits, sizes) in zip(jobs, is_first, columns, strict=True):
+            if first[splits == index].any():
+                parts.append((job, first[splits == index], sizes[splits == index]))
         if not parts:
             continue
-        groups = _groups(parts)
+        groups, group_bytes = [[]], 0  # consecutive shards, together while they are small
+        for job, stays, sizes in parts:
+            if groups[-1] and group_bytes + sizes.sum() > _MERGE_BYTES:
+                groups.append([])
+                group_bytes = 0
+            groups[-1].append((str(job.file(f"-{split}.array_record")), stays.tolist()))
+            group_bytes += sizes.sum()
         for i, group in enumerate(groups):
-            sources = [
-                (str(job.file(f"-{split}.array_record")), keep.tolist()) for job, keep, _ in group
-            ]
-            merges.append((str(out / files.shard_name(split, i, len(groups))), sources))
-        shards[split] = [int(sum(keep.sum() for _, keep, _ in group)) for group in groups]
-        num_bytes[split] = int(sum(sizes[keep].sum() for _, keep, sizes in parts))
-        _store_lengths(options, out, split, parts)
+            merges.append((str(out / files.shard_name(split, i, len(groups))), group))
+        shards[split] = [sum(sum(stays) for _, stays in group) for group in groups]
+        num_bytes[split] = int(sum(sizes[stays].sum() for _, stays, sizes in parts))
+        for spec in options.lengths if chat else ():
+            task, form = spec.split(":")
+            measured = []
+            for job, stays, _ in parts:
+                path = job.file(f"-{split}-{task}-{form}.npz")
+                stored = files.load_arrays(path, *packing.Lengths._fields)
+                measured.append((packing.Lengths(*stored), stays))
+            path = packing.lengths_path(out, split, task, form, chat)
+            packing.store_lengths(path, packing.join_lengths(measured), chat)
     for _ in engine(files.merge, merges):
         pass
     content = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
@@ -311,58 +289,30 @@ def _assemble(options: Options, out: epath.Path, jobs: list[Job], engine: engine
     return report
 
 
-Part = tuple[Job, np.ndarray, np.ndarray]
-"""(shard, bool[n]: which of its records stay, int64[n]: their sizes) of one split."""
-
-
-def _unique_ids(jobs: list[Job], report: Report) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(whether it stays, split, size) of the records of every shard; the report gets duplicates.
+def _first_of_each_id(
+    jobs: list[Job], columns: list[list[np.ndarray]], report: Report
+) -> list[np.ndarray]:
+    """Whether each record is the first with its id, bool[n] of every shard; reports the others.
 
     Ids are compared by 64 bits of a hash. For 100 million records, one of 3,700 data sets loses a
     good record to a collision.
+
+    Args:
+      jobs: the shards.
+      columns: hash of the id, split and size of the records of every shard.
+      report: gets the duplicates.
     """
-    names = ("hash", "split", "size")
-    columns = [files.load_arrays(job.file("-ids.npz"), *names) for job in jobs]
-    hashes = np.concatenate([np.zeros(0, np.uint64), *(c[0] for c in columns)])
-    keep = np.zeros(len(hashes), bool)
-    keep[np.unique(hashes, return_index=True)[1]] = True  # the first of each
-    ends = np.cumsum([len(c[0]) for c in columns])
-    out = []
-    for job, end, (hashed, splits, sizes) in zip(jobs, ends, columns, strict=True):
-        own = keep[end - len(hashed) : end]
-        if not own.all():
-            (where,) = files.load_arrays(job.file("-ids.npz"), "where")
-            for i in np.flatnonzero(~own):
-                place = where[i].decode(errors="replace")
-                report.skip(place, Skipped("id: duplicate", "another record came first"))
-                report.records[SPLITS[splits[i]]] -= 1
-        out.append((own, splits, sizes))
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(column[0] for column in columns)])
+    is_first = np.zeros(len(hashes), bool)
+    is_first[np.unique(hashes, return_index=True)[1]] = True
+    ends = np.cumsum([len(column[0]) for column in columns])
+    out = np.split(is_first, ends[:-1]) if jobs else []
+    for job, first, (_, splits, _) in zip(jobs, out, columns, strict=True):
+        if first.all():
+            continue
+        (where,) = files.load_arrays(job.file("-ids.npz"), "where")
+        for i in np.flatnonzero(~first):
+            place = where[i].decode(errors="replace")
+            report.skip(place, Skipped("id: duplicate", "another record came first"))
+            report.records[SPLITS[splits[i]]] -= 1
     return out
-
-
-def _groups(parts: list[Part]) -> list[list[Part]]:
-    """Consecutive shards, together while they are small."""
-    groups, size = [[]], 0
-    for part in parts:
-        own = int(part[2].sum())
-        if groups[-1] and size + own > _MERGE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(part)
-        size += own
-    return groups
-
-
-def _store_lengths(options: Options, out: epath.Path, split: str, parts: list[Part]) -> None:
-    chat = _chat(options.tokenizer)
-    if chat is None:
-        return
-    for spec in options.lengths:
-        task, form = spec.split(":")
-        measured = []
-        for job, keep, _ in parts:
-            path = job.file(f"-{split}-{task}-{form}.npz")
-            stored = files.load_arrays(path, *packing.Lengths._fields)
-            measured.append((packing.Lengths(*stored), keep))
-        path = packing.lengths_path(out, split, task, form, chat)
-        packing.store_lengths(path, packing.join_lengths(measured), chat)

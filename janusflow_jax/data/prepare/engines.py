@@ -24,8 +24,7 @@ def local(workers: int) -> Engine:
 
     def run(function: Callable[[T], Any], jobs: Sequence[T]) -> Iterator[Any]:
         if workers <= 1 or len(jobs) <= 1:
-            for job in jobs:
-                yield function(job)
+            yield from map(function, jobs)
             return
         # spawned: a fork of a process with threads (absl, array_record) can hang
         context = multiprocessing.get_context("spawn")

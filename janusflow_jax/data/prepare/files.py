@@ -70,29 +70,30 @@ def writer(path: epath.Path) -> Iterator[Any]:
     """An ArrayRecord writer (`.write(bytes)`); the file appears whole or not at all."""
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-    is_local = "://" not in str(path)
-    folder = os.path.dirname(path) if is_local else tempfile.gettempdir()
-    part = os.path.join(folder, f".{path.name}.{uuid.uuid4().hex}")
+    folder = tempfile.gettempdir() if _is_remote(path) else os.path.dirname(path)
+    part = epath.Path(folder) / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        out = array_record_module.ArrayRecordWriter(part, "group_size:1")
+        out = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
         yield out
         out.close()
-        if is_local:
-            os.replace(part, path)
+        if _is_remote(path):
+            _copy(part, path)
         else:
-            with open(part, "rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target, 2**24)
+            part.replace(path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
+        part.unlink(missing_ok=True)
 
 
 def read(path: epath.Path) -> Iterator[bytes]:
     """The records of a file in order. Raises OSError: the file is broken or missing."""
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-    with _local_copy(path) as local:
-        reader = array_record_module.ArrayRecordReader(local)
+    with tempfile.TemporaryDirectory() as folder:
+        local = path
+        if _is_remote(path):
+            local = epath.Path(folder) / path.name
+            _copy(path, local)
+        reader = array_record_module.ArrayRecordReader(str(local))
         try:
             count = reader.num_records()
             for begin in range(0, count, _BATCH):
@@ -102,16 +103,13 @@ def read(path: epath.Path) -> Iterator[bytes]:
             raise OSError(f"{path}: {e}") from e
 
 
-@contextlib.contextmanager
-def _local_copy(path: epath.Path) -> Iterator[str]:
-    if "://" not in str(path):
-        yield str(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = os.path.join(folder, path.name)
-        with path.open("rb") as source, open(copy, "wb") as target:
-            shutil.copyfileobj(source, target, 2**24)
-        yield copy
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    with source.open("rb") as reader, target.open("wb") as out:
+        shutil.copyfileobj(reader, out, 2**24)
 
 
 def merge(job: tuple[str, Sequence[tuple[str, list[bool]]]]) -> None:
@@ -126,8 +124,8 @@ def merge(job: tuple[str, Sequence[tuple[str, list[bool]]]]) -> None:
     path = epath.Path(target)
     if path.exists():
         return
-    if len(parts) == 1 and all(parts[0][1]) and "://" not in target:
-        os.replace(parts[0][0], target)
+    if len(parts) == 1 and all(parts[0][1]) and not _is_remote(path):
+        epath.Path(parts[0][0]).replace(path)
         return
     with writer(path) as out:
         for part, keep in parts:

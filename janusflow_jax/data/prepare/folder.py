@@ -17,43 +17,34 @@ from etils import epath
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data.prepare import inputs, records
 from janusflow_jax.data.prepare.inputs import Row, Skipped
-from janusflow_jax.data.prepare.records import Options, RawRecord
+from janusflow_jax.data.prepare.records import Options
 
-_FIELD_LIMIT = 2**28
+KINDS = ("captions", "conversation", "document")
 
 
 def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
     """Shards: slices of the list of images, or of the rows."""
     if len(options.inputs) != 1 or not epath.Path(options.inputs[0]).is_dir():
         raise DataError(f"folder: expected one folder; got {', '.join(options.inputs)}")
-    root, rows = epath.Path(options.inputs[0]), epath.Path(options.rows)
+    rows = epath.Path(options.rows)
     if not options.rows:
-        entries = _pairs(root)
+        entries = _pairs(epath.Path(options.inputs[0]))
     elif not rows.exists() or rows.is_dir():
         raise DataError(f"{rows}: expected a .jsonl or .csv file; no such file")
     elif rows.name.lower().endswith((".csv", ".tsv")):
         entries = _csv_rows(rows)
     else:
-        entries = inputs.json_lines(rows, rows.name)
+        entries = inputs.json_rows(rows, rows.name)
     return inputs.write_slices(entries, slices, options.shard_records)
 
 
-def read(shard: dict, options: Options, slices: epath.Path) -> Iterator[records.Item]:
-    """The records of one slice."""
-    root = options.images or options.inputs[0]
-
-    def pair(row: Any, place_id: str) -> RawRecord:
-        image, text = (epath.Path(root) / row[key] for key in ("image", "txt"))
-        # a character has up to 4 bytes; the check of captions reports more
-        content = inputs.read_bytes(text, "caption", 4 * options.max_chars)
-        return RawRecord(place_id, [image], content)
-
-    def listed(row: Any, place_id: str) -> RawRecord:
-        resolve = lambda name: records.image_path(root, name)  # noqa: E731
-        return records.raw_record(row, place_id, options, resolve)
-
-    rows = inputs.read_slice(slices / shard["slice"])
-    return records.convert(rows, listed if options.rows else pair)
+def read(shard: dict, options: Options) -> Iterator[Row]:
+    """The images or the rows of one slice."""
+    root = epath.Path(options.images or options.inputs[0])
+    for where, place_id, row in inputs.read_slice(shard["slice"]):
+        if not options.rows and isinstance(row, dict):
+            row = {"image": root / row["image"], "caption": root / row["txt"]}
+        yield where, place_id, row
 
 
 def _pairs(root: epath.Path) -> Iterator[Row]:
@@ -81,19 +72,17 @@ def _pairs(root: epath.Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: epath.Path) -> Iterator[Row]:
-    csv.field_size_limit(_FIELD_LIMIT)
+    csv.field_size_limit(2**28)
     data = inputs.read_bytes(path, "file").removeprefix(inputs.BOM)
     # bytes that are not UTF-8 stay in their field, where `records.clean_text` reports them
     text = io.StringIO(data.decode("utf-8", errors="surrogateescape"), newline="")
     separator = "\t" if path.name.lower().endswith(".tsv") else ","
     reader = csv.DictReader(text, restkey="", delimiter=separator)
-    while True:
-        try:
-            row: Any = next(reader, None)
-        except csv.Error as e:
-            row = Skipped("line: not CSV", str(e))
-        if row is None:
-            return
-        if isinstance(row, dict) and "" in row:
-            row = Skipped("line: more columns than the header", f"{len(row[''])} more")
-        yield f"{path.name}:{reader.line_num}", f"{path.name}-{reader.line_num}", row
+    try:
+        for row in reader:
+            value: Any = row
+            if "" in row:
+                value = Skipped("line: more columns than the header", f"{len(row[''])} more")
+            yield f"{path.name}:{reader.line_num}", f"{path.name}-{reader.line_num}", value
+    except csv.Error as e:
+        raise DataError(f"{path}: expected CSV; line {reader.line_num}: {e}") from e

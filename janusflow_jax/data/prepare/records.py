@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -21,7 +22,7 @@ from PIL import Image
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import images
 from janusflow_jax.data.prepare import inputs
-from janusflow_jax.data.prepare.inputs import Row, Skipped
+from janusflow_jax.data.prepare.inputs import Skipped
 
 KINDS = ("captions", "conversation", "document", "text")
 """What a record holds; see `data/samples.py`."""
@@ -88,67 +89,58 @@ class Options:
     shard_bytes: int = 256 * 2**20  # of text files
 
 
-@dataclasses.dataclass(frozen=True)
-class RawRecord:
-    """A record as it was read. Values may be anything; `to_record` checks them."""
-
-    id: Any
-    images: Sequence[Any] = ()  # bytes or a path each
-    content: Any = None  # captions, turns or text, by the kind of data set
+def field_of(names: Iterable[str], chosen: str, usual: tuple[str, ...]) -> str | None:
+    """The chosen field, or the first of the usual ones; None if there is none."""
+    names = list(names)
+    return next((name for name in ([chosen] if chosen else usual) if name in names), None)
 
 
-Item = tuple[str, RawRecord | Skipped]
-"""(place for the report, a raw record or why there is none): what a format's `read` yields."""
+def to_record(row: Any, place_id: str, options: Options) -> tuple[dict[str, Any], list[Skipped]]:
+    """A record with the fields of `data/samples.py`; images stay encoded.
 
-
-def convert(rows: Iterable[Row], to_raw: Callable[[Any, str], RawRecord]) -> Iterator[Item]:
-    """Raw records of rows, by `to_raw(value, place_id)`, which may raise Skipped."""
-    for where, place_id, value in rows:
-        try:
-            if isinstance(value, Skipped):
-                raise value
-            yield where, to_raw(value, place_id)
-        except Skipped as e:
-            yield where, e
-
-
-def raw_record(
-    row: Any, place_id: str, options: Options, image: Callable[[Any], Any] = lambda value: value
-) -> RawRecord:
-    """The fields of a row that the kind of data set needs.
+    Texts are checked before images, because images cost more.
 
     Args:
-      row: a JSON object or a row of a table.
+      row: fields by name, of a JSON object or of a table's row. A text is a str, UTF-8 bytes or a
+        path; for an image, see `load_image`.
       place_id: the id if the row has none, or if `options.ids` is 'place'.
-      options: names of fields, and the kind.
-      image: the value of an image field (a path, bytes, {bytes, path}) -> bytes or a path.
+      options: names of fields, kind and limits.
+    Returns:
+      (record, captions that were dropped because others can be used).
     Raises:
-      Skipped: the row is not an object, or `image` raises it.
+      Skipped: it cannot be used.
     """
     if not isinstance(row, dict):
         raise Skipped("row: not an object", type(row).__name__)
-    names = [name for name, value in row.items() if not _is_null(value)]
-    id_field = field_of(names, options.id_field, ID_FIELDS)
+    row = {name: value for name, value in row.items() if not _is_null(value)}
+    id_field = field_of(row, options.id_field, ID_FIELDS)
     record_id = row[id_field] if id_field and options.ids == "given" else place_id
     if isinstance(record_id, float) and record_id.is_integer():
         record_id = int(record_id)  # a column of numbers with gaps is read as floats
-    content_field = field_of(names, options.text_field, CONTENT_FIELDS[options.kind])
-    content = row[content_field] if content_field else None
-    image_field = field_of(names, options.image_field, IMAGE_FIELDS)
-    values = row[image_field] if image_field and options.kind != "text" else []
+    if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
+        raise Skipped("id: neither text nor number", _brief(record_id))
+    record: dict[str, Any] = {"id": clean_text(str(record_id), "id", 4096)}
+    content = row.get(field_of(row, options.text_field, CONTENT_FIELDS[options.kind]))
+    values = row.get(field_of(row, options.image_field, IMAGE_FIELDS), [])
     values = values if isinstance(values, (list, tuple)) else [values]
-    if options.kind == "document" and isinstance(content, (list, tuple)):
-        values = [value for value in values if not _is_null(value)]
-        content = _join_texts(content, options.image_marker)
-    return RawRecord(record_id, [image(value) for value in values], content)
-
-
-def field_of(names: Iterable[str], chosen: str, usual: tuple[str, ...]) -> str:
-    """The chosen field, or the first of the usual ones; '' if there is none."""
-    names = list(names)
-    if chosen:
-        return chosen if chosen in names else ""
-    return next((name for name in usual if name in names), "")
+    if options.kind == "text":
+        return record | {"text": clean_text(content, "text", options.max_document)}, []
+    if options.kind == "captions":
+        if len(values) != 1:
+            reason = "picture: more than one" if values else "picture: missing"
+            raise Skipped(reason, f"expected one; got {len(values)}")
+        record["captions"], dropped = captions(content, options.max_chars)
+        return record | {"image": load_image(values[0], options)}, dropped
+    if options.kind == "conversation":
+        record["conversation"] = conversation(content, len(values), options)
+    else:
+        if isinstance(content, (list, tuple)):
+            content = _join_texts(content, options.image_marker)
+            values = [value for value in values if not _is_null(value)]
+        text = mark_images(clean_text(content, "text", options.max_document), options)
+        _check_marks(text.count(options.image_tag), len(values))
+        record["text"] = text
+    return record | {"images": [load_image(value, options) for value in values]}, []
 
 
 def _join_texts(parts: Sequence[Any], marker: str) -> str:
@@ -168,40 +160,6 @@ def _brief(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:40]}"
 
 
-# Records
-
-
-def to_record(raw: RawRecord, options: Options) -> tuple[dict[str, Any], list[Skipped]]:
-    """A record with the fields of `data/samples.py`; images stay encoded.
-
-    Returns:
-      (record, captions that were dropped because others can be used).
-    Raises:
-      Skipped: it cannot be used. Texts are checked first, because images cost more.
-    """
-    if isinstance(raw.id, bool) or not isinstance(raw.id, (str, int)):
-        raise Skipped("id: neither text nor number", _brief(raw.id))
-    record: dict[str, Any] = {"id": clean_text(str(raw.id), "id", 4096)}
-    count = len(raw.images)
-    if options.kind == "captions":
-        if count != 1:
-            reason = "picture: more than one" if count else "picture: missing"
-            raise Skipped(reason, f"expected one; got {count}")
-        record["captions"], dropped = captions(raw.content, options.max_chars)
-        record["image"] = load_image(raw.images[0], options)
-        return record, dropped
-    if options.kind == "conversation":
-        record["conversation"] = conversation(raw.content, count, options)
-    else:
-        record["text"] = clean_text(raw.content, "text", options.max_document)
-    if options.kind == "document":
-        record["text"] = mark_images(record["text"], options)
-        _check_marks(record["text"].count(options.image_tag), count)
-    if options.kind != "text":
-        record["images"] = [load_image(image, options) for image in raw.images]
-    return record, []
-
-
 def split_of(record_id: str, heldout: float) -> str:
     """train or heldout, by a hash of the id alone: a larger share keeps what was held out."""
     return SPLITS[int(hash64(record_id, "split") / 2**64 < heldout)]
@@ -215,38 +173,27 @@ def hash64(text: str, purpose: str) -> int:
 # Images
 
 
-def image_path(folder: str, name: Any) -> epath.Path:
-    """The path of an image that a row names.
-
-    Raises:
-      Skipped: not a path, a web address, or a path that leads out of the folder.
-    """
-    if not isinstance(name, str):
-        raise Skipped("picture: neither path nor bytes", _brief(name))
-    if not name.strip():
-        raise Skipped("picture: missing", "no name")
-    if "\x00" in name or _SURROGATE.search(name):
-        raise Skipped("picture: missing", f"no file can have the name {name[:80]!r}")
-    if _SCHEME.match(name):
-        raise Skipped("picture: a web address, not a file", name[:120])
-    if name.startswith(("/", "\\", "~")) or ".." in name.replace("\\", "/").split("/"):
-        raise Skipped("picture: outside its folder", name[:120])
-    return epath.Path(folder) / name
-
-
 def load_image(image: Any, options: Options) -> bytes:
     """The encoded bytes of an image that decodes in full; shrunk if larger than `max_side`.
 
     Args:
-      image: bytes or a path.
-      options: limits.
+      image: bytes, a path, a str (a path in the folder of images) or Hugging Face's {bytes, path}.
+      options: folder and limits.
     Raises:
       Skipped: missing, not an image of a known format, too large, too small, too thin.
       DataError: the store fails repeatedly.
     """
+    if isinstance(image, dict):
+        image = image.get("bytes")
+    if _is_null(image):
+        raise Skipped("picture: missing")
+    if isinstance(image, str):
+        image = _image_path(image, options)
+    if isinstance(image, os.PathLike):
+        image = inputs.read_bytes(epath.Path(image), "picture", options.max_bytes)
+    if not isinstance(image, bytes):
+        raise Skipped("picture: neither path nor bytes", _brief(image))
     data = image
-    if not isinstance(data, bytes):
-        data = inputs.read_bytes(image, "picture", options.max_bytes)
     try:
         pixels = images.decode(data, options.max_pixels, options.max_bytes)
     except DataError as e:
@@ -270,6 +217,24 @@ def load_image(image: Any, options: Options) -> bytes:
     return out.getvalue()
 
 
+def _image_path(name: str, options: Options) -> epath.Path:
+    """The path of an image that a row names.
+
+    Raises:
+      Skipped: a web address, or a path that leads out of the folder.
+    """
+    folder = options.images or (options.inputs[0] if options.format == "folder" else "")
+    if not folder:
+        raise Skipped("picture: missing", f"{name[:80]}: `images` is the folder of the images")
+    if not name.strip():
+        raise Skipped("picture: missing", "no name")
+    if _SCHEME.match(name):
+        raise Skipped("picture: a web address, not a file", name[:120])
+    if name.startswith(("/", "\\", "~")) or ".." in name.replace("\\", "/").split("/"):
+        raise Skipped("picture: outside its folder", name[:120])
+    return epath.Path(folder) / name
+
+
 # Texts
 
 
@@ -277,7 +242,7 @@ def clean_text(value: Any, what: str, max_chars: int) -> str:
     r"""The text, stripped, with \n at line ends.
 
     Args:
-      value: str, or UTF-8 bytes (a byte order mark is dropped).
+      value: str, UTF-8 bytes (a byte order mark is dropped), or the path of a file.
       what: its name in reasons: caption, turn, text, id.
       max_chars: longer texts are refused.
     Raises:
@@ -285,6 +250,8 @@ def clean_text(value: Any, what: str, max_chars: int) -> str:
     """
     if value is None:
         raise Skipped(f"{what}: missing")
+    if isinstance(value, os.PathLike):
+        value = inputs.read_bytes(epath.Path(value), what, 4 * max_chars)
     if isinstance(value, bytes):
         if len(value) > 4 * max_chars:  # perhaps cut within a character
             raise Skipped(f"{what}: too long", f"more than {4 * max_chars:,} bytes")
@@ -360,35 +327,6 @@ def conversation(value: Any, num_images: int, options: Options) -> list[dict[str
     Raises:
       Skipped: the first thing that is wrong.
     """
-    raw_turns: list[tuple[str, Any]] = []
-    in_pairs = False
-    for turn in _turn_list(value):
-        if isinstance(turn, dict) and {"user", "assistant"} <= turn.keys():
-            in_pairs = True
-            raw_turns += [("user", turn["user"]), ("assistant", turn["assistant"])]
-        else:
-            raw_turns.append(_turn(turn, options.image_marker))
-    turns = []
-    for role, content in raw_turns:
-        try:
-            text = clean_text(content, "turn", options.max_chars)
-        except Skipped as e:
-            if e.reason == "turn: empty" and role == "system":
-                continue  # LLaVA and ShareGPT store empty system prompts
-            raise
-        text = mark_images(text, options) if role == "user" else text
-        turns.append({"role": role, "content": text})
-    turns = _in_order(turns)
-    questions = [turn for turn in turns if turn["role"] == "user"]
-    marks = sum(turn["content"].count(options.image_tag) for turn in questions)
-    if in_pairs and not marks:  # data in this form has its images first, without marks
-        questions[0]["content"] = f"{options.image_tag}\n" * num_images + questions[0]["content"]
-        marks = num_images
-    _check_marks(marks, num_images)
-    return turns
-
-
-def _turn_list(value: Any) -> list[Any]:
     if value is None:
         raise Skipped("conversation: missing")
     if isinstance(value, str):
@@ -396,16 +334,36 @@ def _turn_list(value: Any) -> list[Any]:
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
             raise Skipped("conversation: not a list of turns", str(e)) from e
-    if isinstance(value, dict) and isinstance(value.get("role"), list):  # as tfds returns turns
-        roles, contents = value["role"], value.get("content")
-        if not isinstance(contents, list) or len(contents) != len(roles):
-            raise Skipped("conversation: not a list of turns", "roles without contents")
-        value = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     if not isinstance(value, list):
         raise Skipped("conversation: not a list of turns", type(value).__name__)
-    if not value:
-        raise Skipped("conversation: empty")
-    return value
+    turns: list[dict[str, str]] = []
+    in_pairs = False
+    for turn in value:
+        if isinstance(turn, dict) and {"user", "assistant"} <= turn.keys():
+            in_pairs = True
+            exchange = [("user", turn["user"]), ("assistant", turn["assistant"])]
+        else:
+            exchange = [_turn(turn, options.image_marker)]
+        for role, content in exchange:
+            if role == "system" and isinstance(content, str) and not content.strip():
+                continue  # LLaVA and ShareGPT store empty system prompts
+            text = clean_text(content, "turn", options.max_chars)
+            text = mark_images(text, options) if role == "user" else text
+            turns.append({"role": role, "content": text})
+    body = turns[1:] if turns and turns[0]["role"] == "system" else turns
+    roles = [turn["role"] for turn in body]
+    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
+        raise Skipped("conversation: turns do not alternate", ", ".join(roles)[:80])
+    if len(body) < 2:
+        raise Skipped("conversation: no answer")
+    turns = turns[:-1] if len(body) % 2 else turns
+    questions = [turn for turn in turns if turn["role"] == "user"]
+    marks = sum(turn["content"].count(options.image_tag) for turn in questions)
+    if in_pairs and not marks:  # data in this form has its images first, without marks
+        questions[0]["content"] = f"{options.image_tag}\n" * num_images + questions[0]["content"]
+        marks = num_images
+    _check_marks(marks, num_images)
+    return turns
 
 
 def _turn(turn: Any, marker: str) -> tuple[str, Any]:
@@ -436,19 +394,3 @@ def _part(part: Any, marker: str) -> str:
         if kind in ("image", "image_url", "input_image"):
             return marker + "\n"
     raise Skipped("conversation: part that is neither text nor picture", str(part)[:60])
-
-
-def _in_order(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The turns without a last question, after a check of their order."""
-    body = turns[1:] if turns and turns[0]["role"] == "system" else turns
-    if any(turn["role"] == "system" for turn in body):
-        raise Skipped("conversation: system turn that is not the first")
-    if body and body[0]["role"] == "assistant":
-        raise Skipped("conversation: begins with the assistant")
-    for i, turn in enumerate(body):
-        if turn["role"] != ("user", "assistant")[i % 2]:
-            detail = f"two turns of {turn['role']}, turn {i}"
-            raise Skipped("conversation: turns do not alternate", detail)
-    if len(body) < 2:
-        raise Skipped("conversation: no answer")
-    return turns[:-1] if len(body) % 2 else turns

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, images, samples
@@ -19,8 +18,6 @@ EXAMPLES = 5
 """The report names the first few places of each reason."""
 OPEN, CLOSE = "«", "»"
 """Around the tokens that are targets, in the text of a preview."""
-_CELL = 192  # side of an image in the sheet, in pixels
-_ACROSS = 4  # images of a sample that the sheet shows
 
 Reasons = dict[str, dict[str, Any]]
 """reason -> {count, examples: [[place, detail], ...]}."""
@@ -71,12 +68,10 @@ class Report:
     def table(self) -> str:
         """Splits, then reasons by count, each with its first examples."""
         lines = [f"{split}: {count:,} records" for split, count in sorted(self.records.items())]
-        total = self.num_records + self.num_skipped
-        share = f" ({self.num_skipped / total:.1%} of {total:,})" if total else ""
-        lines += [f"skipped: {self.num_skipped:,}{share}", *_table(self.skipped)]
-        if self.dropped:
-            count = sum(entry["count"] for entry in self.dropped.values())
-            lines.append(f"captions dropped from records that have others: {count:,}")
+        dropped = sum(entry["count"] for entry in self.dropped.values())
+        lines += [f"skipped: {self.num_skipped:,}", *_table(self.skipped)]
+        if dropped:
+            lines += [f"captions dropped from records that have others: {dropped:,}"]
             lines += _table(self.dropped)
         return "\n".join(lines)
 
@@ -91,8 +86,7 @@ def _table(reasons: Reasons) -> list[str]:
     lines = []
     for reason, entry in sorted(reasons.items(), key=lambda x: (-x[1]["count"], x[0])):
         lines.append(f"{entry['count']:>10,}  {reason}")
-        for where, detail in entry["examples"][:2]:
-            lines.append(f"{'':>14}{where}" + (f": {detail}" if detail else ""))
+        lines += [f"{'':>14}{where}: {detail}" for where, detail in entry["examples"][:2]]
     return lines
 
 
@@ -118,24 +112,27 @@ def preview(
       chat: the tokenizer.
       task, form: of the source that will read the data set.
     """
-    report, shown = Report(), []
+    report, previews = Report(), []
     fit = images.for_generation if task == "generate" else images.for_understanding
     side = round(chat.num_image_tokens**0.5) * 16  # a patch of SigLIP has 16 pixels
     for where, record in records:
-        if isinstance(record, Skipped):
-            report.skip(where, record)
-            continue
         try:
-            sample = samples.encode(record.fields, task, form, chat, choose=lambda _: 0)
+            if isinstance(record, Skipped):
+                raise record
+            fields, _ = record
+            sample = samples.encode(fields, task, form, chat, choose=lambda _: 0)
+        except Skipped as e:
+            report.skip(where, e)
+            continue
         except DataError as e:
             report.skip(where, Skipped("sample: none", str(e)))
             continue
         pixels = [fit(images.decode(data), side) for data in sample.images]
-        shown.append(Preview(where, sample_text(sample, chat), pixels))
-        if len(shown) == count:
+        previews.append(Preview(where, sample_text(sample, chat), pixels))
+        if len(previews) == count:
             break
-    report.records = {"shown": len(shown)}
-    return shown, report
+    report.records = {"shown": len(previews)}
+    return previews, report
 
 
 def sample_text(sample: samples.Sample, chat: chat_format.ChatFormat) -> str:
@@ -156,18 +153,11 @@ def sample_text(sample: samples.Sample, chat: chat_format.ChatFormat) -> str:
 
 
 def sheet(previews: Sequence[Preview]) -> UInt8[np.ndarray, "H W 3"]:
-    """A row a sample: its place and its images as the model sees them."""
-    rows = [p for p in previews if p.images]
-    across = min(max((len(p.images) for p in rows), default=1), _ACROSS)
-    width = max(across, 2) * (_CELL + 8)  # two at least, for the name of the place
-    page = Image.new("RGB", (width, max(len(rows), 1) * (_CELL + 20)), "white")
-    pen = ImageDraw.Draw(page)
+    """A row for each sample, with its first four images as the model sees them."""
+    rows = [preview.images[:4] for preview in previews]
+    side = next(len(row[0]) for row in rows if row)
+    page = np.full((len(rows) * side, max(map(len, rows)) * side, 3), 255, np.uint8)
     for i, row in enumerate(rows):
-        top = i * (_CELL + 20)
-        hidden = len(row.images) - _ACROSS
-        title = row.where + (f"  (and {hidden} more)" if hidden > 0 else "")
-        pen.text((4, top + 3), title.encode("ascii", "replace").decode(), fill="black")
-        for j, pixels in enumerate(row.images[:_ACROSS]):
-            small = Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.BICUBIC)
-            page.paste(small, (j * (_CELL + 8) + 4, top + 18))
-    return np.asarray(page)
+        for j, pixels in enumerate(row):
+            page[i * side : (i + 1) * side, j * side : (j + 1) * side] = pixels
+    return page
