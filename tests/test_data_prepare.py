@@ -361,6 +361,8 @@ def test_the_dry_run_writes_a_sheet_and_nothing_else(folder, tmp_path, monkeypat
         (["text", "x", "--lengths", "text:chat"], "--tokenizer too"),
         (["text", "x", "--tokenizer", "nowhere"], "expected a tokenizer folder"),
         (["text", "x", "--kind", "captions"], "--kind: expected one of text"),
+        (["text", "x", "--rows", "a.csv"], "--rows: expected the format folder"),
+        (["text", "x", "--shard-records", "0"], "--shard-records: expected at least 1"),
     ],
 )
 def test_wrong_arguments_are_one_message(tmp_path, monkeypatch, arguments, message):

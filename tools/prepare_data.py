@@ -136,6 +136,12 @@ def options_of(args: argparse.Namespace) -> Options:
         raise DataError(f"--kind: expected one of {', '.join(kinds)}; got {args.kind}")
     if not 0 <= args.heldout < 1:
         raise DataError(f"--heldout: expected a share from 0 to below 1; got {args.heldout}")
+    if args.max_side and args.max_side < args.min_side:
+        raise DataError(f"--max-side: expected at least --min-side; got {args.max_side}")
+    if args.shard_records < 1:
+        raise DataError(f"--shard-records: expected at least 1; got {args.shard_records}")
+    if args.rows and args.format != "folder":
+        raise DataError(f"--rows: expected the format folder; got {args.format}")
     if (args.lengths or args.dry_run) and not args.tokenizer:
         raise DataError("--lengths and --dry-run: expected --tokenizer too; got none")
     names = {field.name for field in dataclasses.fields(Options)}
