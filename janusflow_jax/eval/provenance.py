@@ -42,11 +42,7 @@ def of(path: Any, adapter: Any = "") -> dict[str, str]:
 
 
 def of_adapter(path: Any) -> str:
-    """SHA-256 over an adapter's config and weights, which are one file or shards.
-
-    Raises:
-      OSError: a file is missing.
-    """
+    """SHA-256 over an adapter's config and weights, which are one file or shards."""
     folder = epath.Path(path)
     weights = safetensors_io.open_folder(folder, (adapters.WEIGHTS,)).files
     return _hash([folder / adapters.CONFIG, *weights])
@@ -61,8 +57,7 @@ def of_data(path: Any) -> dict[str, str]:
     folder = epath.Path(path)
     if not folder.is_dir():
         raise JanusFlowError(
-            f"--data: expected a folder of tools/prepare_openmoji.py; got {str(path)!r}, where "
-            "there is none"
+            f"--data: expected a folder of tools/prepare_openmoji.py; there is no {str(path)!r}"
         )
     files = sorted((x for x in folder.iterdir() if x.is_file()), key=lambda x: x.name)
     return {"files_sha256": _hash(files)}
