@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import janusflow_jax
-from experiments import small_scale, small_scale_tables as tables
+from experiments import small_scale, small_scale_plots as plots, small_scale_tables as tables
 from janusflow_jax import cli
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import sheet
@@ -60,12 +59,11 @@ PROMPTS = (  # six of the new drawings, two of the quick start's
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    plots = small_scale.import_plots()
     file, doc = Path(args.json), Path(args.doc)
     if not args.redraw:
         numbers = gather(args)
         file.write_text(small_scale.compact(numbers))
-        seed = min(_seed(Path(name)) for name in numbers["settings"])
+        seed = min(name.rpartition("-")[2] for name in numbers["settings"])
         draw_sheet(args, seed, file.with_name(f"{file.stem}_sheet.png"))
     numbers = json.loads(file.read_text())
     doc.write_text(tables.fill(doc.read_text(), {"forgetting": table(numbers)}))
@@ -75,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = small_scale.make_parser(__doc__)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--runs", default="runs/forgetting", help="folder of the fine-tuned runs")
     p.add_argument("--bases", default="runs/small", help="folder of F-1, F-2, ...")
     p.add_argument("--reports", default="runs/forgetting_reports", help="folder of the reports")
@@ -95,30 +95,33 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     """All numbers of table and plot: for every seed the run before and both kinds after.
 
     Raises:
-      JanusFlowError: no ended run; a run without its pair or base, started elsewhere or without
-        held-out losses (lists all); reports that do not compare.
+      JanusFlowError: no seed whose three runs have ended; a run that started elsewhere; reports
+        that do not compare.
     """
-    form = re.compile(rf"({'|'.join(KINDS)})-(\d+)")
-    named = sorted(x for x in Path(args.runs).glob("*") if form.fullmatch(x.name))
-    ended = [x for x in named if small_scale.has_ended(x)]
-    for run in (x for x in named if x not in ended):
-        print(f"{run}: skipped, its training has not ended", flush=True)
-    bases = [Path(args.bases) / f"F-{x}" for x in sorted({_seed(run) for run in ended})]
-    problems = [
-        f"{x}: missing, or its training has not ended"
-        for x in bases
-        if not small_scale.has_ended(x)
-    ]
-    for run in ended:
-        problems += run_problems(run, {x.name for x in ended})
-    if not ended or problems:
+    runs = small_scale.named_runs(args.runs, rf"({'|'.join(KINDS)})-(\d+)")
+    groups = {
+        seed: [Path(args.bases) / f"F-{seed}", *(Path(args.runs) / f"{k}-{seed}" for k in KINDS)]
+        for seed in sorted({x.name.rpartition("-")[2] for x in runs})
+    }
+    groups = {s: group for s, group in groups.items() if all(map(small_scale.has_ended, group))}
+    if not groups:
         raise JanusFlowError(
-            f"{args.runs}: expected pairs of ended runs such as without-1 and replay-1, started "
-            f"from F-1 in {args.bases}; got {[x.name for x in ended] or 'none'}"
-            + "".join(f"\n  - {x}" for x in problems)
+            f"--runs, --bases: expected ended runs such as without-1, replay-1 and F-1; got no "
+            f"seed with all three in {args.runs} and {args.bases}"
         )
     out: dict[str, Any] = {"settings": {}, "runs": {}}
-    for run in (*bases, *ended):
+    for base, *tuned in groups.values():
+        for run in tuned:
+            config = json.loads((run / "config.json").read_text())
+            if base.name not in Path(config["start"]).parts:
+                raise JanusFlowError(f"{run}: expected start {base}; got {config['start']!r}")
+            out["settings"][run.name] = {
+                "start": base.name,
+                "seed": config["seed"],
+                "lr": config["optim"]["lr"],
+                "ema": config["optim"]["ema"],
+            }
+    for run in sorted((x for group in groups.values() for x in group), key=lambda x: x.name):
         file = Path(args.reports) / f"{run.name}.json"
         settings = {**small_scale.DEFAULT, "prompts": 0, "captions": CAPTIONS}
         small_scale.score(run, file, args, **settings)
@@ -129,31 +132,9 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
             "training": small_scale.training(run),
             "captions": {s: round(x, 5) for s, x in exact.items()},
         }
-    for run in ended:
-        config = json.loads((run / "config.json").read_text())
-        out["runs"][run.name]["curve"] = curve(run)
-        out["settings"][run.name] = {
-            "start": Path(config["start"]).name,
-            "seed": config["seed"],
-            "lr": config["optim"]["lr"],
-            "ema": config["optim"]["ema"],
-        }
+        if run.name in out["settings"]:
+            out["runs"][run.name]["curve"] = curve(run)
     return out
-
-
-def run_problems(run: Path, ended: set[str]) -> list[str]:
-    """Why a run cannot be in the table."""
-    seed, config = _seed(run), json.loads((run / "config.json").read_text())
-    others = {f"{kind}-{seed}" for kind in KINDS} - ended
-    out = [f"{run.name}: {x} is missing" for x in sorted(others)]
-    if f"F-{seed}" not in Path(config["start"]).parts:
-        out.append(f"{run.name}: expected start F-{seed}; got {config['start']!r}")
-    missing = sorted(set(LOSSES) - set(curve(run)))
-    return out + ([f"{run.name}: no held-out losses {missing}"] if missing else [])
-
-
-def _seed(run: Path) -> str:
-    return run.name.rpartition("-")[2]
 
 
 def curve(run: Path) -> dict[str, list[float]]:

@@ -7,8 +7,8 @@
     python experiments/small_scale.py --redraw                 # tables and plots from the JSON only
 
 A run is a folder `<letter>-<seed>` whose training has ended. Every run is scored once with the
-suite `emoji`; F also generates with other guidance scales and step counts. Reports are kept in
-`--reports`; a run is scored again only if the model, the data, the software or a setting changed.
+suite `emoji`; F also generates with other guidance scales and step counts. Reports go to
+`--reports`. A run is scored again only if the model, the data, the software or a setting changed.
 All numbers go to one JSON file, from which tables and plots are drawn.
 """
 
@@ -25,9 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import small_scale_tables as tables
+from experiments import small_scale_plots as plots, small_scale_tables as tables
 from janusflow_jax import cli, evaluate
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import fields
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import provenance
 from janusflow_jax.openmoji import judge
@@ -42,18 +43,20 @@ SMOOTH = 5
 """Logged steps in the running mean of a curve."""
 LOSSES = ("loss_rf", "loss_ar", "loss_repa")
 SCORED_WITH = ("software", "data", "judge")
-MUST_AGREE = ("settings", *SCORED_WITH)
-"""What runs of one table must have in common."""
+"""What runs of one table must have in common, beside the settings."""
 SINGLE_TASK = {"loss_ar": "D", "loss_rf": "E", "loss_repa": "E"}
 """Loss -> the letter that trains it without the other task."""
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    plots = import_plots()  # raises before minutes of scoring
     file, doc = Path(args.json), Path(args.doc)
     if not args.redraw:
-        runs = ended_runs(Path(args.runs))
+        runs = [x for x in named_runs(args.runs, r"[A-F]-\d+") if has_ended(x)]
+        if not runs:
+            raise JanusFlowError(
+                f"--runs: expected ended runs such as F-1; got none in {args.runs}"
+            )
         for run in runs:
             score(run, report_file(args, run.name), args, **run_settings(run.name))
         for run in (x for x in runs if x.name[0] == "F"):
@@ -70,25 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {file} and {doc}: {', '.join(numbers['runs'])}")
 
 
-def import_plots() -> Any:
-    """The module of the plots. Raises ImportError without matplotlib."""
-    try:
-        from experiments import small_scale_plots
-    except ImportError as error:
-        raise ImportError(f"plots need matplotlib (pip install -e '.[plots]'): {error}") from error
-    return small_scale_plots
-
-
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a module's docstring without its first line."""
-    return argparse.ArgumentParser(
-        description=(doc or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = make_parser(__doc__)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--runs", default="runs/small", help="folder of the runs")
     p.add_argument("--reports", default="runs/small_reports", help="folder of the reports")
     p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
@@ -103,29 +91,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # --- runs and their settings
 
 
-def ended_runs(folder: Path) -> list[Path]:
-    """Runs `<letter>-<seed>` whose training has ended, sorted.
-
-    Raises:
-      JanusFlowError: there is none.
-    """
-    named = sorted(x for x in folder.glob("*") if re.fullmatch(r"[A-F]-\d+", x.name))
-    ended = [x for x in named if has_ended(x)]
-    for run in (x for x in named if x not in ended):
-        print(f"{run}: skipped, its training has not ended", flush=True)
-    if not ended:
-        raise JanusFlowError(
-            f"{folder}: expected folders of ended runs such as F-1; got "
-            f"{[x.name for x in named] or 'none'}: train them, or pass --runs"
-        )
-    return ended
+def named_runs(folder: str, form: str) -> list[Path]:
+    """Runs in a folder whose names match a regular expression, sorted."""
+    return sorted(x for x in Path(folder).glob("*") if re.fullmatch(form, x.name))
 
 
 def has_ended(run: Path) -> bool:
-    """Whether a run has saved its last step."""
+    """Whether a run has saved its last step; prints its folder if not."""
     config = run / "config.json"
     steps = model_folder.committed_steps(run)
-    return config.exists() and json.loads(config.read_text())["num_steps"] in steps
+    ended = config.exists() and json.loads(config.read_text())["num_steps"] in steps
+    if not ended:
+        print(f"{run}: skipped, its training has not ended", flush=True)
+    return ended
 
 
 def run_settings(name: str) -> dict[str, Any]:
@@ -222,13 +200,17 @@ def read_report(file: Path, numbers: dict[str, Any]) -> dict[str, Any]:
     """
     report = json.loads(file.read_text())
     own = {name: report[name] for name in SCORED_WITH if name in report}
-    if other := [n for n in own if numbers.setdefault(n, own[n]) != own[n]]:
-        raise JanusFlowError(
-            f"{file}: expected the same software, data and judge as the other reports; got "
-            + "; ".join(f"{n} {own[n]}, the others {numbers[n]}" for n in other)
-            + ": run this again without --redraw"
-        )
+    check_alike(str(file), {name: numbers.setdefault(name, x) for name, x in own.items()}, own)
     return report
+
+
+def check_alike(where: str, others: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raises JanusFlowError if runs were not scored in the same way."""
+    if lines := fields.differences(others, own):
+        raise JanusFlowError(
+            f"{where}: expected runs scored in the same way; got {'; '.join(lines)}: score all "
+            "runs again, without --add and --redraw"
+        )
 
 
 def add_sweeps(numbers: dict[str, Any], name: str, args: argparse.Namespace) -> None:
@@ -252,13 +234,8 @@ def add_runs(stored: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     Raises:
       JanusFlowError: they were scored differently, so they do not compare.
     """
-    other = [n for n in MUST_AGREE if n in stored and n in new and stored[n] != new[n]]
-    if other:
-        raise JanusFlowError(
-            "--add: expected runs scored as the stored ones; got "
-            + "; ".join(f"{n} {new[n]}, stored {stored[n]}" for n in other)
-            + ": score all runs again, without --add"
-        )
+    both = [n for n in ("settings", *SCORED_WITH) if n in stored and n in new]
+    check_alike("--add", {n: stored[n] for n in both}, {n: new[n] for n in both})
     out = {**stored, **new}
     for part in ("runs", "curves"):
         out[part] = dict(sorted({**stored[part], **new[part]}.items()))

@@ -133,7 +133,7 @@ CLAIMS = (
         GENERATION,
     ),
 )
-"""Two letters, what the paper's table 5 says of them, and the scores that would show it here."""
+"""Two letters, the statement of the paper's table 5, and the scores that would show it."""
 
 
 # --- numbers
@@ -256,7 +256,7 @@ def verdict(numbers: dict[str, Any], better: str, worse: str, key: str) -> str:
 
 def claims_table(numbers: dict[str, Any]) -> str:
     """The paper's statements beside the results of the runs."""
-    rows = [["", "the paper", "score here", "means here", "here"]]
+    rows = [["", "the paper", "our score", "our means", "our runs"]]
     for better, worse, paper, keys in CLAIMS:
         first = [f"{better}, {worse}", paper]
         for key in keys:
@@ -264,8 +264,8 @@ def claims_table(numbers: dict[str, Any]) -> str:
                 continue
             runs = [of_letter(numbers, x, key) for x in (better, worse)]
             means = [BY_KEY[key].form.format(mean(x)) if x else "nothing" for x in runs]
-            here = verdict(numbers, better, worse, key)
-            rows.append([*first, BY_KEY[key].words, " against ".join(means), here])
+            result = verdict(numbers, better, worse, key)
+            rows.append([*first, BY_KEY[key].words, " against ".join(means), result])
             first = ["", ""]
     return table(rows)
 

@@ -19,11 +19,10 @@ from typing import Any
 from etils import epath
 
 from janusflow_jax import cli, config as config_lib, pipeline
-from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import flags as config_flags
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import losses as losses_lib, provenance
-from janusflow_jax.openmoji import judge as judge_lib, prompts, suite
+from janusflow_jax.openmoji import judge as judge_lib, suite
 from janusflow_jax.sampling import inputs
 
 SUITES = ("emoji", "losses")
@@ -74,8 +73,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder = provenance.resolve(args.model)
-    args.suite = args.suite or default_suite(folder)
-    check(args)
     out = cli.check_writable(args.out, "--out")
     began = time.time()
     report = losses(args, folder) if args.suite == "losses" else emoji(args, folder, out)
@@ -84,44 +81,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
 
 
-def default_suite(folder: epath.Path) -> str:
-    """The suite of a model, by the name of its config.
-
-    Args: folder: of `provenance.resolve`.
-    Raises:
-      JanusFlowError: not a model of the quick start.
-    """
-    for file in (folder / "model.json", folder / "run.json"):
-        if file.exists():
-            config = checksums.read_json(file)["config"]
-            name = config.get("model", config)["name"]
-            if name != config_lib.model_config("emoji").name:
-                raise JanusFlowError(
-                    f"--suite: expected one of {SUITES} for the model {name!r}; got none: pass "
-                    "--suite losses (suite emoji scores the quick start's drawings)"
-                )
-    return "emoji"  # a folder that holds no model is refused when it is loaded
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises JanusFlowError for options that leave nothing to compare, or a seed out of range."""
-    if args.suite == "losses":
-        if not args.config or args.int8:
-            raise JanusFlowError("--suite losses: expected --config and no --int8")
-        return
-    if min(args.prompts, args.captions) < 0 or 1 in (args.prompts, args.captions):
-        raise JanusFlowError(
-            "--prompts, --captions: expected 0, or 2 or more (scores compare items with each "
-            f"other); got {args.prompts} and {args.captions}"
-        )
-    if not (args.prompts or args.captions):
-        raise JanusFlowError("--prompts, --captions: expected a number; got 0: nothing to score")
-    for first in (args.seed, args.seed + suite.MORE_SEED):
-        inputs.image_seeds(first, max(args.prompts, len(prompts.PROMPTS)), 1)
-
-
 def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
-    """The report of suite `losses`."""
+    """The report of suite `losses`.
+
+    Raises:
+      JanusFlowError: no config, or int8, which this suite does not measure.
+    """
+    if not args.config or args.int8:
+        raise JanusFlowError("--suite losses: expected --config and no --int8")
     cfg = config_flags.read_config(args.config)
     result = losses_lib.measure(str(folder), cfg, args.weights, args.dtype, args.adapter)
     print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
@@ -139,20 +106,35 @@ def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
 
 
 def emoji(args: argparse.Namespace, folder: epath.Path, out: pathlib.Path) -> dict[str, Any]:
-    """The report of suite `emoji`. The sheet goes beside `out`."""
+    """The report of suite `emoji`. The sheet goes beside `out`.
+
+    Raises:
+      JanusFlowError: options that leave nothing to compare; a seed out of range; without
+        `--suite`, a model that is not the quick start's.
+    """
+    if min(args.prompts, args.captions) < 0 or 1 in (args.prompts, args.captions):
+        raise JanusFlowError(
+            "--prompts, --captions: expected 0, or 2 or more (scores compare items with each "
+            f"other); got {args.prompts} and {args.captions}"
+        )
+    for first in (args.seed, args.seed + suite.MORE_SEED):
+        inputs.image_seeds(first, max(args.prompts, 1), 1)
     sheet_file = out.with_suffix(".png")
-    if args.prompts and sheet_file == out:
+    if sheet_file == out:
         raise JanusFlowError(
             f"--out: expected a file such as eval.json; got the sheet's name {out}"
         )
-    if args.prompts:
-        cli.check_writable(str(sheet_file), "--out (the sheet)")
     judge = judge_lib.load(args.judge) if args.judge and args.prompts else None
     model = pipeline.load(
         str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
     )
+    if not args.suite and model.cfg.name != config_lib.model_config("emoji").name:
+        raise JanusFlowError(
+            f"--suite: expected one of {SUITES} for the model {model.cfg.name!r}; got none: pass "
+            "--suite losses (suite emoji scores the quick start's drawings)"
+        )
     report: dict[str, Any] = {
-        "settings": {**vars(args), "model": str(folder)},
+        "settings": {**vars(args), "suite": "emoji", "model": str(folder)},
         "model": provenance.of(folder, args.adapter),
         "data": provenance.of_data(args.data),
         "software": provenance.software(),
@@ -175,8 +157,7 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: pathlib.Path) -> di
             seed=args.seed,
             sheet_file=sheet_file,
         )
-    report["verdicts"] = suite.verdicts(report)
-    print(suite.table(report["verdicts"]))
+    print(suite.table(report))
     return report
 
 

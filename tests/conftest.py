@@ -119,6 +119,6 @@ def shown(monkeypatch):
     monkeypatch.setattr(prompts, "SHEET", sheet)
     monkeypatch.setattr(prompts, "PROMPTS", tuple(prompts.caption(c, n) for c, n, _ in sheet))
     gallery = scores.make_gallery(images, labels)
-    out = suite.References(gallery, labels, drawings.real_drawings(labels))
+    out = suite.References(gallery, *drawings.real_drawings(labels))
     monkeypatch.setattr(suite, "references", lambda path: out)
     return out

@@ -8,6 +8,7 @@ import io
 import pytest
 from PIL import Image
 
+from experiments.starts import tokenizer
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import GENERATE, UNDERSTAND
 from janusflow_jax.config.errors import DataError
@@ -18,7 +19,6 @@ from janusflow_jax.openmoji import (
     drawings,
     prompts,
     scores,
-    tokenizer,
 )
 
 NAMES = list(classes.CLASSES.values())
@@ -44,7 +44,7 @@ def test_the_sheet_has_every_color_three_times():
 
 
 def test_held_out_pairs_are_never_trained():
-    splits = build.split_items(NAMES, seed=0)
+    splits = build.split_items(NAMES)
     pairs = {s: {(p.name, p.color) for p in items} for s, items in splits.items()}
     assert not pairs["train"] & pairs["heldout_pairs"]
     assert pairs["heldout_views"] == pairs["train"]
@@ -60,40 +60,28 @@ def test_held_out_pairs_are_never_trained():
     assert len(set(by_color.values())) == 1
     ids = [p.id for items in splits.values() for p in items]
     assert len(set(ids)) == len(ids)
-    views = {build.view_of(p, 0) for items in splits.values() for p in items}
+    views = {build.view_of(p) for items in splits.values() for p in items}
     assert len(views) == len(ids)  # no held-out view is a training view
 
 
 @pytest.mark.parametrize("color", prompts.PALETTE)
 def test_recolored_drawings_have_the_hue(color):
-    for point, name in list(classes.CLASSES.items())[::12]:
+    i = list(prompts.PALETTE).index(color)
+    for point, name in [*classes.CLASSES.items(), *classes.NEW.items()][i::8]:
         drawing = drawings.load_class(point, name)
-        assert drawing is not None
-        png = drawings.render(drawing.recolored(color), drawings.View(5.0, 0.9, 1.0, -1.0), 64)
-        image = images.decode(png)
+        image = images.decode(drawings.render(drawing.recolored(color), drawings.View(), 64))
         assert image.shape == (64, 64, 3)
         hue = scores.dominant_hue(image)
         assert scores.hue_distance(hue, prompts.PALETTE[color]) <= 20, name
         assert (image[0, 0] == 255).all()
 
 
-def test_a_drawing_without_color_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(drawings, "svg_folder", lambda: tmp_path)
-    (tmp_path / "0000.svg").write_text(
-        '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">'
-        '<path fill="#000000" d="M0 0h9v9z"/></svg>'
-    )
-    assert drawings.load_class("0000", "nothing") is None
-    with pytest.raises(ValueError, match=r"0000 nothing: expected one dominant color"):
-        build.load_drawings({"0000": "nothing"})
-
-
 def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
     few(monkeypatch)
-    counts = build.build(tmp_path / "a", 32, seed=0, overwrite=False)
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        build.build(tmp_path / "a", 32, seed=0, overwrite=False)
-    build.build(tmp_path / "b", 32, seed=0, overwrite=False)
+    counts = build.build(tmp_path / "a", 32)
+    with pytest.raises(DataError, match="--overwrite"):
+        build.build(tmp_path / "a", 32)
+    build.build(tmp_path / "b", 32)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]  # no temporary folder is left
     assert "CC BY-SA 4.0" in (tmp_path / "a" / "CREDITS.txt").read_text()
     for split, count in counts.items():
@@ -109,9 +97,7 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"one of \['heldout_pairs'.*got 'test'"):
         sources.open_source(tmp_path / "a", "test")
 
-    tokenizer.train_tokenizer(
-        build.tokenizer_texts(), 640, tmp_path / "hub", num_image_tokens=16, image_size=64
-    )
+    tokenizer.train_tokenizer(tmp_path / "hub", 640, num_image_tokens=16, image_size=64)
     chat = chat_format.ChatFormat.load(tmp_path / "hub")
     cfg = config_lib.DataConfig(
         sources=tuple(
@@ -122,10 +108,10 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
         gen_slots=4,
         und_slots=2,
     )
-    made = rows.Rows(cfg, config_lib.model_config("emoji"), chat)
+    all_rows = rows.Rows(cfg, config_lib.model_config("emoji"), chat)
     tasks = set()
     for r in range(6):
-        row, bad = made.row(r)
+        row, bad = all_rows.row(r)
         assert not bad
         tasks |= set(row["slot_task"].tolist())
     assert {GENERATE, UNDERSTAND} <= tasks
@@ -134,26 +120,31 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
 def test_an_interrupted_build_changes_nothing(monkeypatch, tmp_path):
     few(monkeypatch)
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "old").write_text("unchanged")
+    (tmp_path / "a" / "dataset_info.json").write_text("unchanged")
 
     def stop(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(build, "render_item", stop)
     with pytest.raises(KeyboardInterrupt):
-        build.build(tmp_path / "a", 32, seed=0, overwrite=True)
+        build.build(tmp_path / "a", 32, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a" / "old").read_text() == "unchanged"
+    assert (tmp_path / "a" / "dataset_info.json").read_text() == "unchanged"
+
+
+def test_a_folder_of_other_files_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").write_text("unchanged")
+    with pytest.raises(DataError, match="expected a new folder"):
+        build.build(tmp_path, 32, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "unchanged"
 
 
 def test_the_tokenizer_is_repeatable_and_fits(tmp_path):
     for name in ("a", "b"):
-        tokenizer.train_tokenizer(build.tokenizer_texts(), 640, tmp_path / name, 16, 64)
+        tokenizer.train_tokenizer(tmp_path / name, 640, 16, 64)
     one, two = (chat_format.ChatFormat.load(tmp_path / name) for name in ("a", "b"))
     assert one.hash == two.hash and one.vocab_needed <= 640 and one.num_image_tokens == 16
     prompt = one.conversation([], 0)
     assert len(prompt.ids) < 45  # BOS, the system prompt, 'Assistant:'
     text = "a drawing of an orange wine glass, é 🙂"
     assert one.decode(one.generation_ids(text, form="plain")) == text
-    with pytest.raises(ValueError, match="at least 263"):
-        tokenizer.train_tokenizer(["x"], 100, tmp_path / "c", 16, 64)

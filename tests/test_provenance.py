@@ -1,4 +1,4 @@
-"""A report says what was measured: model, the run's base, adapter, data."""
+"""What a report measured: model, the run's base, adapter, data."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def adapter(golden_folder, folder):
     layers, width, out = llm["layers"]["block"]["attn"]["q"]["kernel"].shape
     shapes = {"A": (2, width), "B": (out, 2)}
     module = "base_model.model.language_model.model.layers.{}.self_attn.q_proj"
-    made = {
+    tensors = {
         f"{module.format(i)}.lora_{k}.weight": LazyTensor(
             shape, np.dtype(np.float32), lambda shape=shape: np.full(shape, 0.1, np.float32)
         )
@@ -34,7 +34,7 @@ def adapter(golden_folder, folder):
         for k, shape in shapes.items()
     }
     folder.mkdir()
-    write_folder(epath.Path(folder), adapters.WEIGHTS, made)
+    write_folder(epath.Path(folder), adapters.WEIGHTS, tensors)
     about = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     about["janusflow_jax"] = {"base_sha256": adapters.digest(llm, ["q"])}
     (folder / adapters.CONFIG).write_text(json.dumps(about))
@@ -86,12 +86,12 @@ def test_a_model_folder_is_itself_alone(tmp_path):
 
 def test_an_adapters_weights_and_config_count(golden_folder, tmp_path):
     folder = adapter(golden_folder, tmp_path / "adapter")
-    found = [provenance.of(golden_folder, folder)]
+    sums = [provenance.of(golden_folder, folder)]
     for file in (adapters.CONFIG, f"{adapters.WEIGHTS}.safetensors"):
         (folder / file).write_bytes((folder / file).read_bytes() + b" ")
-        found.append(provenance.of(golden_folder, folder))
-    assert len({x.pop("adapter") for x in found}) == 3
-    assert found == [provenance.of(golden_folder)] * 3
+        sums.append(provenance.of(golden_folder, folder))
+    assert len({x.pop("adapter") for x in sums}) == 3
+    assert sums == [provenance.of(golden_folder)] * 3
 
 
 def test_data_that_is_not_there(tmp_path):
@@ -137,7 +137,7 @@ def test_held_out_losses_are_those_of_the_adapter(golden_folder, tmp_path, monke
         evaluate.main([*command, "--adapter", str(tmp_path / "none")])
 
 
-def test_pictures_say_which_adapter_painted_them(golden_folder, tmp_path, monkeypatch):
+def test_the_report_of_images_names_the_adapter(golden_folder, tmp_path, monkeypatch):
     folder = adapter(golden_folder, tmp_path / "adapter")
     model = types.SimpleNamespace(
         source="m",
@@ -151,5 +151,5 @@ def test_pictures_say_which_adapter_painted_them(golden_folder, tmp_path, monkey
     generate.main([*command, "--json", str(report)])
     assert "adapter" not in json.loads(report.read_text())["model"]
     generate.main([*command, "--json", str(report), "--adapter", str(folder)])
-    said = json.loads(report.read_text())["model"]["adapter"]
-    assert said == {"path": str(folder), "sha256": provenance.of_adapter(folder)}
+    adapter_of_report = json.loads(report.read_text())["model"]["adapter"]
+    assert adapter_of_report == {"path": str(folder), "sha256": provenance.of_adapter(folder)}

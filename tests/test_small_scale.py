@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from experiments import small_scale, small_scale_tables as tables
+from experiments import small_scale, small_scale_plots as plots, small_scale_tables as tables
 from janusflow_jax import evaluate
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.eval import provenance
@@ -36,7 +36,7 @@ def _report(letter="F", percentile=0.8, exact=0.6):
     return out
 
 
-def _found(**runs):
+def _numbers(**runs):
     """Numbers of runs F1=report, ..., as gathered."""
     named = {f"{k[0]}-{k[1:]}": v for k, v in runs.items()}
     training = {"steps": 1200, "batch_rows": 8, "minutes": 5.0}
@@ -91,9 +91,6 @@ def test_a_document_without_its_markers_is_refused():
 
 
 def test_plots_are_drawn_and_small(tmp_path):
-    pytest.importorskip("matplotlib")  # of the extra plots, which is part of the extra test
-    from experiments import small_scale_plots as plots
-
     files = plots.draw(STORED, tmp_path)
     stored = sorted(x.name for x in (ROOT / "docs").glob("small_scale_*.png"))
     assert sorted(x.name for x in files) == stored
@@ -109,8 +106,8 @@ def test_mean_and_range():
 
 
 def test_what_a_letter_was_not_taught_is_left_out():
-    found = _found(D1=_report("D"), E1=_report("E"), F1=_report())
-    rows = {x.split(" | ")[0].strip("| "): x for x in tables.letters_table(found).splitlines()}
+    numbers = _numbers(D1=_report("D"), E1=_report("E"), F1=_report())
+    rows = {x.split(" | ")[0].strip("| "): x for x in tables.letters_table(numbers).splitlines()}
     assert rows["generated: hue right"].split(" | ")[1:] == [
         "20.0%",
         "-",
@@ -122,12 +119,12 @@ def test_what_a_letter_was_not_taught_is_left_out():
 
 
 def test_missing_seeds_are_named():
-    row = tables.runs_table(_found(F1=_report(), F3=_report())).splitlines()[-1]
+    row = tables.runs_table(_numbers(F1=_report(), F3=_report())).splitlines()[-1]
     assert row == "| F | all | 1, 3 | 2 | 1,200 | 5.0 (5.0 .. 5.0) |"
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "said"),
+    ("better", "worse", "expected"),
     [
         ((0.7, 0.8, 0.9), (0.4, 0.5, 0.6), "every F better than every A"),
         ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "every F worse than every A"),
@@ -136,12 +133,12 @@ def test_missing_seeds_are_named():
         ((0.7,), (), "not measured"),
     ],
 )
-def test_verdicts(better, worse, said):
+def test_verdicts(better, worse, expected):
     runs = {f"F{i}": _report(percentile=x) for i, x in enumerate(better)}
     runs |= {f"A{i}": _report(percentile=x) for i, x in enumerate(worse)}
-    found = _found(**runs)
-    assert tables.verdict(found, "F", "A", "percentile") == said
-    assert tables.verdict(found, "F", "A", "frechet") == said  # the same, less being better
+    numbers = _numbers(**runs)
+    assert tables.verdict(numbers, "F", "A", "percentile") == expected
+    assert tables.verdict(numbers, "F", "A", "frechet") == expected  # the same, less being better
 
 
 # --- gathering
@@ -151,10 +148,11 @@ def test_only_ended_runs_count(tmp_path, capsys):
     _run(tmp_path, "F-1")
     _run(tmp_path, "C-1", done=False)
     _run(tmp_path, "other")
-    assert [x.name for x in small_scale.ended_runs(tmp_path)] == ["F-1"]
+    runs = small_scale.named_runs(tmp_path, r"[A-F]-\d+")
+    assert [x.name for x in runs if small_scale.has_ended(x)] == ["F-1"]
     assert "C-1: skipped" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"F-1; got none"):
-        small_scale.ended_runs(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="expected ended runs"):
+        small_scale.main([f"--runs={tmp_path / 'nowhere'}"])
 
 
 def test_curves_hold_what_was_trained(tmp_path):
@@ -169,20 +167,20 @@ def test_curves_hold_what_was_trained(tmp_path):
 
 
 def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkeypatch):
-    made, parse = [], evaluate.parse
+    calls, parse = [], evaluate.parse
 
     def fake(argv):
         options = dict(zip(argv[::2], argv[1::2], strict=True))
-        made.append(options)
+        calls.append(options)
         settings = vars(parse(argv))
-        report = _report() | {"settings": settings, "model": {"model.json": "b"}} | here
+        report = _report() | {"settings": settings, "model": {"model.json": "b"}} | present
         if options["--judge"]:
             report["judge"] = {"weights_sha256": sha[options["--judge"]]}
         pathlib.Path(options["--out"]).write_text(json.dumps(report))
 
-    here = {"software": {"jax": "1"}, "data": {"files_sha256": "a"}}
-    monkeypatch.setattr(small_scale, "data_checksums", lambda path: here["data"])
-    monkeypatch.setattr(provenance, "software", lambda: here["software"])
+    present = {"software": {"jax": "1"}, "data": {"files_sha256": "a"}}
+    monkeypatch.setattr(small_scale, "data_checksums", lambda path: present["data"])
+    monkeypatch.setattr(provenance, "software", lambda: present["software"])
     sha = {"j": "1", "moved": "1", "other": "2"}
     referee = types.SimpleNamespace
     monkeypatch.setattr(small_scale.judge, "load", lambda x: referee(sha256=sha[x]))
@@ -193,39 +191,39 @@ def test_a_report_is_made_once_and_again_when_something_changed(tmp_path, monkey
     file = small_scale.report_file(args, "F-1")
     for _ in range(2):
         small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
-    assert len(made) == 1 and made[0]["--captions"] == "200"
+    assert len(calls) == 1 and calls[0]["--captions"] == "200"
     for args.judge, count in (("moved", 1), ("other", 2), ("", 3)):
         small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
-        assert len(made) == count
+        assert len(calls) == count
     monkeypatch.setattr(provenance, "of", lambda folder: {"model.json": "trained on"})
     small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
-    assert len(made) == 4
+    assert len(calls) == 4
 
     monkeypatch.setattr(provenance, "of", lambda folder: {"model.json": "b"})
     for point in small_scale.sweep_points():
         small_scale.score(run, small_scale.report_file(args, "F-1", point), args, **point)
-    assert len(made) == 4 + 11  # both sweeps share the usual point
+    assert len(calls) == 4 + 11  # both sweeps share the usual point
     small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
-    assert len(made) == 4 + 11
+    assert len(calls) == 4 + 11
     for changed in ({"software": {"jax": "2"}}, {"data": {"files_sha256": "c"}}):
-        before, count = {**here}, len(made)
-        here |= changed
+        before, count = {**present}, len(calls)
+        present |= changed
         for _ in range(2):
             small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
-        assert len(made) == count + 1
+        assert len(calls) == count + 1
         (name,) = changed
-        with pytest.raises(ValueError, match=rf"-w1-n30.json: .*got {name} \{{"):
+        with pytest.raises(ValueError, match=rf"-w1-n30.json: .*got {name}\."):
             small_scale.gather([run], args)  # the sweeps are of before
-        here |= before
+        present |= before
     small_scale.score(run, file, args, **small_scale.run_settings("F-1"))
-    found = small_scale.gather([run], args)
-    assert [x["value"] for x in found["sweeps"]["guidance"]] == list(small_scale.GUIDANCE)
-    assert sorted(x["value"] for x in found["sweeps"]["steps"]) == list(small_scale.STEPS)
+    numbers = small_scale.gather([run], args)
+    assert [x["value"] for x in numbers["sweeps"]["guidance"]] == list(small_scale.GUIDANCE)
+    assert sorted(x["value"] for x in numbers["sweeps"]["steps"]) == list(small_scale.STEPS)
     (tmp_path / "F-1-w9-n30.json").unlink()
     cut_short = small_scale.gather([run], args)["sweeps"]
-    assert cut_short["guidance"] == [] and cut_short["steps"] == found["sweeps"]["steps"]
-    assert found["runs"]["F-1"]["training"]["minutes"] == 2.0
-    assert json.loads(small_scale.compact(found)) == found
+    assert cut_short["guidance"] == [] and cut_short["steps"] == numbers["sweeps"]["steps"]
+    assert numbers["runs"]["F-1"]["training"]["minutes"] == 2.0
+    assert json.loads(small_scale.compact(numbers)) == numbers
 
 
 @pytest.mark.parametrize(("name", "untrained"), [("D-1", "prompts"), ("E-2", "captions")])
@@ -239,16 +237,16 @@ def test_runs_are_added_to_stored_ones():
     new["runs"] = {"C-9": STORED["runs"]["C-1"], "F-1": STORED["runs"]["F-2"]}
     new["curves"] = dict.fromkeys(new["runs"], STORED["curves"]["C-1"])
     new["sweeps"]["steps"] = [{"run": "F-1", "value": 5, "scores": {}}]
-    found = small_scale.add_runs(STORED, new)
-    assert list(found["runs"]) == sorted([*STORED["runs"], "C-9"])
-    assert found["runs"]["F-1"] == STORED["runs"]["F-2"]
-    assert found["runs"]["F-3"] == STORED["runs"]["F-3"]
-    assert [x["value"] for x in found["sweeps"]["steps"] if x["run"] == "F-1"] == [5]
-    assert "F-1" not in {x["run"] for x in found["sweeps"]["guidance"]}  # it was generated again
-    assert list(found["curves"]) == list(found["runs"])
+    numbers = small_scale.add_runs(STORED, new)
+    assert list(numbers["runs"]) == sorted([*STORED["runs"], "C-9"])
+    assert numbers["runs"]["F-1"] == STORED["runs"]["F-2"]
+    assert numbers["runs"]["F-3"] == STORED["runs"]["F-3"]
+    assert [x["value"] for x in numbers["sweeps"]["steps"] if x["run"] == "F-1"] == [5]
+    assert "F-1" not in {x["run"] for x in numbers["sweeps"]["guidance"]}  # it was generated again
+    assert list(numbers["curves"]) == list(numbers["runs"])
 
 
-@pytest.mark.parametrize("what", small_scale.MUST_AGREE)
+@pytest.mark.parametrize("what", ["settings", *small_scale.SCORED_WITH])
 def test_runs_scored_otherwise_are_not_added(what):
-    with pytest.raises(ValueError, match=rf"{what} \{{'changed': 1\}}, stored"):
+    with pytest.raises(ValueError, match=rf"{what}\.changed: None then, 1 now"):
         small_scale.add_runs(STORED, {**STORED, what: {"changed": 1}})

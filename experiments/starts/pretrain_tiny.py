@@ -25,12 +25,11 @@ from etils import epath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.starts import notice
+from experiments.starts import notice, tokenizer
 from janusflow_jax import cli, config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.data import chat_format
 from janusflow_jax.eval import previews
-from janusflow_jax.openmoji import build, tokenizer
 
 PARTS = ("llm", "und_encoder", "und_aligner", "und_begin")
 
@@ -80,18 +79,6 @@ def make_config(
     )
 
 
-def train_tokenizer(out: str) -> None:
-    """Trains the tokenizer on the captions and the fixed words of the chat."""
-    model = c.model_config("emoji")
-    tokenizer.train_tokenizer(
-        build.tokenizer_texts(),
-        model.llm.vocab_size,
-        out,
-        model.num_image_tokens,
-        model.image_size,
-    )
-
-
 def run(cfg: c.TrainConfig) -> str:
     """Trains to the last step and returns the workdir; exits if the run was stopped."""
     workdir = train.train(cfg)
@@ -115,7 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     hub = epath.Path(args.workdir).resolve() / "tokenizer"
     if not (hub / "tokenizer.json").exists():
-        train_tokenizer(str(hub))
+        model = c.model_config("emoji")
+        tokenizer.train_tokenizer(
+            hub, model.llm.vocab_size, model.num_image_tokens, model.image_size
+        )
     small = make_config(args, str(hub), "encoder", small_llm_config(), "plain", args.encoder_steps)
     first = run(small)
     cfg = make_config(args, str(hub), "llm", c.model_config("emoji"), "chat", args.steps)

@@ -44,7 +44,14 @@ def measure(
             "(see Held-out losses in docs/training.md)"
         )
     loaded = model_folder.load_model(path, weights=weights)
-    _check_parts(path, loaded, cfg)
+    tasks = {s.task for s in cfg.evaluate.sources}
+    needed = {part for task in tasks for part in parts_lib.needed_for(task, loaded.cfg)}
+    needed |= {"vae"} if "generate" in tasks else set()
+    if missing := sorted(needed - {*loaded.parts}):
+        raise CheckpointError(
+            f"{path}: held-out losses of {sorted(tasks)} need the parts {missing}; it has "
+            f"{loaded.parts}"
+        )
     params = loaded.params or {}
     if adapter:
         params = {**params, "llm": adapters.apply(params.get("llm"), adapter)}
@@ -60,15 +67,3 @@ def measure(
         state = {"params": params, "frozen": {}, "vae": vae, "ema": {}}
         values = heldout.Heldout(cfg, mesh, chat).measure(state)
     return {name.removeprefix(f"{heldout.RAW}/"): value for name, value in values.items()}
-
-
-def _check_parts(path: str, loaded: model_folder.LoadedModel, cfg: TrainConfig) -> None:
-    tasks = {s.task for s in cfg.evaluate.sources}
-    needed = {part for task in tasks for part in parts_lib.needed_for(task, loaded.cfg)}
-    if "generate" in tasks:
-        needed.add("vae")
-    if missing := sorted(needed - set(loaded.parts)):
-        raise CheckpointError(
-            f"{path}: held-out losses of {sorted(tasks)} need the parts {missing}; it has "
-            f"{loaded.parts}"
-        )

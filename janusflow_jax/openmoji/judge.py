@@ -10,37 +10,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
+import safetensors.flax
 from etils import epath
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
-from safetensors.numpy import save as safetensors_bytes
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import SiglipConfig
 from janusflow_jax.config.errors import CheckpointError, JanusFlowError
-from janusflow_jax.hub import safetensors as safetensors_io
 from janusflow_jax.models import encode, layers, siglip
 from janusflow_jax.openmoji import stats
 from janusflow_jax.openmoji.scores import Label
 from janusflow_jax.parallel import trees
 
 START = "starts/emoji_judge"
-FILE = "judge.json"
-WEIGHTS = "judge"
-VIEWS = 2
-"""Drawings of each prompt in the reference of the Frechet distance."""
+FILE, WEIGHTS = "judge.json", "judge.safetensors"
 MIN_IMAGES = 4
-"""Images that a Frechet distance needs: two in each half."""
+"""Images that a Frechet distance needs."""
 _BATCH = 32
 
 
@@ -104,17 +98,7 @@ def _unit(x: Array) -> Array:
 
 
 def label_indices(cfg: JudgeConfig, labels: Sequence[Label]) -> tuple[np.ndarray, np.ndarray]:
-    """The text tower's input for labels: classes and colors, int32[N] each.
-
-    Raises:
-      JanusFlowError: labels that the judge does not know (lists all).
-    """
-    unknown = {str(x) for x in labels if x.name not in cfg.classes or x.color not in cfg.colors}
-    if unknown:
-        raise JanusFlowError(
-            f"judge: expected pairs of its {len(cfg.classes)} classes and {len(cfg.colors)} "
-            f"colors; got {sorted(unknown)}: pass --judge '' to score without it"
-        )
+    """The text tower's input for labels: classes and colors, int32[N] each."""
     return (
         np.asarray([cfg.classes.index(x.name) for x in labels], np.int32),
         np.asarray([cfg.colors.index(x.color) for x in labels], np.int32),
@@ -180,7 +164,7 @@ def load(path: Any) -> LoadedJudge:
     """Loads what `save` wrote.
 
     Raises:
-      CheckpointError: no judge, or arrays that do not fit its config.
+      CheckpointError: no judge.
     """
     folder = epath.Path(path)
     if not (folder / FILE).exists():
@@ -197,21 +181,18 @@ def load(path: Any) -> LoadedJudge:
         text_width=sizes["text_width"],
         width=sizes["width"],
     )
-    weights = folder / f"{WEIGHTS}.safetensors"
-    stored = safetensors_io.open_file(weights)
-    params = trees.unflatten({n: np.asarray(x).astype(np.float32) for n, x in stored.items()})
-    shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
-    if problems := trees.mismatches(shapes, params, WEIGHTS):
-        raise CheckpointError(f"{folder}: " + "; ".join(problems))
-    return LoadedJudge(cfg, params, about, hashlib.sha256(weights.read_bytes()).hexdigest())
+    with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
+        leaves = {n: file.get_tensor(n).astype(np.float32) for n in file.keys()}  # noqa: SIM118
+    sha256 = checksums.file_sha256(folder / WEIGHTS)
+    return LoadedJudge(cfg, trees.unflatten(leaves), about, sha256)
 
 
 def save(path: Any, cfg: JudgeConfig, params: Any, about: dict[str, Any]) -> None:
     """Writes a judge, its weights in bfloat16."""
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    leaves = {n: np.asarray(x).astype(ml_dtypes.bfloat16) for n, x in trees.flatten(params).items()}
-    (folder / f"{WEIGHTS}.safetensors").write_bytes(safetensors_bytes(leaves))
+    leaves = {n: jnp.asarray(x, jnp.bfloat16) for n, x in trees.flatten(params).items()}
+    (folder / WEIGHTS).write_bytes(safetensors.flax.save(leaves))
     sizes = {
         "image": dataclasses.asdict(cfg.image),
         "classes": cfg.classes,
@@ -226,19 +207,18 @@ def save(path: Any, cfg: JudgeConfig, params: Any, about: dict[str, Any]) -> Non
 # --- alignment
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawings:
-    """Real drawings, uint8[H, W, 3]: those of the data set, and one more view of some pairs."""
-
-    views: dict[Label, list[np.ndarray]]
-    unseen: dict[Label, np.ndarray]
-
-
 def score_alignment(
-    judge: LoadedJudge, images: Sequence[np.ndarray], labels: Sequence[Label], drawings: Drawings
+    judge: LoadedJudge,
+    images: Sequence[np.ndarray],
+    labels: Sequence[Label],
+    drawings: Sequence[np.ndarray],
 ) -> dict[str, Any]:
     """Cosine between image and prompt, beside the same of real drawings and of noise.
 
+    Args:
+      images: uint8[H, W, 3] each.
+      labels: what each should show.
+      drawings: a real drawing of each label.
     Returns:
       of: number of images; likeness: compared with the mean over shuffled prompts; in_colour:
       compared with the mean over all other classes in the prompt's color (so the right color gives
@@ -247,7 +227,7 @@ def score_alignment(
       real drawings of the same prompts; drawn_top1; noise: the cosine of uniform noise.
     """
     own, texts = judge.embed_images(images), judge.embed_texts(labels)
-    real = judge.embed_images([drawings.views[x][0] for x in labels])
+    real = judge.embed_images(drawings)
     random = judge.embed_images(noise(images))
     every_text = judge.embed_texts(judge.cfg.labels)
 
@@ -291,7 +271,7 @@ def frechet_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -
     """Squared Frechet distance of the normal distributions with the sets' means and covariances.
 
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): the formula of FID, on other features. It is
-    larger for smaller sets; `half_distance` shows by how much.
+    larger for smaller sets.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -304,53 +284,30 @@ def frechet_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -
     return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
-def half_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
-    """Mean distance of a's even and odd rows from b: the distance at half the sample size."""
-    return (frechet_distance(a[::2], b) + frechet_distance(a[1::2], b)) / 2
-
-
-def too_few(labels: Sequence[Label], drawings: Drawings) -> str:
-    """Why images of these labels have no Frechet distance; '' if they have one."""
-    own = [x for x in labels if x in drawings.unseen]
-    if len(own) < MIN_IMAGES:
-        return f"expected {MIN_IMAGES} or more generated pairs with an unseen view; got {len(own)}"
-    if not drawings.unseen.keys() - own:
-        return "expected pairs with an unseen view beside the generated ones; got none"
-    return ""
-
-
 def score_frechet(
-    judge: LoadedJudge, images: Sequence[np.ndarray], labels: Sequence[Label], drawings: Drawings
+    judge: LoadedJudge,
+    images: Sequence[np.ndarray],
+    *,
+    reference: Sequence[np.ndarray],
+    drawn: Sequence[np.ndarray],
+    other_prompts: Sequence[np.ndarray],
 ) -> dict[str, Any]:
-    """Frechet distance of images from real drawings (VIEWS of each prompt).
+    """Frechet distance of images from real drawings of their prompts.
 
-    Only pairs with one more real view count (`drawings.unseen`): the distance of these views from
-    the same drawings is the floor, with the bias of the same sample size.
-
+    Args:
+      images: uint8[H, W, 3] each, at least MIN_IMAGES.
+      reference: real drawings of the images' prompts.
+      drawn: another view of each image's drawing. Its distance is the floor, with the bias of the
+        same sample size.
+      other_prompts: as many real drawings of other prompts.
     Returns:
       of: number of images; reference: number of drawings; distances of: painted (the images), drawn
-      (the floor), both also at half the sample size (`_half`), other_prompts (real drawings of as
-      many other pairs) and noise.
-    Raises:
-      JanusFlowError: too few images (`too_few`).
+      (the floor), other_prompts and noise.
     """
-    if reason := too_few(labels, drawings):
-        raise JanusFlowError(f"Frechet distance: {reason}")
-    used = [i for i, x in enumerate(labels) if x in drawings.unseen]
-    own = [labels[i] for i in used]
-    others = sorted(drawings.unseen.keys() - own)
-    others = [others[i * len(others) // len(own)] for i in range(len(own))]
-    sets = {
-        "painted": [images[i] for i in used],
-        "drawn": [drawings.unseen[x] for x in own],
-        "other_prompts": [drawings.unseen[x] for x in others],
-        "noise": noise([images[i] for i in used]),
+    target = judge.embed_images(reference)
+    sets = {"painted": images, "drawn": drawn, "other_prompts": other_prompts}
+    distances = {
+        name: frechet_distance(judge.embed_images(members), target)
+        for name, members in {**sets, "noise": noise(images)}.items()
     }
-    reference = judge.embed_images([x for label in own for x in drawings.views[label][:VIEWS]])
-    out: dict[str, Any] = {"of": len(own), "reference": len(reference)}
-    for name, members in sets.items():
-        features = judge.embed_images(members)
-        out[name] = frechet_distance(features, reference)
-        if name in ("painted", "drawn"):
-            out[f"{name}_half"] = half_distance(features, reference)
-    return out
+    return {"of": len(images), "reference": len(target), **distances}

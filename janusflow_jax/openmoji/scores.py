@@ -1,6 +1,6 @@
 """Scores of the quick start: hue, retrieval of the right drawing, captions.
 
-NumPy and strings only; nothing here was fitted to the output of a model. Every score stands beside
+NumPy and strings only; nothing was fitted to the output of a model. Every score stands beside
 the score of the same images or answers with the prompts shuffled, and their difference has a 95 %
 interval (`stats.compare`).
 """
@@ -22,9 +22,6 @@ from janusflow_jax.openmoji import prompts, stats
 
 HUE_TOLERANCE = 30.0
 """Largest distance in degrees of the dominant hue from the prompt's."""
-
-KINDS = ("exact", "colour", "name", "words", "edits")
-"""How a caption is compared with the true ones: whole, its color, its class, words, letters."""
 
 GRID = 20
 """Side of the grid on which silhouettes and colors are compared."""
@@ -190,30 +187,25 @@ def ranks(
     Returns:
       float[N, T], 1 for the most similar (ties count half); and each target's number of candidates.
     Raises:
-      JanusFlowError: the gallery has no drawing of a target, or of no other class in its color
-        (lists all).
+      JanusFlowError: the gallery has no drawing of a target (lists all).
     """
-    counts = Counter(color for _, color in {(x.name, x.color) for x in gallery.labels})
-    known = set(gallery.labels)
-    if missing := sorted({str(t) for t in targets if t not in known or counts[t.color] < 2}):
+    if missing := sorted({str(t) for t in targets if t not in gallery.labels}):
         raise JanusFlowError(
-            "gallery: expected a drawing of each target and of another class in its color; got "
-            f"none for {missing}"
+            f"--data: expected drawings of every prompt; got none of {missing}: use the data of "
+            "tools/prepare_openmoji.py without --new-classes"
         )
     features = np.stack([describe(x) for x in images])
     distance = -features @ gallery.features.T
     out, candidates = np.zeros((len(images), len(targets))), []
     for j, target in enumerate(targets):
-        classes = list(dict.fromkeys(x.name for x in gallery.labels if x.color == target.color))
-        index = {name: i for i, name in enumerate(classes)}
-        best = np.full((len(images), len(classes)), np.inf)
+        columns: dict[str, list[int]] = {}  # the views of each class in the target's color
         for m, label in enumerate(gallery.labels):
             if label.color == target.color:
-                column = best[:, index[label.name]]
-                np.minimum(column, distance[:, m], out=column)
-        own = best[:, [index[target.name]]]
+                columns.setdefault(label.name, []).append(m)
+        best = np.stack([distance[:, views].min(1) for views in columns.values()], axis=1)
+        own = distance[:, columns[target.name]].min(1, keepdims=True)
         out[:, j] = 0.5 + (best < own).sum(1) + 0.5 * (best == own).sum(1)
-        candidates.append(len(classes))
+        candidates.append(len(columns))
     return out, candidates
 
 
@@ -278,34 +270,23 @@ def word_overlap(a: Sequence[str], b: Sequence[str]) -> Float[np.ndarray, "A B"]
 def edit_similarity(a: Sequence[str], b: Sequence[str]) -> Float[np.ndarray, "A B"]:
     """1 - (edit distance) / (letters of the longer caption) of every pair, on their `words`.
 
-    The dynamic program of the Levenshtein distance runs for all pairs at once.
+    The dynamic program of the Levenshtein distance runs for all pairs at once, letter by letter of
+    `a`.
     """
-    x, y = ([" ".join(words(t)) for t in texts] for texts in (a, b))
-    left, right = _codes(x), _codes(y)
-    size_x, size_y = (np.asarray([len(t) for t in texts]) for texts in (x, y))
-    row = np.broadcast_to(np.arange(right.shape[1] + 1), (len(x), len(y), right.shape[1] + 1))
-    row = row.astype(np.int32)
-    distance = np.where(size_x[:, None] == 0, size_y[None], 0)
-    last = np.broadcast_to(size_y[None, :, None], (len(x), len(y), 1))
-    for i in range(left.shape[1]):
-        new = np.empty_like(row)
-        new[..., 0] = i + 1
-        for j in range(right.shape[1]):
-            change = row[..., j] + (left[:, None, i] != right[None, :, j])
-            new[..., j + 1] = np.minimum(np.minimum(row[..., j + 1], new[..., j]) + 1, change)
-        row = new
-        ended = np.take_along_axis(row, last, axis=2)[..., 0]
-        distance = np.where(size_x[:, None] == i + 1, ended, distance)
-    longer = np.maximum(np.maximum(size_x[:, None], size_y[None]), 1)
-    return 1 - distance / longer
-
-
-def _codes(texts: Sequence[str]) -> np.ndarray:
-    """Letters as numbers, int32[N, longest]; 0 after the end."""
-    out = np.zeros((len(texts), max((len(t) for t in texts), default=0)), np.int32)
-    for i, text in enumerate(texts):
-        out[i, : len(text)] = [ord(letter) for letter in text]
-    return out
+    texts = [[" ".join(words(t)) for t in side] for side in (a, b)]
+    # letters as numbers, [A, longest] and [B, longest]; 0 after the end
+    x, y = (np.array(side).view(np.uint32).reshape(len(side), -1) for side in texts)
+    size_x, size_y = ((letters > 0).sum(1)[:, None] for letters in (x, y))
+    steps = np.arange(y.shape[1] + 1)
+    row = np.broadcast_to(steps, (len(x), len(y), len(steps)))  # distances to each start of b
+    for i in range(x.shape[1]):
+        new = row + 1
+        change = row[..., :-1] + (x[:, None, i, None] != y)
+        new[..., 1:] = np.minimum(new[..., 1:], change)
+        new = np.minimum.accumulate(new - steps, axis=-1) + steps  # insertions
+        row = np.where(i < size_x[..., None], new, row)
+    distance = np.take_along_axis(row, size_y[None], axis=2)[..., 0]
+    return 1 - distance / np.maximum(np.maximum(size_x, size_y.T), 1)
 
 
 def best_of(
@@ -319,7 +300,11 @@ def best_of(
 def caption_table(
     answers: Sequence[str], captions: Sequence[Sequence[str]], labels: Sequence[Label]
 ) -> dict[str, np.ndarray]:
-    """Every answer against every image: KIND -> float[N answers, N images] in [0, 1]."""
+    """Every answer against every image, in [0, 1]: a table float[N answers, N images] of each kind.
+
+    Kinds: exact (equal to a true caption), colour, name (class), words (F1) and edits (share of
+    letters that need no change) of the nearest true caption.
+    """
     parsed = [parse_caption(a) for a in answers]
     exact = [[a.strip() in group for group in captions] for a in answers]
     flat = [caption for group in captions for caption in group]
@@ -342,11 +327,9 @@ def score_captions(
       captions: the true captions of each.
       labels: what each shows.
     Returns:
-      for every KIND - exact (equal to a true caption), colour, name (class), words (F1) and edits
-      (share of letters that need no change) of the nearest true caption - `right`: answers with
-      score 1; `mean` score; `constant`: compared with the single answer that scores best on these
-      images; `shuffled`: compared with the same answers shuffled among the images. Intervals
-      resample whole classes.
+      for every kind of `caption_table`: `right` (answers with score 1); `mean` score; `constant`
+      (compared with the single answer that scores best on these images); `shuffled` (compared with
+      the same answers shuffled among the images). Intervals resample whole classes.
     """
     groups = [x.name for x in labels]
     # The best constant answer for color, class or both is the caption of one of the images.

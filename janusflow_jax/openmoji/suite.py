@@ -23,22 +23,17 @@ from janusflow_jax.openmoji.judge import LoadedJudge
 from janusflow_jax.openmoji.scores import Label
 
 CAPTION_SPLITS = ("heldout_pairs", "heldout_views", "train")
-MIN_RIGHT_HUES = 16
-"""Images of the sheet (of 24) that must have the right hue."""
 MORE_SEED = 1000
 """Added to the seed of the extra prompts, so that their noise is not that of the sheet."""
 
 
-# --- data
-
-
 @dataclasses.dataclass(frozen=True)
 class References:
-    """What generated images are compared with."""
+    """The real drawings that generated images are compared with, uint8[H, W, 3] each."""
 
-    gallery: scores.Gallery  # a drawing of every (class, color) pair
-    trained: list[Label]  # the pairs that are trained, sorted
-    drawings: judge_lib.Drawings
+    gallery: scores.Gallery  # of every (class, color) pair
+    views: dict[Label, list[np.ndarray]]  # of every pair, those of the gallery among them
+    unseen: dict[Label, np.ndarray]  # one more view of every trained pair
 
 
 @functools.cache
@@ -46,7 +41,7 @@ def references(path: str) -> References:
     """The reference drawings of a prepared data set, read once."""
     images, labels = [], []
     views: dict[Label, list[np.ndarray]] = {}
-    trained, unseen = set(), {}
+    unseen: dict[Label, np.ndarray] = {}
     for split in ("train", "heldout_pairs", "heldout_views"):
         source = sources.open_source(path, split)
         for i in range(len(source)):
@@ -54,27 +49,12 @@ def references(path: str) -> References:
             label = Label(record["class"], record["colour"])
             image = images_lib.decode(record["image"])
             if split == "heldout_views":
-                unseen.setdefault(label, image)
-                continue
-            images.append(image)
-            labels.append(label)
-            views.setdefault(label, []).append(image)
-            if split == "train":
-                trained.add(label)
-    gallery = scores.make_gallery(images, labels)
-    return References(gallery, sorted(trained), judge_lib.Drawings(views, unseen))
-
-
-def sample_labels(
-    labels: Sequence[Label], count: int, seed: int, exclude: Sequence[Label]
-) -> list[Label]:
-    """Labels drawn without repetition, without those of `exclude`."""
-    rest = [x for x in labels if x not in set(exclude)]
-    order = np.random.default_rng(seed).permutation(len(rest))
-    return [rest[i] for i in order[:count]]
-
-
-# --- scores
+                unseen[label] = image
+            else:
+                images.append(image)
+                labels.append(label)
+                views.setdefault(label, []).append(image)
+    return References(scores.make_gallery(images, labels), views, unseen)
 
 
 def score_generation(
@@ -92,15 +72,14 @@ def score_generation(
 
     Args: sheet_file: where the sheet goes, PNG.
     Returns: the report's parts `sheet` and `trained_pairs`.
-    Raises: JanusFlowError: nothing could be scored: too few trained pairs, a prompt without drawing
-      or unknown to the judge, another image size. Raised before anything is generated.
+    Raises: JanusFlowError: nothing could be scored: too few trained pairs, a prompt without
+      drawing, an image size that the judge does not know. Raised before anything is generated.
     """
     of_sheet = [Label(name, color) for color, name, _ in prompts.SHEET]
-    more = sample_labels(refs.trained, count, seed, exclude=of_sheet)
-    no_distance = judge_lib.too_few(more, refs.drawings) if judge else ""
-    if no_distance:
-        print(f"no Frechet distance: {no_distance}", flush=True)
-    # Score black images first: whatever prevents a score raises here, not after minutes.
+    others = sorted(refs.unseen.keys() - of_sheet)
+    order = np.random.default_rng(seed).permutation(len(others))
+    more = [others[i] for i in order[:count]]
+    # Score black images first: whatever prevents a score raises now, not after minutes.
     black = np.zeros((model.cfg.image_size, model.cfg.image_size, 3), np.uint8)
     for labels in (of_sheet, more):
         score_images([black] * len(labels), labels, refs, judge)
@@ -120,11 +99,15 @@ def score_generation(
     }
     for row, (_, _, trained) in zip(out["sheet"]["pictures"], prompts.SHEET, strict=True):
         row["trained"] = trained
-    if no_distance:
-        out["trained_pairs"]["frechet_left_out"] = no_distance
-    elif judge:
-        frechet = judge_lib.score_frechet(judge, more_images, more, refs.drawings)
-        out["trained_pairs"]["frechet"] = frechet
+    if judge and len(more) >= judge_lib.MIN_IMAGES:
+        rest = sorted(refs.unseen.keys() - more)
+        out["trained_pairs"]["frechet"] = judge_lib.score_frechet(
+            judge,
+            more_images,
+            reference=[x for label in more for x in refs.views[label][:2]],
+            drawn=[refs.unseen[x] for x in more],
+            other_prompts=[refs.unseen[rest[i * len(rest) // len(more)]] for i in range(len(more))],
+        )
     return out
 
 
@@ -147,7 +130,8 @@ def score_images(
         ],
     }
     if judge:
-        out["alignment"] = judge_lib.score_alignment(judge, images, labels, refs.drawings)
+        drawings = [refs.views[x][0] for x in labels]
+        out["alignment"] = judge_lib.score_alignment(judge, images, labels, drawings)
     return out
 
 
@@ -163,84 +147,23 @@ def score_captioning(model: pipeline.Pipeline, path: str, split: str, count: int
     return {**result, "answers": [{"id": x["id"], "answer": x["answer"]} for x in lines]}
 
 
-# --- what a report shows
+def table(report: dict[str, Any]) -> str:
+    """The scores of a report as text: counts, and every comparison with its baseline."""
+    lines = [f"{'':44}{'score':>9}{'baseline':>10}  difference, 95 % interval"]
 
+    def add(name: str, values: dict[str, Any]) -> None:
+        if "beats" in values:
+            form = "{score:9.3f}{baseline:10.3f}  {difference:+.3f}, {low:+.3f} .. {high:+.3f}"
+            better = "better" if values["beats"] else "NOT better"
+            lines.append(f"{name:44}{form.format(**values)}  {better}")
+            return
+        numbers = [f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, int | float)]
+        if numbers:
+            lines.append(f"{name}: {', '.join(numbers)}")
+        for key, value in values.items():
+            if isinstance(value, dict):
+                add(f"{name} {key}", value)
 
-def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per claim: what, result, the comparison if there is one, and whether it holds."""
-    out: list[dict[str, Any]] = []
-
-    def claim(what: str, result: str, comparison: dict[str, Any]) -> None:
-        holds = {"holds": comparison["beats"]} if "beats" in comparison else {}
-        out.append({"what": what, "result": result, **comparison, **holds})
-
-    if "sheet" in report:
-        hue = report["sheet"]["hue"]
-        unseen = [x["hue_right"] for x in report["sheet"]["pictures"] if not x["trained"]]
-        claim(
-            f"sheet: hue within {scores.HUE_TOLERANCE:.0f} degrees, {MIN_RIGHT_HUES} wanted",
-            f"{hue['right']}/{hue['of']} (untrained pairs {sum(unseen)}/{len(unseen)})",
-            {"holds": hue["right"] >= MIN_RIGHT_HUES},
-        )
-    for part in ("sheet", "trained_pairs"):
-        if part not in report:
-            continue
-        name, result = part.replace("_", " "), report[part]
-        hue, retrieval = result["hue"], result["retrieval"]
-        claim(
-            f"{name}: hue, against shuffled prompts", f"{hue['right']}/{hue['of']}", hue["within"]
-        )
-        among = f"{name}: drawing among {retrieval['candidates']}, against shuffled"
-        claim(
-            f"{among}, reciprocal rank",
-            f"top1 {retrieval['top1']}, top5 {retrieval['top5']} of {retrieval['of']}",
-            retrieval["reciprocal_rank"],
-        )
-        claim(
-            f"{among}, percentile",
-            f"median rank {retrieval['median_rank']:g}",
-            retrieval["percentile"],
-        )
-        if fit := result.get("alignment"):
-            claim(
-                f"{name}: judge's alignment, against shuffled prompts",
-                f"top1 {fit['top1']}/{fit['of']} (drawings {fit['drawn_top1']})",
-                fit["likeness"],
-            )
-            claim(
-                f"{name}: judge's alignment, against other classes in the prompt's color",
-                f"median rank {fit['median_rank']:g} of {fit['candidates']}",
-                fit["in_colour"],
-            )
-        if distance := result.get("frechet"):
-            # Distances have no pairs to compare. Nothing generated at this size comes near the
-            # distance of real drawings, not even of other prompts: both stand beside it.
-            claim(
-                f"{name}: judge's Frechet distance (not FID), against noise",
-                f"{distance['painted']:.3f} against {distance['noise']:.3f} (drawings "
-                f"{distance['drawn']:.3f}, of other prompts {distance['other_prompts']:.3f})",
-                {"holds": distance["painted"] < distance["noise"]},
-            )
-    for split, captions in report.get("captions", {}).items():
-        for kind in scores.KINDS:
-            for baseline in ("constant", "shuffled"):
-                claim(
-                    f"captions {split.replace('_', ' ')}: {kind}, against {baseline}",
-                    f"{captions[kind]['right']}/{captions['of']}",
-                    captions[kind][baseline],
-                )
-    return out
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The verdicts as text with aligned columns."""
-    cells = [["", "result", "score", "baseline", "difference, 95 % interval", ""]]
-    for x in rows:
-        numbers = ["", "", ""]
-        if "difference" in x:
-            interval = f"{x['difference']:+.3f}  {x['low']:+.3f} .. {x['high']:+.3f}"
-            numbers = [f"{x['score']:.3f}", f"{x['baseline']:.3f}", interval]
-        cells.append([x["what"], x["result"], *numbers, "yes" if x["holds"] else "NO"])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (map(str.ljust, row, widths) for row in cells)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    for part in ("sheet", "trained_pairs", "captions"):
+        add(part, report.get(part, {}))
+    return "\n".join(lines)

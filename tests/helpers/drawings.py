@@ -40,10 +40,10 @@ def draw_all(**view) -> tuple[list[np.ndarray], list[scores.Label]]:
     return [draw(x.name, x.color, **view) for x in labels], labels
 
 
-def real_drawings(labels: list[scores.Label]) -> judge.Drawings:
-    """Two views and an unseen one of every label."""
+def real_drawings(labels: list[scores.Label]) -> tuple[dict, dict]:
+    """Two views of every label, and an unseen one."""
     views = {x: [draw(x.name, x.color, turn=t) for t in (0, 3)] for x in labels}
-    return judge.Drawings(views, {x: draw(x.name, x.color, turn=6) for x in labels})
+    return views, {x: draw(x.name, x.color, turn=6) for x in labels}
 
 
 class PerfectModel(pipeline.Pipeline):
