@@ -103,7 +103,7 @@ def train_steps(
 
     def status() -> int:
         """What this process knows of the step ahead; the most severe status counts for all."""
-        if feed.error or run.write_error or run.checkpoints.failed:
+        if feed.error or run.cannot_write:
             return processes.FAILED
         return processes.STOP if stop.received else processes.CONTINUE
 
@@ -170,9 +170,8 @@ def train_steps(
 def _finish_saving(run: Run, save: Callable[[], None] | None) -> Exception | None:
     """Saves the last step (unless a process cannot write) and waits for it; returns what failed in
     this process."""
-    cannot_write = run.write_error is not None or run.checkpoints.failed
     try:
-        if not any(processes.gather("failed" if cannot_write else "")):
+        if not any(processes.gather("failed" if run.cannot_write else "")):
             if save:
                 save()
             run.checkpoints.wait()

@@ -137,17 +137,10 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
         )
 
 
-def start_of(workdir: epath.Path) -> str:
-    """The `base/` of a run that keeps all its initial parameters there; '' for other runs."""
+def base_meta(workdir: epath.Path) -> dict[str, Any]:
+    """`model.json` of the run's `base/`; {} before it is written."""
     file = workdir / "base" / model_folder.MODEL_FILE
-    whole = file.exists() and set(model_folder.read_json(file)["parts"]) - {"vae"}
-    return str(file.parent) if whole else ""
-
-
-def encoders_of(workdir: epath.Path) -> dict[str, str]:
-    """Digests of the frozen encoders that the run's caches were checked against at its start."""
-    file = workdir / "base" / model_folder.MODEL_FILE
-    return model_folder.read_json(file).get("encoders", {}) if file.exists() else {}
+    return model_folder.read_json(file) if file.exists() else {}
 
 
 def create(
@@ -166,8 +159,7 @@ def create(
       about: JSON values for the base's `model.json`.
     """
     with explained(workdir):
-        exists = str((workdir / "base" / model_folder.MODEL_FILE).exists())
-        if processes.from_main(exists) == "False":
+        if not processes.from_main("exists" if base_meta(workdir) else ""):
             model_folder.save_model(
                 workdir / "base",
                 model_cfg=cfg.model,
