@@ -173,7 +173,8 @@ class RunCheckpoints:
         """
         if processes.is_main() and self._writes:
             self._clean()
-        steps = json.loads(processes.from_main(json.dumps(self.steps())))
+        newest = self.steps()[-100:]  # all may be too long for a message between processes
+        steps = json.loads(processes.from_main(json.dumps(newest)))
         for step in reversed(steps):
             damage = self._damage(step)
             if not damage:

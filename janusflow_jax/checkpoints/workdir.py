@@ -17,7 +17,7 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import TrainConfig, fields
+from janusflow_jax.config import TrainConfig, fields, files
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import processes
 
@@ -170,4 +170,5 @@ def create(
                 overwrite=True,
             )
         if processes.is_main():
-            (workdir / "config.json").write_text(json.dumps(config_lib.to_dict(cfg), indent=1))
+            with files.replacing(workdir / "config.json", "tmp") as part:
+                part.write_text(json.dumps(config_lib.to_dict(cfg), indent=1))
