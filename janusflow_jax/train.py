@@ -56,6 +56,7 @@ def train(cfg: TrainConfig) -> str:
                 lock = stack.enter_context(workdir_lib.Lock(workdir))
         run = open_run(cfg, lock)
         stop = stack.enter_context(health.StopSignal())
+        watchdog = stack.enter_context(health.Watchdog(cfg.watchdog_s, cfg.watchdog_exit))
         stack.enter_context(jax.set_mesh(run.mesh))
         if run.first_step:
             processes.log(f"resumed from step {run.first_step}")
@@ -64,7 +65,7 @@ def train(cfg: TrainConfig) -> str:
             writer = metrics.Writer(workdir, resume_step=last_line, tensorboard=cfg.tensorboard)
             stack.callback(workdir_lib.explained(workdir)(writer.close))
             attempts = health.Attempts(workdir, clock, run.first_step, run.saved.get("time"))
-        step = train_steps(run, writer, attempts, clock, stop)
+        step = train_steps(run, writer, attempts, clock, stop, watchdog)
         stopped = any(processes.gather("stopped" if stop.received else ""))
         done = step == cfg.num_steps and not stopped
         with workdir_lib.explained(workdir):
@@ -83,6 +84,7 @@ def train_steps(
     attempts: health.Attempts,
     clock: health.Clock,
     stop: health.StopSignal,
+    watchdog: health.Watchdog,
 ) -> int:
     """The training loop. Returns the last step, which is saved even where this raises.
 
@@ -96,7 +98,6 @@ def train_steps(
     with clock("data"):
         feed = loader.Ahead(batches)
     log = StepLog(run, writer, attempts, share=cfg.batch_rows / len(places))
-    watchdog = health.Watchdog(cfg.watchdog_s, cfg.watchdog_exit)
     agreement = processes.Agreement(run.mesh)
     compiled_step = None
     report = loader.Report(step * cfg.batch_rows, step * cfg.batch_rows, [], *counted)
@@ -203,7 +204,7 @@ class StepLog:
         work: flops.Work,
         waited: float,
     ) -> None:
-        """Logs the step before, and keeps this one.
+        """Logs the step before; the next call or `flush` logs this one.
 
         Args: out: metrics, maybe still being computed. waited: seconds for the batch.
         """

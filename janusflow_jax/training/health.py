@@ -164,12 +164,21 @@ class BadSteps:
 
 
 class Watchdog:
-    """Prints the stacks of all threads to stderr when no step ends within `seconds`."""
+    """Prints the stacks of all threads to stderr when no step ends within `seconds`.
+
+    A context manager: after an error it stops, so that it does not end a notebook later.
+    """
 
     def __init__(self, seconds: float, exit: bool = False):
         """Args: seconds: 0: off. exit: end the process too (with status 1)."""
         self._seconds, self._exit = seconds, exit
         self._running = False
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
 
     def restart(self) -> None:
         """Begins to wait anew. First called after the first step, because compilation has no
