@@ -156,9 +156,8 @@ def build(
     began = time.perf_counter()
     with futures.ThreadPoolExecutor(workers) as pool:
         for k in todo:
-            decoded = _in_order(
-                pool, lambda i: _entries(records, manifest, i), manifest.shard_range(k), 2 * workers
-            )
+            tasks = (pool.submit(_entries, records, manifest, i) for i in manifest.shard_range(k))
+            decoded = (task.result() for task in _ahead(tasks, 2 * workers))
             with latent_cache.shard_writers(folder, manifest, k) as writers:
                 for entries in _encoded(decoded, encode, batch, manifest, report):
                     for kind, writer in writers.items():
@@ -174,15 +173,14 @@ def build(
     return report
 
 
-def _in_order(pool: Any, fn: Any, items: Iterable[int], ahead: int) -> Iterator[Any]:
-    """`pool.map` with at most `ahead` results in memory."""
-    waiting: collections.deque[Any] = collections.deque()
+def _ahead(items: Iterable[Any], count: int) -> Iterator[Any]:
+    """The items in order; `count` more are begun before one is waited for."""
+    begun: collections.deque[Any] = collections.deque()
     for item in items:
-        waiting.append(pool.submit(fn, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        begun.append(item)
+        if len(begun) > count:
+            yield begun.popleft()
+    yield from begun
 
 
 def _entries(records: Any, manifest: Manifest, i: int) -> list[_Entry]:
@@ -236,22 +234,17 @@ def _in_batches(
     pixels: Iterator[np.ndarray], encode: Encode, batch: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Each image's values, in order. One batch is on the device while the next is decoded."""
-    running: collections.deque[Any] = collections.deque()
 
-    def finish() -> Iterator[dict[str, np.ndarray]]:
-        count, out = running.popleft()
+    def begin() -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        while some := list(itertools.islice(pixels, batch)):
+            padded = np.zeros((batch, *some[0].shape), np.uint8)  # always one shape
+            padded[: len(some)] = some
+            yield len(some), encode(padded)
+
+    for count, out in _ahead(begin(), 1):
         host = {kind: np.asarray(x) for kind, x in out.items()}
         for i in range(count):
             yield {kind: x[i] for kind, x in host.items()}
-
-    while some := list(itertools.islice(pixels, batch)):
-        padded = np.zeros((batch, *some[0].shape), np.uint8)  # always one shape
-        padded[: len(some)] = some
-        running.append((len(some), encode(padded)))
-        if len(running) > 1:
-            yield from finish()
-    while running:
-        yield from finish()
 
 
 def digests(cfg: TrainConfig, made: rows.Rows, params: Any) -> dict[str, str]:
