@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.runs import HUB, fresh_params, read_metrics, record, tiny_config as config
+from helpers.runs import (
+    HUB,
+    fresh_params,
+    read_metrics,
+    record,
+    share_compiled_step,
+    tiny_config as config,
+)
 
 from janusflow_jax import config as c, evaluate, train
 from janusflow_jax.checkpoints import model_folder
@@ -105,7 +112,8 @@ def test_it_is_the_training_loss_of_those_rows(store):
 
 
 @pytest.mark.slow
-def test_a_run_measures_at_its_start_on_schedule_and_at_its_end(store, tmp_path, capsys):
+def test_a_run_measures_at_its_start_on_schedule_and_at_its_end(store, capsys, monkeypatch):
+    share_compiled_step(monkeypatch)
     cfg = evaluated("whole", every_steps=2)
     train.train(cfg)
     held = [x for x in read_metrics("whole") if "eval/held_generate/loss_rf" in x]

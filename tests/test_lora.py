@@ -94,10 +94,11 @@ def test_the_base_takes_no_memory_of_the_optimizer():
 
 
 @pytest.mark.slow
-def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path):
+def test_a_run_trains_them_alone_and_they_come_back(store, tmp_path, monkeypatch):
     """Trained, resumed bit for bit, loaded merged, saved alone, put onto the base again."""
     train.train(config("base", num_steps=2))
     start = {"start": str(tmp_path / "base"), "allow_fresh": False, "num_steps": 4}
+    runs.share_compiled_step(monkeypatch)
     train.train(lora_config("whole", **start))
     train.train(lora_config("parts", **{**start, "num_steps": 2}))
     train.train(lora_config("parts", **start))

@@ -40,9 +40,10 @@ def begin() -> None:
 
 
 @pytest.mark.slow
-def test_the_start_is_kept_once(store):
+def test_the_start_is_kept_once(store, monkeypatch):
     frozen = "bfloat16"
     begin()
+    runs.share_compiled_step(monkeypatch)
     train.train(lora_config("whole", frozen_dtype=frozen))
     train.train(lora_config("parts", frozen_dtype=frozen, num_steps=1))
     held = runs.last_arrays("whole")
