@@ -184,7 +184,9 @@ def test_a_config_file_that_raises_is_one_message(text, says, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rise_stops_the_run_until_its_config_allows_it(store, capsys):
+def test_a_rise_stops_the_run_until_its_config_allows_it(store, capsys, monkeypatch):
+    share_compiled_step(monkeypatch)
+
     def hurt(**changes):
         cfg = evaluated("hurt", every_steps=1, max_rise=1e-6, **changes)
         # far too fast
@@ -213,7 +215,8 @@ def test_a_rise_stops_the_run_until_its_config_allows_it(store, capsys):
 
 
 @pytest.mark.slow
-def test_a_source_added_late_counts_from_its_first_measurement(store, capsys):
+def test_a_source_added_late_counts_from_its_first_measurement(store, capsys, monkeypatch):
+    share_compiled_step(monkeypatch)
     plain = config("late", num_steps=2)
     train.train(plain)
     cfg = evaluated("late", every_steps=1, max_rise=0.5)
