@@ -56,6 +56,7 @@ def train(cfg: TrainConfig) -> str:
                 lock = stack.enter_context(workdir_lib.Lock(workdir))
         run = open_run(cfg, lock)
         stop = stack.enter_context(health.StopSignal())
+        watchdog = stack.enter_context(health.Watchdog(cfg.watchdog_s, cfg.watchdog_exit))
         stack.enter_context(jax.set_mesh(run.mesh))
         if run.first_step:
             processes.log(f"resumed from step {run.first_step}")
@@ -64,7 +65,7 @@ def train(cfg: TrainConfig) -> str:
             writer = metrics.Writer(workdir, resume_step=last_line, tensorboard=cfg.tensorboard)
             stack.callback(workdir_lib.explained(workdir)(writer.close))
             attempts = health.Attempts(workdir, clock, run.first_step, run.saved.get("time"))
-        step = train_steps(run, writer, attempts, clock, stop)
+        step = train_steps(run, writer, attempts, clock, stop, watchdog)
         stopped = any(processes.gather("stopped" if stop.received else ""))
         done = step == cfg.num_steps and not stopped
         with workdir_lib.explained(workdir):
@@ -83,6 +84,7 @@ def train_steps(
     attempts: health.Attempts,
     clock: health.Clock,
     stop: health.StopSignal,
+    watchdog: health.Watchdog,
 ) -> int:
     """The training loop. Returns the last step, which is saved even where this raises.
 
@@ -96,14 +98,13 @@ def train_steps(
     with clock("data"):
         feed = loader.Ahead(batches)
     log = StepLog(run, writer, attempts, share=cfg.batch_rows / len(places))
-    watchdog = health.Watchdog(cfg.watchdog_s, cfg.watchdog_exit)
     agreement = processes.Agreement(run.mesh)
     compiled_step = None
     report = loader.Report(step * cfg.batch_rows, step * cfg.batch_rows, [], *counted)
 
     def status() -> int:
         """What this process knows of the step ahead; the most severe status counts for all."""
-        if feed.error or run.write_error or run.checkpoints.failed:
+        if feed.error or run.cannot_write:
             return processes.FAILED
         return processes.STOP if stop.received else processes.CONTINUE
 
@@ -170,9 +171,8 @@ def train_steps(
 def _finish_saving(run: Run, save: Callable[[], None] | None) -> Exception | None:
     """Saves the last step (unless a process cannot write) and waits for it; returns what failed in
     this process."""
-    cannot_write = run.write_error is not None or run.checkpoints.failed
     try:
-        if not any(processes.gather("failed" if cannot_write else "")):
+        if not any(processes.gather("failed" if run.cannot_write else "")):
             if save:
                 save()
             run.checkpoints.wait()
@@ -204,7 +204,7 @@ class StepLog:
         work: flops.Work,
         waited: float,
     ) -> None:
-        """Logs the step before, and keeps this one.
+        """Logs the step before; the next call or `flush` logs this one.
 
         Args: out: metrics, maybe still being computed. waited: seconds for the batch.
         """

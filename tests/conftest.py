@@ -66,11 +66,17 @@ def vae_folder(tmp_path):
 
 @pytest.fixture
 def store(monkeypatch, tmp_path):
-    """The records of every data set that a training run opens; the working directory is empty."""
+    """The records of every data set that a training run opens; the working directory is empty.
+
+    Runs use two of the eight devices: saving tiny arrays from eight takes most of a test's time.
+    """
     from helpers import records, runs
 
     from janusflow_jax.data import sources
+    from janusflow_jax.parallel import sharding
 
+    make_mesh, two = sharding.make_mesh, jax.devices()[:2]
+    monkeypatch.setattr(sharding, "make_mesh", lambda cfg, devices=two: make_mesh(cfg, devices))
     out = records.Store(runs.record(i) for i in range(30))
     monkeypatch.setattr(sources, "open_source", lambda path, split: out)
     monkeypatch.chdir(tmp_path)

@@ -52,7 +52,7 @@ def test_bad_steps_are_recorded_and_reach_the_limit_for_good(tmp_path):
 @pytest.mark.slow
 def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
     spoil(monkeypatch, [9])
-    cfg = runs.config("run", num_steps=2, keep_checkpoints=9, save_every_steps=1)
+    cfg = runs.tiny_config("run", num_steps=2, keep_checkpoints=9, save_every_steps=1)
     assert cfg.batch_rows == 8
     train.train(cfg)
     metrics = runs.read_metrics("run")
@@ -77,7 +77,7 @@ def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_run_with_many_bad_steps_in_a_row_stops_saved(store, monkeypatch):
     spoil(monkeypatch, range(16, 999))
-    cfg = runs.config("run", num_steps=50, max_bad_steps=3, save_every_steps=0)
+    cfg = runs.tiny_config("run", num_steps=50, max_bad_steps=3, save_every_steps=0)
     with pytest.raises(DivergedError, match=r"3 steps in a row.*--replay=40:48"):
         train.train(cfg)
     step = model_folder.committed_steps("run")[-1]

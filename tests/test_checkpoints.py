@@ -15,7 +15,7 @@ from helpers import runs
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from janusflow_jax import config as c, train
-from janusflow_jax.checkpoints import checksums, model_folder, run as run_checkpoints
+from janusflow_jax.checkpoints import checksums, model_folder, run as run_checkpoints, workdir
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import sharding
 
@@ -130,6 +130,34 @@ def test_nothing_whole_left_is_an_error_and_not_a_new_run(tmp_path):
     assert run_checkpoints.RunCheckpoints(tmp_path / "new").restore_newest(abstract()) is None
 
 
+def test_a_run_with_many_checkpoints_resumes(tmp_path, monkeypatch):
+    """Their steps do not fit into one message between processes."""
+    ckpts = run_checkpoints.RunCheckpoints(tmp_path)
+    cut = run_checkpoints.processes.TEXT_BYTES
+    monkeypatch.setattr(run_checkpoints.processes, "from_main", lambda text: text[:cut])
+    monkeypatch.setattr(ckpts, "steps", lambda: list(range(100_000, 101_000)))
+    monkeypatch.setattr(ckpts, "_damage", lambda step: "")
+    monkeypatch.setattr(ckpts, "restore", lambda step, abstract: ({}, step))
+    assert ckpts.restore_newest({}) == ({}, 100_999)
+
+
+def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path)
+    (folder / "base").mkdir()
+    (folder / "base" / model_folder.MODEL_FILE).write_text('{"parts": ["vae"]}')
+    (folder / "config.json").write_text("old")
+    write = type(folder).write_text
+
+    def full(path, text, **options):
+        write(path, text[:10], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(folder), "write_text", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        workdir.create(folder, runs.config("x"), params=None, vae=None, hub=None, about={})
+    assert (folder / "config.json").read_text() == "old"
+
+
 def test_what_a_kill_cut_short_does_not_count_and_is_removed(tmp_path, capsys):
     ckpts = filled(tmp_path, [1, 2])
     (tmp_path / "checkpoints" / "2" / checksums.MARKER).unlink()
@@ -151,7 +179,7 @@ def test_a_save_that_fails_is_told_and_leaves_what_was(tmp_path, monkeypatch):
     assert ckpts.failed and ckpts.steps() == [1]
     ckpts.save(3, **trees(3), run={"step": 3})  # nothing is started on a disk that failed
     assert not (tmp_path / "checkpoints" / "3").exists()
-    with pytest.raises(CheckpointError, match=r"No space left.*\n.*steps: \[1\]"):
+    with pytest.raises(CheckpointError, match=r"No space left.*\n.*checkpoints: \[1\]"):
         ckpts.wait()
     assert ckpts.restore_newest(abstract())[1]["step"] == 1
 
@@ -172,7 +200,7 @@ def test_arrays_that_do_not_fit_are_all_named(tmp_path):
     want = abstract()
     want["params"]["llm"]["bias"] = jax.ShapeDtypeStruct((3,), jnp.float32)
     del want["ema"]["llm"]["kernel"]
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match="is not of this config") as error:
         ckpts.restore_newest(want)
     assert "params/llm/bias: expected shape (3,); got (64,)" in str(error.value)
     assert "ema/llm/kernel: unknown" in str(error.value)
@@ -211,7 +239,7 @@ def test_a_model_is_read_without_the_optimizer(tmp_path):
     assert model_folder.load_model(run).params is not None
     flip(largest(run / "checkpoints" / "4" / "ema"))
     assert model_folder.load_model(run, weights="params").params is not None
-    with pytest.raises(CheckpointError, match=r"damaged: .*changed \['ema.*here: none"):
+    with pytest.raises(CheckpointError, match=r"damaged: .*changed \['ema.*other steps: none"):
         model_folder.load_model(run)
 
 

@@ -272,8 +272,11 @@ for _ in range(4):
     time.sleep(0.2)
 with dog.paused():
     time.sleep(0.8)
-dog.stop()
-time.sleep(0.8)
+try:
+    with dog:
+        raise ValueError
+except ValueError:
+    time.sleep(0.8)
 print("alive", flush=True)
 dog.restart()
 def hang(): time.sleep(60)

@@ -9,15 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from etils import epath
 from helpers import runs
-from helpers.runs import config
+from helpers.runs import tiny_config as config
 
 from janusflow_jax import config as c, train
-from janusflow_jax.checkpoints import model_folder, workdir
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import trees
-from janusflow_jax.training import init as initialization
 
 
 def lora_config(folder, **changes) -> c.TrainConfig:
@@ -42,11 +40,12 @@ def begin() -> None:
 
 
 @pytest.mark.slow
-def test_the_start_is_kept_once(store):
+def test_the_start_is_kept_once(store, monkeypatch):
     frozen = "bfloat16"
     begin()
+    runs.share_compiled_step(monkeypatch)
     train.train(lora_config("whole", frozen_dtype=frozen))
-    train.train(lora_config("parts", frozen_dtype=frozen, num_steps=2))
+    train.train(lora_config("parts", frozen_dtype=frozen, num_steps=1))
     held = runs.last_arrays("whole")
     names = {n.removeprefix("params/") for n in held if n.startswith("params/")}
     assert {n.split("/")[0] for n in names} == {"llm", "gen_head"}
@@ -68,21 +67,6 @@ def test_the_start_is_kept_once(store):
     apart = weights("whole", merged=False)
     for name, x in base.items():
         assert np.array_equal(apart[name], x) == (not name.startswith("gen_head")), name
-
-
-@pytest.mark.slow
-def test_runs_of_other_kinds_save_all(store, monkeypatch):
-    """Runs without adapters, and LoRA runs begun before `base/` held a start."""
-    begin()
-    assert not workdir.start_of(epath.Path("first"))
-    with monkeypatch.context() as patch:
-        patch.setattr(initialization, "base_params", lambda cfg, params: None)
-        train.train(lora_config("old", num_steps=2))
-    assert any(n.startswith("params/und_encoder") for n in runs.last_arrays("old"))
-    train.train(lora_config("old"))
-    train.train(lora_config("new"))
-    assert any(n.startswith("params/und_encoder") for n in runs.last_arrays("old"))
-    assert same(weights("old"), weights("new"))
 
 
 @pytest.mark.slow

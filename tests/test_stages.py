@@ -100,7 +100,7 @@ def test_per_sample_weights_follow_the_mixture():
 def test_missing_files_are_an_error_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", None)  # nothing may be compiled
-    with pytest.raises(c.ConfigError) as error:
+    with pytest.raises(c.ConfigError, match="needs files that are missing") as error:
         train.train(config("pretrain"))
     message = str(error.value)
     for path in ("data/understand", "data/generate", "data/text", "runs/adaptation"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from helpers.runs import (
     last_arrays,
     read_metrics,
     record,
+    share_compiled_step,
     tiny_config,
 )
 from ml_collections import config_flags
@@ -42,8 +44,10 @@ def check_resumed_equals_whole(num_steps: int) -> None:
     assert [x["loss"] for x in whole] == [x["loss"] for x in resumed]
 
 
-def test_a_tiny_run_resumes_bit_for_bit(store):
-    saves = {"save_every_steps": 1, "keep_checkpoints": 2}
+def test_a_tiny_run_resumes_bit_for_bit(store, monkeypatch):
+    """On a mesh of two devices. Both runs use one compiled step and share nothing else."""
+    share_compiled_step(monkeypatch)
+    saves = {"save_every_steps": 1, "mesh": c.MeshConfig(fsdp=2)}
     train.train(tiny_config("whole", **saves))
     shutil.copytree("whole", "resumed")
     shutil.rmtree("resumed/checkpoints/2")
@@ -53,14 +57,14 @@ def test_a_tiny_run_resumes_bit_for_bit(store):
 
 @pytest.mark.slow
 def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
-    cfg = config("whole")
+    cfg = tiny_config("whole")
     cfg.prompts, cfg.heldout = ("a red fox", "a blue fox"), cfg.data.sources[:1]
     train.train(cfg)
     assert small_scale.has_ended(Path("whole"))
     assert sorted(p.name for p in Path("whole/samples").iterdir()) == [
-        "captions_000004.jsonl",
-        "captions_000004.png",
-        "sheet_000004.png",
+        "captions_000002.jsonl",
+        "captions_000002.png",
+        "sheet_000002.png",
     ]
     model = pipeline.load("whole")
     args = {"num_steps": 2, "output": "latent"}
@@ -70,16 +74,10 @@ def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
     assert isinstance(model.chat("What is this?", [record(0)["image"]], max_new_tokens=4), str)
 
 
-MESHES = {  # data, fsdp, tensor, slices
-    1: ((1, 2, 4, 1), (2, 2, 2, 2)),
-    2: ((2, 2, 2, 1),),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("accum", [1, 2])
-def test_sharded_step_equals_single_device(store, accum):
-    cfg = config("x", loss=c.LossConfig(norm="per_sample"))
+@pytest.mark.parametrize(("accum", "slices"), [(1, 2), (2, 1)])
+def test_sharded_step_equals_single_device(store, accum, slices):
+    cfg = tiny_config("x", loss=c.LossConfig(norm="per_sample"))
     cfg.optim.accum_steps = accum
     chat = chat_format.ChatFormat.load(str(HUB))
     batches = loader.Loader(cfg.data, cfg.model, chat, 8 * accum).batches(0)
@@ -89,8 +87,8 @@ def test_sharded_step_equals_single_device(store, accum):
     params, vae_params = jax.device_get(fresh_params(cfg.model, key))
     # The last kernels start at zero; these do not, so that every part matters.
     params = jax.tree.map(lambda x: x + np.float32(0.01), params)
-    losses = {}
-    for shape in ((1, 1, 1, 1), *MESHES[accum]):
+    losses, sharded = {}, (2, 2, 2, slices)
+    for shape in ((1, 1, 1, 1), sharded):
         sizes = dict(zip(("data", "fsdp", "tensor", "slices"), shape, strict=True))
         devices = jax.devices()[: int(np.prod(shape[:3]))]
         mesh = sharding.make_mesh(c.MeshConfig(**sizes), devices)
@@ -103,29 +101,13 @@ def test_sharded_step_equals_single_device(store, accum):
                 step = step or train_step.jit_train_step(cfg, mesh, state, batch)
                 state, out = step(state, batch)
                 losses[shape].append([float(out[n]) for n in ("loss", "loss_rf", "grad_norm")])
-        if shape == (2, 2, 2, 1):
+        if shape == sharded:
             kernel = state["params"]["llm"]["layers"]["block"]["mlp"]["up"]["kernel"]
             moment = state["opt_state"][1][0].mu["llm"]["layers"]["block"]["mlp"]["up"]["kernel"]
-            assert kernel.sharding.shard_shape(kernel.shape) == (3, 32, 88)
+            layers, width, out = kernel.shape
+            assert kernel.sharding.shard_shape(kernel.shape) == (layers, width // 2, out // 2)
             assert moment.sharding == kernel.sharding
-    for shape in MESHES[accum]:
-        np.testing.assert_allclose(
-            losses[shape], losses[(1, 1, 1, 1)], rtol=2e-5, err_msg=f"mesh {shape}"
-        )
-
-
-@pytest.mark.slow
-def test_frozen_parts_take_no_optimizer_memory_and_do_not_move(store):
-    cfg = config("frozen", train_parts=("gen_encoder", "gen_decoder"), num_steps=2)
-    train.train(cfg)
-    saved = last_arrays("frozen")
-    moments = [n for n in saved if n.startswith("opt_state") and "/mu/" in n]
-    assert moments and all("/gen_encoder/" in n or "/gen_decoder/" in n for n in moments)
-    start = trees.flatten(jax.device_get(fresh_params(cfg.model, jax.random.key(cfg.seed))[0]))
-    name = "llm/layers/block/mlp/up/kernel"
-    np.testing.assert_allclose(saved[f"params/{name}"], start[name], atol=1e-7)
-    name = "gen_decoder/out_conv/kernel"
-    assert np.abs(saved[f"params/{name}"] - start[name]).max() > 1e-6
+    np.testing.assert_allclose(losses[sharded], losses[(1, 1, 1, 1)], rtol=2e-5)
 
 
 def compile_step(cfg: c.TrainConfig) -> tuple:
@@ -159,12 +141,12 @@ def test_the_compiled_step_holds_nothing_for_what_is_frozen():
 def test_one_bad_record_does_not_end_a_run_and_many_do(store):
     store[3]["image"] = store[3]["image"][:200]
     store[4]["captions"] = [""]
-    train.train(config("some", num_steps=3))
+    train.train(tiny_config("some", num_steps=3))
     assert read_metrics("some")[-1]["bad_samples"] > 0
     for r in store:
         r["image"] = b"not a picture"
     with pytest.raises(DataError, match="at most"):
-        train.train(config("many", num_steps=50))
+        train.train(tiny_config("many", num_steps=50))
 
 
 def test_refuses_what_cannot_work(store, tmp_path):
@@ -174,15 +156,14 @@ def test_refuses_what_cannot_work(store, tmp_path):
         train.train(tiny_config("a", data=c.DataConfig()))
     with pytest.raises(c.ConfigError, match="nowhere: expected a model folder"):
         train.train(tiny_config("a", init=(("llm", "nowhere"),)))
-    with pytest.raises(c.ConfigError, match="train_parts: 'llm/layer' is no path"):
-        train.train(tiny_config("a", train_parts=("gen_head", "llm/layer")))
-    train.train(tiny_config("a", num_steps=1))
+    other = tiny_config("a", train_parts=("gen_head", "llm/layer"))
+    other.init = (("llm", str(ROOT / "starts" / "emoji_llm")),)
+    with pytest.raises(c.ConfigError, match="'llm/layer' is no path(?s:.*)kernel: expected shape"):
+        initialization.initial_params(other, resumed=True)  # makes no fresh values
+    Path("b").mkdir()
+    Path("b/config.json").write_text(json.dumps(c.to_dict(tiny_config("b"))))
     with pytest.raises(CheckpointError, match="seed: 1 then, 2 now"):
-        train.train(tiny_config("a", num_steps=2, seed=2))
-    other = tiny_config("b", num_steps=1, init=(("llm", str(tmp_path / "a")),))
-    other.model.llm.mlp_width = 64
-    with pytest.raises(c.ConfigError, match="mlp/up/kernel: expected shape"):
-        train.train(other)
+        train.train(tiny_config("b", num_steps=3, seed=2))
 
 
 def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
@@ -191,7 +172,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
 
     monkeypatch.setattr(train.app, "run", fails)
     monkeypatch.setattr(train.flags, "mark_flag_as_required", lambda _: None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="1"):
         train.run()
     advice, error = capsys.readouterr().err.splitlines()
     assert "accum_steps" in advice and error == "RESOURCE_EXHAUSTED: of 24G, 30G"
@@ -212,20 +193,6 @@ def test_flags_change_fields_and_a_typo_is_named():
         c.check_field("optim.rate")
     with pytest.raises(c.ConfigError, match="optim.name: expected one of adamw, muon; got 'sgd'"):
         train.train(config("x", optim=c.OptimConfig(name="sgd")))
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_named(store):
-    train.train(config("run", num_steps=1))
-    folder = Path("run/checkpoints/1/params")
-    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match=file.name):
-        pipeline.load("run")
-    with pytest.raises(CheckpointError, match="damaged"):
-        train.train(config("run", num_steps=2))
 
 
 def test_empty_data_is_an_error(store):

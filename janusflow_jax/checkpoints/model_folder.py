@@ -85,53 +85,38 @@ def save_model(
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists; choose another path or pass --overwrite")
     pairs: Any = params.items() if isinstance(params, Mapping) else params or ()
-    parts = itertools.chain(pairs, [("vae", vae)] if vae else [])
-    main = processes.is_main()
+    names, main = [], processes.is_main()
     suffix = "" if processes.count() == 1 else "job"  # one name for all processes
     with files.replacing(out, suffix, active=main) as folder:
         if main:
             folder.mkdir()
         processes.barrier(f"save {out}")
-        _fill_folder(folder, model_cfg, parts, hub_files, extra)
+        for name, tree in itertools.chain(pairs, [("vae", vae)] if vae else []):
+            part = folder / name if name == "vae" else folder / "params" / name
+            if main:
+                part.parent.mkdir(exist_ok=True)
+            _save_tree(part, jax.tree.map(np.asarray, jax.device_get(tree)))
+            names.append(name)
+            del tree  # before the next one is made
+        if main:
+            _copy_hub(hub_files, folder / "hub")
+            meta = {
+                "format": FORMAT,
+                "config": config_lib.to_dict(model_cfg),
+                "parts": sorted(names, key=lambda name: (name == "vae", name)),
+                **extra,
+            }
+            (folder / MODEL_FILE).write_text(json.dumps(meta, indent=1))
+            write_sums(folder)
     processes.barrier(f"saved {out}")
 
 
-def _fill_folder(
-    folder: epath.Path,
-    model_cfg: ModelConfig,
-    parts: Iterable[tuple[str, Any]],
-    hub_files: Any,
-    extra: dict[str, Any],
-) -> None:
-    names = []
-    for name, tree in parts:
-        where = folder / name if name == "vae" else folder / "params" / name
-        if processes.is_main():
-            where.parent.mkdir(exist_ok=True)
-        _save_tree(where, jax.tree.map(np.asarray, jax.device_get(tree)))
-        names.append(name)
-        del tree  # before the next one is made
-    if not processes.is_main():
-        return
-    _copy_hub(hub_files, folder / "hub")
-    meta = {
-        "format": FORMAT,
-        "config": config_lib.to_dict(model_cfg),
-        "parts": sorted(set(names) - {"vae"}) + (["vae"] if "vae" in names else []),
-        **extra,
-    }
-    (folder / MODEL_FILE).write_text(json.dumps(meta, indent=1))
-    write_sums(folder)
-
-
-def _copy_hub(files: Any, out: epath.Path) -> None:
+def _copy_hub(hub_files: Any, out: epath.Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    if files is None:
-        return
-    if not isinstance(files, dict):
-        folder = epath.Path(files)
-        files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    for name, data in files.items():
+    if hub_files is not None and not isinstance(hub_files, dict):
+        folder = epath.Path(hub_files)
+        hub_files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    for name, data in (hub_files or {}).items():
         (out / name).write_bytes(data)
 
 
@@ -157,21 +142,12 @@ def load_model(path: Any, weights: str = "ema", merged: bool = True) -> LoadedMo
         return _load_folder(folder)
     if (folder / MARKER).exists():
         return _load_step(folder, folder.parent.parent, weights, merged)
-    if (folder / "checkpoints").exists():
-        steps = committed_steps(folder)
-        if not steps:
-            raise CheckpointError(
-                f"{folder}: a training run without a finished checkpoint yet; let it train longer"
-            )
+    if steps := committed_steps(folder):
         return _load_step(folder / "checkpoints" / str(steps[-1]), folder, weights, merged)
-    if folder.parent.name == "checkpoints":
-        raise CheckpointError(
-            f"{folder}: this checkpoint was never finished (no {MARKER}); use another step of "
-            f"{folder.parent}, or the run's folder for the newest finished one"
-        )
     raise CheckpointError(
-        f"{folder}: expected {MODEL_FILE} (a model folder) or checkpoints/ (a training run); "
-        "found neither. A Hugging Face folder is converted by tools/convert_checkpoint.py"
+        f"{folder}: expected a model folder ({MODEL_FILE}), a training run with a finished "
+        f"checkpoint, or such a checkpoint (with {MARKER}); found none of them. A Hugging Face "
+        "folder is converted by tools/convert_checkpoint.py"
     )
 
 
@@ -185,13 +161,13 @@ def _load_folder(folder: epath.Path) -> LoadedModel:
     verify_sums(folder)
     cfg = config_lib.from_dict(ModelConfig, meta["config"])
     parts = [p for p in meta["parts"] if p != "vae"]
-    if meta["format"] == 1:
-        params = load_tree(folder / "params") if parts else None
+    if meta["format"] == 1 and parts:
+        params = load_tree(folder / "params")
     else:
-        params = {p: load_tree(folder / "params" / p) for p in parts} or None
-    tree = load_tree(folder / "vae") if "vae" in meta["parts"] else None
-    _check_parts(folder, cfg, params, tree, parts)
-    return LoadedModel(cfg, params, tree, folder / "hub", str(folder), meta)
+        params = {p: load_tree(folder / "params" / p) for p in parts}
+    vae_params = load_tree(folder / "vae") if "vae" in meta["parts"] else None
+    _check_arrays(folder, cfg, params, vae_params)
+    return LoadedModel(cfg, params or None, vae_params, folder / "hub", str(folder), meta)
 
 
 def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bool) -> LoadedModel:
@@ -201,7 +177,7 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bo
         verify_sums(folder, ("params", "run.json", *(["ema"] if ema else [])))
     except CheckpointError as error:
         others = [s for s in committed_steps(workdir) if str(s) != folder.name]
-        raise CheckpointError(f"{error} (finished ones here: {others or 'none'})") from error
+        raise CheckpointError(f"{error} (other steps: {others or 'none'})") from error
     run = read_json(folder / "run.json")
     cfg = config_lib.from_dict(ModelConfig, run["config"]["model"])
     params = load_tree(folder / "params")
@@ -211,21 +187,17 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bo
     params = trees.merge(base.params or {}, params)
     if merged:
         params = lora.merge(params)
-        _check_parts(folder, cfg, params, None, list(params))
+        _check_arrays(folder, cfg, params, None)
     return LoadedModel(cfg, params, base.vae, base.hub, str(folder), run)
 
 
-def _check_parts(
-    folder: epath.Path, cfg: ModelConfig, params: Any, tree: Any, parts: list[str]
-) -> None:
+def _check_arrays(folder: epath.Path, cfg: ModelConfig, params: Any, vae_params: Any) -> None:
     """Raises CheckpointError with every array that does not fit the config."""
-    expected = janusflow.param_shapes(cfg)
-    problems = [f"{p}: unknown part" for p in (params or {}) if p not in expected]
-    problems += [f"{p}: missing part" for p in parts if p not in (params or {})]
-    for part in sorted(set(params or {}) & set(expected)):
-        problems += trees.mismatches(expected[part], params[part], part)
-    if tree is not None:
-        problems += trees.mismatches(vae.param_shapes(cfg.vae), tree, "vae")
+    expected = janusflow.param_shapes(cfg) if params else {}
+    expected = {part: tree for part, tree in expected.items() if part in params}
+    problems = trees.mismatches(expected, params, "params")
+    if vae_params is not None:
+        problems += trees.mismatches(vae.param_shapes(cfg.vae), vae_params, "vae")
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
         raise CheckpointError(f"{folder}: its arrays do not fit its config:\n{listed}")

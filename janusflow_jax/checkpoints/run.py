@@ -54,7 +54,7 @@ class RunCheckpoints:
         """
         Args:
           keep: number of checkpoints to keep, the newest.
-          keep_every_steps: checkpoints of its multiples are kept too; 0: none.
+          keep_every_steps: checkpoints of its multiples stay too; 0: none.
           before_commit: called before a marker is written; raises if this run may not write.
           writes: False: change nothing in the folder.
         """
@@ -114,23 +114,27 @@ class RunCheckpoints:
         A process that failed joins the barriers too, so that no process waits for it. The first
         process then misses its checksums.
         """
-        with self._recording():
-            if not self.failed:
-                if processes.is_main():
-                    for name in names:
-                        model_folder.strip_local_paths(folder / name)
-                    (folder / "run.json").write_text(json.dumps(run, indent=1))
-                checksums.write_share(folder, processes.index())
-        with self._recording():
-            _barrier(f"save {self._count} summed")
-        with self._recording():
-            if processes.is_main() and not self.failed:
+
+        def write_sums() -> None:
+            if processes.is_main():
+                for name in names:
+                    model_folder.strip_local_paths(folder / name)
+                (folder / "run.json").write_text(json.dumps(run, indent=1))
+            checksums.write_share(folder, processes.index())
+
+        def commit() -> None:
+            if processes.is_main():
                 checksums.merge_shares(folder, processes.count())
                 self._before_commit()
                 (folder / MARKER).write_text(f"{folder.name}\n")
                 self._prune()
-        with self._recording():
-            _barrier(f"save {self._count} committed")
+
+        for phase, work in (("summed", write_sums), ("committed", commit)):
+            with self._recording():
+                if not self.failed:
+                    work()
+            with self._recording():
+                _barrier(f"save {self._count} {phase}")
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
@@ -169,7 +173,8 @@ class RunCheckpoints:
         """
         if processes.is_main() and self._writes:
             self._clean()
-        steps = json.loads(processes.from_main(json.dumps(self.steps())))
+        newest = self.steps()[-100:]  # all may be too long for a message between processes
+        steps = json.loads(processes.from_main(json.dumps(newest)))
         for step in reversed(steps):
             damage = self._damage(step)
             if not damage:

@@ -17,7 +17,7 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import TrainConfig, fields
+from janusflow_jax.config import TrainConfig, fields, files
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import processes
 
@@ -137,17 +137,10 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
         )
 
 
-def start_of(workdir: epath.Path) -> str:
-    """The `base/` of a run that keeps all its initial parameters there; '' for other runs."""
+def base_meta(workdir: epath.Path) -> dict[str, Any]:
+    """`model.json` of the run's `base/`; {} before it is written."""
     file = workdir / "base" / model_folder.MODEL_FILE
-    whole = file.exists() and set(model_folder.read_json(file)["parts"]) - {"vae"}
-    return str(file.parent) if whole else ""
-
-
-def encoders_of(workdir: epath.Path) -> dict[str, str]:
-    """Digests of the frozen encoders that the run's caches were checked against at its start."""
-    file = workdir / "base" / model_folder.MODEL_FILE
-    return model_folder.read_json(file).get("encoders", {}) if file.exists() else {}
+    return model_folder.read_json(file) if file.exists() else {}
 
 
 def create(
@@ -166,8 +159,7 @@ def create(
       about: JSON values for the base's `model.json`.
     """
     with explained(workdir):
-        exists = str((workdir / "base" / model_folder.MODEL_FILE).exists())
-        if processes.from_main(exists) == "False":
+        if not processes.from_main("exists" if base_meta(workdir) else ""):
             model_folder.save_model(
                 workdir / "base",
                 model_cfg=cfg.model,
@@ -178,4 +170,5 @@ def create(
                 overwrite=True,
             )
         if processes.is_main():
-            (workdir / "config.json").write_text(json.dumps(config_lib.to_dict(cfg), indent=1))
+            with files.replacing(workdir / "config.json", "tmp") as part:
+                part.write_text(json.dumps(config_lib.to_dict(cfg), indent=1))

@@ -25,7 +25,7 @@ from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import cache as latent_cache, images, rows, samples, slots, sources
 from janusflow_jax.data.cache import Manifest
 from janusflow_jax.models import encode, siglip, vae
-from janusflow_jax.parallel import processes, trees
+from janusflow_jax.parallel import trees
 
 Encode = Callable[[Any], dict[str, jax.Array]]
 VAE_ENCODER = ("encoder", "quant_conv")
@@ -151,43 +151,36 @@ def build(
     mine = range(process, manifest.num_shards, num_processes)
     todo = [k for k in mine if not latent_cache.is_done(folder, manifest, k)]
     report = Report(skipped_shards=len(mine) - len(todo))
-    total = sum(len(manifest.shard_range(k)) for k in todo)
     if report.skipped_shards:
         log(f"{report.skipped_shards} of {len(mine)} shards exist already")
-    began = logged = time.perf_counter()
-    done = 0
+    began = time.perf_counter()
     with futures.ThreadPoolExecutor(workers) as pool:
         for k in todo:
-            decoded = _in_order(
-                pool, lambda i: _entries(records, manifest, i), manifest.shard_range(k), 2 * workers
-            )
+            tasks = (pool.submit(_entries, records, manifest, i) for i in manifest.shard_range(k))
+            decoded = (task.result() for task in _ahead(tasks, 2 * workers))
             with latent_cache.shard_writers(folder, manifest, k) as writers:
                 for entries in _encoded(decoded, encode, batch, manifest, report):
                     for kind, writer in writers.items():
                         for entry in entries:
                             writer.write(entry[kind])
-                    done += 1
-                    if time.perf_counter() - logged > 10:
-                        logged = time.perf_counter()
-                        seconds = logged - began
-                        minutes_left = seconds / done * (total - done) / 60
-                        log(
-                            f"{done:,} of {total:,} records, {report.images / seconds:.1f} "
-                            f"images/s, {len(report.bad)} bad, {minutes_left:.0f} min left"
-                        )
             report.shards += 1
+            seconds = time.perf_counter() - began
+            minutes_left = seconds / report.shards * (len(todo) - report.shards) / 60
+            log(
+                f"{report.shards} of {len(todo)} shards, {report.images / seconds:.1f} images/s, "
+                f"{len(report.bad)} bad records, {minutes_left:.0f} min left"
+            )
     return report
 
 
-def _in_order(pool: Any, fn: Any, items: Iterable[int], ahead: int) -> Iterator[Any]:
-    """`pool.map` with at most `ahead` results in memory."""
-    waiting: collections.deque[Any] = collections.deque()
+def _ahead(items: Iterable[Any], count: int) -> Iterator[Any]:
+    """The items in order; `count` more are begun before one is waited for."""
+    begun: collections.deque[Any] = collections.deque()
     for item in items:
-        waiting.append(pool.submit(fn, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        begun.append(item)
+        if len(begun) > count:
+            yield begun.popleft()
+    yield from begun
 
 
 def _entries(records: Any, manifest: Manifest, i: int) -> list[_Entry]:
@@ -241,22 +234,17 @@ def _in_batches(
     pixels: Iterator[np.ndarray], encode: Encode, batch: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Each image's values, in order. One batch is on the device while the next is decoded."""
-    running: collections.deque[Any] = collections.deque()
 
-    def finish() -> Iterator[dict[str, np.ndarray]]:
-        count, out = running.popleft()
+    def begin() -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        while some := list(itertools.islice(pixels, batch)):
+            padded = np.zeros((batch, *some[0].shape), np.uint8)  # always one shape
+            padded[: len(some)] = some
+            yield len(some), encode(padded)
+
+    for count, out in _ahead(begin(), 1):
         host = {kind: np.asarray(x) for kind, x in out.items()}
         for i in range(count):
             yield {kind: x[i] for kind, x in host.items()}
-
-    while some := list(itertools.islice(pixels, batch)):
-        padded = np.zeros((batch, *some[0].shape), np.uint8)  # always one shape
-        padded[: len(some)] = some
-        running.append((len(some), encode(padded)))
-        if len(running) > 1:
-            yield from finish()
-    while running:
-        yield from finish()
 
 
 def digests(cfg: TrainConfig, made: rows.Rows, params: Any) -> dict[str, str]:
@@ -270,42 +258,32 @@ def digests(cfg: TrainConfig, made: rows.Rows, params: Any) -> dict[str, str]:
 def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_params: Any) -> None:
     """Checks that the caches of a mixture come from this run's encoders.
 
-    Args: encoders: of `digests`. A part that is missing, as in runs of older versions, is not
-      compared, and a line says so.
+    Args: encoders: of `digests`; a part that is missing is not compared.
     Raises:
       DataError: caches of other encoders, or of a SigLIP that this run trains.
     """
     gen, und = made.slots.gen, made.slots.und
     folders = {s.cfg.task: s.cfg.cache for s in made.sources if s.cfg.cache}
-    compared: list[tuple[str, str, str, str | None]] = []  # task, encoder, of the cache, of the run
-    problems = []
+    pairs = []  # task, encoder, digest in the cache, digest of the run
     if gen is not None:
-        compared.append(("generate", "VAE", gen.vae, vae_digest(vae_params)))
-        if made.slots.repa_cached:
-            target = _target(cfg)
-            compared.append(("generate", "SigLIP", gen.siglip, encoders.get(target)))
-            if any(parts_lib.top(path) == target for path in parts_lib.trained_paths(cfg)):
-                compared.pop()
-                problems.append(
-                    f"cache {folders['generate']}: holds features of a frozen SigLIP, but this run "
-                    "trains it: set --config.data.cached_features=False (the latents remain valid)"
-                )
-    if und is not None:
-        compared.append(("understand", "SigLIP", und.siglip, encoders.get("und_encoder")))
-    for task, encoder, of_cache, of_run in compared:
-        if of_run is None:
-            processes.log(
-                f"cache {folders[task]}: not compared with this run's {encoder}, because the "
-                "version that began the run did not store its digest"
+        pairs.append(("generate", "VAE", gen.vae, vae_digest(vae_params)))
+    if gen is not None and made.slots.repa_cached:
+        target = _target(cfg)
+        if target in map(parts_lib.top, parts_lib.trained_paths(cfg)):
+            raise DataError(
+                f"cache {folders['generate']}: holds features of a frozen SigLIP, but this run "
+                "trains it: set --config.data.cached_features=False (the latents remain valid)"
             )
-        elif of_cache != of_run:
-            problems.append(
+        pairs.append(("generate", "SigLIP", gen.siglip, encoders.get(target)))
+    if und is not None:
+        pairs.append(("understand", "SigLIP", und.siglip, encoders.get("und_encoder")))
+    for task, encoder, of_cache, of_run in pairs:
+        if of_run and of_cache != of_run:
+            raise DataError(
                 f"cache {folders[task]}: expected values of this run's {encoder} ({of_run[:12]}); "
                 f"got {of_cache[:12] or 'none'}: run tools/cache_latents.py with the model that "
                 "this run starts from"
             )
-    if problems:
-        raise DataError("\n".join(["caches:", *(f"  - {p}" for p in problems)]))
 
 
 def _target(cfg: TrainConfig) -> str:

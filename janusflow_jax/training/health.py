@@ -75,7 +75,11 @@ class Attempts:
         clock.update()
         began = time.time() - sum(clock.seconds.values())
         earlier = checksums.read_json(self._file) if self._file.exists() else []
-        self._earlier = [_with_lost_time(a, saved_at) for a in earlier]
+        for attempt in earlier:
+            lost_since = max(saved_at or 0.0, attempt["began"])
+            if not attempt["ended"] and attempt["alive"] > lost_since:
+                attempt["lost"] = round(attempt["alive"] - lost_since, 3)
+        self._earlier = earlier
         self._this = {"began": round(began, 3), "first_step": first_step, "lost": 0.0}
         self.write(first_step)
 
@@ -107,18 +111,9 @@ class Attempts:
         """One line for the end of a run."""
         totals = self.totals()
         total = sum(totals.values())
-        shares = ", ".join(f"{n} {s / max(total, 1e-9):.1%}" for n, s in totals.items())
-        count = len(self._earlier) + 1
-        attempts = f" in {count} attempts" if count > 1 else ""
+        shares = ", ".join(f"{n} {s / total:.1%}" for n, s in totals.items())
+        attempts = f" in {len(self._earlier) + 1} attempts" if self._earlier else ""
         return f"time: {metrics.duration(total)}{attempts}: {shares}"
-
-
-def _with_lost_time(attempt: dict[str, Any], saved_at: float | None) -> dict[str, Any]:
-    """An earlier attempt with the time it spent after the checkpoint that the run resumes from."""
-    kept_until = attempt["began"] if saved_at is None else max(saved_at, attempt["began"])
-    if attempt["ended"] or attempt["alive"] <= kept_until:
-        return attempt
-    return {**attempt, "lost": round(attempt["alive"] - kept_until, 3)}
 
 
 class BadSteps:
@@ -138,7 +133,7 @@ class BadSteps:
         self._in_a_row = 0
         self._last: dict[str, int] = {}
         if processes.is_main() and self._file.exists():
-            self._file.write_text(metrics.kept_lines(self._file.read_text(), resume_step))
+            self._file.write_text(metrics.lines_up_to(self._file.read_text(), resume_step))
 
     def count(self, step: int, ok: bool, report: loader.Report) -> None:
         if ok:
@@ -169,12 +164,21 @@ class BadSteps:
 
 
 class Watchdog:
-    """Prints the stacks of all threads to stderr when no step ends within `seconds`."""
+    """Prints the stacks of all threads to stderr when no step ends within `seconds`.
+
+    A context manager: after an error it stops, so that it does not end a notebook later.
+    """
 
     def __init__(self, seconds: float, exit: bool = False):
         """Args: seconds: 0: off. exit: end the process too (with status 1)."""
         self._seconds, self._exit = seconds, exit
         self._running = False
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
 
     def restart(self) -> None:
         """Begins to wait anew. First called after the first step, because compilation has no

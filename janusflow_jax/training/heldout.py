@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import SourceConfig, TrainConfig
 from janusflow_jax.config.errors import DivergedError
+from janusflow_jax.config.fields import differences
 from janusflow_jax.data import chat_format, rows as rows_lib
 from janusflow_jax.parallel import processes, sharding, trees
 from janusflow_jax.training import losses, metrics, step as train_step
@@ -71,15 +72,15 @@ class Heldout:
 
     def measure(self, state: train_step.State) -> dict[str, float]:
         """`eval/<source>/loss_ar` and `loss_rf` (and `loss_rf/t0` ... by quarter of time) of the
-        parameters; `eval_ema/...` of their average where the run keeps one."""
+        parameters; `eval_ema/...` of their average where the run has one."""
         if self._sources:
             jax.block_until_ready(state)  # on CPU, two programs at once would mix their messages
         out: dict[str, float] = {}
         for name, source in self._sources.items():
             for weights, params in ((RAW, state["params"]), (EMA, state["ema"])):
                 if params:
-                    found = self._measure(source, params, state)
-                    out |= {metric(weights, name, loss): x for loss, x in found.items()}
+                    values = self._measure(source, params, state)
+                    out |= {metric(weights, name, loss): x for loss, x in values.items()}
         return out
 
     def record(self, step: int, values: dict[str, float], writer: metrics.Writer) -> None:
@@ -93,7 +94,7 @@ class Heldout:
 
     def summary(self) -> str:
         """A line for every source, and warnings of those with few images."""
-        return "\n".join(x for name, s in self._sources.items() for x in s.describe(name))
+        return "\n".join(source.describe(name) for name, source in self._sources.items())
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint stores, so that a resumed run compares with the same first values."""
@@ -160,7 +161,6 @@ class _Source:
         rows = rows_lib.Rows(data, cfg.model, chat, repa=False)
         packed = rows.sources[0]
         self._num_rows = min(cfg.evaluate.rows, len(packed.bins))  # with fewer bins: all, once
-        self._all_rows = self._num_rows == len(packed.bins)
         bins = [packed.bins[rows.locate(row)[2]] for row in range(self._num_rows)]
         self._num_records = len(packed.records)
         self._num_samples = sum(map(len, bins))
@@ -176,22 +176,19 @@ class _Source:
         out = {n: fields[n] for n in ("path", "split", "task", "format", "fields")}
         return out | {"seed": self._seed, "rows": self._num_rows, "samples": self._num_samples}
 
-    def describe(self, name: str) -> list[str]:
+    def describe(self, name: str) -> str:
+        """What the losses of the source rest on, with a warning where that is little."""
         images = self._num_images
-        count = _plural(images, "image") if images else _plural(self._num_samples, "text")
-        lines = [
-            f"held-out {name} ({self.cfg.task}): {count} of {self._num_records} records in split "
-            f"{self.cfg.split}, in {_plural(self._num_rows, 'row')}"
-        ]
+        line = (
+            f"held-out {name} ({self.cfg.task}): {self._num_samples} samples with {images} images, "
+            f"of {self._num_records} records in split {self.cfg.split}, in {self._num_rows} rows"
+        )
         if 0 < images < MIN_IMAGES:
-            advice = f"raise --config.evaluate.rows ({self._num_rows})"
-            if self._all_rows:
-                advice = "prepare the data with a larger --heldout (tools/prepare_data.py)"
-            lines.append(
-                f"WARNING: held-out {name}: its losses rest on {count}; expected {MIN_IMAGES} or "
-                f"more: {advice}"
+            line += (
+                f"\nWARNING: held-out {name}: expected {MIN_IMAGES} or more images; got {images}: "
+                "raise --config.evaluate.rows, or prepare the data with a larger --heldout"
             )
-        return lines
+        return line
 
     def _batches(self, rows: rows_lib.Rows, mine: list[int]) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows; the last batch is filled up with empty ones."""
@@ -205,10 +202,6 @@ class _Source:
                     row = {n: x if n == "row" else np.zeros_like(x) for n, x in row.items()}
                 out.append(row)
             yield {name: np.stack([row[name] for row in out]) for name in out[0]}
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _jit_sums(cfg: TrainConfig, task: str, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
@@ -252,142 +245,106 @@ def _means(totals: Mapping[str, Any]) -> dict[str, float]:
 
 def describe(values: Mapping[str, float], sources: Iterable[str]) -> str:
     """The losses in one line, those of the EMA in parentheses."""
-    parts, averaged = [], False
+    parts = []
     for source in sources:
         for loss in LOSSES:
             raw, ema = (values.get(metric(w, source, loss)) for w in (RAW, EMA))
             if raw is not None:
-                averaged |= ema is not None
                 average = "" if ema is None else f" ({ema:.4f})"
                 parts.append(f"{source} {loss.removeprefix('loss_')} {raw:.4f}{average}")
+    averaged = any(name.startswith(f"{EMA}/") for name in values)
     return f"held-out{' (EMA)' if averaged else ''}: {', '.join(parts)}"
 
 
 class RiseCheck:
-    """Compares each held-out loss with its first value.
+    """Compares each held-out loss with its first finite value.
 
     Its state is saved with every checkpoint: a run that stopped because a loss had risen stops
     again when it is restarted, until its config allows it to continue.
     """
 
     def __init__(
-        self, max_rise: float, rows: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Any]
+        self, max_rise: float, rows: Mapping[str, dict[str, Any]], saved: Mapping[str, Any]
     ):
         """
         Args:
           max_rise: the share by which a loss may rise; 0: nothing is checked.
           rows: source -> identity of its rows. A source whose identity has changed since its first
             measurement cannot be compared and begins anew.
-          saved: `to_json()`; {}: a new run. Values by name: of a version before 0.1, which stored
-            neither their step nor their rows.
+          saved: `to_json()`; {}: a new run.
         """
-        if saved and "first" not in saved:
-            saved = {"first": saved}
-        self._max_rise = max_rise
-        self._rows = {source: dict(identity) for source, identity in rows.items()}
+        self._max_rise, self._rows = max_rise, rows
         self._rows_measured: dict[str, dict[str, Any]] = dict(saved.get("rows", {}))
-        self._first = _from_json(saved.get("first", {}))
+        self._first: dict[str, float] = _without_null(saved.get("first", {}))
         self._first_steps: dict[str, int] = dict(saved.get("steps", {}))
-        self._newest = _from_json(saved.get("newest", {}))
+        newest = saved.get("newest", {})
+        self._newest: dict[str, float] = dict.fromkeys(newest, math.nan) | _without_null(newest)
         self.step = int(saved.get("step", 0))
         """Of the newest measurement."""
-        self._warned: set[str] = set()
 
     def to_json(self) -> dict[str, Any]:
+        """The state as JSON values; JSON has no NaN or infinity, so null stands for them."""
         return {
-            "first": _to_json(self._first),
-            "steps": {n: s for n, s in self._first_steps.items() if n in self._first},
-            "newest": _to_json(self._newest),
+            "first": self._first,
+            "steps": self._first_steps,
+            "newest": {n: x if math.isfinite(x) else None for n, x in self._newest.items()},
             "step": self.step,
             "rows": self._rows_measured,
         }
 
     def update(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Takes a measurement; returns lines to print."""
-        resumed, messages = bool(self._first), []
+        later, messages = bool(self._newest) or step > 0, []
         for source in self._rows:
-            names = [n for w in (RAW, EMA) for n in values if n.startswith(f"{w}/{source}/loss_")]
+            of_source = tuple(f"{weights}/{source}/loss_" for weights in (RAW, EMA))
             changes = self._changes(source)
-            new = names if changes else [n for n in names if n not in self._first]
-            self._first |= {n: values[n] for n in new}
+            if changes:
+                self._first = {n: x for n, x in self._first.items() if not n.startswith(of_source)}
+            finite = {n: x for n, x in values.items() if math.isfinite(x)}
+            new = [n for n in finite if n.startswith(of_source) and n not in self._first]
+            self._first |= {n: finite[n] for n in new}
             self._first_steps |= dict.fromkeys(new, step)
-            if new and (resumed or step):
+            if new and later:
                 reason = "was not measured before"
                 if changes:
-                    reason = f"is measured on other rows than before ({changes})"
+                    reason = f"is measured on other rows than before ({', '.join(changes)})"
                 messages.append(f"held-out {source} {reason}: its rise counts from step {step}")
         self._rows_measured |= self._rows
         self._newest, self.step = dict(values), step
-        if not self._max_rise:
-            return []
-        for name in self._checked():
-            if not math.isfinite(self._first[name]) and name not in self._warned:
-                self._warned.add(name)
-                messages.append(
-                    f"WARNING: held-out {name}: its first value is {self._first[name]} "
-                    f"{self._since(name)}, so a rise cannot be detected: check the data of the "
-                    "source and the start of the run"
-                )
         if risen := self.risen():
             messages.append(f"WARNING: step {step}: held-out losses have risen:\n{_listed(risen)}")
-        return messages
+        return messages if self._max_rise else []
 
     def risen(self) -> list[str]:
         """A line for every loss of the newest measurement that lies above its first value by more
-        than `max_rise`, or that is no longer finite."""
-        if not self._max_rise:
-            return []
+        than `max_rise`, or that is not finite. Of a loss with an EMA the average counts, because
+        that is the run's result."""
+        names = []
+        for source in self._rows if self._max_rise else ():
+            for loss in LOSSES:
+                both = [metric(weights, source, loss) for weights in (EMA, RAW)]
+                names += [n for n in both if n in self._newest and not self._changes(source)][:1]
         out = []
-        for name in self._checked():
-            first, newest = self._first.get(name, math.nan), self._newest[name]
-            if not math.isfinite(first):
-                continue
-            change = f"{name}: {first:.4f} {self._since(name)}, now "
+        for name in names:
+            first, newest = self._first.get(name), self._newest[name]
+            step = self._first_steps.get(name, 0)
+            then = "" if first is None else f"{first:.4f} at step {step}, "
             if not math.isfinite(newest):
-                out.append(f"{change}{newest}")
-            elif newest > first + self._max_rise * abs(first):
-                share = f"{newest / first - 1:+.0%}; " if first else ""
+                out.append(f"{name}: {then}now {newest}")
+            elif first is not None and newest > first + self._max_rise * abs(first):
                 limit = f"evaluate.max_rise {self._max_rise:.0%}"
-                out.append(f"{change}{newest:.4f} ({share}{limit})")
+                out.append(f"{name}: {then}now {newest:.4f} ({limit})")
         return out
 
-    def _checked(self) -> Iterator[str]:
-        """Names of the newest losses to compare. Of a loss with an EMA the average counts, because
-        that is the run's result; a raw loss counts where it alone is not finite."""
-        for source in self._rows:
-            if self._changes(source):
-                continue
-            for loss in LOSSES:
-                raw, ema = (self._newest.get(metric(w, source, loss)) for w in (RAW, EMA))
-                if ema is not None:
-                    yield metric(EMA, source, loss)
-                alone = ema is None or (math.isfinite(ema) and not math.isfinite(raw or 0.0))
-                if raw is not None and alone:
-                    yield metric(RAW, source, loss)
-
-    def _changes(self, source: str) -> str:
-        """How a source's rows differ from those of its first values; '' where they do not."""
-        now, then = self._rows[source], self._rows_measured.get(source)
-        if then is None:  # never measured, or by a version that did not store the rows
-            return ""
-        names = [n for n in {**then, **now} if then.get(n) != now.get(n)]
-        return ", ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in names)
-
-    def _since(self, name: str) -> str:
-        step = self._first_steps.get(name)
-        if step is None:
-            return "when first measured"
-        return f"at step {step}" if step else "at the start"
+    def _changes(self, source: str) -> list[str]:
+        """How a source's rows differ from those of its first values."""
+        now = self._rows[source]
+        return differences(self._rows_measured.get(source, now), now)
 
 
 def _listed(lines: list[str]) -> str:
     return "\n".join(f"  - {line}" for line in lines)
 
 
-def _to_json(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN or infinity: null stands for them."""
-    return {n: x if math.isfinite(x) else None for n, x in values.items()}
-
-
-def _from_json(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {n: math.nan if x is None else float(x) for n, x in values.items()}
+def _without_null(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {n: x for n, x in values.items() if x is not None}

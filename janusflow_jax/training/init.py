@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shlex
 from typing import Any
 
 import jax
@@ -19,19 +18,25 @@ from etils import epath
 from jax.sharding import Mesh
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints import (
-    model_folder,
-    run as run_checkpoints,
-    workdir as workdir_lib,
-)
+from janusflow_jax.checkpoints import model_folder, run as run_checkpoints
 from janusflow_jax.config import ModelConfig, TrainConfig, parts as parts_lib
 from janusflow_jax.config.errors import ConfigError, DataError
+from janusflow_jax.config.fields import differences
 from janusflow_jax.data import sources
-from janusflow_jax.models import janusflow, lora, vae
+from janusflow_jax.models import janusflow, vae
 from janusflow_jax.parallel import processes, sharding, trees
 from janusflow_jax.training import optim, step as train_step
 
 Tree = dict[str, Any]
+SECTIONS = {
+    "llm": ("llm",),
+    "und_encoder": ("und",),
+    "repa_target": ("und",),
+    "gen_encoder": ("gen",),
+    "gen_decoder": ("gen",),
+    "vae": ("vae",),
+}
+"""Part -> the sections of a model's config that say how it computes."""
 
 
 def resolve_start(cfg: TrainConfig, workdir: epath.Path) -> tuple[TrainConfig, bool]:
@@ -46,7 +51,7 @@ def resolve_start(cfg: TrainConfig, workdir: epath.Path) -> tuple[TrainConfig, b
         return cfg, False
     resumed = bool(model_folder.committed_steps(workdir))
     fields: dict[str, Any] = {"init": (), "start": str(base), "tokenizer": str(base / "hub")}
-    if not (resumed or workdir_lib.start_of(workdir)):
+    if not (resumed or cfg.lora.rank):
         others = tuple((part, path) for part, path in cfg.init if part != "vae")
         fields |= {"init": (*others, ("vae", str(base))), "start": cfg.start}
     return dataclasses.replace(cfg, **fields, allow_fresh=cfg.allow_fresh or resumed), resumed
@@ -64,11 +69,56 @@ def initial_params(
         config, or a path of `train_parts` does not exist in the model.
     """
     folders: dict[str, model_folder.LoadedModel] = {}
-    origins = _origins(cfg, folders)
-    pretrained = [p for p in parts_lib.PRETRAINED_PARTS if p in origins]
-    if cfg.model.und_encoder == "own":  # fresh, it starts as a copy of the VAE's encoder
-        pretrained.remove("und_encoder")
-    fresh = [p for p in pretrained if origins[p] == "fresh"]
+    origins = dict.fromkeys([*cfg.model.parts, "vae"], "fresh")
+    if cfg.start:
+        start = folders[cfg.start] = model_folder.load_model(cfg.start)
+        origins |= {p: cfg.start for p in origins if _part_of(start, p) is not None}
+    origins |= dict(cfg.init)
+    _check_pretrained(cfg, origins)
+    params = {**janusflow.param_shapes(cfg.model), "vae": vae.param_shapes(cfg.model.vae)}
+    problems, hub = _unknown_paths(cfg, params), cfg.tokenizer
+    with _on_host():
+        key = jax.random.key(cfg.seed)
+        fresh = tuple(p for p in cfg.model.parts if origins[p] == "fresh" and not resumed)
+        if fresh:
+            params |= _to_host(_fresh_parts(cfg.model, fresh, key))
+        if origins["vae"] == "fresh":
+            params["vae"] = _to_host(jax.jit(vae.init_params, static_argnums=0)(cfg.model.vae, key))
+    for path in dict.fromkeys(origins.values()):
+        if path == "fresh":
+            continue
+        loaded = folders.pop(path, None) or model_folder.load_model(path)
+        parts = [p for p, origin in origins.items() if origin == path]
+        for part in parts:
+            tree = _part_of(loaded, part)
+            if tree is None:
+                problems.append(f"{path} has no part {part!r}; it has {loaded.parts}")
+                continue
+            problems += trees.mismatches(params[part], tree, part) or (
+                _other_config(cfg.model, loaded.cfg, part, path)
+            )
+            params[part] = _to_host(tree)
+        if not hub and "llm" in parts:
+            hub = str(loaded.hub)
+    config_lib.raise_problems("init", problems)
+    if not hub:
+        raise ConfigError(
+            "tokenizer: expected a folder with tokenizer.json and processor_config.json (a "
+            "model folder's hub/); got '' and no `init` of the llm to take it from"
+        )
+    vae_params = params.pop("vae")
+    if cfg.model.und_encoder == "own" and "und_encoder" in fresh:
+        encoder = {name: vae_params[name] for name in params["und_encoder"]["vae"]}
+        params["und_encoder"] |= {"vae": jax.tree.map(np.copy, encoder)}
+        origins["und_encoder"] = "the VAE's encoder, and fresh blocks"
+    return params, vae_params, hub, origins
+
+
+def _check_pretrained(cfg: TrainConfig, origins: dict[str, str]) -> None:
+    """Raises ConfigError where a part that needs pretrained weights would be fresh."""
+    fresh = [p for p in parts_lib.PRETRAINED_PARTS if origins.get(p) == "fresh"]
+    if cfg.model.und_encoder == "own" and "und_encoder" in fresh:
+        fresh.remove("und_encoder")  # it starts as a copy of the VAE's encoder
     if fresh and not cfg.allow_fresh:
         raise ConfigError(
             f"init: the parts {fresh} would start from random values, which training could not "
@@ -76,65 +126,11 @@ def initial_params(
             "made by experiments/starts/train_vae.py, experiments/starts/pretrain_tiny.py or "
             "tools/convert_checkpoint.py"
         )
-    params = dict(janusflow.param_shapes(cfg.model))
-    problems, hub = _unknown_paths(cfg, params), cfg.tokenizer
-    with _on_host():
-        key = jax.random.key(cfg.seed)
-        new = tuple(p for p in params if origins[p] == "fresh" and not resumed)
-        params |= _to_host(_fresh_parts(cfg.model, new, key)) if new else {}
-        vae_params: Tree = {}
-        if origins["vae"] == "fresh":
-            vae_params = _to_host(jax.jit(vae.init_params, static_argnums=0)(cfg.model.vae, key))
-        for path in dict.fromkeys(v for v in origins.values() if v != "fresh"):
-            loaded = folders.get(path) or model_folder.load_model(path, weights="ema")
-            parts = [p for p, origin in origins.items() if origin == path]
-            for part in parts:
-                tree = _part_of(loaded, part)
-                if tree is None:
-                    problems.append(f"{path} has no part {part!r}; it has {loaded.parts}")
-                    continue
-                shapes = vae.param_shapes(cfg.model.vae) if part == "vae" else params[part]
-                problems += trees.mismatches(shapes, tree, part) or (
-                    _other_config(cfg.model, loaded.cfg, part, path)
-                )
-                if part == "vae":
-                    vae_params = _to_host(tree)
-                else:
-                    params[part] = _to_host(tree)
-            if not hub and "llm" in parts:
-                hub = str(loaded.hub)
-    config_lib.raise_problems("init", problems)
-    if not hub:
-        raise ConfigError(
-            "tokenizer: expected a folder with tokenizer.json and processor_config.json (a "
-            "model folder's hub/); got '' and no `init` of the llm to take it from"
-        )
-    if cfg.model.und_encoder == "own" and "und_encoder" in new:
-        encoder = {k: vae_params[k] for k in params["und_encoder"]["vae"]}
-        params["und_encoder"] = {**params["und_encoder"], "vae": jax.tree.map(np.copy, encoder)}
-        origins["und_encoder"] = "the VAE's encoder, and fresh blocks"
-    return params, vae_params, hub, origins
-
-
-def _origins(cfg: TrainConfig, folders: dict[str, model_folder.LoadedModel]) -> dict[str, str]:
-    """Part -> 'fresh' or the path that it comes from.
-
-    A `repa_target` comes from a folder's und_encoder where that has no such part: both are SigLIPs.
-
-    Args: folders: path -> model; `start` is added.
-    """
-    out = dict.fromkeys([*cfg.model.parts, "vae"], "fresh")
-    if cfg.start:
-        with _on_host():
-            start = folders[cfg.start] = model_folder.load_model(cfg.start, weights="ema")
-        parts = {*start.parts, *(["repa_target"] if "und_encoder" in start.parts else [])}
-        out |= {part: cfg.start for part in out if part in parts}
-    return out | dict(cfg.init)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fresh_parts(model: ModelConfig, parts: tuple[str, ...], key: jax.Array) -> Tree:
-    """These parts of the fresh parameters; a part's values do not depend on the others."""
+    """These parts with random values; a part's values do not depend on the others."""
     params = janusflow.init_params(model, key)
     return {p: params[p] for p in parts}
 
@@ -153,44 +149,31 @@ def _to_host(tree: Any) -> Any:
 
 
 def _part_of(loaded: model_folder.LoadedModel, part: str) -> Any:
+    """A part of a model, or None. Any SigLIP can be the `repa_target`."""
     if part == "vae":
         return loaded.vae
     params = loaded.params or {}
     if part == "repa_target" and part not in params and loaded.cfg.und_encoder == "siglip":
-        return params.get("und_encoder")
+        part = "und_encoder"
     return params.get(part)
 
 
 def _other_config(ours: ModelConfig, theirs: ModelConfig, part: str, path: str) -> list[str]:
     """Differences in fields that no shape shows, with which the part would compute something else.
     Image sizes may differ."""
+    sections = SECTIONS.get(part, ())
+    if part == "und_encoder" and ours.und_encoder != "siglip":
+        sections = ("gen", "vae")
     out = []
-    for section in _sections(ours, part):
-        want, got = (config_lib.to_dict(getattr(m, section)) for m in (ours, theirs))
-        for name in want.keys() - {"image_size"}:
-            if want[name] != got[name]:
-                field = f"model.{section}.{name}"
-                flag = shlex.quote(f"--config.{field}={got[name]!r}")
-                out.append(
-                    f"{path}: its {part} was made with {field} = {got[name]!r}; the config has "
-                    f"{want[name]!r}: use {flag}"
-                )
-    return sorted(out)
-
-
-def _sections(model: ModelConfig, part: str) -> tuple[str, ...]:
-    """The sections of a model's config that say how a part computes."""
-    if part == "und_encoder" and model.und_encoder != "siglip":
-        return ("gen", "vae")
-    sections = {
-        "llm": ("llm",),
-        "und_encoder": ("und",),
-        "repa_target": ("und",),
-        "gen_encoder": ("gen",),
-        "gen_decoder": ("gen",),
-        "vae": ("vae",),
-    }
-    return sections.get(part, ())
+    for section in sections:
+        then, now = (config_lib.to_dict(getattr(model, section)) for model in (theirs, ours))
+        where = f"model.{section}."
+        for difference in differences(then, now, (f"{where}image_size",), where):
+            out.append(
+                f"{path}: its {part} was made with another config: {difference}: set the old value "
+                "(--config.FIELD=VALUE)"
+            )
+    return out
 
 
 def _unknown_paths(cfg: TrainConfig, params: Any) -> list[str]:
@@ -235,20 +218,13 @@ def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[
     """Prints for every part how many parameters it has, how many are trained, and its origin."""
     if not processes.is_main():
         return
-    trained, _ = trees.split(params, parts_lib.trained_paths(cfg))
+    state = jax.eval_shape(functools.partial(train_step.create_state, cfg), params, vae_params)
+    whole = {**trees.merge(state["frozen"], state["params"]), "vae": vae_params}
     print(f"{'part':12} {'parameters':>14} {'trained':>14}  origin")
-    for part, tree in [*params.items(), ("vae", vae_params)]:
-        count = optim.count_params(trained.get(part, {}))
-        size = f"{count:,}" if count else "frozen"
-        print(f"{part:12} {optim.count_params(tree):>14,} {size:>14}  {origins[part]}")
-    if cfg.lora.rank:
-        adapted = jax.eval_shape(
-            lambda llm: lora.add(llm, cfg.lora, jax.random.key(0)), params["llm"]
-        )
-        adapters, _ = trees.split({"llm": adapted}, parts_lib.lora_paths(cfg.lora))
-        count = optim.count_params(adapters)
-        what = f"adapters of rank {cfg.lora.rank} on {', '.join(cfg.lora.targets)}"
-        print(f"{'lora':12} {count:>14,} {count:>14,}  {what}")
+    for part, origin in origins.items():
+        trained = optim.count_params(state["params"].get(part, {}))
+        size = f"{trained:,}" if trained else "frozen"
+        print(f"{part:12} {optim.count_params(whole[part]):>14,} {size:>14}  {origin}")
 
 
 # The state of a run
@@ -273,13 +249,10 @@ def restore_state(
     params: Tree,
     vae_params: Tree,
     checkpoints: run_checkpoints.RunCheckpoints,
-    in_base: bool,
 ) -> tuple[train_step.State, dict[str, Any]] | None:
     """The state of the newest intact checkpoint, and its `run.json`; None where there is none.
 
-    Args:
-      params: shapes suffice for what the checkpoint holds.
-      in_base: as the run saves (`params_to_save`).
+    Args: params: shapes suffice for what the checkpoint holds.
     """
     create = functools.partial(train_step.create_state, cfg)
     shapes = jax.eval_shape(create, params, vae_params)
@@ -287,7 +260,7 @@ def restore_state(
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )
-    saved = {**state, "params": params_to_save(state, in_base)}
+    saved = {**state, "params": params_to_save(cfg, state)}
     restored = checkpoints.restore_newest({n: saved[n] for n in train_step.SAVED})
     if restored is None:
         return None
@@ -306,14 +279,11 @@ def restore_state(
     return {**arrays, **other, "params": train}, run
 
 
-def params_to_save(state: train_step.State, in_base: bool) -> Tree:
-    """The parameters that a checkpoint holds.
-
-    Args: in_base: the run's `base/` has the frozen ones, so only the trained ones and the scales of
-      adapters are saved.
-    """
+def params_to_save(cfg: TrainConfig, state: train_step.State) -> Tree:
+    """The parameters that a checkpoint holds: all; in a LoRA run, whose `base/` has the frozen
+    ones, only the trained ones and the scales of adapters."""
     frozen = state["frozen"]
-    if in_base:
+    if cfg.lora.rank:
         leaves = trees.flatten(frozen)
         frozen = trees.unflatten({n: x for n, x in leaves.items() if parts_lib.is_lora_path(n)})
     return trees.merge(frozen, state["params"])

@@ -97,15 +97,14 @@ def loss_sums(
     und: Any = None
     if num_gen:
         x = _latents(vae_params, batch, draws, cfg, loss, model.dtype)
-        target = x - draws["noise"]
         z = flow.interpolate(x, draws["noise"], draws["t"])
         gen, features, t_emb = _generation_slots(run, z, draws["t"])
     if num_und:
         und = _understanding_slots(run, vae_params, batch, num_und, cfg, model.dtype)
 
     # One pass of the LLM over text and slots serves both tasks.
-    row = janusflow.place_slots(run("embed_tokens", batch["tokens"]), gen, und, start, slot_task)
     use_repa = bool(num_gen and loss.repa_weight)
+    row = janusflow.place_slots(run("embed_tokens", batch["tokens"]), gen, und, start, slot_task)
     hidden, middle, _ = run(
         "run_llm",
         sharding.constrain(row, "batch", None, None),
@@ -121,22 +120,30 @@ def loss_sums(
     sums["ar"] = cross_entropy.summed(
         head, hidden, batch["tokens"], batch["target_mask"], loss.ce_chunk
     )
+    if not num_gen:
+        return sums, extras
     active = (slot_task[:, :num_gen] == GENERATE).astype(jnp.float32)
+
+    def at_slots(states: Array) -> Array:
+        return janusflow.gather_slots(states, start[:, :num_gen], cfg.num_image_tokens)
+
     # RF: squared error of the velocity.
-    if num_gen:
-        hidden = janusflow.gather_slots(hidden, start[:, :num_gen], cfg.num_image_tokens)
-        v = run("velocity", hidden.reshape(-1, *hidden.shape[2:]), features, t_emb)
-        v = v.reshape(target.shape)
-        error = jnp.mean((v - target) ** 2, axis=(2, 3, 4))
-        sums["rf"] = jnp.sum(error * active)
-        extras = _by_time(error, active, draws["t"]) | {"velocity": v}
+    v = run("velocity", _merge_slots(at_slots(hidden)), features, t_emb).reshape(x.shape)
+    error = jnp.mean((v - (x - draws["noise"])) ** 2, axis=(2, 3, 4))
+    sums["rf"] = jnp.sum(error * active)
+    extras = _by_time(error, active, draws["t"]) | {"velocity": v}
+
     # REPA: states in the middle of the LLM align with SigLIP features of the clean image.
     if use_repa:
-        middle = janusflow.gather_slots(middle, start[:, :num_gen], cfg.num_image_tokens)
         clean = _repa_target(run, batch, num_gen, model.dtype)
-        similarity = cosine(run("project_repa", middle), clean)
+        similarity = cosine(run("project_repa", at_slots(middle)), clean)
         sums["repa"] = -jnp.sum(jnp.mean(similarity, axis=-1) * active)
     return sums, extras
+
+
+def _merge_slots(x: Array) -> Array:
+    """[B, G, ...] -> [B x G, ...]."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _latents(
@@ -152,8 +159,7 @@ def _latents(
 
 def _generation_slots(run: Apply, z: Array, t: Array) -> tuple[Array, Array, Array]:
     """Vectors [B, G, S, D] of noisy latents; features and time embedding [B x G, ...]."""
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    slots, features, t_emb = run("generation_slot", flat(z), flat(t))
+    slots, features, t_emb = run("generation_slot", _merge_slots(z), _merge_slots(t))
     return slots.reshape(*z.shape[:2], *slots.shape[1:]), features, t_emb
 
 

@@ -6,10 +6,11 @@ has no NaN: `{"loss": null, "non_finite": {"loss": "nan"}}`.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import math
 import os
-import pathlib
 import tempfile
 import time
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ class Writer:
 
         Args:
           workdir: folder of the run; created where it does not exist.
-          resume_step: the last step whose lines are kept; -1: none.
+          resume_step: the last step whose lines stay; -1: none.
           tensorboard: also write event files into `workdir/tensorboard`.
         Raises:
           ImportError: `tensorboard` without the package tensorboardX.
@@ -48,17 +49,15 @@ class Writer:
             return
         # Before anything is written: a missing package must not cost the existing lines.
         board = _summary_writer() if tensorboard else None
-        target = epath.Path(workdir) / FILE
+        target = self._local = epath.Path(workdir) / FILE
         target.parent.mkdir(parents=True, exist_ok=True)
-        kept = kept_lines(target.read_text(), resume_step) if target.exists() else ""
-        local = pathlib.Path(os.fspath(target))
+        lines = lines_up_to(target.read_text(), resume_step) if target.exists() else ""
         if "://" in str(workdir):
-            local = pathlib.Path(tempfile.mkdtemp(prefix="metrics-")) / FILE
+            self._local = epath.Path(tempfile.mkdtemp(prefix="metrics-")) / FILE
             self._remote = target
-        with files.replacing(local, "tmp") as part:
-            part.write_text(kept)
-        self._local = local
-        self._file = local.open("a")
+        with files.replacing(self._local, "tmp") as part:
+            part.write_text(lines)
+        self._file = self._local.open("a")
         if board is not None:
             folder = os.fspath(epath.Path(workdir) / "tensorboard")
             self._board = board(folder, purge_step=resume_step + 1)
@@ -103,7 +102,7 @@ class Progress:
         self._num_steps, self._peak = num_steps, peak_tflops
         self._step = self._clock_step = first_step
         self._began = self._window_began = 0.0
-        self._window: dict[str, float] = {}
+        self._window: collections.Counter[str] = collections.Counter()
 
     def count(self, wait: float, **sums: float | int) -> None:
         """Counts a step.
@@ -113,27 +112,24 @@ class Progress:
           sums: positions, images and useful tflops of its batch.
         """
         self._step += 1
-        if not self._began:
+        if self._began:
+            self._window.update({"steps": 1, "wait": wait, **sums})  # a Counter adds
+        else:
             self._began = self._window_began = time.perf_counter()
             self._clock_step = self._step
-            return
-        for name, value in {"steps": 1, "wait": wait, **sums}.items():
-            self._window[name] = self._window.get(name, 0.0) + value
 
     def rates(self) -> dict[str, float]:
         """Speed since the last call; {} where no step was counted since."""
-        now = time.perf_counter()
-        seconds, sums = now - self._window_began, self._window
-        if not sums or seconds <= 0:
+        if not self._window:
             return {}
-        self._window_began, self._window = now, {}
-        steps = sums["steps"]
-        out = {"steps_per_s": steps / seconds, "data_wait": min(1.0, sums["wait"] / seconds)}
-        for name in ("images", "positions", "tflops"):
-            if name in sums:
-                out[f"{name}_per_s"] = sums[name] / seconds
-        if self._peak and "tflops" in sums:
-            out["mfu"] = sums["tflops"] / seconds / self._peak
+        now = time.perf_counter()
+        seconds = now - self._window_began
+        out = {f"{name}_per_s": x / seconds for name, x in self._window.items()}
+        out["data_wait"] = min(1.0, out.pop("wait_per_s"))
+        if self._peak:
+            out["mfu"] = out["tflops_per_s"] / self._peak
+        self._window_began = now
+        self._window.clear()
         return out
 
     def seconds_left(self) -> float | None:
@@ -168,16 +164,14 @@ def json_line(step: int, values: Mapping[str, float], now: float) -> str:
     return json.dumps(line, allow_nan=False) + "\n"
 
 
-def kept_lines(text: str, last_step: int) -> str:
+def lines_up_to(text: str, last_step: int) -> str:
     """The lines up to `last_step`, without a line that a crash cut short."""
-    kept = []
+    lines = []
     for line in text.splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    return "".join(kept)
+                lines.append(line + "\n")
+    return "".join(lines)
 
 
 def duration(seconds: float) -> str:

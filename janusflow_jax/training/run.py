@@ -34,13 +34,17 @@ class Run:
     state: train_step.State
     saved: dict[str, Any]  # `run.json` of the checkpoint it resumes from; {}: a new run
     heldout: heldout.Heldout
-    in_base: bool  # checkpoints leave out the frozen parameters, which `base/` has
     write_error: CheckpointError | None = None  # this process could not write into the workdir
 
     @property
     def first_step(self) -> int:
         """Steps done before."""
         return int(self.saved.get("step", 0))
+
+    @property
+    def cannot_write(self) -> bool:
+        """Whether this process failed to write into the workdir."""
+        return self.write_error is not None or self.checkpoints.failed
 
     @contextlib.contextmanager
     def deferring_write_errors(self) -> Iterator[None]:
@@ -55,7 +59,7 @@ class Run:
         """Starts saving in the background."""
         self.checkpoints.save(
             step,
-            params=initialization.params_to_save(self.state, self.in_base),
+            params=initialization.params_to_save(self.cfg, self.state),
             ema=self.state["ema"],
             opt_state=self.state["opt_state"],
             run={
@@ -101,9 +105,8 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
         chat.check_vocab(cfg.model.llm.vocab_size)
         data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
-        if resumed:
-            digests = workdir_lib.encoders_of(workdir)
-        else:
+        digests = workdir_lib.base_meta(workdir).get("encoders", {})
+        if not resumed:
             digests = encode_cache.digests(cfg, data.rows, params)
         encode_cache.check(cfg, data.rows, digests, vae_params)
     processes.log(data.summary())
@@ -117,7 +120,6 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         base = None if resumed else initialization.base_params(cfg, params)
         about = {"made_by": "train", "encoders": digests}
         workdir_lib.create(workdir, cfg, params=base, vae=vae_params, hub=hub, about=about)
-    in_base = bool(processes.from_main(workdir_lib.start_of(workdir)))
     checkpoints = run_checkpoints.RunCheckpoints(
         workdir,
         cfg.keep_checkpoints,
@@ -126,7 +128,7 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         writes=writes,
     )
     with jax.set_mesh(mesh):
-        restored = initialization.restore_state(cfg, mesh, params, vae_params, checkpoints, in_base)
+        restored = initialization.restore_state(cfg, mesh, params, vae_params, checkpoints)
         if restored is None:
             restored = initialization.create_state(cfg, mesh, params, vae_params), {}
     state, saved = restored
@@ -134,4 +136,4 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         held = heldout.Heldout(cfg, mesh, chat, saved.get("heldout", {}))
     if cfg.evaluate.sources:
         processes.log(held.summary())
-    return Run(cfg, workdir, mesh, data, chat, checkpoints, state, saved, held, in_base)
+    return Run(cfg, workdir, mesh, data, chat, checkpoints, state, saved, held)

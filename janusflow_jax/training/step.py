@@ -95,9 +95,11 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
         totals = losses.counts(batch, num_gen)
         weight = losses.weights(cfg.loss, totals, task_shares(cfg, state["step"]))
-        gradient = lambda part: jax.value_and_grad(loss_fn, has_aux=True)(  # noqa: E731
-            state["params"], state, part, weight
-        )
+
+        def gradient(part: Any) -> Any:
+            loss_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
+            return loss_and_gradient(state["params"], state, part, weight)
+
         (loss, (sums, extras)), grads = accumulate(gradient, batch, cfg.optim.accum_steps)
         norm = optax.tree.norm(grads)
 

@@ -17,6 +17,7 @@ from janusflow_jax import config as c
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.parallel import trees
+from janusflow_jax.training import step as train_step
 from tools import crash_test
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,17 @@ def tiny_config(workdir: Any, **fields) -> c.TrainConfig:
     for name, value in fields.items():
         setattr(cfg, name, value)
     return cfg
+
+
+def share_compiled_step(monkeypatch: Any) -> None:
+    """All runs of a test use the step that the first one compiles; their configs must be alike."""
+    compiled, jit = [], train_step.jit_train_step
+
+    def jit_once(*args: Any) -> Any:
+        compiled[:] = compiled or [jit(*args)]
+        return compiled[0]
+
+    monkeypatch.setattr(train_step, "jit_train_step", jit_once)
 
 
 @functools.partial(jax.jit, static_argnums=0)
