@@ -189,13 +189,18 @@ TPU_LOOP = """HloModule jit_step, num_partitions=8
   ROOT %custom-call.2 = bf16[8,128] custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
 }
 
+%async_collective_fusion.3 (p: bf16[2,128]) -> bf16[8,128] {
+  ROOT %all-gather.3 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+}
+
 %body (c: (s32[], bf16[2,128])) -> (s32[], bf16[2,128]) {
   %c = (s32[]{:T(128)}, bf16[2,128]{1,0:T(8,128)(2,1)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%c), index=0
-  %two = s32[]{:T(128)} constant(2)
-  %next = s32[]{:T(128)} add(%i, %two)
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
   %x = bf16[2,128]{1,0:T(8,128)(2,1)} get-tuple-element(%c), index=1
   %f1 = (bf16[2,128], bf16[8,128]) fusion(%x), kind=kCustom, calls=%start
+  %overlapped = bf16[8,128]{1,0} fusion(%f1), kind=kCustom, calls=%async_collective_fusion.3
   %f2 = bf16[8,128]{1,0} fusion(%f1), kind=kCustom, calls=%done
   %permute = (bf16[2,128], bf16[2,128], u32[], u32[]) collective-permute-start(%x), channel_id=9, source_target_pairs={{0,4},{4,0}}
   %sum.1 = bf16[2,128]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%sum
@@ -205,14 +210,14 @@ TPU_LOOP = """HloModule jit_step, num_partitions=8
 
 %test (c: (s32[], bf16[2,128])) -> pred[] {
   %c.1 = (s32[]{:T(128)}, bf16[2,128]{1,0}) parameter(0)
-  %bound = s32[]{:T(128)} constant(24)
+  %bound = s32[]{:T(128)} constant(10)
   %i.1 = s32[]{:T(128)} get-tuple-element(%c.1), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
 }
 
 ENTRY %main (x: bf16[2,128]) -> f32[4] {
   %x.1 = bf16[2,128]{1,0} parameter(0)
-  %first = s32[]{:T(128)} constant(4)
+  %first = s32[]{:T(128)} constant(0)
   %init = (s32[]{:T(128)}, bf16[2,128]{1,0}) tuple(%first, %x.1)
   %while.1 = (s32[]{:T(128)}, bf16[2,128]{1,0}) while(%init), condition=%test, body=%body
   %y = f32[4]{0} constant({1,2,3,4})
@@ -223,12 +228,12 @@ ENTRY %main (x: bf16[2,128]) -> f32[4] {
 
 def test_loops_and_asynchronous_collectives_of_a_tpu_program():
     by_kind = {x.kind: x for x in plan_collectives.collectives(TPU_LOOP, slices=2)}
-    # Start and end of a gather count once; two sums of one channel (shard_map) count twice.
+    # An asynchronous gather counts once; two sums of one channel (shard_map) count twice.
     assert len(plan_collectives.collectives(TPU_LOOP)) == 5
     gather, permute, reduce = (
         by_kind[k] for k in ("all-gather", "collective-permute", "all-reduce")
     )
-    assert (gather.times, gather.group, gather.bytes) == (10, 4, 8 * 128 * 2)  # 4, 6, .. 22
+    assert (gather.times, gather.group, gather.bytes) == (10, 4, 8 * 128 * 2)
     assert gather.sent == 10 * 8 * 128 * 2 * 3 / 4 and not gather.between
     assert (permute.times, permute.bytes) == (10, 2 * 128 * 2) and permute.between
     assert reduce.times == 1 and reduce.sent == 2 * 16 * 7 / 8 and reduce.between
