@@ -86,7 +86,7 @@ def test_neither_activations_nor_stacked_parameters_are_gathered(run):
     assert not [x for x in stack_gathers(items, shapes(run)) if "patch_embed" not in x.op_name]
     head = cfg.model.llm.width * cfg.model.llm.vocab_size
     assert max(elements(x) for x in gathers) < head // 8  # neither the head nor the embedding moves
-    assert plan_report.memory(run)["fits"]
+    assert plan_report.memory(run).fits
 
 
 def test_a_program_that_does_not_fit():
@@ -94,8 +94,8 @@ def test_a_program_that_does_not_fit():
     cfg.batch_rows, cfg.remat, cfg.attention = 16 * 16, False, "xla"
     run = plan_compile.train(cfg, plan_topology.parse("v5e:4x4"))
     memory = plan_report.memory(run)
-    assert run.program is None and not memory["fits"] and "15.75G" in memory["lacks"]
-    assert memory["peak"] > memory["limit"]
+    assert run.program is None and not memory.fits and "15.75G" in run.shortage
+    assert memory.peak > memory.limit
     assert plan_report.advice(run, memory)[0].startswith("--config.remat=True")
 
 
@@ -129,7 +129,7 @@ def test_adapters_of_the_released_size_train_on_one_small_chip():
     cfg = runpy.run_path(str(ROOT / "configs" / "finetune.py"))["get_config"]("paint,lora,light")
     cfg.mesh = c.MeshConfig(fsdp=1)
     run = plan_compile.train(cfg, plan_topology.parse("v5e:1x1"))
-    assert plan_report.memory(run)["peak"] < 4.6 * chips.GIB
+    assert plan_report.memory(run).peak < 4.6 * chips.GIB
 
 
 def test_only_gradients_cross_slices():
@@ -158,5 +158,5 @@ def test_v4_and_single_chips():
 
 
 def test_counts_agree(run):
-    assert abs(plan_report.operations(run.cfg, run.mesh).difference) < 0.03
+    assert abs(plan_flops.budget(run.cfg, run.mesh).difference) < 0.03
     assert plan_flops.typical(run.cfg).positions < 16 * 2048
