@@ -24,11 +24,31 @@ _FACTORS = {
 }
 """Bytes that one of n chips sends in a ring, per byte of its result."""
 
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLS = re.compile(
     r"\b(?:body|calls|to_apply|branch_computations|called_computations)=(\{.*?\}|%?[\w.\-]+)"
 )
+
+
+class Instruction(NamedTuple):
+    root: bool  # of its computation
+    result: str  # its type
+    opcode: str
+    rest: str  # operands and attributes
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
+
+    def attribute(self, pattern: str) -> str:
+        """The first group of a regular expression; '' where it does not match."""
+        match = re.search(pattern, self.rest)
+        return match[1] if match else ""
+
+
+Program = dict[str, dict[str, Instruction]]
+"""Computation -> name -> instruction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,101 +88,103 @@ def collectives(
       devices: on which the program runs; 0: as the text says. For several TPU slices XLA writes
         the program of one slice: its collectives stay inside and its sends go to other slices.
     """
-    program = _computations(text)
+    program = _parse(text)
     match = re.search(r"num_partitions=(\d+)", text)
     partitions = int(match[1]) if match else 1
     per_slice = partitions if partitions < devices else max(partitions // slices, 1)
     out: list[Collective] = []
 
     def walk(computation: str, times: float) -> None:
-        for line in program[computation]:
-            match = _INSTRUCTION.match(line)
-            if match is None:
-                continue
-            result, opcode, rest = match.groups()
-            if opcode.removesuffix("-start") in _FACTORS:
+        for op in program[computation].values():
+            if op.opcode.removesuffix("-start") in _FACTORS:
                 scatter = "all-reduce-scatter" in computation
-                out.append(_collective(result, opcode, rest, times, scatter, partitions, per_slice))
-            elif opcode == "while":
-                condition, body = (
-                    _attribute(rest, rf"{name}=%?([\w.\-]+)") for name in ("condition", "body")
-                )
-                trips = _trip_count(rest, program[condition])
-                walk(body, times * (while_trips if trips is None else trips))
-            elif not opcode.endswith(("-done", "-update")):
-                for call in _CALLS.finditer(rest):
+                out.append(_collective(op, times, scatter, partitions, per_slice))
+            elif op.opcode == "while":
+                trips = _trip_count(program, op)
+                inner = times * (while_trips if trips is None else trips)
+                walk(op.attribute(r"body=%?([\w.\-]+)"), inner)
+            elif not op.opcode.endswith(("-done", "-update")):
+                for call in _CALLS.finditer(op.rest):
                     for called in re.findall(r"[\w.\-]+", call[1]):
                         # On TPU an asynchronous collective is sent once, but written into the
                         # fusion that starts it, those that overlap it and the one that ends it.
-                        ends = any("AsyncCollectiveDone" in line for line in program[called])
+                        ends = any(
+                            "AsyncCollectiveDone" in i.rest for i in program[called].values()
+                        )
                         if not called.startswith("async_collective_fusion") and not ends:
                             walk(called, times)
 
-    walk(_attribute(text, r"\nENTRY %?([\w.\-]+)"), 1.0)
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    if entry:
+        walk(entry[1], 1.0)
     return out
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """The lines of each computation of a program."""
-    program: dict[str, list[str]] = {}
-    body: list[str] = []
+def _parse(text: str) -> Program:
+    program: Program = {}
+    body: dict[str, Instruction] = {}
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")):
             name = re.split(r"[ (]", line.removeprefix("ENTRY ").lstrip("%"))[0]
-            body = program.setdefault(name, [])
-        else:
-            body.append(line)
+            body = program.setdefault(name, {})
+        elif match := _INSTRUCTION.match(line):
+            root, name, *parts = match.groups()
+            body[name] = Instruction(bool(root), *parts)
     return program
 
 
-def _attribute(text: str, pattern: str) -> str:
-    """The first group of a regular expression; '' where it does not match."""
-    match = re.search(pattern, text)
-    return match[1] if match else ""
-
-
-def _trip_count(attributes: str, condition: list[str]) -> float | None:
+def _trip_count(program: Program, loop: Instruction) -> float | None:
     """Iterations of a while loop; None where they depend on data.
 
-    XLA states the number for CPU and GPU. For TPU it is the constant that the loop's condition
-    compares with, because a scan counts from 0 in steps of 1.
+    XLA states the number for CPU and GPU. For TPU it follows from the loop itself:
+    `i = 0; while (i < end) i += step`. The loops in which XLA overlaps a matmul with the collective
+    of its operand have a step of 2.
     """
-    known = _attribute(attributes, r'"known_trip_count":\{"n":"(\d+)"')
-    root = next(line for line in condition if "ROOT" in line)
-    if not known and " compare(" in root:
-        known = _attribute("\n".join(condition), r" constant\((\d+)\)")
-    return float(known) if known else None
+    known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+    if known:
+        return float(known)
+    condition = program[loop.attribute(r"condition=%?([\w.\-]+)")]
+    body = program[loop.attribute(r"body=%?([\w.\-]+)")]
+    test = next(op for op in condition.values() if op.root)
+    if test.opcode != "compare":
+        return None
+    counter, bound = (condition[name] for name in test.operands)
+    if bound.opcode != "constant":
+        return None
+    result = next(op for op in body.values() if op.root)
+    update = body[result.operands[int(counter.attribute(r"index=(\d+)"))]]
+    constants = (body[name] for name in update.operands if body[name].opcode == "constant")
+    step = next((_value(op) for op in constants), 1)
+    return float(math.ceil(_value(bound) / step))
+
+
+def _value(constant: Instruction) -> int:
+    return int(constant.rest.split(")")[0])
 
 
 def _collective(
-    result: str,
-    opcode: str,
-    rest: str,
-    times: float,
-    scatter: bool,
-    devices: int,
-    per_slice: int,
+    op: Instruction, times: float, scatter: bool, devices: int, per_slice: int
 ) -> Collective:
     """Args: scatter: whether it is an all-reduce of which every chip keeps its part only."""
-    kind = opcode.removesuffix("-start")
-    shapes = [(t, tuple(_ints(dims))) for t, dims in _SHAPE.findall(result)]
-    if opcode.endswith("-start") and kind != "all-reduce":
+    kind = op.opcode.removesuffix("-start")
+    shapes = [(t, tuple(_ints(dims))) for t, dims in _SHAPE.findall(op.result)]
+    if op.opcode.endswith("-start") and kind != "all-reduce":
         shapes = [s for s in shapes if s[1] or s[0] != "u32"]
         shapes = shapes[len(shapes) // 2 :]  # (operands, results)
     if kind == "send":
         shapes = shapes[:1]  # then a context and a token
     if kind == "collective-permute":
-        pairs = _attribute(rest, r"source_target_pairs=\{(.*?)\}\}")
+        pairs = op.attribute(r"source_target_pairs=\{(.*?)\}\}")
         groups = np.array(re.findall(r"\d+", pairs), int).reshape(-1, 2)
     else:
-        groups = replica_groups(rest, devices)
+        groups = replica_groups(op.rest, devices)
     size = groups.shape[1]
     if scatter:
         kind = "reduce-scatter"
         shapes = [(t, (math.prod(dims) // size,)) for t, dims in shapes]
     slice_of = groups // per_slice
     between = kind == "send" or bool((slice_of != slice_of[:, :1]).any())
-    op_name = _attribute(rest, r'op_name="([^"]*)"')
+    op_name = op.attribute(r'op_name="([^"]*)"')
     return Collective(kind, tuple(shapes), size, times, between, op_name)
 
 
@@ -172,18 +194,19 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     XLA writes lists `{{0,1},{2,3}}`, an order of all devices `[2,2]<=[2,2]T(1,0)`, or axes of a
     mesh `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}` (a part of an axis: `'b':(1)2`).
     """
-    text = _attribute(attributes, r"replica_groups=(mesh.*?\{.*?\}|\{\{.*?\}\}|\[[^ ]*)")
+    match = re.search(r"replica_groups=(mesh.*?\{.*?\}|\{\{.*?\}\}|\[[^ ]*)", attributes)
+    if match is None:
+        return np.arange(devices)[None]
+    text = match[1]
     order = re.search(r"(?:<=|device_ids=\()\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     ids = np.arange(devices)
     if order:
         ids = ids.reshape(_ints(order[1]))
         ids = ids.transpose(_ints(order[2])) if order[2] else ids
     if text.startswith("["):
-        return ids.reshape(_ints(_attribute(text, r"\[([\d,]+)\]")))
+        return ids.reshape(_ints(text[1 : text.index("]")]))
     if text.startswith("{"):
         return np.array([_ints(group) for group in re.findall(r"\{([\d,]+)\}", text)])
-    if not text:
-        return ids[None]
     named = text[text.rindex("{") :]
     shape: list[int] = []
     inside: list[int] = []  # dimensions that vary within a group
