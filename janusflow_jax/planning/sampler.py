@@ -82,7 +82,7 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
     computed = PADDED_PROMPT**2 + num_steps * 2 * m.slot_len * (m.slot_len + PADDED_PROMPT)
     visible = num_steps * (2 * _causal(m.slot_len) + m.slot_len * (PROMPT + 1)) + _causal(PROMPT)
     yield Program(
-        f"{rows} images, {num_steps} Euler steps with guidance",
+        f"images, batch {rows}, {num_steps} Euler steps with guidance",
         traced,
         {"params": params, "inputs": noise},
         num_steps,
@@ -96,7 +96,7 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
     with jax.set_mesh(mesh):
         traced = programs.latents_to_pixels.trace(m, "bfloat16", vae_params, noise)
     yield Program(
-        f"pixels of {rows} images",
+        f"VAE decode, batch {rows}",
         traced,
         {"vae": vae_params, "inputs": noise},
         1,
@@ -108,7 +108,7 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
         traced = programs.prefill.trace(model, params, *prompt, max_new=ANSWER)
     visible = _causal(QUESTION)
     yield Program(
-        f"prefill of {rows} questions, {QUESTION} positions each",
+        f"prefill, batch {rows}, {QUESTION} positions",
         traced,
         {"params": params, "inputs": (question, slots)},
         1,
@@ -125,7 +125,7 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
         )
     visible = tokens * QUESTION + _causal(tokens)
     yield Program(
-        f"{tokens} tokens of {rows} answers",
+        f"decode, batch {rows}, {tokens} tokens",
         traced,
         {"params": params, "inputs": state},
         tokens,
