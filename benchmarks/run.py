@@ -82,7 +82,6 @@ def main() -> None:
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     args.steps = args.steps or (8 if on_cpu else 30)
     names = [n.strip() for n in args.only.split(",") if n.strip()]
-    names = [cases.OLD_NAMES.get(n, n) for n in names]
     if unknown := sorted(set(names) - set(cases.CASES)):
         sys.exit(f"error: --only: expected some of {', '.join(cases.CASES)}; got {unknown}")
     scratch = pathlib.Path(args.scratch)

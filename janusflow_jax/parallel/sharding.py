@@ -152,8 +152,7 @@ def num_devices() -> int:
 
 def axis_size(name: str) -> int:
     """Devices along a mesh axis; 1 without a mesh."""
-    mesh = current_mesh()
-    return mesh.shape[name] if mesh is not None else 1
+    return jax.sharding.get_abstract_mesh().shape.get(name, 1)
 
 
 def batch_size() -> int:
