@@ -99,10 +99,15 @@ train.train = evaluated
 
 
 @pytest.mark.slow
-def test_held_out_losses_are_of_the_rows_of_all(data, tmp_path):
-    """Three rows on two processes: the first has two, the second one and an empty one."""
+def test_held_out_losses_and_previews_of_two_processes(data, tmp_path):
+    """Three rows on two processes: the first has two, the second one and an empty one. The first
+    process draws the previews with the weights of both."""
     jobs.run(data, tmp_path / "one", "num_steps=1", patch=EVALUATED)
-    jobs.run(data, tmp_path / "two", "num_steps=1", "mesh.fsdp=2", processes=2, patch=EVALUATED)
+    flags = ("num_steps=1", "mesh.data=1", "mesh.fsdp=2", "sheet_num_steps=1")
+    flags = (*flags, "prompts=('a red fox',)")
+    output = jobs.run(data, tmp_path / "two", *flags, processes=2, patch=EVALUATED)
+    assert (tmp_path / "two" / "samples" / "sheet_000001.png").stat().st_size > 1000
+    assert output.count("images for 1 prompts") == 1
     held = [
         [x for x in read_metrics(tmp_path / n) if "eval/held_generate/loss_rf" in x]
         for n in ("one", "two")
@@ -114,14 +119,6 @@ def test_held_out_losses_are_of_the_rows_of_all(data, tmp_path):
         assert {"eval/held_understand/loss_ar", "eval_ema/held_generate/loss_rf"} <= names
         for name in names:
             np.testing.assert_allclose(two[name], one[name], rtol=2e-5, err_msg=name)
-
-
-@pytest.mark.slow
-def test_the_first_process_shows_what_all_have_learned(data, tmp_path):
-    flags = ("num_steps=1", "mesh.data=1", "mesh.fsdp=2", "sheet_num_steps=1")
-    said = jobs.run(data, tmp_path / "run", *flags, "prompts=('a red fox',)", processes=2)
-    assert (tmp_path / "run" / "samples" / "sheet_000001.png").stat().st_size > 1000
-    assert said.count("images for 1 prompts") == 1
 
 
 def started(data, workdir, **kwargs):
@@ -149,20 +146,16 @@ def test_one_is_told_to_stop_and_all_save_the_same_step(data, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [1])
-def test_one_is_killed_and_the_other_ends_soon_and_the_run_goes_on(data, tmp_path, victim):
+def test_a_killed_process_ends_the_job_soon_and_the_run_resumes(data, tmp_path):
     workdir = tmp_path / "run"
     job = started(data, workdir)
-    job[victim].kill()
+    job[1].kill()
     began = time.monotonic()
-    ended = jobs.finish(job)
+    (status, said), _ = jobs.finish(job)
     assert time.monotonic() - began < BOUND_S
-    status, said = ended[1 - victim]
     assert status not in (0, None)
     assert re.search("one of them has died|another task died|distributed service", said), said
     begun = model_folder.committed_steps(workdir)[-1]
-    if victim == 0:
-        return
     said = jobs.run(data, workdir, f"num_steps={begun + 1}", "mesh.fsdp=2", processes=2)
     assert f"resumed from step {begun}" in said
     assert model_folder.committed_steps(workdir)[-1] == begun + 1
