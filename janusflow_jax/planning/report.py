@@ -33,6 +33,7 @@ PARTS = {
     "vae": "parameters of the VAE",
     "opt_state": "optimizer",
     "ema": "EMA",
+    "model": "parameters",
     "batch": "batch",
     "inputs": "inputs",
 }
@@ -76,7 +77,8 @@ def train_report(run: Compiled, stage_cfgs: Sequence[TrainConfig], assume: Assum
     budget = plan_flops.budget(run.cfg, run.mesh)
     executed = plan_flops.executed(run.cfg, budget.counted)
     # The optimizer reads and writes the state once.
-    moved = 2 * sum(bytes_per_device(run.arguments[n]) for n in ("params", "opt_state", "ema"))
+    state = (run.arguments.get(part, {}) for part in ("params", "opt_state", "ema"))
+    moved = 2 * sum(map(bytes_per_device, state))
     sent = traffic(run, float(plan_flops.head_work(run.cfg, run.mesh)[1]))
     times = step_time(run, executed, moved, sent, assume)
     rows = f"{run.cfg.batch_rows} rows"

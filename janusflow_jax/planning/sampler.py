@@ -84,7 +84,7 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
     yield Program(
         f"images, batch {rows}, {num_steps} Euler steps with guidance",
         traced,
-        {"params": params, "inputs": noise},
+        {"model": params, "inputs": noise},
         num_steps,
         rows * flops.image_flops(m, PROMPT, num_steps),
         {
@@ -110,7 +110,7 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
     yield Program(
         f"prefill, batch {rows}, {QUESTION} positions",
         traced,
-        {"params": params, "inputs": (question, slots)},
+        {"model": params, "inputs": (question, slots)},
         1,
         rows * (per_token * QUESTION + per_pair * visible + head),
         {
@@ -127,7 +127,7 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
     yield Program(
         f"decode, batch {rows}, {tokens} tokens",
         traced,
-        {"params": params, "inputs": state},
+        {"model": params, "inputs": state},
         tokens,
         rows * (tokens * (per_token + head) + per_pair * visible),
         {"unused cache": rows * per_pair * (tokens * (QUESTION + ANSWER) - visible)},
