@@ -267,7 +267,7 @@ LAYERS, ROWS, WIDTH = 5, 16, 32
 
 
 def compiled_stack(keep_rows: bool, at_once: bool) -> list[plan_collectives.Collective]:
-    """A stack of layers on 8 devices, its kernels split; rows kept where they are, or not."""
+    """A stack of layers on 8 devices, its kernels split; rows that stay where they are, or not."""
     mesh = sharding.make_mesh(c.MeshConfig(data=1, fsdp=8))
 
     def run(w, x):
