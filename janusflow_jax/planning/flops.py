@@ -36,7 +36,8 @@ def count(closed: core.ClosedJaxpr, while_trips: float = 1.0, platform: str = "t
     return _walk(alive, while_trips, platform)
 
 
-def _walk(jaxpr: core.Jaxpr, trips: float, platform: str) -> float:
+def _walk(jaxpr: Any, trips: float, platform: str) -> float:
+    """Args: jaxpr: a `core.Jaxpr`, whose type does not say that its values have shapes."""
     total = 0.0
     for eqn in jaxpr.eqns:
         p = eqn.params

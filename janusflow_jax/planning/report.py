@@ -10,7 +10,7 @@ import dataclasses
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -185,7 +185,7 @@ def memory(run: Compiled) -> Memory:
     limit = run.machine.chip.memory
     if run.program is None:
         return Memory(parts, plan_compile.required_bytes(run.shortage), limit, False)
-    m = run.program.memory_analysis()
+    m: Any = run.program.memory_analysis()
     held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     peak = max(m.peak_memory_in_bytes, held)
     return Memory(parts, peak, limit, peak <= limit)
@@ -227,9 +227,9 @@ def traffic(run: Compiled, while_trips: float) -> list[plan_collectives.Collecti
     """Every collective of the program."""
     if run.program is None:
         return []
-    return plan_collectives.collectives(
-        run.program.as_text(), run.machine.islands, while_trips, run.mesh.size
-    )
+    text = run.program.as_text()
+    assert text is not None  # the type allows programs without text
+    return plan_collectives.collectives(text, run.machine.islands, while_trips, run.mesh.size)
 
 
 def step_time(
