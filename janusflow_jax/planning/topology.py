@@ -103,7 +103,7 @@ def expected() -> str:
     return f"{names} (for example v5e:4x4, v5p:2x2x2, h100:8x8)"
 
 
-def devices(machine: Machine) -> Sequence[jax.Device]:
+def devices(machine: Machine) -> Sequence[Any]:
     """Devices that programs can be compiled for but not run on.
 
     Raises:
