@@ -286,4 +286,3 @@ CASES: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "train": train_steps,
     "start": first_image,
 }
-OLD_NAMES = {"paint": "generate", "paint_many": "generate_batches", "answer": "chat"}

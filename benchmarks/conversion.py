@@ -5,7 +5,7 @@
 Creates (once) a JanusFlow with the released names and shapes in bfloat16 (4.09 GB) and an SDXL-VAE
 in float32 (0.33 GB) in the scratch folder, which needs 15 GB. Then alternates between `cp` + `sync`
 of the weights and tools/convert_checkpoint.py + `sync`. Memory is the peak of the resident pages of
-the converting process and its children, mapped files included.
+the converting process, mapped files included.
 """
 
 from __future__ import annotations
@@ -72,38 +72,15 @@ def create_checkpoint(scratch: pathlib.Path) -> None:
         safetensors.write_folder(epath.Path(folder), name, weights, 1 << 40)
 
 
-def status(pid: int, key: str) -> int:
-    """A value of /proc/PID/status in bytes; 0 when the process is gone."""
-    try:
-        for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
-
-
-def children(pid: int) -> list[int]:
-    try:
-        text = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except OSError:
-        return []
-    return [x for n in text.split() for x in (int(n), *children(int(n)))]
-
-
 def measure(command: list[str]) -> tuple[float, int]:
     """Seconds and peak resident bytes of a command."""
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        own = status(process.pid, "VmHWM")  # the process's own peak, whenever it was
-        peak = max(peak, own + sum(status(p, "VmRSS") for p in children(process.pid)))
-        time.sleep(0.02)
-    if process.returncode:
-        sys.exit(f"{command} failed with {process.returncode}")
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command} failed with {os.waitstatus_to_exitcode(status)}")
     subprocess.run(["sync"], check=True)
-    return time.perf_counter() - start, peak
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 def main() -> None:

@@ -8,20 +8,17 @@ images has a short side of 512 px, a third of 1,024, a third of 2,048.
 Rounds alternate between the settings. For each it prints the rows per second of the fastest
 round, the least CPU time per row (all threads together) and its inverse, the rows per second and
 core; all without the time to start. `--cached` adds rows of latents and features as
-tools/cache_latents.py stores them (noise, bfloat16). `--profile` prints a profile of one
-thread instead.
+tools/cache_latents.py stores them (noise, bfloat16).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import cProfile
 import dataclasses
 import io
 import itertools
 import pathlib
-import pstats
 import resource
 import tempfile
 import time
@@ -194,7 +191,6 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--rows", type=int, default=12, help="of six images; 40 times as many of 64 px")
     p.add_argument("--cached", action="store_true")
-    p.add_argument("--profile", action="store_true")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(pathlib.Path(folder), photographs(args.photos), args.records)
@@ -207,14 +203,7 @@ def main() -> None:
             random_cache(data, cache, c.model_config("1p3b"))
             kinds["384 px cached"] = packed(data, "generate", cache)
         counts = {n: args.rows * (40 if n == "quick start" else 1) for n in kinds}
-        if not args.profile:
-            return measure(kinds, counts, args.rounds)
-        for name, one in kinds.items():
-            one.row(0)
-            profile = cProfile.Profile()
-            profile.runcall(lambda one=one, n=counts[name]: [one.row(r) for r in range(n)])
-            print(f"--- {name}: {counts[name]} rows")
-            pstats.Stats(profile).sort_stats("tottime").print_stats(18)
+        measure(kinds, counts, args.rounds)
 
 
 if __name__ == "__main__":

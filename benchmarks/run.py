@@ -76,13 +76,12 @@ def main() -> None:
     p.add_argument("--max-batch", type=int, default=0, help="default: 2 on CPU, else 16")
     p.add_argument("--compile", action="store_true", help="torch.compile as one more peer")
     p.add_argument("--no-peers", action="store_true", help="ours alone (no torch needed)")
-    p.add_argument("--json", default="", help="also write the figures here")
+    p.add_argument("--json", default="", help="file to write the figures to")
     args = p.parse_args()
     on_cpu = jax.default_backend() == "cpu"
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     args.steps = args.steps or (8 if on_cpu else 30)
     names = [n.strip() for n in args.only.split(",") if n.strip()]
-    names = [cases.OLD_NAMES.get(n, n) for n in names]
     if unknown := sorted(set(names) - set(cases.CASES)):
         sys.exit(f"error: --only: expected some of {', '.join(cases.CASES)}; got {unknown}")
     scratch = pathlib.Path(args.scratch)

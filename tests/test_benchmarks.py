@@ -38,10 +38,9 @@ def test_ours_and_the_peers_compute_the_same(tmp_path):
     assert all(t["runs"][0] > 0 for r in results.values() for t in r["ways"].values())
 
 
-@pytest.mark.slow
 def test_both_counts_of_operations_agree():
     from benchmarks import operations
 
-    for line in operations.lines("test"):
-        assert line.useful > 0 and abs(line.difference) < 0.03, line.text()
-        assert all(x >= 0 for x in line.overhead.values())
+    for name, budget in operations.budgets("test"):
+        assert budget.useful > 0 and abs(budget.difference) < 0.03, (name, budget)
+        assert all(x >= 0 for x in budget.overhead.values())

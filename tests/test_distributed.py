@@ -53,25 +53,25 @@ def same_losses(one, two, steps) -> None:
 )
 def test_same_losses(data, alone, tmp_path, processes, devices, mesh):
     flags = [f"mesh.{n}={s}" for n, s in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
-    said = jobs.run(
+    output = jobs.run(
         data, tmp_path / "run", "num_steps=3", *flags, processes=processes, devices=devices
     )
     same_losses(alone, tmp_path / "run", range(1, 4))
-    assert len(re.findall("^step ", said, re.MULTILINE)) == 3
+    assert len(re.findall("^step ", output, re.MULTILINE)) == 3
     step = tmp_path / "run" / "checkpoints" / "3"
     written = {checksums.writer_of(str(p.relative_to(step))) for p in step.rglob("*")}
     assert written == set(range(processes))
     assert model_folder.load_model(tmp_path / "run").meta["step"] == 3
     if processes != 2:
         return
-    # the checkpoint goes on elsewhere: all of it on one device, then shared again
+    # The run resumes on one device, then on two processes again.
     jobs.run(data, tmp_path / "run", "num_steps=4", "mesh.data=1")
     jobs.run(data, tmp_path / "run", "num_steps=6", "mesh.fsdp=2", processes=2)
     same_losses(alone, tmp_path / "run", range(1, 7))
 
 
 @pytest.mark.slow
-def test_adapters_train_and_go_on_over_processes(data, alone, tmp_path):
+def test_adapters_train_and_resume_over_processes(data, alone, tmp_path):
     """Their start is in `base/`, written by the first process and read by all."""
     flags = (f"start={alone}", "allow_fresh=False", "lora.rank=4", "train_parts=()")
     jobs.run(data, tmp_path / "one", "num_steps=3", *flags)
@@ -99,10 +99,15 @@ train.train = evaluated
 
 
 @pytest.mark.slow
-def test_held_out_losses_are_of_the_rows_of_all(data, tmp_path):
-    """Three rows on two processes: the first has two, the second one and an empty one."""
+def test_held_out_losses_and_previews_of_two_processes(data, tmp_path):
+    """Three rows on two processes: the first has two, the second one and an empty one. The first
+    process draws the previews with the weights of both."""
     jobs.run(data, tmp_path / "one", "num_steps=1", patch=EVALUATED)
-    jobs.run(data, tmp_path / "two", "num_steps=1", "mesh.fsdp=2", processes=2, patch=EVALUATED)
+    flags = ("num_steps=1", "mesh.data=1", "mesh.fsdp=2", "sheet_num_steps=1")
+    flags = (*flags, "prompts=('a red fox',)")
+    output = jobs.run(data, tmp_path / "two", *flags, processes=2, patch=EVALUATED)
+    assert (tmp_path / "two" / "samples" / "sheet_000001.png").stat().st_size > 1000
+    assert output.count("images for 1 prompts") == 1
     held = [
         [x for x in read_metrics(tmp_path / n) if "eval/held_generate/loss_rf" in x]
         for n in ("one", "two")
@@ -116,16 +121,8 @@ def test_held_out_losses_are_of_the_rows_of_all(data, tmp_path):
             np.testing.assert_allclose(two[name], one[name], rtol=2e-5, err_msg=name)
 
 
-@pytest.mark.slow
-def test_the_first_process_shows_what_all_have_learned(data, tmp_path):
-    flags = ("num_steps=1", "mesh.data=1", "mesh.fsdp=2", "sheet_num_steps=1")
-    said = jobs.run(data, tmp_path / "run", *flags, "prompts=('a red fox',)", processes=2)
-    assert (tmp_path / "run" / "samples" / "sheet_000001.png").stat().st_size > 1000
-    assert said.count("images for 1 prompts") == 1
-
-
 def started(data, workdir, **kwargs):
-    """A job of two processes that has saved step 3 and goes on for long."""
+    """A job of two processes that has saved step 3 and has many left."""
     flags = ("num_steps=1000", "mesh.data=1", "mesh.fsdp=2", "log_every_steps=1")
     job = jobs.start(data, workdir, *flags, processes=2, **kwargs)
     end = time.monotonic() + jobs.TIMEOUT_S
@@ -136,35 +133,31 @@ def started(data, workdir, **kwargs):
 
 
 @pytest.mark.slow
-def test_one_is_told_to_stop_and_all_save_the_same_step(data, alone, tmp_path):
+def test_a_stop_signal_to_one_process_saves_the_same_step_on_all(data, alone, tmp_path):
     workdir = tmp_path / "run"
     job = started(data, workdir)
     job[1].send_signal(signal.SIGTERM)
-    (status, said), (other, _) = jobs.finish(job)
-    assert (status, other) == (0, 0), said
+    (status, output), (other, _) = jobs.finish(job)
+    assert (status, other) == (0, 0), output
     step = model_folder.committed_steps(workdir)[-1]
-    assert step == read_metrics(workdir)[-1]["step"] and f"stopped at step {step}" in said
+    assert step == read_metrics(workdir)[-1]["step"] and f"stopped at step {step}" in output
     if step < 6:
         same_losses(alone, workdir, range(1, step + 1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [1])
-def test_one_is_killed_and_the_other_ends_soon_and_the_run_goes_on(data, tmp_path, victim):
+def test_a_killed_process_ends_the_job_soon_and_the_run_resumes(data, tmp_path):
     workdir = tmp_path / "run"
     job = started(data, workdir)
-    job[victim].kill()
+    job[1].kill()
     began = time.monotonic()
-    ended = jobs.finish(job)
+    (status, output), _ = jobs.finish(job)
     assert time.monotonic() - began < BOUND_S
-    status, said = ended[1 - victim]
     assert status not in (0, None)
-    assert re.search("one of them has died|another task died|distributed service", said), said
+    assert re.search("one of them has died|another task died|distributed service", output), output
     begun = model_folder.committed_steps(workdir)[-1]
-    if victim == 0:
-        return
-    said = jobs.run(data, workdir, f"num_steps={begun + 1}", "mesh.fsdp=2", processes=2)
-    assert f"resumed from step {begun}" in said
+    output = jobs.run(data, workdir, f"num_steps={begun + 1}", "mesh.fsdp=2", processes=2)
+    assert f"resumed from step {begun}" in output
     assert model_folder.committed_steps(workdir)[-1] == begun + 1
 
 
@@ -194,20 +187,22 @@ checksums.write_share = write_share
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("patch", "why", "heard", "last"),
+    ("patch", "why", "message", "last"),
     [
         (NO_DATA, "are bad", "stopped: process 1 of 2: the records of process 1 are bad", 5),
         (NO_DISK, "No space left", "processes [1] did not write their part", 3),
     ],
 )
-def test_what_fails_on_one_ends_all_at_the_same_step(data, tmp_path, patch, why, heard, last):
+def test_an_error_of_one_process_ends_all_at_the_same_step(
+    data, tmp_path, patch, why, message, last
+):
     flags = ("num_steps=1000", "mesh.data=1", "mesh.fsdp=2")
     job = jobs.start(data, tmp_path / "run", *flags, processes=2, patch=patch)
-    (status, said), (other, own) = jobs.finish(job)
+    (status, output), (other, own) = jobs.finish(job)
     assert model_folder.committed_steps(tmp_path / "run")[-1] == last
     assert model_folder.load_model(tmp_path / "run").meta["step"] == last
     assert (status, other) == (1, 1)
-    assert "error: " in said and heard in said, said
+    assert "error: " in output and message in output, output
     assert re.search(rf"^error: .*{why}", own, re.MULTILINE | re.DOTALL), own
 
 
@@ -216,7 +211,7 @@ SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "
 
 
 @pytest.mark.parametrize(
-    ("env", "found"),
+    ("env", "kind"),
     [
         ({}, ""),
         (BY_HAND, "environment"),
@@ -229,11 +224,11 @@ SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "
         ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "GKE or several slices"),
     ],
 )
-def test_clusters_are_recognised(env, found):
-    assert distributed.cluster(env) == found
+def test_clusters_are_detected(env, kind):
+    assert distributed.cluster(env) == kind
 
 
-def test_what_cannot_be_joined_is_said():
+def test_clusters_that_cannot_be_joined():
     distributed.initialize("off", {**BY_HAND})
     distributed.initialize("auto", {})
     with pytest.raises(c.ConfigError, match="--distributed=on: expected a cluster"):

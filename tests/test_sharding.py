@@ -1,4 +1,4 @@
-"""Meshes: slices outermost, neighbours innermost, and one message for what cannot be."""
+"""Meshes: slices outermost, neighbors innermost, and a message for sizes that do not fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from janusflow_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What `make_mesh` looks at, of a device that is not here."""
+    """What `make_mesh` looks at, of a device that does not exist."""
 
     id: int
     platform: str = "tpu"
@@ -54,7 +54,7 @@ def test_only_data_goes_from_slice_to_slice():
 def test_one_slice_may_split_its_axes():
     mesh = arranged(grid(1), [1, 8, 2])
     assert mesh.shape == (1, 8, 2) and len(set(mesh.ravel())) == 16
-    for pair in mesh.reshape(-1, 2):  # tensor: neighbours in the grid
+    for pair in mesh.reshape(-1, 2):  # tensor: neighbors in the grid
         (x, y, _), (v, w, _) = (d.coords for d in pair)
         assert min(abs(x - v), 4 - abs(x - v)) + min(abs(y - w), 4 - abs(y - w)) == 1
 
@@ -65,9 +65,9 @@ def test_the_cores_of_a_chip_stay_together():
         assert pair[0].coords == pair[1].coords and pair[0].core_on_chip != pair[1].core_on_chip
 
 
-def test_the_cards_of_a_host_stay_together():
-    cards = [Chip(n, "gpu", 0, n // 8) for n in range(32)]
-    mesh = arranged(cards[::-1], [4, 8, 1])
+def test_the_gpus_of_a_host_stay_together():
+    gpus = [Chip(n, "gpu", 0, n // 8) for n in range(32)]
+    mesh = arranged(gpus[::-1], [4, 8, 1])
     hosts = np.vectorize(lambda d: d.process_index)(mesh)
     assert (hosts == np.arange(4)[:, None, None]).all()
 
@@ -80,25 +80,24 @@ def test_the_sizes_of_a_mesh():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "message"),
     [
         ({"fsdp": 3}, r"\[-1, 3, 1\] does not use the 8 devices"),
         ({"data": 4}, r"\[4, 1, 1\] does not use the 8 devices"),
         ({"data": -1, "fsdp": -1}, "at most one -1"),
         ({"fsdp": 0}, "sizes >= 1"),
         ({"fsdp": 8, "slices": 2}, "multiple of the 2 slices.*got 1.*at most the 4 devices"),
-        ({"slices": 3}, "8 devices do not fall into 3 slices"),
-        ({"slices": -1}, "expected 0"),
-        ({"data": 5, "slices": 3}, "does not use.*do not fall into"),  # both at once
+        ({"slices": 3}, "8 devices.*into 3"),
+        ({"slices": -1}, "into -1"),
     ],
 )
-def test_a_mesh_that_cannot_be(sizes, says):
-    with pytest.raises(c.ConfigError, match=says):
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(c.ConfigError, match=message):
         sharding.make_mesh(c.MeshConfig(**sizes))
 
 
-def test_slices_that_are_not_there():
-    with pytest.raises(c.ConfigError, match=r"32 devices are of 2 slices; got 4.*slices=2"):
+def test_slices_that_the_devices_do_not_have():
+    with pytest.raises(c.ConfigError, match=r"32 devices.* in 2 slices, into 4: .*slices=0"):
         sharding.make_mesh(c.MeshConfig(slices=4), grid(2))
 
 

@@ -10,7 +10,6 @@ Needs XLA's compiler for them but no device: `pip install 'jax[tpu]'`, or jax-cu
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import sys
@@ -28,7 +27,6 @@ from janusflow_jax.config import flags as flag_parser  # noqa: E402
 from janusflow_jax.planning import (  # noqa: E402
     compile as plan_compile,
     report as plan_report,
-    sampler as plan_sampler,
     topology as plan_topology,
 )
 
@@ -38,8 +36,6 @@ _SLICES = flags.DEFINE_integer("slices", 1, "number of such slices, joined by a 
 _SAMPLER = flags.DEFINE_bool("sampler", False, "plan generation and chat instead of training")
 _ROWS = flags.DEFINE_integer("rows", 16, "with --sampler: images or answers at a time")
 _STEPS = flags.DEFINE_integer("steps", 30, "with --sampler: Euler steps")
-_JSON = flags.DEFINE_bool("json", False, "print the report as JSON")
-_HLO = flags.DEFINE_string("hlo", "", "file to write the compiled program's text to")
 _EXACT = flags.DEFINE_bool("exact", False, "compile as a run does; much slower, the same report")
 _EFFICIENCY = flags.DEFINE_float("efficiency", 0.5, "assumed share of peak that matmuls reach")
 _OVERLAP = flags.DEFINE_float("overlap", 0.7, "assumed share of communication that is hidden")
@@ -53,20 +49,18 @@ def main(argv: list[str]) -> None:
     machine = plan_topology.parse(_TOPOLOGY.value or "", _SLICES.value)
     assume = plan_report.Assumptions(efficiency=_EFFICIENCY.value, overlap=_OVERLAP.value)
     if _SAMPLER.value:
-        reports = plan_sampler.reports(cfg, machine, _ROWS.value, _STEPS.value, assume)
+        runs = plan_report.sampler_reports(cfg, machine, _ROWS.value, _STEPS.value, assume)
     else:
         run = plan_compile.train(cfg, machine, exact=_EXACT.value)
-        if _HLO.value and run.program is not None:
-            Path(_HLO.value).write_text(run.program.as_text())
         files = [runpy.run_path(str(ROOT / f"configs/{name}.py")) for name in STAGES]
         stages = [f["get_config"]() for f in files]
         same_model = [stage for stage in stages if stage.model == cfg.model]
-        reports = [plan_report.report(run, same_model, assume)]
-    if _JSON.value:
-        print(json.dumps(reports if _SAMPLER.value else reports[0], indent=1))
-    else:
-        print("\n\n\n".join(map(plan_report.text, reports)))
-    sys.exit(0 if all(r["memory"]["fits"] for r in reports) else 2)
+        runs = [(run, plan_report.train_report(run, same_model, assume))]
+    fits = True
+    for run, text in runs:
+        print(text, end="\n\n\n", flush=True)
+        fits &= plan_report.memory(run).fits
+    sys.exit(0 if fits else 2)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ CHIPS = {
     "tpu7x": Chip("tpu", 3, 94.75, 2307, 7380e9, 200e9, 12.5e9, 2),
     "h100": Chip("gpu", 2, 72.77, 989, 3352e9, 450e9, 50e9, 1, "NVIDIA H100|NVIDIA H200"),
 }
-"""By the first part of a topology's name. A new line here is a machine that can be planned for."""
+"""By the first part of a topology's name. A line for each machine that can be planned for."""
 
 OTHER_PEAKS = {"NVIDIA A100": 312}  # TFLOP/s of devices that can be trained on, not planned for
 

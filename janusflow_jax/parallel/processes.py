@@ -1,6 +1,6 @@
 """Several processes of one job: joining the cluster, logging, errors, and agreeing when to stop.
 
-With one process nothing here does anything special. Between steps the processes agree through the
+With one process these functions do nothing special. Between steps the processes agree through the
 devices: they reduce a number ahead of the step that it concerns (`Agreement`).
 """
 
@@ -50,7 +50,7 @@ def initialize(mode: str = "auto", env: Mapping[str, str] = os.environ) -> None:
     if not kind and mode == "on":
         raise ConfigError(
             "--distributed=on: expected a cluster (Slurm with several tasks, a TPU pod, GKE), or "
-            f"{', '.join(VARIABLES)} set for every process; found none of them"
+            f"{', '.join(VARIABLES)} set for every process; got neither"
         )
     if not kind:
         return

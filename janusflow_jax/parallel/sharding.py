@@ -7,6 +7,7 @@ the same table serves the test size and 1.3B.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from janusflow_jax.config import MeshConfig
 from janusflow_jax.config.errors import ConfigError
@@ -22,6 +23,7 @@ from janusflow_jax.parallel.trees import path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+Device = Any  # jax.Device, or an object with the same attributes that stands for one in a test
 
 # First match wins; the spec is for the last dimensions, a leading layer axis is never sharded.
 RULES: tuple[tuple[str, P], ...] = (
@@ -48,7 +50,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh.
 
     `data` is the outermost axis and spans the slices: only its collectives (gradients once a step)
@@ -62,57 +64,38 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    slices = _num_slices(cfg, devices)
-    sizes = _mesh_sizes(cfg, len(devices), slices)
-    return Mesh(_arrange(devices, sizes, slices), AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def _slice_of(device: Any) -> int:
-    return getattr(device, "slice_index", None) or 0
-
-
-def _num_slices(cfg: MeshConfig, devices: Sequence[Any]) -> int:
-    there = len({_slice_of(d) for d in devices})
-    if cfg.slices < 0:
+    count, physical = len(devices), len({_slice_of(d) for d in devices})
+    slices = cfg.slices or physical
+    if slices < 1 or count % slices or (physical > 1 and slices != physical):
         raise ConfigError(
-            f"mesh.slices: expected 0 (as many as there are) or more; got {cfg.slices}"
+            f"mesh.slices: cannot divide {count} devices, which are in {physical} slices, into "
+            f"{cfg.slices}: set --config.mesh.slices=0 to use them as they are"
         )
-    if there > 1 and cfg.slices not in (0, there):
-        raise ConfigError(
-            f"mesh.slices: the {len(devices)} devices are of {there} slices; got {cfg.slices}: "
-            f"set --config.mesh.slices={there}, or 0 to take what is there"
-        )
-    return cfg.slices or there
-
-
-def _mesh_sizes(cfg: MeshConfig, count: int, slices: int) -> list[int]:
-    """(data, fsdp, tensor) with -1 replaced."""
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ConfigError(f"mesh: expected sizes >= 1 and at most one -1; got {sizes}")
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
-    bad = []
-    if int(np.prod([abs(s) for s in sizes])) != count or -1 in sizes:
-        bad.append(
-            f"data x fsdp x tensor = {sizes} does not use the {count} devices there are; set "
-            "--config.mesh.data, .fsdp and .tensor so that their product does"
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = count // math.prod(s for s in sizes if s != -1)
+    if math.prod(sizes) != count:
+        raise ConfigError(
+            f"mesh: data x fsdp x tensor = {[cfg.data, cfg.fsdp, cfg.tensor]} does not use the "
+            f"{count} devices there are; set --config.mesh.data, .fsdp and .tensor so that their "
+            "product does"
         )
-    if count % slices:
-        bad.append(f"slices: {count} devices do not fall into {slices} slices of one size")
-    elif sizes[0] != -1 and sizes[0] % slices:
-        bad.append(
-            f"data: expected a multiple of the {slices} slices (only data goes from slice to "
-            f"slice); got {sizes[0]}: fsdp x tensor may be at most the {count // slices} devices "
-            "of a slice"
+    if sizes[0] % slices:
+        raise ConfigError(
+            f"mesh: data: expected a multiple of the {slices} slices (only data goes from slice "
+            f"to slice); got {sizes[0]}: fsdp x tensor may be at most the {count // slices} "
+            "devices of a slice"
         )
-    if bad:
-        raise ConfigError("; ".join(f"mesh: {b}" for b in bad))
-    return sizes
+    return Mesh(_arrange(devices, sizes, slices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _arrange(devices: Sequence[Any], sizes: Sequence[int], slices: int) -> np.ndarray:
+def _slice_of(device: Device) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def _arrange(devices: Sequence[Device], sizes: Sequence[int], slices: int) -> np.ndarray:
     """Devices as data x fsdp x tensor, with network neighbors next to each other."""
     cores = {getattr(d, "core_on_chip", 0) for d in devices}
     if devices[0].platform == "tpu" and len(cores) == 1:
@@ -139,12 +122,12 @@ def _arrange(devices: Sequence[Any], sizes: Sequence[int], slices: int) -> np.nd
     return np.asarray(order).reshape(sizes)
 
 
-def row_multiple(mesh: Any, accum_steps: int) -> int:
+def row_multiple(mesh: Mesh, accum_steps: int) -> int:
     """What a batch's number of rows must be a multiple of: data x fsdp x accum_steps."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * accum_steps
 
 
-def check_rows(batch_rows: int, accum_steps: int, mesh: Any) -> None:
+def check_rows(batch_rows: int, accum_steps: int, mesh: Mesh) -> None:
     """Raises ConfigError where the rows of a batch do not divide over the mesh."""
     multiple = row_multiple(mesh, accum_steps)
     if batch_rows % multiple:
@@ -155,7 +138,7 @@ def check_rows(batch_rows: int, accum_steps: int, mesh: Any) -> None:
         )
 
 
-def current_mesh() -> Any | None:
+def current_mesh() -> AbstractMesh | None:
     """The mesh set by `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
@@ -169,8 +152,7 @@ def num_devices() -> int:
 
 def axis_size(name: str) -> int:
     """Devices along a mesh axis; 1 without a mesh."""
-    mesh = current_mesh()
-    return mesh.shape[name] if mesh is not None else 1
+    return jax.sharding.get_abstract_mesh().shape.get(name, 1)
 
 
 def batch_size() -> int:
@@ -190,20 +172,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, mesh))
 
 
-def fit(spec: P, shape: Sequence[int], mesh: Any) -> P:
+def fit(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """Drops the axes of `spec` that do not divide `shape`; pads it on the left to its rank."""
     entries = list(spec)[-len(shape) :] if len(shape) else []
     entries = [None] * (len(shape) - len(entries)) + entries
+    fitted = []
+    for entry, dim in zip(entries, shape, strict=True):
+        axes = entry if isinstance(entry, tuple) else (entry,)
+        size = math.prod(mesh.shape[a] for a in axes if a is not None)
+        fitted.append(entry if dim % size == 0 else None)
+    return P(*fitted)
 
-    def keep(entry: Any, dim: int) -> Any:
-        axes = () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
-        size = int(np.prod([mesh.shape[a] for a in axes])) if axes else 1
-        return entry if axes and dim % size == 0 else None
 
-    return P(*[keep(e, d) for e, d in zip(entries, shape, strict=True)])
-
-
-def param_spec(name: str, shape: Sequence[int], mesh: Any) -> P:
+def param_spec(name: str, shape: Sequence[int], mesh: Mesh) -> P:
     """The PartitionSpec of a parameter by its path (or of a moment that mirrors it)."""
     name = re.sub(r"kernel/(qvalue|scale)$", "kernel", name)  # int8 weights
     for pattern, spec in RULES:
@@ -235,32 +216,19 @@ def rows_of_process(mesh: Mesh, global_rows: int) -> list[int]:
     return sorted({row for rows in parts for row in rows})
 
 
-def put_batch(batch: Any, mesh: Mesh, global_rows: int) -> Any:
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, global_rows: int) -> dict[str, jax.Array]:
     """Global arrays from this process's numpy rows: those of `rows_of_process` in order, or all
     `global_rows`."""
-    sharding = NamedSharding(mesh, P(BATCH))
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    rows = rows_of_process(mesh, global_rows)
-
-    def put(x: np.ndarray) -> jax.Array:
-        mine = range(global_rows) if len(x) == global_rows else rows
-
-        def part(index: Any) -> np.ndarray:  # a device's rows follow one another
-            start, stop, _ = index[0].indices(global_rows)
-            first = mine.index(start)
-            return x[first : first + stop - start]
-
-        return jax.make_array_from_callback((global_rows, *x.shape[1:]), sharding, part)
-
-    return jax.tree.map(put, batch)
+    where = NamedSharding(mesh, P(BATCH))
+    shapes = {name: (global_rows, *x.shape[1:]) for name, x in batch.items()}
+    return jax.make_array_from_process_local_data(where, batch, shapes)
 
 
-def put_tree(tree: Any, where: Any) -> Any:
+def put_tree(tree: Any, shardings: Any) -> Any:
     """Global arrays from whole trees that every process has; each device gets only its part."""
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(put, tree, where)
+    return jax.tree.map(put, tree, shardings)

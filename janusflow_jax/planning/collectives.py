@@ -1,7 +1,7 @@
 """What a compiled step sends between chips, read from XLA's optimized program text.
 
-XLA's own cost analysis counts the body of a loop once. Here a collective counts as often as the
-loops around it run.
+XLA's own cost analysis has no collectives and counts the body of a loop once. Here a collective
+counts as often as the loops around it run.
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
+_FACTORS = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+    "send": lambda n: 1,
+}
+"""Bytes that one of n chips sends in a ring, per byte of its result."""
 
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_LAYOUT = re.compile(r"\{[^}]*\}")
 _CALLS = re.compile(
     r"\b(?:body|calls|to_apply|branch_computations|called_computations)=(\{.*?\}|%?[\w.\-]+)"
 )
 
 
 class Instruction(NamedTuple):
-    root: bool
+    root: bool  # of its computation
     result: str  # its type
     opcode: str
     rest: str  # operands and attributes
@@ -61,15 +68,7 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that one chip sends per step if every collective runs as a ring."""
-        n = self.group
-        share = (n - 1) / n if n else 0.0
-        factor = {
-            "all-gather": share,
-            "all-reduce": 2 * share,
-            "reduce-scatter": n - 1,
-            "all-to-all": share,
-        }.get(self.kind, 1.0)
-        return self.times * self.bytes * factor
+        return self.times * self.bytes * _FACTORS[self.kind](self.group)
 
 
 def _type_bytes(name: str) -> int:
@@ -89,51 +88,44 @@ def collectives(
       devices: on which the program runs; 0: as the text says. For several TPU slices XLA writes
         the program of one slice: its collectives stay inside and its sends go to other slices.
     """
-    program = parse(text)
+    program = _parse(text)
     match = re.search(r"num_partitions=(\d+)", text)
     partitions = int(match[1]) if match else 1
-    if partitions < devices:
-        slices = 1
+    per_slice = partitions if partitions < devices else max(partitions // slices, 1)
     out: list[Collective] = []
-    seen: set[tuple[str, ...]] = set()
 
-    def walk(computation: str, times: float, loop: str) -> None:
-        for op in program.get(computation, {}).values():
-            kind = op.opcode.removesuffix("-start")
-            if kind in KINDS:
-                if computation != loop:
-                    # On TPU an asynchronous collective is written into the start, the middle and
-                    # the end of a fusion, but it is sent once.
-                    result, channel = _LAYOUT.sub("", op.result), op.attribute(r"channel_id=(\d+)")
-                    once = (loop, kind, channel, result, op.attribute(r'op_name="([^"]*)"'))
-                    if once in seen:
-                        continue
-                    seen.add(once)
-                # An all-reduce of which every chip keeps its part only.
+    def walk(computation: str, times: float) -> None:
+        for op in program[computation].values():
+            if op.opcode.removesuffix("-start") in _FACTORS:
                 scatter = "all-reduce-scatter" in computation
-                out.append(_collective(kind, op, times, scatter, partitions, slices))
+                out.append(_collective(op, times, scatter, partitions, per_slice))
+            elif op.opcode == "while":
+                trips = _trip_count(program, op)
+                inner = times * (while_trips if trips is None else trips)
+                walk(op.attribute(r"body=%?([\w.\-]+)"), inner)
             elif not op.opcode.endswith(("-done", "-update")):
-                inner = times
-                if op.opcode == "while":
-                    trips = trip_count(program, program[computation], op)
-                    inner *= while_trips if trips is None else trips
                 for call in _CALLS.finditer(op.rest):
                     for called in re.findall(r"[\w.\-]+", call[1]):
-                        walk(called, inner, called if op.opcode == "while" else loop)
+                        # On TPU an asynchronous collective is sent once, but written into the
+                        # fusion that starts it, those that overlap it and the one that ends it.
+                        ends = any(
+                            "AsyncCollectiveDone" in i.rest for i in program[called].values()
+                        )
+                        if not called.startswith("async_collective_fusion") and not ends:
+                            walk(called, times)
 
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
     if entry:
-        walk(entry[1], 1.0, entry[1])
+        walk(entry[1], 1.0)
     return out
 
 
-def parse(text: str) -> Program:
-    """The instructions of a program's text by computation."""
+def _parse(text: str) -> Program:
     program: Program = {}
     body: dict[str, Instruction] = {}
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")):
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%").split("(")[0]
+            name = re.split(r"[ (]", line.removeprefix("ENTRY ").lstrip("%"))[0]
             body = program.setdefault(name, {})
         elif match := _INSTRUCTION.match(line):
             root, name, *parts = match.groups()
@@ -141,46 +133,40 @@ def parse(text: str) -> Program:
     return program
 
 
-def trip_count(program: Program, caller: dict[str, Instruction], op: Instruction) -> float | None:
-    """Iterations of a while loop; None where its bound is not a constant.
+def _trip_count(program: Program, loop: Instruction) -> float | None:
+    """Iterations of a while loop; None where they depend on data.
 
     XLA states the number for CPU and GPU. For TPU it follows from the loop itself:
-    `i = start; while (i < end) i += step`.
-
-    Args: caller: the computation that holds the loop.
+    `i = 0; while (i < end) i += step`. The loops in which XLA overlaps a matmul with the collective
+    of its operand have a step of 2.
     """
-    known = op.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+    known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
         return float(known)
-    condition = program[op.attribute(r"condition=%?([\w.\-]+)")]
-    body = program[op.attribute(r"body=%?([\w.\-]+)")]
-    test = next(i for i in condition.values() if i.root)
-    if test.opcode != "compare" or "direction=LT" not in test.rest:
+    condition = program[loop.attribute(r"condition=%?([\w.\-]+)")]
+    body = program[loop.attribute(r"body=%?([\w.\-]+)")]
+    test = next(op for op in condition.values() if op.root)
+    if test.opcode != "compare":
         return None
-    counter, bound = (condition[n] for n in test.operands)
-    end, index = _constant(bound), counter.attribute(r"index=(\d+)")
-    if end is None or not index:
+    counter, bound = (condition[name] for name in test.operands)
+    if bound.opcode != "constant":
         return None
-
-    def element(of: Instruction, inside: dict[str, Instruction]) -> Instruction | None:
-        """The counter in a tuple."""
-        return inside.get(of.operands[int(index)]) if of.opcode == "tuple" else None
-
-    start = _constant(element(caller[op.operands[0]], caller)) or 0
-    update = element(next(i for i in body.values() if i.root), body)
-    added = update.operands if update is not None and update.opcode == "add" else []
-    step = next((n for n in (_constant(body.get(name)) for name in added) if n), 1)
-    return float(max(-(-(end - start) // step), 0))
+    result = next(op for op in body.values() if op.root)
+    update = body[result.operands[int(counter.attribute(r"index=(\d+)"))]]
+    constants = (body[name] for name in update.operands if body[name].opcode == "constant")
+    step = next((_value(op) for op in constants), 1)
+    return float(math.ceil(_value(bound) / step))
 
 
-def _constant(op: Instruction | None) -> int | None:
-    value = re.match(r"(-?\d+)\)", op.rest) if op is not None and op.opcode == "constant" else None
-    return int(value[1]) if value else None
+def _value(constant: Instruction) -> int:
+    return int(constant.rest.split(")")[0])
 
 
 def _collective(
-    kind: str, op: Instruction, times: float, scatter: bool, devices: int, slices: int
+    op: Instruction, times: float, scatter: bool, devices: int, per_slice: int
 ) -> Collective:
+    """Args: scatter: whether it is an all-reduce of which every chip keeps its part only."""
+    kind = op.opcode.removesuffix("-start")
     shapes = [(t, tuple(_ints(dims))) for t, dims in _SHAPE.findall(op.result)]
     if op.opcode.endswith("-start") and kind != "all-reduce":
         shapes = [s for s in shapes if s[1] or s[0] != "u32"]
@@ -192,11 +178,11 @@ def _collective(
         groups = np.array(re.findall(r"\d+", pairs), int).reshape(-1, 2)
     else:
         groups = replica_groups(op.rest, devices)
-    size = groups.shape[1] if groups.size else devices
-    if kind == "all-reduce" and scatter:
+    size = groups.shape[1]
+    if scatter:
         kind = "reduce-scatter"
-        shapes = [(t, (math.prod(d) // size,)) for t, d in shapes]
-    slice_of = groups // max(devices // slices, 1)
+        shapes = [(t, (math.prod(dims) // size,)) for t, dims in shapes]
+    slice_of = groups // per_slice
     between = kind == "send" or bool((slice_of != slice_of[:, :1]).any())
     op_name = op.attribute(r'op_name="([^"]*)"')
     return Collective(kind, tuple(shapes), size, times, between, op_name)
@@ -208,50 +194,36 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     XLA writes lists `{{0,1},{2,3}}`, an order of all devices `[2,2]<=[2,2]T(1,0)`, or axes of a
     mesh `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}` (a part of an axis: `'b':(1)2`).
     """
-    mesh = re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
-        r"\{(.*?)\}",
-        attributes,
-    )
-    if mesh:
-        axes = {n: int(size) for n, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        dims = _ints(mesh[2]) or list(axes.values())
-        return _over_axes(_order(dims, _ints(mesh[3])), axes, mesh[4])
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        return _order(_ints(iota[2]), _ints(iota[3])).reshape(_ints(iota[1]))
-    listed = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
-    if listed:
-        return np.array([_ints(g) for g in re.findall(r"\{([\d,]+)\}", listed[1])])
-    return np.arange(devices)[None]
-
-
-def _ints(text: str | None) -> list[int]:
-    return [int(n) for n in text.split(",")] if text else []
-
-
-def _order(dims: list[int], permutation: list[int]) -> np.ndarray:
-    order = np.arange(math.prod(dims)).reshape(dims)
-    return order.transpose(permutation) if permutation else order
-
-
-def _over_axes(order: np.ndarray, axes: dict[str, int], named: str) -> np.ndarray:
-    """Groups that differ in the named axes only; an axis named in part is split in three."""
-    parts = {
-        name: (int(before or 1), int(size or 0))
-        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named)
-    }
+    match = re.search(r"replica_groups=(mesh.*?\{.*?\}|\{\{.*?\}\}|\[[^ ]*)", attributes)
+    if match is None:
+        return np.arange(devices)[None]
+    text = match[1]
+    order = re.search(r"(?:<=|device_ids=\()\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    ids = np.arange(devices)
+    if order:
+        ids = ids.reshape(_ints(order[1]))
+        ids = ids.transpose(_ints(order[2])) if order[2] else ids
+    if text.startswith("["):
+        return ids.reshape(_ints(text[1 : text.index("]")]))
+    if text.startswith("{"):
+        return np.array([_ints(group) for group in re.findall(r"\{([\d,]+)\}", text)])
+    named = text[text.rindex("{") :]
     shape: list[int] = []
-    inside: list[int] = []
-    for name, whole in axes.items():
-        before, size = parts.get(name, (whole, 1))
-        size = size or whole // before
-        if name in parts:
+    inside: list[int] = []  # dimensions that vary within a group
+    for name, size in re.findall(r"'(\w+)'=(\d+)", text):
+        before, part = int(size), 1
+        if match := re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", named):
+            before, part = int(match[1] or 1), int(match[2] or size)
             inside.append(len(shape) + 1)
-        shape += [before, size, whole // (before * size)]
-    outside = [i for i in range(len(shape)) if i not in inside]
-    group = math.prod(shape[i] for i in inside)
-    return order.reshape(shape).transpose(outside + inside).reshape(-1, group)
+        shape += [before, part, int(size) // (before * part)]
+    last = range(-len(inside), 0)
+    return np.moveaxis(ids.reshape(shape), inside, last).reshape(
+        -1, math.prod(shape[i] for i in inside)
+    )
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")] if text else []
 
 
 class Total(NamedTuple):
@@ -259,7 +231,6 @@ class Total(NamedTuple):
 
     kind: str
     between: bool
-    places: int  # in the program
     times: float
     bytes: float  # of results, per step
     sent: float
@@ -270,9 +241,13 @@ def totals(items: Iterable[Collective]) -> list[Total]:
     groups: dict[tuple[str, bool], list[Collective]] = {}
     for c in items:
         groups.setdefault((c.kind, c.between), []).append(c)
-    out = []
-    for (kind, between), cs in groups.items():
-        times, sent = sum(c.times for c in cs), sum(c.sent for c in cs)
-        result = sum(c.times * c.bytes for c in cs)
-        out.append(Total(kind, between, len(cs), times, result, sent))
+    out = [
+        Total(
+            *key,
+            sum(c.times for c in cs),
+            sum(c.times * c.bytes for c in cs),
+            sum(c.sent for c in cs),
+        )
+        for key, cs in groups.items()
+    ]
     return sorted(out, key=lambda t: -t.sent)

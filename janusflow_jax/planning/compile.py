@@ -6,10 +6,9 @@ No array exists: state and batch are shapes with the shardings that a run would 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +30,14 @@ QUICK = {
 """Compiler options that save time and change neither memory nor collectives."""
 
 
-@dataclasses.dataclass
-class Compiled:
+class Compiled(NamedTuple):
     """A program and what it was compiled from."""
 
     cfg: TrainConfig
     machine: Machine
     mesh: Mesh
     arguments: dict[str, Any]  # by name: trees of shapes with shardings
-    program: Any  # jax.stages.Compiled; None where it does not fit
+    program: jax.stages.Compiled | None  # None where it does not fit
     shortage: str  # the compiler's message where it does not fit
     seconds: float
 
@@ -111,15 +109,9 @@ def train(cfg: TrainConfig, machine: Machine, exact: bool = False) -> Compiled:
     return Compiled(cfg, machine, mesh, {**state, "batch": batch}, *built)
 
 
-def trace_counted(cfg: TrainConfig, mesh: Mesh) -> Any:
-    """The step's jaxpr with XLA's attention, the form whose operations can be counted."""
-    cfg = dataclasses.replace(cfg, attention="xla")
-    state, batch = state_shapes(cfg), batch_shapes(cfg)
-    with jax.set_mesh(mesh):
-        return train_step.jit_train_step(cfg, mesh, state, batch).trace(state, batch).jaxpr
-
-
-def build(traced: Any, machine: Machine, exact: bool) -> tuple[Any, str, float]:
+def build(
+    traced: jax.stages.Traced, machine: Machine, exact: bool = False
+) -> tuple[jax.stages.Compiled | None, str, float]:
     """Compiles: (program, '', seconds), or (None, the compiler's message, seconds).
 
     Args:

@@ -8,17 +8,22 @@ per multiply-add, scans times their length. Element-wise work is not counted, as
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
+from jax.extend import core
 from jax.interpreters import partial_eval
+from jax.sharding import Mesh
 
 from janusflow_jax.config import TrainConfig, parts as parts_lib
 from janusflow_jax.models import attention
-from janusflow_jax.training import flops
+from janusflow_jax.planning import compile as plan_compile
+from janusflow_jax.training import cross_entropy, flops, step as train_step
 
 
-def count(closed: Any, while_trips: float = 1.0, platform: str = "tpu") -> float:
+def count(closed: core.ClosedJaxpr, while_trips: float = 1.0, platform: str = "tpu") -> float:
     """Operations of the matmuls and convolutions of a closed jaxpr, over all devices.
 
     Args:
@@ -32,6 +37,7 @@ def count(closed: Any, while_trips: float = 1.0, platform: str = "tpu") -> float
 
 
 def _walk(jaxpr: Any, trips: float, platform: str) -> float:
+    """Args: jaxpr: a `core.Jaxpr`, whose type does not say that its values have shapes."""
     total = 0.0
     for eqn in jaxpr.eqns:
         p = eqn.params
@@ -48,7 +54,10 @@ def _walk(jaxpr: Any, trips: float, platform: str) -> float:
                 macs = math.prod(kernel[i] for i in spec) / math.prod(p["lhs_dilation"])
                 total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * macs
             case "cond":
-                branches = _branches(p["branches"], p.get("branches_platforms"), platform)
+                branches = p["branches"]
+                if platforms := p.get("branches_platforms"):  # one of them runs there
+                    runs = [names is None or platform in names for names in platforms]
+                    branches = [branches[runs.index(True)]]
                 total += max(_walk(b.jaxpr, trips, platform) for b in branches)
             case "while":
                 total += trips * _walk(p["body_jaxpr"].jaxpr, trips, platform)
@@ -65,32 +74,22 @@ def _walk(jaxpr: Any, trips: float, platform: str) -> float:
     return total
 
 
-def _branches(branches: Any, platforms: Any, platform: str) -> list[Any]:
-    """Those that may run: all, or the one of the platform where that decides."""
-    if platforms is None:
-        return list(branches)
-    return [next(b for b, p in zip(branches, platforms, strict=True) if p is None or platform in p)]
-
-
 class Budget(NamedTuple):
-    """Operations of one step over all devices: the useful ones, and the others by cause."""
+    """Operations of a program over all devices, by an analytic count and by its jaxpr."""
 
-    useful: float  # `flops.train_flops` of a typical batch: what utilization counts
-    padding: float  # positions that belong to no sample
-    pairs: float  # attention between positions that are masked
-    idle_slots: float  # image encoders on slots without an image
-    head: float  # the head on positions without a target
-    recomputed: float  # forward passes that rematerialization runs again
-    jaxpr: float  # counted on the jaxpr; all others sum to `analytic`
+    useful: float  # what utilization counts (`training/flops.py`)
+    overhead: dict[str, float]  # the others by cause
+    counted: float  # on the jaxpr
 
     @property
-    def analytic(self) -> float:
-        return sum(self[:6])
+    def total(self) -> float:
+        """Of the analytic count."""
+        return self.useful + sum(self.overhead.values())
 
     @property
     def difference(self) -> float:
         """Of the two counts, relative."""
-        return self.jaxpr / self.analytic - 1
+        return self.counted / self.total - 1
 
 
 TEXT = {"generate": (80, 0), "understand": (200, 100)}
@@ -127,14 +126,16 @@ def typical(cfg: TrainConfig) -> flops.Work:
     )
 
 
-def budget(cfg: TrainConfig, jaxpr: Any, head_positions: int, trips: float) -> Budget:
+def budget(cfg: TrainConfig, mesh: Mesh) -> Budget:
     """Splits the operations of a train step by cause, beside the count of its jaxpr.
 
-    Args:
-      jaxpr: of the step with XLA's attention.
-      head_positions: on which the head runs, over all devices.
-      trips: iterations of the head's loop.
+    The step is traced with XLA's attention, and its head runs as often as typical rows need.
     """
+    cfg = dataclasses.replace(cfg, attention="xla")
+    state, batch = plan_compile.state_shapes(cfg), plan_compile.batch_shapes(cfg)
+    with jax.set_mesh(mesh):
+        jaxpr = train_step.jit_train_step(cfg, mesh, state, batch).trace(state, batch).jaxpr
+    positions, passes = head_work(cfg, mesh)
     trained = parts_lib.trained_parts(cfg)
     work = typical(cfg)
     rows, length = cfg.batch_rows, cfg.data.row_len
@@ -150,16 +151,29 @@ def budget(cfg: TrainConfig, jaxpr: Any, head_positions: int, trips: float) -> B
     work, padding = more(positions=rows * length)
     work, pairs = more(pairs=float(rows * length * length))
     work, idle = more(gen_images=rows * cfg.data.gen_slots, und_images=rows * cfg.data.und_slots)
-    work, head = more(targets=head_positions)
-    return Budget(
-        useful,
-        padding,
-        pairs,
-        idle,
-        head,
-        recomputed(cfg, trained),
-        count(jaxpr, while_trips=trips),
-    )
+    work, head = more(targets=positions)
+    overhead = {
+        "padding": padding,
+        "attention across samples and to later positions": pairs,
+        "image encoders on slots without an image": idle,
+        "the head where there is no target": head,
+        "recomputation (remat)": recomputed(cfg, trained),
+    }
+    return Budget(useful, overhead, count(jaxpr, while_trips=float(passes)))
+
+
+def head_work(cfg: TrainConfig, mesh: Mesh) -> tuple[int, int]:
+    """Positions of a step that the head runs on; passes of its loop in one accumulation step."""
+    accum = cfg.optim.accum_steps
+    with jax.set_mesh(mesh):
+        positions, passes = cross_entropy.head_positions(
+            cfg.model.llm.vocab_size,
+            cfg.batch_rows // accum,
+            cfg.data.row_len,
+            cfg.loss.ce_chunk,
+            typical(cfg).targets // accum,
+        )
+    return positions * accum, passes
 
 
 def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
@@ -180,18 +194,18 @@ def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
     return total
 
 
-def executed(cfg: TrainConfig, work: Budget) -> float:
-    """Operations over all devices with the attention that runs, not XLA's.
+def executed(cfg: TrainConfig, counted: float) -> float:
+    """Operations over all devices with the attention that runs, from a count with XLA's.
 
     Splash attention computes only the blocks on and below the diagonal. Its backward pass computes
     the scores twice: 7 matmuls per block where XLA's attention has 4.
     """
     if cfg.attention != "splash":
-        return work.jaxpr
+        return counted
     length = cfg.data.row_len
     per_pass = flops.attention_per_pair(cfg.model) * cfg.batch_rows * length**2
     unit, block = attention.SPLASH_UNIT, attention.SPLASH_BLOCK
     blocks = length / (block if length % block == 0 else unit)
     forward = 2 if cfg.remat else 1
     splash_flops = per_pass * (forward + 7 / 2) * (blocks + 1) / (2 * blocks)
-    return work.jaxpr - per_pass * (forward + 2) + splash_flops
+    return counted - per_pass * (forward + 2) + splash_flops

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,11 +21,11 @@ from janusflow_jax.planning import (
     collectives as plan_collectives,
     compile as plan_compile,
     flops as plan_flops,
+    sampler,
+    topology,
 )
 from janusflow_jax.planning.compile import Compiled, bytes_per_device
-from janusflow_jax.training import cross_entropy
-
-Report = dict[str, Any]
+from janusflow_jax.planning.topology import Machine
 
 PARTS = {
     "params": "parameters, trained",
@@ -33,18 +33,9 @@ PARTS = {
     "vae": "parameters of the VAE",
     "opt_state": "optimizer",
     "ema": "EMA",
+    "model": "parameters",
     "batch": "batch",
     "inputs": "inputs",
-}
-FLOPS = {
-    "useful": "useful (training/flops.py, a typical batch)",
-    "padding": "+ padding",
-    "pairs": "+ attention across samples and to later positions",
-    "idle_slots": "+ image encoders on slots without an image",
-    "head": "+ the head where there is no target",
-    "recomputed": "+ recomputation (remat)",
-    "analytic": "= total, analytic",
-    "jaxpr": "counted on the jaxpr (XLA's attention)",
 }
 
 
@@ -57,72 +48,150 @@ class Assumptions:
     link: float = 0.8  # share of the link rate that a collective reaches
 
 
-def report(run: Compiled, stage_cfgs: Sequence[TrainConfig], assume: Assumptions) -> Report:
-    """Everything about a compiled train step, as JSON values."""
-    cfg = run.cfg
-    work = operations(cfg, run.mesh)
-    executed = plan_flops.executed(cfg, work)
-    sent = traffic(run, float(head_work(cfg, run.mesh)[1]))
-    times = step_time(run, executed, sent, assume)
-    counts = {"analytic": work.analytic, "difference": work.difference, "executed": executed}
-    return {
-        **common(run, cfg.name, sent, times, assume),
-        "rows": cfg.batch_rows,
-        "accum_steps": cfg.optim.accum_steps,
-        "flops": work._asdict() | counts,
-        "stages": stages(stage_cfgs, run, times["links"], times["update"], assume),
-    }
+class Memory(NamedTuple):
+    """Bytes of one device."""
+
+    parts: dict[str, int]  # of the arguments
+    peak: int | None  # None: the compiler does not say
+    limit: int
+    fits: bool
 
 
-def common(
+class StepTime(NamedTuple):
+    """Seconds of one step by what takes them."""
+
+    compute: float  # matmuls and convolutions
+    state: float  # parameters and other state, through the device's memory
+    links: float  # communication
+
+    def total(self, overlap: float) -> float:
+        """Seconds of the step if computation hides this share of the communication."""
+        return max(self.links, self.compute + self.state + (1 - overlap) * self.links)
+
+
+def train_report(run: Compiled, stage_cfgs: Sequence[TrainConfig], assume: Assumptions) -> str:
+    """The report on a compiled train step.
+
+    Args: stage_cfgs: stages whose time and cost on this machine are printed too.
+    """
+    budget = plan_flops.budget(run.cfg, run.mesh)
+    executed = plan_flops.executed(run.cfg, budget.counted)
+    # The optimizer reads and writes the state once.
+    state = (run.arguments.get(part, {}) for part in ("params", "opt_state", "ema"))
+    moved = 2 * sum(map(bytes_per_device, state))
+    sent = traffic(run, float(plan_flops.head_work(run.cfg, run.mesh)[1]))
+    times = step_time(run, executed, moved, sent, assume)
+    rows = f"{run.cfg.batch_rows} rows"
+    if run.cfg.optim.accum_steps > 1:
+        rows += f" in {run.cfg.optim.accum_steps} parts"
+    text = report(run, f"{run.cfg.name}, {rows},", budget, executed, sent, times, assume)
+    if run.program is None or not stage_cfgs:
+        return text
+    return f"{text}\n\n{stages(stage_cfgs, run, times, assume)}"
+
+
+def sampler_reports(
+    cfg: TrainConfig, machine: Machine, rows: int, num_steps: int, assume: Assumptions
+) -> Iterator[tuple[Compiled, str]]:
+    """Compiles the pipeline's programs for a batch of `rows`, and reports on each.
+
+    Args: num_steps: Euler steps.
+    Raises:
+      ConfigError: the config, the topology or the mesh cannot work.
+    """
+    cfg = plan_compile.prepare(dataclasses.replace(cfg, attention="xla"), machine)
+    mesh = sharding.make_mesh(cfg.mesh, topology.devices(machine))
+    for program in sampler.sampler_programs(cfg.model, mesh, rows, num_steps):
+        with jax.set_mesh(mesh):
+            built = plan_compile.build(program.traced, machine)
+        run = Compiled(cfg, machine, mesh, program.arguments, *built)
+        budget = program.budget(machine.chip.platform)
+        moved = program.passes * sum(bytes_per_device(t) for t in program.arguments.values())
+        sent = traffic(run, float(program.passes))
+        times = step_time(run, budget.counted, moved, sent, assume)
+        yield run, report(run, program.name, budget, budget.counted, sent, times, assume)
+
+
+def report(
     run: Compiled,
     name: str,
+    budget: plan_flops.Budget,
+    executed: float,
     sent: Sequence[plan_collectives.Collective],
-    times: Report,
+    times: StepTime,
     assume: Assumptions,
-) -> Report:
-    """What the reports of all programs have."""
-    use = memory(run)
-    return {
-        "config": name,
-        "topology": run.machine.name,
-        "chips": run.machine.chips,
-        "mesh": dict(run.mesh.shape),
-        "attention": run.cfg.attention,
-        "compile_seconds": run.seconds,
-        "cpu_seconds": time.process_time(),
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "memory": use,
-        "advice": [] if use["fits"] else advice(run, use),
-        "collectives": [t._asdict() for t in plan_collectives.totals(sent)],
-        "assumptions": dataclasses.asdict(assume),
-        "time": times,
+) -> str:
+    """What is known about any program.
+
+    Args: executed: operations over all chips with the attention that runs; sent: from `traffic`.
+    """
+    mesh = " x ".join(f"{n} {s}" for n, s in run.mesh.shape.items())
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    m = memory(run)
+    sizes = {PARTS[part]: size for part, size in m.parts.items() if size}
+    if m.peak is not None:
+        sizes |= {"activations and temporaries": m.peak - sum(sizes.values()), "peak": m.peak}
+    lines = [
+        f"{name} on {run.machine.name}: {run.machine.chips} chips, mesh {mesh}, "
+        f"{run.cfg.attention} attention",
+        f"compiled in {run.seconds:.0f} s ({time.process_time():.0f} s of CPU time in all, "
+        f"{peak_rss / GIB:.1f} GiB of memory); nothing was run",
+        "",
+        "memory of a device, GiB",
+        *(f"  {label:34} {size / GIB:8.3f}" for label, size in sizes.items()),
+        f"  {'of':34} {m.limit / GIB:8.3f}  {'fits' if m.fits else 'does not fit'}",
+    ]
+    if run.shortage:
+        lines.append(f"  the compiler: {run.shortage}")
+    if not m.fits:
+        lines += ["to make it fit, the cheapest first:", *(f"  {t}" for t in advice(run, m))]
+    if run.program is None:  # its collectives and its time are not known
+        return "\n".join(lines)
+    operations = {
+        "useful (training/flops.py)": budget.useful,
+        **{f"+ {cause}": count for cause, count in budget.overhead.items()},
+        "= total, analytic": budget.total,
+        f"counted on the jaxpr ({budget.difference:+.2%})": budget.counted,
+        "executed, with the attention that runs": executed,
     }
+    lines += [
+        "",
+        "operations, all chips, PFLOP",
+        *(f"  {label:52} {count / 1e15:9.4g}" for label, count in operations.items()),
+        "",
+        "collectives, per device",
+        f"  {'':38} {'times':>8} {'results':>10} {'sent':>10}",
+    ]
+    for c in plan_collectives.totals(sent):
+        kind = c.kind + (", between slices or hosts" if c.between else "")
+        result, total = c.bytes / 1e6, c.sent / 1e6
+        lines.append(f"  {kind:38} {c.times:8.0f} {result:7.0f} MB {total:7.0f} MB")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "time, seconds (an estimate: nothing was run there)",
+            f"  computation at {assume.efficiency:.0%} of peak {times.compute:.3f}, state through "
+            f"memory {times.state:.3f}, links at {assume.link:.0%} of their rate {times.links:.3f}",
+            f"  {times.total(1.0):.3f} with all communication hidden, {times.total(0.0):.3f} with "
+            f"none, {times.total(assume.overlap):.3f} with {assume.overlap:.0%}",
+        ]
+    )
 
 
-def memory(run: Compiled) -> Report:
-    """Bytes of one device: each part of the arguments, temporaries and the peak."""
-    sizes = {n: bytes_per_device(t) for n, t in run.arguments.items() if n in PARTS}
-    out: Report = {
-        "parts": {n: size for n, size in sizes.items() if size},
-        "limit": run.machine.chip.memory,
-    }
+def memory(run: Compiled) -> Memory:
+    """Memory of one device: each part of the arguments, and the peak."""
+    parts = {n: bytes_per_device(t) for n, t in run.arguments.items() if n in PARTS}
+    limit = run.machine.chip.memory
     if run.program is None:
-        peak = plan_compile.required_bytes(run.shortage)
-        return out | ({"peak": peak} if peak else {}) | {"fits": False, "lacks": run.shortage}
-    m = run.program.memory_analysis()
+        return Memory(parts, plan_compile.required_bytes(run.shortage), limit, False)
+    m: Any = run.program.memory_analysis()
     held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     peak = max(m.peak_memory_in_bytes, held)
-    return out | {
-        "arguments": m.argument_size_in_bytes,
-        "temporaries": m.temp_size_in_bytes,
-        "peak": peak,
-        "fits": peak <= run.machine.chip.memory,
-        "lacks": "",
-    }
+    return Memory(parts, peak, limit, peak <= limit)
 
 
-def advice(run: Compiled, use: Report) -> list[str]:
+def advice(run: Compiled, use: Memory) -> list[str]:
     """Flags that make it fit, the cheapest first.
 
     Args: use: from `memory`.
@@ -146,7 +215,7 @@ def advice(run: Compiled, use: Report) -> list[str]:
     if cfg.loss.ce_chunk == 0 or cfg.loss.ce_chunk > 128:
         tips.append("--config.loss.ce_chunk=128 (smaller chunks of logits)")
     if wider:
-        mostly_state = sum(use["parts"].values()) > use["limit"] / 2
+        mostly_state = sum(use.parts.values()) > use.limit / 2
         shard = f"--config.mesh.fsdp={wider} (shard the state over more chips)"
         tips.insert(0 if mostly_state else len(tips), shard)
     if cfg.model.llm.num_heads % (2 * tensor) == 0 and devices % 2 == 0:
@@ -158,147 +227,49 @@ def traffic(run: Compiled, while_trips: float) -> list[plan_collectives.Collecti
     """Every collective of the program."""
     if run.program is None:
         return []
-    return plan_collectives.collectives(
-        run.program.as_text(), run.machine.islands, while_trips, run.mesh.size
-    )
+    text = run.program.as_text()
+    assert text is not None  # the type allows programs without text
+    return plan_collectives.collectives(text, run.machine.islands, while_trips, run.mesh.size)
 
 
 def step_time(
-    run: Compiled, flops: float, sent: Sequence[plan_collectives.Collective], assume: Assumptions
-) -> Report:
-    """Seconds of one step.
-
-    Args: flops: over all chips; sent: the program's collectives.
-    """
+    run: Compiled,
+    executed: float,
+    moved: int,
+    sent: Sequence[plan_collectives.Collective],
+    assume: Assumptions,
+) -> StepTime:
+    """Args: executed: operations over all chips; moved: bytes of a device's state that are read or
+    written; sent: the program's collectives."""
     chip = run.machine.chip
-    compute = flops / run.machine.chips / (chip.tflops * 1e12 * assume.efficiency)
-    # The optimizer reads and writes the state once.
-    state = [bytes_per_device(run.arguments.get(n, {})) for n in ("params", "opt_state", "ema")]
-    update = 2 * sum(state) * chip.cores / chip.hbm
+    peak = run.machine.chips * chip.tflops * 1e12
     inside, across = (sum(c.sent for c in sent if c.between == slow) for slow in (False, True))
-    links = (inside / chip.link + across / chip.network) * chip.cores / assume.link
-    return {
-        "compute": compute,
-        "update": update,
-        "links": links,
-        "best": max(compute + update, links),
-        "worst": compute + update + links,
-        "estimate": _estimate(compute, update, links, assume),
-    }
+    return StepTime(
+        executed / (peak * assume.efficiency),
+        moved * chip.cores / chip.hbm,
+        (inside / chip.link + across / chip.network) * chip.cores / assume.link,
+    )
 
 
-def _estimate(compute: float, update: float, links: float, assume: Assumptions) -> float:
-    return max(links, compute + update + (1 - assume.overlap) * links)
+def stages(cfgs: Sequence[TrainConfig], run: Compiled, times: StepTime, assume: Assumptions) -> str:
+    """A table: days and chip-hours of each config on the machine.
 
-
-def operations(cfg: TrainConfig, mesh: Any) -> plan_flops.Budget:
-    """Operations of a config's train step; its head runs as often as typical rows need."""
-    positions, passes = head_work(cfg, mesh)
-    return plan_flops.budget(cfg, plan_compile.trace_counted(cfg, mesh), positions, float(passes))
-
-
-def head_work(cfg: TrainConfig, mesh: Any) -> tuple[int, int]:
-    """Positions of a step that the head runs on; passes of its loop in one accumulation step."""
-    accum = cfg.optim.accum_steps
-    with jax.set_mesh(mesh):
-        positions, passes = cross_entropy.head_positions(
-            cfg.model.llm.vocab_size,
-            cfg.batch_rows // accum,
-            cfg.data.row_len,
-            cfg.loss.ce_chunk,
-            plan_flops.typical(cfg).targets // accum,
-        )
-    return positions * accum, passes
-
-
-def stages(
-    cfgs: Sequence[TrainConfig], run: Compiled, links: float, update: float, assume: Assumptions
-) -> list[Report]:
-    """Days and chip-hours of each config on the machine.
-
-    Args: links, update: seconds of the step that was compiled, used for all.
+    Args: times: of the compiled step, whose communication and state all stages are assumed to have.
     """
-    out = []
-    peak = run.machine.chips * run.machine.chip.tflops * 1e12
+    header = ("stage", "steps", "s/step", "days", "chip-hours", "MFU")
+    lines = ["{:14} {:>8} {:>8} {:>8} {:>11} {:>6}".format(*header)]
+    chips = run.machine.chips
+    peak = chips * run.machine.chip.tflops * 1e12
     for cfg in cfgs:
         cfg = plan_compile.prepare(cfg, run.machine)
-        cfg.mesh = run.cfg.mesh
-        work = operations(cfg, run.mesh)
-        compute = plan_flops.executed(cfg, work) / (peak * assume.efficiency)
-        step = _estimate(compute, update, links, assume)
-        multiple = sharding.row_multiple(run.mesh, cfg.optim.accum_steps)
-        out.append(
-            {
-                "name": cfg.name,
-                "steps": cfg.num_steps,
-                "rows": cfg.batch_rows,
-                "rows_divide": cfg.batch_rows % multiple == 0,
-                "step": step,
-                "days": step * cfg.num_steps / 86400,
-                "chip_hours": step * cfg.num_steps / 3600 * run.machine.chips,
-                "mfu": work.useful / (step * peak),
-            }
-        )
-    return out
-
-
-def text(r: Report) -> str:
-    """A report for people."""
-    mesh = " x ".join(f"{n} {s}" for n, s in r["mesh"].items())
-    rows = f"{r['rows']} rows, " if "rows" in r else ""
-    if r.get("accum_steps", 1) > 1:
-        rows = f"{r['rows']} rows in {r['accum_steps']} parts, "
-    m = r["memory"]
-    lines = [
-        f"{r['config']} on {r['topology']}: {r['chips']} chips, mesh {mesh}, {rows}"
-        f"{r['attention']} attention",
-        f"compiled in {r['compile_seconds']:.0f} s ({r['cpu_seconds']:.0f} s of CPU time in all, "
-        f"{r['peak_rss'] / GIB:.1f} GiB of memory); nothing was run",
-        "",
-        "memory of a device, GiB",
-    ]
-    sizes = {PARTS[name]: size for name, size in m["parts"].items()}
-    if "peak" in m:
-        sizes |= {"activations and temporaries": m["peak"] - sum(sizes.values()), "peak": m["peak"]}
-    lines += [f"  {label:34} {size / GIB:8.3f}" for label, size in sizes.items()]
-    verdict = "fits" if m["fits"] else "does not fit"
-    lines.append(f"  {'of':34} {m['limit'] / GIB:8.3f}  {verdict}")
-    if m["lacks"]:
-        lines.append(f"  the compiler: {m['lacks']}")
-    if r["advice"]:
-        lines += ["to make it fit, the cheapest first:", *(f"  {tip}" for tip in r["advice"])]
-    if m["lacks"]:  # there is no program: its collectives and its time are not known
-        return "\n".join(lines)
-    f, t, assume = r["flops"], r["time"], r["assumptions"]
-    lines += ["", "operations of a step, all chips, PFLOP"]
-    lines += [f"  {label:52} {f[n] / 1e15:9.4g}" for n, label in FLOPS.items() if n in f]
-    if "difference" in f:
-        lines.append(f"  {'difference of the two totals':52} {f['difference']:9.2%}")
-    lines += [
-        f"  {'executed, with the attention that runs':52} {f['executed'] / 1e15:9.4g}",
-        "",
-        "collectives of a step, per device",
-        f"  {'':38} {'times':>8} {'results':>10} {'sent':>10}",
-    ]
-    for c in r["collectives"]:
-        name = c["kind"] + (", between slices or hosts" if c["between"] else "")
-        result, sent = c["bytes"] / 1e6, c["sent"] / 1e6
-        lines.append(f"  {name:38} {c['times']:8.0f} {result:7.0f} MB {sent:7.0f} MB")
-    lines += [
-        "",
-        f"{r.get('unit', 'step')} time, seconds (an estimate: nothing was run there)",
-        f"  computation at {assume['efficiency']:.0%} of peak {t['compute']:.3f}, state through "
-        f"memory {t['update']:.3f}, links at {assume['link']:.0%} of their rate {t['links']:.3f}",
-        f"  {t['best']:.3f} with all communication hidden, {t['worst']:.3f} with none, "
-        f"{t['estimate']:.3f} with {assume['overlap']:.0%}",
-    ]
-    if r.get("stages"):
-        header = ("stage", "steps", "s/step", "days", "chip-hours", "MFU")
-        lines += ["", "{:14} {:>8} {:>8} {:>8} {:>11} {:>6}".format(*header)]
-    for s in r.get("stages", ()):
-        note = "" if s["rows_divide"] else f"  ({s['rows']} rows do not divide over this mesh)"
+        budget = plan_flops.budget(cfg, run.mesh)
+        compute = plan_flops.executed(cfg, budget.counted) / (peak * assume.efficiency)
+        step = times._replace(compute=compute).total(assume.overlap)
+        hours = step * cfg.num_steps / 3600
+        divides = cfg.batch_rows % sharding.row_multiple(run.mesh, cfg.optim.accum_steps) == 0
         lines.append(
-            f"{s['name']:14} {s['steps']:8,} {s['step']:8.3f} {s['days']:8.1f} "
-            f"{s['chip_hours']:11,.0f} {s['mfu']:6.1%}{note}"
+            f"{cfg.name:14} {cfg.num_steps:8,} {step:8.3f} {hours / 24:8.1f} "
+            f"{hours * chips:11,.0f} {budget.useful / (step * peak):6.1%}"
+            + ("" if divides else f"  ({cfg.batch_rows} rows do not divide over this mesh)")
         )
     return "\n".join(lines)

@@ -1,73 +1,46 @@
-"""The pipeline's own programs, which generate images and text, compiled for another machine."""
+"""The pipeline's own programs, which generate images and text, traced for another machine."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from janusflow_jax import pipeline
-from janusflow_jax.config import TrainConfig
+from janusflow_jax.config import ModelConfig
 from janusflow_jax.models import janusflow, llama, vae
 from janusflow_jax.parallel import sharding, trees
-from janusflow_jax.planning import (
-    compile as plan_compile,
-    flops as plan_flops,
-    report as plan_report,
-    topology,
-)
-from janusflow_jax.planning.compile import Compiled
-from janusflow_jax.planning.topology import Machine
+from janusflow_jax.planning import compile as plan_compile, flops as plan_flops
 from janusflow_jax.sampling import programs
 from janusflow_jax.training import flops
 
-PROMPT = 64  # padded tokens of an image's prompt
-PROMPT_USED = 40  # of them not padding
+PROMPT = 40  # tokens of an image's prompt
+PADDED_PROMPT = 64
 QUESTION = 768  # padded positions of a question about one image
 ANSWER = 512  # tokens that the key-value cache has room for
 
 
 class Program(NamedTuple):
     name: str
-    function: Any  # jitted
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-    inputs: dict[str, Any]  # its arguments by part, for the memory table
+    traced: jax.stages.Traced
+    arguments: dict[str, Any]  # trees of shapes with shardings, by part
+    passes: int  # over the arguments: Euler steps, or tokens
     useful: float  # operations
-    tokens: int = 0  # that it decodes one after another
+    overhead: dict[str, float]  # other operations by cause
+
+    def budget(self, platform: str = "tpu") -> plan_flops.Budget:
+        counted = plan_flops.count(self.traced.jaxpr, float(self.passes), platform)
+        return plan_flops.Budget(self.useful, self.overhead, counted)
 
 
-def reports(
-    cfg: TrainConfig,
-    machine: Machine,
-    rows: int,
-    num_steps: int,
-    assume: plan_report.Assumptions,
-) -> list[plan_report.Report]:
-    """Compiles the programs for a batch of `rows` and reports on each.
+def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> Iterator[Program]:
+    """Generating `rows` images, decoding their latents, and answering `rows` questions.
 
-    Raises:
-      ConfigError: the config, the topology or the mesh cannot work.
+    Args: num_steps: Euler steps.
     """
-    cfg = plan_compile.prepare(dataclasses.replace(cfg, attention="xla"), machine)
-    mesh = sharding.make_mesh(cfg.mesh, topology.devices(machine))
-    out = []
-    for program in sampler_programs(cfg, mesh, rows, num_steps):
-        with jax.set_mesh(mesh):
-            traced = program.function.trace(*program.args, **program.options)
-            built = plan_compile.build(traced, machine, exact=False)
-        run = Compiled(cfg, machine, mesh, program.inputs, *built)
-        out.append(_report(run, program, traced.jaxpr, assume))
-    return out
-
-
-def sampler_programs(cfg: TrainConfig, mesh: Any, rows: int, num_steps: int) -> Iterator[Program]:
-    """The pipeline's programs with the shapes and shardings of their arguments."""
-    m = cfg.model
     model = janusflow.JanusFlow(m, jnp.dtype("bfloat16"))
     shapes = janusflow.param_shapes(m)
     shapes["llm"] = jax.eval_shape(llama.unstack, shapes["llm"])  # as the pipeline holds it
@@ -84,80 +57,95 @@ def sampler_programs(cfg: TrainConfig, mesh: Any, rows: int, num_steps: int) -> 
 
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     noise = array(rows, *m.latent_shape, dtype=jnp.float32)
-    yield Program(
-        f"{rows} images, {num_steps} Euler steps with guidance",
-        programs.sample,
-        (model, params, array(rows, PROMPT), array(rows), noise, scalar),
-        {"num_steps": num_steps, "guided": True},
-        {"params": params, "inputs": noise},
-        rows * flops.image_flops(m, PROMPT_USED, num_steps),
-    )
-    yield Program(
-        f"pixels of {rows} images",
-        programs.latents_to_pixels,
-        (m, "bfloat16", vae_params, noise),
-        {},
-        {"vae": vae_params, "inputs": noise},
-        0.0,
-    )
     question, one = array(rows, QUESTION), array(rows, 1)
     slots = array(rows, m.slot_len, m.llm.width, dtype=jnp.bfloat16)
     prompt = (question, slots, one, one, one, array(rows), array(rows, dtype=jnp.uint32))
-    per_token, per_pair = 2 * flops.llm_kernel(m), flops.attention_per_pair(m)
-    yield Program(
-        f"prefill of {rows} questions, {QUESTION} positions each",
-        programs.prefill,
-        (model, params, *prompt),
-        {"max_new": ANSWER},
-        {"params": params, "inputs": (question, slots)},
-        rows * QUESTION * (per_token + per_pair * (QUESTION + 1) / 2),
-    )
     state = jax.eval_shape(
         lambda *args: programs.prefill(model, *args, max_new=ANSWER), params, *prompt
     )
     state = jax.tree_util.tree_map_with_path(lambda path, x: _state(path, x, mesh), state)
+    per_token, per_pair = 2 * flops.llm_kernel(m), flops.attention_per_pair(m)
     head = 2.0 * m.llm.width * m.llm.vocab_size
     tokens = pipeline.CHUNK_TOKENS
+
+    with jax.set_mesh(mesh):
+        traced = programs.sample.trace(
+            model,
+            params,
+            array(rows, PADDED_PROMPT),
+            array(rows),
+            noise,
+            scalar,
+            num_steps=num_steps,
+            guided=True,
+        )
+    computed = PADDED_PROMPT**2 + num_steps * 2 * m.slot_len * (m.slot_len + PADDED_PROMPT)
+    visible = num_steps * (2 * _causal(m.slot_len) + m.slot_len * (PROMPT + 1)) + _causal(PROMPT)
     yield Program(
-        f"{tokens} tokens of {rows} answers",
-        programs.decode,
-        (model, params, state, scalar, scalar),
-        {"num_tokens": tokens, "eos_id": 1},
-        {"params": params, "inputs": state},
-        rows * tokens * (per_token + head + per_pair * (QUESTION + ANSWER / 2)),
-        tokens,
+        f"images, batch {rows}, {num_steps} Euler steps with guidance",
+        traced,
+        {"model": params, "inputs": noise},
+        num_steps,
+        rows * flops.image_flops(m, PROMPT, num_steps),
+        {
+            "padding": rows * per_token * (PADDED_PROMPT - PROMPT),
+            "masked attention": rows * per_pair * (computed - visible),
+        },
     )
+
+    with jax.set_mesh(mesh):
+        traced = programs.latents_to_pixels.trace(m, "bfloat16", vae_params, noise)
+    yield Program(
+        f"VAE decode, batch {rows}",
+        traced,
+        {"vae": vae_params, "inputs": noise},
+        1,
+        rows * flops.vae_decoder(m),
+        {},
+    )
+
+    with jax.set_mesh(mesh):
+        traced = programs.prefill.trace(model, params, *prompt, max_new=ANSWER)
+    visible = _causal(QUESTION)
+    yield Program(
+        f"prefill, batch {rows}, {QUESTION} positions",
+        traced,
+        {"model": params, "inputs": (question, slots)},
+        1,
+        rows * (per_token * QUESTION + per_pair * visible + head),
+        {
+            "masked attention": rows * per_pair * (QUESTION**2 - visible),
+            "unused cache": rows * per_pair * QUESTION * ANSWER,
+        },
+    )
+
+    with jax.set_mesh(mesh):
+        traced = programs.decode.trace(
+            model, params, state, scalar, scalar, num_tokens=tokens, eos_id=1
+        )
+    visible = tokens * QUESTION + _causal(tokens)
+    yield Program(
+        f"decode, batch {rows}, {tokens} tokens",
+        traced,
+        {"model": params, "inputs": state},
+        tokens,
+        rows * (tokens * (per_token + head) + per_pair * visible),
+        {"unused cache": rows * per_pair * (tokens * (QUESTION + ANSWER) - visible)},
+    )
+
+
+def _causal(length: int) -> float:
+    return length * (length + 1) / 2
 
 
 def _bfloat16(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree)
 
 
-def _state(path: Any, x: Any, mesh: Any) -> jax.ShapeDtypeStruct:
+def _state(path: Any, x: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """Decoding's state: rows over the devices, heads of keys and values over `tensor`."""
     cached = trees.path_name(path).split("/")[-1] in ("k", "v")
     spec = P(sharding.BATCH, None, "tensor", None) if cached else P(sharding.BATCH)
     spec = P(*list(spec)[: x.ndim], *[None] * (x.ndim - len(spec)))
     where = NamedSharding(mesh, sharding.fit(spec, x.shape, mesh))
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
-def _report(
-    run: Compiled, program: Program, jaxpr: Any, assume: plan_report.Assumptions
-) -> plan_report.Report:
-    trips = float(program.tokens or 1)  # the loop over Euler steps is a scan of known length
-    executed = plan_flops.count(jaxpr, while_trips=trips, platform=run.machine.chip.platform)
-    sent = plan_report.traffic(run, trips)
-    times = plan_report.step_time(run, executed, sent, assume)
-    if program.tokens:  # each token reads the parameters and the cache once
-        chip = run.machine.chip
-        read = sum(plan_compile.bytes_per_device(t) for t in run.arguments.values())
-        times["update"] = program.tokens * read * chip.cores / chip.hbm
-        times["best"] = max(times["best"], times["update"])
-        times["worst"] += times["update"]
-        times["estimate"] = max(times["estimate"], times["update"])
-    return {
-        **plan_report.common(run, program.name, sent, times, assume),
-        "unit": "program's",
-        "flops": {"useful": program.useful, "jaxpr": executed, "executed": executed},
-    }

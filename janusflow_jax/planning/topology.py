@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -94,42 +95,36 @@ def parse(name: str, slices: int = 1) -> Machine:
 
 def expected() -> str:
     """The names that work, for error messages."""
-    shapes = {
-        kind: "GPUS or HOSTSxGPUS" if chip.platform == "gpu" else "x".join("ABC"[: chip.axes])
+    names = "; ".join(
+        f"{kind}:"
+        + ("GPUS or HOSTSxGPUS" if chip.platform == "gpu" else "x".join("ABC"[: chip.axes]))
         for kind, chip in CHIPS.items()
-    }
-    names = "; ".join(f"{kind}:{shape}" for kind, shape in shapes.items())
+    )
     return f"{names} (for example v5e:4x4, v5p:2x2x2, h100:8x8)"
 
 
-def devices(machine: Machine) -> list[Any]:
+def devices(machine: Machine) -> Sequence[Any]:
     """Devices that programs can be compiled for but not run on.
 
     Raises:
       ConfigError: the compiler is not installed (the message says what to install), or it knows
         no such shape.
     """
-    if machine.chip.platform == "gpu":
-        return list(_gpus(machine).devices)
-    return list(_tpus(machine).devices)
-
-
-def _gpus(machine: Machine) -> Any:
-    if not importlib.util.find_spec("jax_cuda13_plugin"):
+    gpu = machine.chip.platform == "gpu"
+    version = jax.__version__
+    packages = f"'jax[tpu]=={version}'"
+    if gpu:
+        packages = f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
+    if not importlib.util.find_spec("jax_cuda13_plugin" if gpu else "libtpu"):
         raise ConfigError(
-            f"{machine.name}: XLA's compiler for NVIDIA is not installed. No GPU is needed:\n"
-            f"  pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"
+            f"{machine.name}: XLA's compiler for it is not installed. No device is needed:\n"
+            f"  pip install {packages}"
         )
-    shape = "x".join(map(str, (machine.slices, *machine.shape)))
-    return topologies.get_topology_desc(platform="cuda", target_config=H100_TARGET, topology=shape)
-
-
-def _tpus(machine: Machine) -> Any:
-    if not importlib.util.find_spec("libtpu"):
-        raise ConfigError(
-            f"{machine.name}: XLA's compiler for TPU is not installed. No TPU is needed:\n"
-            f"  pip install 'jax[tpu]=={jax.__version__}'"
-        )
+    shape = "x".join(map(str, machine.shape))
+    if gpu:
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=H100_TARGET, topology=f"{machine.slices}x{shape}"
+        ).devices
     # Without these libtpu queries the metadata server and refuses to share the host's lock.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -138,8 +133,9 @@ def _tpus(machine: Machine) -> Any:
     options: dict[str, Any] = {"num_slices": machine.slices} if machine.slices > 1 else {}
     if math.prod(machine.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    name = f"{machine.kind}:{'x'.join(map(str, machine.shape))}"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{machine.kind}:{shape}", **options
+        ).devices
     except Exception as error:  # JAX's own, with libtpu's reason in it
         raise ConfigError(f"topology {machine.name}: {error}\nexpected {expected()}") from error

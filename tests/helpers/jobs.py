@@ -49,7 +49,7 @@ class Process(subprocess.Popen):
         self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         super().__init__(args, cwd=ROOT, env=env, stdout=self._file, stderr=subprocess.STDOUT)
 
-    def said(self) -> str:
+    def output(self) -> str:
         self._file.seek(0)
         return self._file.read()
 
@@ -71,7 +71,7 @@ def start(
 def finish(job: list) -> list[tuple[int, str]]:
     """Exit status and output of every process."""
     try:
-        return [(p.wait(timeout=TIMEOUT_S), p.said()) for p in job]
+        return [(p.wait(timeout=TIMEOUT_S), p.output()) for p in job]
     finally:
         for p in job:
             p.kill()
