@@ -1,12 +1,14 @@
 """Fine-tunes a converted JanusFlow, or any run, on your own images, without forgetting.
 
-    python tools/prepare_data.py folder my_pictures --out data/mine \\
+    python tools/prepare_data.py folder my_images --out data/mine \\
         --tokenizer models/janusflow/hub --heldout 0.02
-    python -m janusflow_jax.train --config=configs/finetune.py:paint --config.start=models/janusflow
+    python -m janusflow_jax.train --config=configs/finetune.py:generate \\
+        --config.start=models/janusflow
 
 Arguments (docs/finetuning.md has what each needs in memory):
 
-    paint, read   what `data/mine` is for: captions -> images, images -> captions; one or both
+    generate      train on `data/mine` for captions -> images
+    understand    train on `data/mine` for images -> captions; one of the two or both
     replay        against forgetting: a quarter of all positions comes from `data/replay` (images
                   with captions), mostly for the task that you do not train
     lora          adapters of rank 16 on the language model; all other parts are frozen
@@ -16,9 +18,10 @@ Arguments (docs/finetuning.md has what each needs in memory):
     test          seconds on a CPU, through the same code
     256           256 px images instead of 384; not with emoji
     mine=DIR      your data set, instead of `data/mine`
-    kept=DIR      the data set to watch, and to replay with `replay`, instead of `data/replay`
+    watch=DIR     the data set to watch, and to replay with `replay`, instead of `data/replay`
 
-Any field can be set: `--config.data.sources[0].weight=...` (in the order paint, read, replay).
+Any field can be set: `--config.data.sources[0].weight=...` (in the order generate, understand,
+replay).
 The run measures held-out losses of both tasks before, during and after training, on `data/mine`
 (split heldout) and on `data/replay`. A loss that ends 10 % above its start logs a warning; with
 `--config.evaluate.stop_on_rise=True` the run saves and exits. The learning rate is a fifth of
@@ -35,8 +38,8 @@ from janusflow_jax.config import stages
 MINE, REPLAY = "data/mine", "data/replay"
 PARTS = tuple(p for p in c.MODEL_PARTS if p not in ("und_encoder", "repa_head", "repa_target"))
 NAMES = {
-    "paint": "captions -> images",
-    "read": "images -> captions",
+    "generate": "captions -> images",
+    "understand": "images -> captions",
     "replay": "a quarter of all positions against forgetting",
     "lora": "adapters on the language model",
     "light": "one device of little memory",
@@ -45,17 +48,17 @@ NAMES = {
     "test": stages.TEST,
 }
 
+OLD_NAMES = {"paint": "generate", "read": "understand", "kept": "watch"}  # of 0.1; remove in 0.3
+
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
-    names, folders = _split(arg)
-    mine, replay = folders.get("mine", MINE), folders.get("kept", REPLAY)
-    tasks = [
-        task for name, task in (("paint", "generate"), ("read", "understand")) if name in names
-    ]
+    names, folders, run_name = _split(arg)
+    mine, replay = folders.get("mine", MINE), folders.get("watch", REPLAY)
+    tasks = [task for task in ("generate", "understand") if task in names]
     if not tasks:
         raise c.ConfigError(
-            "configs/finetune.py: expected paint, read or both (:paint or :paint,lora); got "
-            f"{sorted(names) or 'none'}"
+            "configs/finetune.py: expected generate, understand or both (:generate or "
+            f":generate,lora); got {sorted(names) or 'none'}"
         )
     if {"emoji", "256"} <= names:
         raise c.ConfigError(
@@ -71,9 +74,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         for task in ("generate", "understand")
     )
     cfg = c.TrainConfig(
-        name="-".join(
-            ["finetune", *(Path(folder).name for folder in folders.values()), *sorted(names)]
-        ),
+        name=run_name,
         model=c.model_config("1p3b", 256 if "256" in names else 384),
         data=c.DataConfig(sources=own, row_len=4096),
         optim=c.OptimConfig(lr=2e-5, warmup_steps=100, ema=0.0 if "light" in names else 0.99),
@@ -115,14 +116,19 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     return cfg
 
 
-def _split(arg: str | None) -> tuple[set[str], dict[str, str]]:
-    """The names in the argument, and its folders by name."""
-    words = [w.strip() for w in (arg or "").split(",")]
-    folders = dict(w.split("=", 1) for w in words if "=" in w)
-    wrong = sorted(n for n, folder in folders.items() if n not in ("mine", "kept") or not folder)
+def _split(arg: str | None) -> tuple[set[str], dict[str, str], str]:
+    """The names in the argument, its folders by name, and the name of the run."""
+    words = [word.strip() for word in (arg or "").split(",")]
+    pairs = [word.split("=", 1) for word in words if "=" in word]
+    folders = {OLD_NAMES.get(name, name): folder for name, folder in pairs}
+    wrong = sorted(n for n, folder in folders.items() if n not in ("mine", "watch") or not folder)
     if wrong:
-        raise c.ConfigError(f"configs/finetune.py: expected mine=DIR or kept=DIR; got {wrong}")
-    return c.parse_arg(",".join(w for w in words if "=" not in w), NAMES), folders
+        raise c.ConfigError(f"configs/finetune.py: expected mine=DIR or watch=DIR; got {wrong}")
+    written = {word for word in words if word and "=" not in word}
+    # The words as they were written: a run that was started with old names finds its folder.
+    run_name = "-".join(["finetune", *(Path(x).name for x in folders.values()), *sorted(written)])
+    names = c.parse_arg(",".join(OLD_NAMES.get(word, word) for word in written), NAMES)
+    return names, folders, run_name
 
 
 def _emoji(cfg: c.TrainConfig) -> None:

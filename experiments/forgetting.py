@@ -1,10 +1,10 @@
 """Measures what fine-tuning on new drawings forgets, with and without replay, on several seeds.
 
     for seed in 1 2 3; do
-      python -m janusflow_jax.train --config=configs/finetune.py:paint,emoji \\
+      python -m janusflow_jax.train --config=configs/finetune.py:generate,emoji \\
           --config.start=runs/small/F-$seed --config.seed=$seed \\
           --config.workdir=runs/forgetting/without-$seed
-      python -m janusflow_jax.train --config=configs/finetune.py:paint,replay,emoji \\
+      python -m janusflow_jax.train --config=configs/finetune.py:generate,replay,emoji \\
           --config.start=runs/small/F-$seed --config.seed=$seed \\
           --config.workdir=runs/forgetting/replay-$seed
     done

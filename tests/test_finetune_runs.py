@@ -123,32 +123,41 @@ def finetune(arg: str) -> c.TrainConfig:
 
 
 def test_folders_are_named_in_the_argument():
-    cfg = finetune("paint,replay,mine=gs://b/cats/,kept=data/x")
-    assert cfg.name == "finetune-cats-x-paint-replay"
+    cfg = finetune("generate,replay,mine=gs://b/cats/,watch=data/x")
+    assert cfg.name == "finetune-cats-x-generate-replay"
     for listed in (cfg.data.sources, cfg.evaluate.sources):  # the guard looks where training does
         assert [s.path for s in listed] == ["gs://b/cats/", "data/x", "data/x"]
-    assert finetune("paint,emoji,mine=data/cats").evaluate.sources[0].split == "heldout"
-    assert finetune("paint,emoji").evaluate.sources[0].split == "heldout_pairs"
-    for wrong in ("paint,min=data/x", "paint,mine="):
-        with pytest.raises(c.ConfigError, match="expected mine=DIR or kept=DIR"):
+    assert finetune("generate,emoji,mine=data/cats").evaluate.sources[0].split == "heldout"
+    assert finetune("generate,emoji").evaluate.sources[0].split == "heldout_pairs"
+    for wrong in ("generate,min=data/x", "generate,mine="):
+        with pytest.raises(c.ConfigError, match="expected mine=DIR or watch=DIR"):
             finetune(wrong)
 
 
+def test_the_words_of_0_1_still_work_and_find_their_run():
+    old, new = (
+        finetune("paint,read,lora,kept=data/x"),
+        finetune("generate,understand,lora,watch=data/x"),
+    )
+    assert old.name == "finetune-x-lora-paint-read"
+    assert dataclasses.replace(old, name=new.name) == new
+
+
 def test_the_twin_takes_given_folders():
-    cfg = finetune("paint,replay,mine=/nope,test")
+    cfg = finetune("generate,replay,mine=/nope,test")
     for listed in (cfg.data.sources, cfg.evaluate.sources):
         assert [s.path for s in listed] == ["/nope", "data/openmoji", "data/openmoji"]
     with pytest.raises(c.ConfigError, match="/nope: expected a prepared data set"):
-        initialization.check_files(finetune("paint,mine=/nope,test"))
-    cfg = finetune("read,kept=data/x,test")
+        initialization.check_files(finetune("generate,mine=/nope,test"))
+    cfg = finetune("understand,watch=data/x,test")
     assert [s.path for s in cfg.evaluate.sources] == ["data/openmoji", "data/x", "data/x"]
     assert [s.split for s in cfg.evaluate.sources] == ["heldout_pairs", "heldout", "heldout"]
 
 
 def test_sizes_that_exclude_each_other_are_refused():
     with pytest.raises(c.ConfigError, match="expected emoji .* or 256 .*; got both"):
-        finetune("paint,emoji,256")
-    assert finetune("paint,256").model.image_size == 256
+        finetune("generate,emoji,256")
+    assert finetune("generate,256").model.image_size == 256
 
 
 def test_a_missing_held_out_split_is_told_with_what_makes_it(monkeypatch):
@@ -158,9 +167,13 @@ def test_a_missing_held_out_split_is_told_with_what_makes_it(monkeypatch):
 
     monkeypatch.setattr(sources, "open_source", opened)
     with pytest.raises(c.ConfigError, match=r"(?s)got 'heldout'.*--heldout"):
-        initialization.check_files(finetune("paint,emoji,mine=data/cats"))
+        initialization.check_files(finetune("generate,emoji,mine=data/cats"))
     # the drawings' folders have a split of another name, by whatever argument they are given
-    for arg in ("paint,mine=data/openmoji", "paint,emoji,mine=data/openmoji/", "read,emoji"):
+    for arg in (
+        "generate,mine=data/openmoji",
+        "generate,emoji,mine=data/openmoji/",
+        "understand,emoji",
+    ):
         cfg = finetune(arg)
         split = {s.path: s.split for s in cfg.evaluate.sources}
         assert split[cfg.data.sources[0].path] == "heldout_pairs"

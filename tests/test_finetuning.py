@@ -74,13 +74,17 @@ def test_the_commands_of_the_doc(tmp_path):
 @pytest.mark.parametrize(
     ("arg", "tasks", "trained"),
     [
-        ("paint", ["generate"], {"llm", "gen_decoder"}),
-        ("read", ["understand"], {"llm", "und_aligner"}),
-        ("paint,read,replay", ["generate", "understand"] * 2, {"llm", "gen_decoder", "und_begin"}),
-        ("paint,lora,light", ["generate"], set()),
-        ("paint,replay,lora", ["generate", "generate", "understand"], set()),
-        ("read,lora,test", ["understand"], set()),
-        ("paint,replay,emoji", ["generate", "generate", "understand"], {"llm", "gen_decoder"}),
+        ("generate", ["generate"], {"llm", "gen_decoder"}),
+        ("understand", ["understand"], {"llm", "und_aligner"}),
+        (
+            "generate,understand,replay",
+            ["generate", "understand"] * 2,
+            {"llm", "gen_decoder", "und_begin"},
+        ),
+        ("generate,lora,light", ["generate"], set()),
+        ("generate,replay,lora", ["generate", "generate", "understand"], set()),
+        ("understand,lora,test", ["understand"], set()),
+        ("generate,replay,emoji", ["generate", "generate", "understand"], {"llm", "gen_decoder"}),
     ],
 )
 def test_what_an_argument_trains(arg, tasks, trained):
@@ -100,12 +104,12 @@ def test_what_an_argument_trains(arg, tasks, trained):
 
 
 def test_what_is_fine_tuned_must_be_said():
-    with pytest.raises(c.ConfigError, match="expected paint, read or both"):
+    with pytest.raises(c.ConfigError, match="expected generate, understand or both"):
         config("lora")
 
 
 def test_the_twin_has_the_guard_of_its_run():
-    for arg in ("paint,replay", "read,lora"):
+    for arg in ("generate,replay", "understand,lora"):
         run, twin = config(arg), config(f"{arg},test")
         names = [[s.name for s in x.evaluate.sources] for x in (run, twin)]
         assert names[0] == names[1] and run.evaluate.max_rise == twin.evaluate.max_rise
@@ -117,7 +121,7 @@ def test_the_twin_has_the_guard_of_its_run():
 
 @pytest.mark.parametrize("parts", [("und_aligner",), ("und_aligner", "und_begin/embedding"), ()])
 def test_a_run_that_trains_nothing_is_refused(parts):
-    cfg = dataclasses.replace(config("paint,test"), train_parts=parts)
+    cfg = dataclasses.replace(config("generate,test"), train_parts=parts)
     (said,) = config_checks.train_problems(cfg)
     assert "would train nothing" in said and f"got {parts}" in said
     assert "(generate)" in said and "llm, gen_encoder, gen_aligner, gen_norm, gen_head" in said
@@ -127,13 +131,13 @@ def test_a_run_that_trains_nothing_is_refused(parts):
         dataclasses.replace(cfg, lora=c.LoraConfig(rank=2)),
     ):
         assert not config_checks.train_problems(fine) and parts_lib.trained_paths(fine)
-    reads = dataclasses.replace(config("read,test"), train_parts=("gen_head",))
+    reads = dataclasses.replace(config("understand,test"), train_parts=("gen_head",))
     (said,) = config_checks.train_problems(reads)
     assert "(understand)" in said and "llm, und_encoder, und_aligner, und_begin;" in said
 
 
 def test_held_out_rows_are_the_same_with_replay_and_without():
-    for task in ("paint", "read"):
+    for task in ("generate", "understand"):
         for size in (",emoji", ",light", ""):
             one, two = config(f"{task}{size}"), config(f"{task},replay{size}")
             assert one.evaluate == two.evaluate and one.data.row_len == two.data.row_len
@@ -147,12 +151,12 @@ GEN = ("gen_encoder", "gen_aligner", "gen_norm", "gen_head", "gen_decoder")
 @pytest.mark.parametrize(
     ("row", "arg", "fields"),
     [
-        ("`paint` (all", "paint", {}),
-        ("`paint,light`", "paint,light", {}),
-        ("`paint`, `train_parts`", "paint", {"train_parts": GEN}),
-        ("the same, `frozen", "paint", {"train_parts": GEN, "frozen_dtype": "bfloat16"}),
-        ("`paint,lora` (", "paint,lora", {}),
-        ("`paint,lora,light`", "paint,lora,light", {}),
+        ("`generate` (all", "generate", {}),
+        ("`generate,light`", "generate,light", {}),
+        ("`generate`, `train_parts`", "generate", {"train_parts": GEN}),
+        ("the same, `frozen", "generate", {"train_parts": GEN, "frozen_dtype": "bfloat16"}),
+        ("`generate,lora` (", "generate,lora", {}),
+        ("`generate,lora,light`", "generate,lora,light", {}),
     ],
 )
 def test_what_the_memory_table_says_of_the_state(row, arg, fields):
