@@ -3,7 +3,7 @@
     import janusflow_jax as jf
     model = jf.load("runs/emoji")  # a pipeline.Pipeline: generate, chat, encode_image
     cfg = jf.config.model_config("1p3b")
-    jf.hub.export("runs/emoji", "exported")
+    jf.hub.export("models/janusflow", "exported")
 
 Importing the package imports no JAX, because config files import it too.
 """

@@ -208,9 +208,20 @@ def test_tensors_that_do_not_fit_are_named(llm, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_a_tower_of_another_form_is_refused(llm, tmp_path):
+    tower = siglip_folder("timm", tmp_path / "siglip")
+    tensors = load_file(tower / "model.safetensors")
+    weight = tensors["patch_embed.proj.weight"]
+    tensors["patch_embed.proj.weight"] = weight.reshape(len(weight), -1)  # as in SigLIP 2's NaFlex
+    save_file(tensors, tower / "model.safetensors")
+    with pytest.raises(ConvertError, match="expected a SigLIP of fixed image size; patch_embed"):
+        hub.assemble(llm, tower, golden.TINY / "vae", tmp_path / "model", **OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: expected none"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: expected none; got 'llama3'"),
         ({"attention_bias": True}, "attention_bias: expected False; got True"),
         ({"model_type": "gpt2"}, "model_type: expected 'llama'; got 'gpt2'"),

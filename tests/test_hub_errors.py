@@ -94,6 +94,36 @@ def _no_tokenizer(f, v):
     (f / "tokenizer.json").unlink()
 
 
+def _in_two_shards(f, v):
+    files = shard(f)
+    more = {"beg_of_und_embed": np.zeros((1, 64), np.float32)}
+    for file in files:
+        save_file(load_file(f / file) | more, f / file)
+
+
+def _mixed_types(f, v):
+    tensors = load_file(f / "model.safetensors")
+    name = "language_model.model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].astype(np.float16)
+    save_file(tensors, f / "model.safetensors")
+
+
+def _list_for_config(f, v):
+    (f / "config.json").write_text("[]")
+
+
+def _text_for_a_width(f, v):
+    edit(f / "config.json", lambda c: c["language_config"].update(hidden_size="64"))
+
+
+def _no_params(f, v):
+    edit(f / "config.json", lambda c: c["vision_und_enc_config"].pop("params"))
+
+
+def _other_positions(f, v):
+    edit(f / "processor_config.json", lambda c: c.update(num_image_tokens=4))
+
+
 BAD = {
     _truncated: r"model\.safetensors: expected a safetensors file; download it again",
     _flipped_header: r"model\.safetensors: expected a safetensors file.*header",
@@ -111,6 +141,12 @@ BAD = {
     _float8: r"dtype 'F8_E4M3' is not supported",
     _small_table: r"ids below 600",
     _no_tokenizer: r"missing tokenizer\.json",
+    _in_two_shards: r"model-0000\d-of-00003\.safetensors: beg_of_und_embed is in another shard",
+    _mixed_types: r"choose a dtype.*\n.*layers\.1.*expected float32.*; got float16",
+    _list_for_config: r"config\.json: expected a JSON object; got list",
+    _text_for_a_width: r"config files cannot be read: .*TypeError",
+    _no_params: r"config files cannot be read: .*'params'",
+    _other_positions: r"num_image_tokens: expected \d+, .*; got 4",
 }
 
 

@@ -141,7 +141,8 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
     raise_problems(f"{folder}: this adapter does not fit the model", problems)
     targets = sorted({target for target, _ in modules.values()})
     base = values.get("base_model_name_or_path")
-    checksum = (values.get("janusflow_jax") or {}).get("base_sha256")
+    ours = values.get("janusflow_jax")
+    checksum = ours.get("base_sha256") if isinstance(ours, dict) else None
     if checksum and checksum != digest(llm, targets):
         raise ConvertError(
             f"{folder}: trained with another base: load {base or 'the model it was trained on'}"
@@ -187,8 +188,25 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     """
     values = checksums.read_json(folder / CONFIG)
     required = ("r", "lora_alpha", "target_modules")
-    if missing := [name for name in required if not values.get(name)]:
-        raise ConvertError(f"{folder / CONFIG}: expected a LoRA adapter; {missing} are missing")
+    if not isinstance(values, dict) or not all(values.get(name) for name in required):
+        raise ConvertError(f"{folder / CONFIG}: expected a LoRA adapter with {', '.join(required)}")
+    ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
+    for name, value in (("r", values["r"]), *ranks.items()):
+        if not isinstance(value, int) or value < 1:
+            raise ConvertError(f"{folder / CONFIG}: {name}: expected a rank; got {value!r}")
+    for name, value in (("lora_alpha", values["lora_alpha"]), *alphas.items()):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConvertError(
+                f"{folder / CONFIG}: {name}: expected a number above 0; got {value!r}"
+            )
+    targets = values["target_modules"]
+    for pattern in (*ranks, *alphas, *([targets] if isinstance(targets, str) else [])):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConvertError(
+                f"{folder / CONFIG}: expected a regular expression; got {pattern!r} ({error})"
+            ) from error
     unsupported = [n for n, x in values.items() if n not in KNOWN and x and x != "none"]
     if values.get("peft_type") not in (None, "LORA"):
         unsupported.append("peft_type")
@@ -206,8 +224,8 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
 def _is_target(targets: list[str] | str, module: str) -> bool:
     """Whether a module has an adapter, by PEFT's rule (`check_target_module_exists`)."""
     if isinstance(targets, str):
-        every = targets.lower() == "all-linear"
-        return every or re.fullmatch(targets, module) is not None
+        all_linear = targets.lower() == "all-linear"
+        return all_linear or re.fullmatch(targets, module) is not None
     return any(module == t or module.endswith(f".{t}") for t in targets)
 
 

@@ -28,6 +28,7 @@ from janusflow_jax.hub.source import (
     VAE_CONFIG_FILE,
     Source,
     open_vae,
+    reading_configs,
     save_converted,
 )
 from janusflow_jax.models import janusflow
@@ -69,8 +70,9 @@ def assemble(
     if tied:
         language.pop(r"lm_head\.weight$")
     und, und_rules, pool = open_siglip(tower, log)
-    file_llm = hub_configs.llama_config_from_hf(language_json)
-    vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"))
+    with reading_configs(language, autoencoder):
+        file_llm = hub_configs.llama_config_from_hf(language_json)
+        vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"))
     chat = chat_format.ChatFormat.load(language.folder, und.num_tokens)
     rows = file_llm.vocab_size
     if chat.vocab_needed > rows:
@@ -87,15 +89,16 @@ def assemble(
     )
     hub_configs.check_model(cfg)
     log(f"config: {cfg}")
+    # The shapes in the files: the table there has fewer rows, and grows when it is read.
     shapes = tensors.published_shapes(dataclasses.replace(cfg, llm=file_llm))
     files = {
         "llm": (language, names.llm_rules(tied=tied), {"llm": shapes["llm"]}),
         "und_encoder": (tower, und_rules, {"und_encoder": shapes["und_encoder"]}),
         "vae": (autoencoder, names.vae_rules(vae_cfg), tensors.vae_shapes(vae_cfg)),
     }
-    for source, rules, expected in files.values():
-        tensors.check(source.tensors, rules, expected, source.folder)
     cast = np.dtype(dtype) if dtype else None
+    for source, rules, expected in files.values():
+        tensors.check(source.tensors, rules, expected, source.folder, cast)
 
     def read(name: str) -> Any:
         log(f"{name} ...")
@@ -131,11 +134,13 @@ def open_siglip(
         if f"{prefix}patch_embed.proj.weight" in source.tensors:
             pool = source.pop(re.escape(prefix + names.POOL))
             pool = {f"{names.TOWER}{n.removeprefix(prefix)}": x for n, x in pool.items()}
-            return _timm_config(source, prefix), names.siglip_rules(prefix), pool
+            with reading_configs(source):
+                return _timm_config(source, prefix), names.siglip_rules(prefix), pool
     for prefix in ("vision_model.", ""):
         if f"{prefix}embeddings.patch_embedding.weight" in source.tensors:
             source.pop(names.HF_POOL)
-            return _transformers_config(source, log), names.siglip_hf_rules(prefix), {}
+            with reading_configs(source):
+                return _transformers_config(source, log), names.siglip_hf_rules(prefix), {}
     raise ConvertError(
         f"{source.folder}: expected a SigLIP with the tensor names of transformers, timm or "
         f"open_clip; got {sorted(source.tensors)[:4]}"
@@ -145,6 +150,12 @@ def open_siglip(
 def _timm_config(source: Source, prefix: str) -> SiglipConfig:
     """The tower's sizes by its tensors."""
     shapes = {n.removeprefix(prefix): x.shape for n, x in source.tensors.items()}
+    needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
+    if wrong := [n for n, axes in needed.items() if len(shapes.get(n, ())) != axes]:
+        raise ConvertError(
+            f"{source.folder}: expected a SigLIP of fixed image size; "
+            f"{', '.join(prefix + n for n in wrong)} is missing or has another number of axes"
+        )
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     model_args = source.json("config.json", default={}).get("model_args") or {}
     num_heads = model_args.get("num_heads") or HEADS.get(width)

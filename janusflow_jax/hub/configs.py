@@ -8,6 +8,7 @@ change about the tensors shows when those are compared with the config.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,13 +39,13 @@ SIGLIP_SIZES: dict[str, dict[str, Any]] = {
 
 # Values that are the same in every model of ours. docs/model.md describes the image preparation.
 _PREPROCESSOR = {
-    "rescale_factor": 1 / 255,
     "min_size": 14,
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
     "do_normalize": True,
     "background_color": [127] * 3,
 }
+_RESCALE = 1 / 255
 _CONVNEXT = {
     "dropout": 0.0,
     "elementwise_affine": True,
@@ -87,14 +88,15 @@ def _check(
     """
     actual = {**required, **(defaults or {}), **values}
     raise_problems(
-        f"{where}: values that are not implemented",
+        f"{where}: unsupported values",
         [f"{k}: expected {x!r}; got {actual[k]!r}" for k, x in required.items() if actual[k] != x],
     )
 
 
 def check_model(cfg: ModelConfig) -> None:
     """Raises ConvertError if no model can have this config."""
-    raise_problems("the config files describe no possible model", config_checks.model_problems(cfg))
+    problems = config_checks.model_problems(cfg)
+    raise_problems("the config files describe a model that cannot exist", problems)
 
 
 def model_config_from_hf(
@@ -120,7 +122,13 @@ def model_config_from_hf(
         main[f"vision_{name}_config"]["params"] for name in ("und_enc", "gen_enc", "gen_dec")
     )
     _check("config.json: language_config", _present(language), {"tie_word_embeddings": False})
-    _check("preprocessor_config.json", _present(preprocessor), _PREPROCESSOR)
+    preprocessor = _present(preprocessor)
+    _check("preprocessor_config.json", preprocessor, _PREPROCESSOR)
+    rescale = preprocessor.get("rescale_factor", _RESCALE)
+    if not math.isclose(rescale, _RESCALE, rel_tol=1e-6):  # some files round it
+        raise ConvertError(
+            f"preprocessor_config.json: rescale_factor: expected 1/255; got {rescale}"
+        )
     llm, und, vae_cfg = (
         llama_config_from_hf(language),
         _siglip_config_from_hf(und_params),
@@ -145,10 +153,11 @@ def llama_config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     """config.json of a Llama, or `language_config`; the defaults are transformers'."""
     values = _present(values)
     _check("config.json of the language model", values, _LLAMA)
-    rope = values.get("rope_scaling") or values.get("rope_parameters", {})  # the latter since 5.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConvertError(f"config.json: rope_scaling: expected none; got {kind!r}")
+    for key in ("rope_scaling", "rope_parameters"):  # the latter since transformers 5.0
+        rope = values.get(key, {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ConvertError(f"config.json: {key}: expected none; got {kind!r}")
     width, heads = values.get("hidden_size", 4096), values.get("num_attention_heads", 32)
     return LlamaConfig(
         vocab_size=values.get("vocab_size", 32000),
@@ -159,7 +168,7 @@ def llama_config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
         num_kv_heads=values.get("num_key_value_heads", heads),
         head_dim=values.get("head_dim", width // heads),
         norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=float(values.get("rope_theta", rope.get("rope_theta", 10000.0))),
+        rope_theta=float(values.get("rope_theta", rope.get("rope_theta", 10000.0))),  # 5.0's key
     )
 
 
@@ -261,16 +270,12 @@ def _siglip_config_to_hf(und: SiglipConfig) -> dict[str, Any]:
     The published code builds towers by name and knows SIGLIP_SIZES only. Others are called
     'siglip', with their sizes beside the name, and load only here.
     """
-    plain = dataclasses.replace(und, pixel_mean=(), pixel_std=())
-    known = {"image_size": und.image_size, "select_layer": -1}
-    names = [n for n in SIGLIP_SIZES if _siglip_config_from_hf({"model_name": n, **known}) == plain]
-    names.sort(key=lambda name: not name.endswith(f"_{und.image_size}"))
     ratio = und.mlp_width / und.width
     if int(und.width * ratio) != und.mlp_width:
         ratio = (und.mlp_width + 0.5) / und.width
     params = {
         "image_size": und.image_size,
-        "model_name": names[0] if names else "siglip",
+        "model_name": _tower_name(und),
         "select_feature": "same",
         "select_layer": -1,
         "width": und.width,
@@ -282,6 +287,17 @@ def _siglip_config_to_hf(und: SiglipConfig) -> dict[str, Any]:
     if und.pixel_mean:
         params |= {"pixel_mean": list(und.pixel_mean), "pixel_std": list(und.pixel_std)}
     return params
+
+
+def _tower_name(und: SiglipConfig) -> str:
+    """The tower of SIGLIP_SIZES that this is, first those named after its image size."""
+    plain = dataclasses.replace(und, pixel_mean=(), pixel_std=())
+    fields = {"image_size": und.image_size, "select_layer": -1}
+    same_size = lambda name: name.endswith(f"_{und.image_size}")  # noqa: E731
+    for name in sorted(SIGLIP_SIZES, key=same_size, reverse=True):
+        if _siglip_config_from_hf({"model_name": name, **fields}) == plain:
+            return name
+    return "siglip"
 
 
 def check_exportable(cfg: ModelConfig) -> None:
@@ -338,6 +354,7 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
         "processor_class": "VLChatProcessor",
         "image_processor_type": "VLMImageProcessor",
         "image_size": cfg.image_size,
+        "rescale_factor": _RESCALE,
         **_PREPROCESSOR,
     }
     return {

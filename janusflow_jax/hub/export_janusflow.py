@@ -65,12 +65,17 @@ def export(
     hub_configs.check_exportable(cfg)
     if missing := sorted({*tensors.published_shapes(cfg), "vae"} - {*loaded.parts}):
         raise ConvertError(f"{loaded.source}: cannot be exported: parts {missing} are missing")
+    if "tokenizer.json" not in hub:
+        raise ConvertError(f"{loaded.source}: cannot be exported: hub/tokenizer.json is missing")
 
     types = loaded.meta.get("source_dtypes", {})
     published = tensors.to_torch(params, names.janusflow_rules(cfg))
     published = _cast(published, types.get("janusflow", ""), dtype)
-    if UNUSED_FILE in hub:  # SigLIP's pooling head
-        published |= _cast(open_file(hub[UNUSED_FILE]), "", dtype)
+    # SigLIP's pooling head as it came, unless it is another tower's: a run copies `hub/` whole.
+    pool = open_file(hub[UNUSED_FILE]) if UNUSED_FILE in hub else {}
+    latent = pool.get(f"{names.TOWER}{names.POOL}latent")
+    if latent is not None and latent.shape[-1] == cfg.und.width:
+        published |= _cast(pool, "", dtype)
     published_vae = tensors.to_torch(loaded.vae, names.vae_rules(cfg.vae))
     published_vae = _cast(published_vae, types.get("vae", ""), dtype)
     sizes = collections.Counter()
@@ -113,6 +118,8 @@ def _config_files(hub: Files, cfg: ModelConfig, dtype: str) -> dict[str, bytes]:
     """
     llm_extra = json.loads(hub[LLM_CONFIG_FILE].read_bytes()) if LLM_CONFIG_FILE in hub else {}
     new = hub_configs.model_config_to_hf(cfg, llm_extra)
+    if hub_configs.model_config_from_hf(*new.values()) != cfg:
+        raise ConvertError(f"{cfg.name}: the published config files cannot describe this model")
     source = {name: hub[file].read_bytes() for name, file in CONFIGS.items() if file in hub}
     if source.keys() >= {"config.json", "vae/config.json"}:
         main, preprocessor, vae = (json.loads(source.get(name, b"{}")) for name in CONFIGS)

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save as safetensors_bytes
 
 from janusflow_jax.config import ModelConfig
+from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import configs as hub_configs, names, tensors
 from janusflow_jax.hub.source import (
@@ -17,6 +18,7 @@ from janusflow_jax.hub.source import (
     VAE_CONFIG_FILE,
     Source,
     open_vae,
+    reading_configs,
     save_converted,
 )
 
@@ -48,22 +50,29 @@ def convert(
     """
     model, autoencoder = Source(janusflow), open_vae(vae)
     pool = model.pop(re.escape(names.TOWER + names.POOL))
-    cfg = hub_configs.model_config_from_hf(
-        model.json("config.json"),
-        model.json("preprocessor_config.json", default={}),
-        autoencoder.json("config.json"),
-    )
+    with reading_configs(model, autoencoder):
+        cfg = hub_configs.model_config_from_hf(
+            model.json("config.json"),
+            model.json("preprocessor_config.json", default={}),
+            autoencoder.json("config.json"),
+        )
     log(f"config: {cfg}")
+    count = model.json("processor_config.json", default={}).get("num_image_tokens")
+    if count not in (None, cfg.num_image_tokens):
+        raise ConvertError(
+            f"{model.folder / 'processor_config.json'}: num_image_tokens: expected "
+            f"{cfg.num_image_tokens}, as the image size says; got {count}"
+        )
     chat = chat_format.ChatFormat.load(model.folder, cfg.num_image_tokens)
     chat.check_vocab(cfg.llm.vocab_size)
     rules, vae_rules = names.janusflow_rules(cfg), names.vae_rules(cfg.vae)
     shapes, vae_shapes = tensors.published_shapes(cfg), tensors.vae_shapes(cfg.vae)
-    tensors.check(model.tensors, rules, shapes, model.folder)
-    tensors.check(autoencoder.tensors, vae_rules, vae_shapes, autoencoder.folder)
+    cast = np.dtype(dtype) if dtype else None
+    tensors.check(model.tensors, rules, shapes, model.folder, cast)
+    tensors.check(autoencoder.tensors, vae_rules, vae_shapes, autoencoder.folder, cast)
 
     def parts() -> Iterator[tuple[str, Any]]:
         """One part after another, each read when it is asked for."""
-        cast = np.dtype(dtype) if dtype else None
         for part in (p for p in cfg.parts if p in shapes):
             log(f"{part} ...")
             own = [r for r in rules if r.paths[0].split("/")[0] == part]

@@ -116,7 +116,10 @@ def weight_files(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> lis
         if file.exists():
             return [file]
         if index.exists():
-            return [folder / shard for shard in sorted({*read_json(index)["weight_map"].values()})]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ConvertError(f"{index}: expected an index of shards with a weight_map")
+            return [folder / shard for shard in sorted({*weight_map.values()})]
     if not folder.is_dir():
         raise ConvertError(f"{folder}: no such folder")
     present = sorted(p.name for p in folder.iterdir())
@@ -132,11 +135,13 @@ def weight_files(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> lis
 
 def open_folder(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> dict[str, LazyTensor]:
     """The tensors of a folder's `weight_files`, which raises as that and `open_file` do."""
-    return {
-        name: tensor
-        for file in weight_files(folder, names)
-        for name, tensor in open_file(file).items()
-    }
+    tensors: dict[str, LazyTensor] = {}
+    for file in weight_files(folder, names):
+        shard = open_file(file)
+        if repeated := sorted(tensors.keys() & shard.keys()):
+            raise ConvertError(f"{file}: {repeated[0]} is in another shard too")
+        tensors |= shard
+    return tensors
 
 
 def write_folder(

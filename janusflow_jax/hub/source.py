@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from huggingface_hub import metadata_load
 
 from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config import ModelConfig
+from janusflow_jax.config.errors import ConvertError, JanusFlowError
 from janusflow_jax.hub import names, safetensors as safetensors_io
 
 LICENSES_FILE, UNUSED_FILE = "licences.json", "unused.safetensors"
@@ -34,13 +36,19 @@ class Source:
         self.tensors = safetensors_io.open_folder(self.folder, weights)
 
     def json(self, name: str, default: Any = None) -> Any:
-        """What a JSON file holds, or the default where there is no file.
+        """The object in a JSON file, or the default where there is no file.
 
         Raises:
           CheckpointError: the file is damaged, or missing without a default.
+          ConvertError: it holds no object.
         """
         path = self.folder / name
-        return checksums.read_json(path) if default is None or path.exists() else default
+        if default is not None and not path.exists():
+            return default
+        values = checksums.read_json(path)
+        if not isinstance(values, dict):
+            raise ConvertError(f"{path}: expected a JSON object; got {type(values).__name__}")
+        return values
 
     def pop(self, pattern: str) -> dict[str, safetensors_io.LazyTensor]:
         """Removes and returns the tensors whose names match."""
@@ -64,8 +72,26 @@ class Source:
 def open_vae(path: Any) -> Source:
     """An AutoencoderKL's folder, its tensors under their current names."""
     source = Source(path, ("diffusion_pytorch_model",))
-    source.tensors = {names.current_vae_name(n): x for n, x in source.tensors.items()}
+    renamed = {names.current_vae_name(n): x for n, x in source.tensors.items()}
+    if len(renamed) < len(source.tensors):
+        raise ConvertError(f"{source.folder}: some tensors are there under an old and a new name")
+    source.tensors = renamed
     return source
+
+
+@contextlib.contextmanager
+def reading_configs(*sources: Source) -> Iterator[None]:
+    """A value of another type in a config file, or a missing one, is a ConvertError."""
+    try:
+        yield
+    except JanusFlowError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        folders = " and ".join(str(source.folder) for source in sources)
+        raise ConvertError(
+            f"{folders}: the config files cannot be read: a key is missing or its value has "
+            f"another type ({type(error).__name__}: {error})"
+        ) from error
 
 
 def license_files(sources: Mapping[str, Source]) -> dict[str, bytes]:
@@ -77,15 +103,26 @@ def license_files(sources: Mapping[str, Source]) -> dict[str, bytes]:
     listed = []
     for i, (name, source) in enumerate(sources.items()):
         prefix = f"{name}." if i else ""
-        paths = [p for p in sorted(source.folder.iterdir()) if _LICENSE_NAME.match(p.name)]
+        paths = [
+            path
+            for path in sorted(source.folder.iterdir())
+            if _LICENSE_NAME.match(path.name) and path.is_file()
+        ]
         texts = {f"{prefix}{p.name}": p.read_bytes() for p in paths}
-        card = source.folder / "README.md"
-        fields = metadata_load(safetensors_io.local(card)) if card.exists() else None
-        fields = {k: str(v) for k, v in (fields or {}).items() if k.startswith("license")}
+        fields = {k: str(v) for k, v in _card_fields(source).items() if k.startswith("license")}
         out |= texts
         if texts or fields:
             listed.append({"of": name, **fields, "files": list(texts)})
     return out | ({LICENSES_FILE: json.dumps(listed, indent=1).encode()} if listed else {})
+
+
+def _card_fields(source: Source) -> dict[str, Any]:
+    """The fields of a model card's head; {} if it has none that can be read."""
+    card = source.folder / "README.md"
+    try:
+        return metadata_load(safetensors_io.local(card)) or {} if card.exists() else {}
+    except Exception:  # noqa: BLE001 - broken YAML raises errors without a common base
+        return {}
 
 
 def save_converted(

@@ -38,7 +38,8 @@ def published_shapes(cfg: ModelConfig) -> dict[str, Any]:
 def raise_problems(what: str, problems: Sequence[str]) -> None:
     """Raises one ConvertError that lists the problems; does nothing when there is none."""
     if problems:
-        lines = [f"{what} ({len(problems)} problems):"]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = [f"{what} ({count}):"]
         lines += [f"  - {problem}" for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:
             lines.append(f"  ... and {len(problems) - MAX_PROBLEMS} more")
@@ -46,13 +47,18 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
 
 
 def check(
-    tensors: Mapping[str, Any], rules: list[Rule], expected: Any, folder: pathlib.PurePath
+    tensors: Mapping[str, Any],
+    rules: list[Rule],
+    expected: Any,
+    folder: pathlib.PurePath,
+    dtype: Any = None,
 ) -> None:
     """Checks that `from_torch` can read a tree with the shapes `expected`. Reads no values.
 
+    Args: dtype: of the tree; None keeps each tensor's own.
     Raises:
-      ConvertError: lists every tensor of the folder that is missing, unknown, of another shape, or
-        not of floating-point numbers.
+      ConvertError: lists the tensors of the folder that are missing, unknown, of another shape, not
+        of floating-point numbers, or (without `dtype`) of another type than the layers before.
     """
     problems = trees.mismatches(to_torch(expected, rules), tensors, folder.name)
     problems += [
@@ -61,6 +67,16 @@ def check(
         if np.dtype(x.dtype) not in FLOATS
     ]
     raise_problems(f"{folder}: the tensors do not fit the config", problems)
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(expected).items()}
+    for rule in rules if dtype is None else ():
+        stack = [rule.name.format(i) for i in range(rule.count(shapes))]
+        problems += [
+            f"{folder.name}/{name}: expected {tensors[stack[0]].dtype}, as in the layers before; "
+            f"got {tensors[name].dtype}"
+            for name in stack
+            if tensors[name].dtype != tensors[stack[0]].dtype
+        ]
+    raise_problems(f"{folder}: choose a dtype for the conversion", problems)
 
 
 def from_torch(
@@ -69,8 +85,6 @@ def from_torch(
     """Reads a tree tensor by tensor, after `check`.
 
     Args: expected: the tree's shapes; dtype: None keeps each tensor's own.
-    Raises:
-      ConvertError: layers of one stack have several dtypes, and `dtype` is None.
     """
     leaves: dict[str, Any] = {}
     shapes = {path: leaf.shape for path, leaf in trees.flatten(expected).items()}
@@ -81,11 +95,6 @@ def from_torch(
             for path, piece in zip(rule.paths, np.split(tensor, len(rule.paths)), strict=True):
                 if path not in leaves:
                     leaves[path] = np.empty(shapes[path], dtype or tensor.dtype)
-                if not dtype and tensor.dtype != leaves[path].dtype:
-                    raise ConvertError(
-                        f"{rule.name.format(i)}: expected {leaves[path].dtype}, as in the layers "
-                        f"before; got {tensor.dtype}: choose a dtype for the conversion"
-                    )
                 _copy(leaves[path][i] if rule.stacked else leaves[path], ours(piece))
     return trees.unflatten(leaves)
 
