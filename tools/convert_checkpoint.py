@@ -6,8 +6,8 @@
     python tools/convert_checkpoint.py --llm DIR --siglip DIR --vae DIR --out models/start
 
 The folders hold safetensors (one file, or shards with an index), config.json and, for a language
-model, the tokenizer's files. Everything is checked before anything is written, and an error names
-every tensor that does not fit.
+model, the tokenizer's files. Everything is checked before anything is written, and an error lists
+the tensors that do not fit.
 """
 
 from __future__ import annotations

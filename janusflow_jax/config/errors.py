@@ -10,7 +10,7 @@ class JanusFlowError(ValueError):
 
 
 class ConfigError(JanusFlowError):
-    """A config that cannot work; the message lists every problem."""
+    """A config that cannot work; lists every problem."""
 
 
 class DataError(JanusFlowError):
@@ -29,7 +29,7 @@ class CheckpointError(JanusFlowError):
 
 
 class ConvertError(JanusFlowError):
-    """Tensors or config files of a published checkpoint that do not fit; lists every problem."""
+    """Tensors or config files of a published checkpoint that do not fit."""
 
 
 class DivergedError(JanusFlowError):
