@@ -122,6 +122,8 @@ def _split(arg: str | None) -> tuple[set[str], dict[str, str], str]:
     pairs = [word.split("=", 1) for word in words if "=" in word]
     folders = {OLD_NAMES.get(name, name): folder for name, folder in pairs}
     wrong = sorted(n for n, folder in folders.items() if n not in ("mine", "watch") or not folder)
+    if len(folders) < len(pairs):
+        raise c.ConfigError(f"configs/finetune.py: expected each folder once; got {arg!r}")
     if wrong:
         raise c.ConfigError(f"configs/finetune.py: expected mine=DIR or watch=DIR; got {wrong}")
     written = {word for word in words if word and "=" not in word}

@@ -115,6 +115,8 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
             config = json.loads((run / "config.json").read_text())
             if base.name not in Path(config["start"]).parts:
                 raise JanusFlowError(f"{run}: expected start {base}; got {config['start']!r}")
+            if not curve(run)["step"]:
+                raise JanusFlowError(f"{run}: expected held-out losses in metrics.jsonl; got none")
             out["settings"][run.name] = {
                 "start": base.name,
                 "seed": config["seed"],

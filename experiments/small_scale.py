@@ -200,7 +200,9 @@ def read_report(file: Path, numbers: dict[str, Any]) -> dict[str, Any]:
     """
     report = json.loads(file.read_text())
     own = {name: report[name] for name in SCORED_WITH if name in report}
-    check_alike(str(file), {name: numbers.setdefault(name, x) for name, x in own.items()}, own)
+    for name, value in own.items():
+        numbers.setdefault(name, value)
+    check_alike(str(file), {name: numbers[name] for name in own}, own)
     return report
 
 

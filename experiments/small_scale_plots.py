@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib  # pyright: ignore[reportMissingImports]
+try:
+    import matplotlib  # pyright: ignore[reportMissingImports]
+except ImportError:
+    sys.exit("plots need matplotlib: pip install -e '.[plots]'")
 
 matplotlib.use("Agg")
 

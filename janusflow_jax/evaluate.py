@@ -19,10 +19,11 @@ from typing import Any
 from etils import epath
 
 from janusflow_jax import cli, config as config_lib, pipeline
+from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import flags as config_flags
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import losses as losses_lib, provenance
-from janusflow_jax.openmoji import judge as judge_lib, suite
+from janusflow_jax.openmoji import judge as judge_lib, prompts, suite
 from janusflow_jax.sampling import inputs
 
 SUITES = ("emoji", "losses")
@@ -117,22 +118,21 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: pathlib.Path) -> di
             "--prompts, --captions: expected 0, or 2 or more (scores compare items with each "
             f"other); got {args.prompts} and {args.captions}"
         )
+    if not (args.prompts or args.captions):
+        raise JanusFlowError("--prompts, --captions: got 0 and 0: nothing to score")
     for first in (args.seed, args.seed + suite.MORE_SEED):
-        inputs.image_seeds(first, max(args.prompts, 1), 1)
+        inputs.image_seeds(first, max(args.prompts, len(prompts.PROMPTS)), 1)
     sheet_file = out.with_suffix(".png")
     if sheet_file == out:
         raise JanusFlowError(
             f"--out: expected a file such as eval.json; got the sheet's name {out}"
         )
+    if not args.suite:
+        _check_is_emoji(folder)
     judge = judge_lib.load(args.judge) if args.judge and args.prompts else None
     model = pipeline.load(
         str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
     )
-    if not args.suite and model.cfg.name != config_lib.model_config("emoji").name:
-        raise JanusFlowError(
-            f"--suite: expected one of {SUITES} for the model {model.cfg.name!r}; got none: pass "
-            "--suite losses (suite emoji scores the quick start's drawings)"
-        )
     report: dict[str, Any] = {
         "settings": {**vars(args), "suite": "emoji", "model": str(folder)},
         "model": provenance.of(folder, args.adapter),
@@ -159,6 +159,19 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: pathlib.Path) -> di
         )
     print(suite.table(report))
     return report
+
+
+def _check_is_emoji(folder: epath.Path) -> None:
+    """Refuses another model than the quick start's by its config, before the model is loaded."""
+    for file in (folder / "model.json", folder / "run.json"):
+        if file.exists():
+            config = checksums.read_json(file)["config"]
+            name = config.get("model", config)["name"]
+            if name != config_lib.model_config("emoji").name:
+                raise JanusFlowError(
+                    f"--suite: expected one of {SUITES} for the model {name!r}; got none: pass "
+                    "--suite losses (suite emoji scores the quick start's drawings)"
+                )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import csv
 import json
 import os
 import runpy
@@ -13,11 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from helpers import scenes
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, images, packing, sources
-from janusflow_jax.data.prepare import build, engines, parquet, records, report as report_lib
+from janusflow_jax.data.prepare import (
+    build,
+    engines,
+    inputs,
+    parquet,
+    records,
+    report as report_lib,
+)
 from janusflow_jax.data.prepare.inputs import Skipped
 from janusflow_jax.data.prepare.records import Options
 
@@ -310,6 +320,44 @@ def test_missing_inputs_are_an_error_before_the_work(tmp_path):
     with pytest.raises(DataError, match="expected one folder"):
         run(Options("folder", (str(tmp_path / "gone"),)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_fails_once_loses_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "RETRY_SECONDS", (0,))
+    attempts = collections.Counter()
+
+    def open_file(path, what, real=inputs._open):
+        attempts[str(path)] += 1
+        if attempts[str(path)] == 1:
+            raise OSError(5, "503")
+        return real(path, what)
+
+    monkeypatch.setattr(inputs, "_open", open_file)
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    report = run(Options("text", (str(tmp_path / "a.txt"),), kind="text"), tmp_path / "out")
+    assert report.records == {"train": 2} and not report.num_skipped and attempts
+
+
+def test_a_line_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "LINE_LIMIT", 8)
+    path = epath.Path(tmp_path / "a.txt")
+    path.write_bytes(b"x" * 100 + b"\nlast\n")
+    assert list(inputs.lines(path)) == [(0, b"x" * 8), (101, b"last")]
+    assert list(inputs.lines(path, 50, 200)) == [(101, b"last")]
+
+
+def test_half_a_character_in_a_name_can_be_printed():
+    report = report_lib.Report()
+    report.skip("a\udce4.jpg", inputs.Skipped("picture: missing", "no \ud800"))
+    assert report.table().encode().count(b"?") == 2
+
+
+def test_a_bad_line_of_csv_is_one_record(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(csv, "field_size_limit", lambda _, limit=csv.field_size_limit: limit(100))
+    rows = f"id,image,caption\n1,000.jpg,{'x' * 200}\n2,000.jpg,a fox\n"
+    (tmp_path / "rows.csv").write_text(rows)
+    report = run(options(folder, rows=str(tmp_path / "rows.csv")), tmp_path / "out")
+    assert report.records == {"train": 1} and list(report.skipped) == ["line: not CSV"]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

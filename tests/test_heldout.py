@@ -320,6 +320,8 @@ def test_a_non_finite_loss_has_risen(value):
     assert risen({A: 1.0}, {A: value}) == [f"{A}: 1.0000 at step 0, now {value}"]
     ema = A.replace("eval/", "eval_ema/")
     assert len(risen({A: 1.0, ema: 1.0}, {A: value, ema: value})) == 1
+    # An average follows later: until then the raw loss shows it.
+    assert len(risen({A: 1.0, ema: 1.0}, {A: value, ema: 1.0})) == 1
     check = rise_check()
     (line,) = check.update(0, {A: value, B: 1.0})  # also in the first measurement
     assert f"{A}: now {value}" in line

@@ -359,6 +359,9 @@ def test_what_cannot_be_cached_is_refused():
     cfg.data = dataclasses.replace(cfg.data, sources=(one, two))
     said = problems(cfg)
     assert "cache: expected one for all sources of task generate" in said
+    text = dataclasses.replace(cfg.data.sources[0], task="text", format="plain", cache="x")
+    cfg.data = dataclasses.replace(cfg.data, sources=(text,))
+    assert "cache: expected none for task text" in problems(cfg)
     cfg.data = dataclasses.replace(
         cfg.data, sources=(dataclasses.replace(cfg.data.sources[0], task="understand"),)
     )

@@ -248,6 +248,19 @@ def test_loops_and_asynchronous_collectives_of_a_tpu_program():
     assert [x.times for x in small if x.kind == "all-reduce"] == [10, 10]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("direction=LT", "direction=GT"),  # counts down
+        ("constant(2)", "constant(0)"),
+        ("tuple(%next, %x)", "custom-call(%next, %x)"),
+    ],
+)
+def test_a_loop_of_another_form_takes_the_assumed_trips(old, new):
+    items = plan_collectives.collectives(TPU_LOOP.replace(old, new), while_trips=7.0)
+    assert {x.times for x in items if x.kind == "all-gather"} == {7.0}
+
+
 def test_groups_in_all_spellings():
     groups = lambda text: plan_collectives.replica_groups(text, 4).tolist()  # noqa: E731
     assert groups("replica_groups={{0,2},{1,3}}, x") == [[0, 2], [1, 3]]

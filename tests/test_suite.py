@@ -82,6 +82,7 @@ def test_every_claim_holds_for_a_perfect_model(command, tmp_path):
     ("options", "message"),
     [
         ("--prompts 1", "2 or more"),
+        ("--prompts 0 --captions 0", "nothing to score"),
         ("--suite losses", "expected --config"),
         ("--out eval.png", "sheet"),
     ],
@@ -91,13 +92,15 @@ def test_options_that_cannot_work_are_refused(command, options, message):
         evaluate.main([*command, *options.split()])
 
 
-def test_only_models_of_the_quick_start_have_a_default_suite(command, monkeypatch):
-    model = PerfectModel()
-    model.cfg.name = "1p3b"
-    monkeypatch.setattr(evaluate.pipeline, "load", lambda path, **_: model)
-    with pytest.raises(JanusFlowError, match=r"--suite: .*'1p3b'"):
+def test_only_models_of_the_quick_start_have_a_default_suite(command, tmp_path):
+    (tmp_path / "model" / "model.json").write_text(json.dumps({"config": {"name": "1p3b"}}))
+    with pytest.raises(JanusFlowError, match=r"--suite: .*'1p3b'"):  # without loading the model
         evaluate.main(command)
     evaluate.main([*command, "--suite", "emoji"])
+    run = {"config": {"model": {"name": "emoji"}}}
+    (tmp_path / "model" / "model.json").unlink()
+    (tmp_path / "model" / "run.json").write_text(json.dumps(run))
+    evaluate.main(command)
 
 
 def test_a_model_that_cannot_caption_stops_before_it_generates(command, monkeypatch):

@@ -57,8 +57,8 @@ def main(argv: list[str]) -> None:
         same_model = [stage for stage in stages if stage.model == cfg.model]
         runs = [(run, plan_report.train_report(run, same_model, assume))]
     fits = True
-    for run, text in runs:
-        print(text, end="\n\n\n", flush=True)
+    for i, (run, text) in enumerate(runs):
+        print("\n\n" * (i > 0) + text, flush=True)
         fits &= plan_report.memory(run).fits
     sys.exit(0 if fits else 2)
 

@@ -144,6 +144,8 @@ def load_model(path: Any, weights: str = "ema", merged: bool = True) -> LoadedMo
         return _load_step(folder, folder.parent.parent, weights, merged)
     if steps := committed_steps(folder):
         return _load_step(folder / "checkpoints" / str(steps[-1]), folder, weights, merged)
+    if (folder / "checkpoints").exists():
+        raise CheckpointError(f"{folder}: no finished checkpoint yet; let it train longer")
     raise CheckpointError(
         f"{folder}: expected a model folder ({MODEL_FILE}), a training run with a finished "
         f"checkpoint, or such a checkpoint (with {MARKER}); found none of them. A Hugging Face "

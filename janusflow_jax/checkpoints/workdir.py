@@ -159,6 +159,10 @@ def create(
       about: JSON values for the base's `model.json`.
     """
     with explained(workdir):
+        # The config first: `check` then compares even if the run ends before the base is whole.
+        if processes.is_main():
+            with files.replacing(workdir / "config.json", "tmp") as part:
+                part.write_text(json.dumps(config_lib.to_dict(cfg), indent=1))
         if not processes.from_main("exists" if base_meta(workdir) else ""):
             model_folder.save_model(
                 workdir / "base",
@@ -169,6 +173,3 @@ def create(
                 extra=about,
                 overwrite=True,
             )
-        if processes.is_main():
-            with files.replacing(workdir / "config.json", "tmp") as part:
-                part.write_text(json.dumps(config_lib.to_dict(cfg), indent=1))

@@ -75,10 +75,10 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         f"a divisor of batch_rows ({cfg.batch_rows})",
         optim.accum_steps,
     )
-    in_blocks = cfg.attention != "splash" or data.row_len % 128 == 0
-    require(in_blocks, "data.row_len", "a multiple of 128 for splash attention", data.row_len)
-    narrow = cfg.attention != "cudnn" or cfg.dtype == "bfloat16"
-    require(narrow, "dtype", "bfloat16 for cudnn attention", cfg.dtype)
+    splash_fits = cfg.attention != "splash" or data.row_len % 128 == 0
+    require(splash_fits, "data.row_len", "a multiple of 128 for splash attention", data.row_len)
+    cudnn_fits = cfg.attention != "cudnn" or cfg.dtype == "bfloat16"
+    require(cudnn_fits, "dtype", "bfloat16 for cudnn attention", cfg.dtype)
     require(
         # A slower average moves by less in a step than bfloat16 can represent.
         optim.moments_dtype == "float32" or (optim.name == "adamw" and optim.b2 <= 0.98),
@@ -99,8 +99,12 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         cfg.train_parts,
     )
     layers = [p for p in cfg.train_parts if p == "llm" or p.startswith("llm/layers")]
-    alone = "no layers of the LLM beside adapters (lora.rank above 0)"
-    require(not (cfg.lora.rank and layers), "train_parts", alone, layers)
+    require(
+        not (cfg.lora.rank and layers),
+        "train_parts",
+        "no layers of the LLM beside adapters (lora.rank above 0)",
+        layers,
+    )
     problems += _source_problems(cfg)
     return list(dict.fromkeys(problems + model_problems(cfg.model)))  # some are in both
 
@@ -122,18 +126,31 @@ def _source_problems(cfg: TrainConfig) -> list[str]:
             source.weight,
         )
     for task, field in (("generate", "gen_slots"), ("understand", "und_slots")):
-        caches, slots = [s.cache for s in data.sources if s.task == task], getattr(data, field)
-        more = f"> 0 for sources of task {task}"
-        require(slots > 0 or not caches, f"data.{field}", more, slots)
+        caches, slots = _caches(cfg, task), getattr(data, field)
+        enough_slots = slots > 0 or not caches
+        require(enough_slots, f"data.{field}", f"> 0 for sources of task {task}", slots)
         # The encoders run for a whole batch or not at all.
-        alike = all(caches) or not any(caches)
-        require(alike, "cache", f"one for all sources of task {task}, or for none", caches)
+        require(
+            all(caches.values()) or not any(caches.values()),
+            "data.sources: cache",
+            f"one for all sources of task {task}, or for none",
+            caches,
+        )
+    caches = {name: cache for name, cache in _caches(cfg, "text").items() if cache}
+    require(not caches, "data.sources: cache", "none for task text, which has no images", caches)
     # A cache for understanding holds features of a SigLIP that does not change.
-    caches = [s.cache for s in data.sources if s.task == "understand" and s.cache]
+    caches = {name: cache for name, cache in _caches(cfg, "understand").items() if cache}
     if cfg.model.und_encoder != "siglip":
         reason = f"model.und_encoder is {cfg.model.und_encoder!r}, not 'siglip'"
-        require(not caches, "cache", f"none for task understand, because {reason}", caches)
+        expected = f"none for task understand, because {reason}"
+        require(not caches, "data.sources: cache", expected, caches)
     elif any(parts_lib.top(path) == "und_encoder" for path in cfg.train_parts):
         reason = "SigLIP trains (und_encoder in train_parts)"
-        require(not caches, "cache", f"none for task understand, because {reason}", caches)
+        expected = f"none for task understand, because {reason}"
+        require(not caches, "data.sources: cache", expected, caches)
     return problems
+
+
+def _caches(cfg: TrainConfig, task: str) -> dict[str, str]:
+    """The caches of a task's sources, by name; '' for a source without one."""
+    return {s.name or s.path: s.cache for s in cfg.data.sources if s.task == task}

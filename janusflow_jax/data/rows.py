@@ -67,7 +67,7 @@ class Source:
 
     @property
     def key(self) -> int:
-        """Of its permutations."""
+        """Seeds the permutations of the source's bins."""
         return zlib.crc32(f"{self.name}:{self.cfg.task}".encode())
 
 

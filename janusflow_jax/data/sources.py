@@ -115,8 +115,8 @@ open_source = TfdsSource
 
 
 def mapped(source: Any, fields: Fields, task: str) -> Any:
-    """The source under our field names; checks that it has what the task reads. Fields that are not
-    mapped have their own names.
+    """The source under our field names; checks that it has what the task reads. Other
+    fields keep their names.
 
     Args:
       source: of `open_source`.

@@ -98,7 +98,17 @@ def _unit(x: Array) -> Array:
 
 
 def label_indices(cfg: JudgeConfig, labels: Sequence[Label]) -> tuple[np.ndarray, np.ndarray]:
-    """The text tower's input for labels: classes and colors, int32[N] each."""
+    """The text tower's input for labels: classes and colors, int32[N] each.
+
+    Raises:
+      JanusFlowError: a label that the judge does not know.
+    """
+    for label in labels:
+        if label.name not in cfg.classes or label.color not in cfg.colors:
+            raise JanusFlowError(
+                f"judge: expected a class and a color that it knows; got {label}: pass --judge '' "
+                "to score without it"
+            )
     return (
         np.asarray([cfg.classes.index(x.name) for x in labels], np.int32),
         np.asarray([cfg.colors.index(x.color) for x in labels], np.int32),
@@ -181,10 +191,18 @@ def load(path: Any) -> LoadedJudge:
         text_width=sizes["text_width"],
         width=sizes["width"],
     )
-    with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
-        leaves = {n: file.get_tensor(n).astype(np.float32) for n in file.keys()}  # noqa: SIM118
-    sha256 = checksums.file_sha256(folder / WEIGHTS)
-    return LoadedJudge(cfg, trees.unflatten(leaves), about, sha256)
+    try:
+        with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
+            leaves = {n: file.get_tensor(n).astype(np.float32) for n in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: expected a safetensors file ({error}): download it again"
+        ) from error
+    params = trees.unflatten(leaves)
+    shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+    if problems := trees.mismatches(shapes, params, WEIGHTS):
+        raise CheckpointError(f"{folder}: " + "; ".join(problems))
+    return LoadedJudge(cfg, params, about, checksums.file_sha256(folder / WEIGHTS))
 
 
 def save(path: Any, cfg: JudgeConfig, params: Any, about: dict[str, Any]) -> None:

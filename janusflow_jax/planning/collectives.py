@@ -106,6 +106,8 @@ def collectives(
             elif not op.opcode.endswith(("-done", "-update")):
                 for call in _CALLS.finditer(op.rest):
                     for called in re.findall(r"[\w.\-]+", call[1]):
+                        if called not in program:
+                            continue
                         # On TPU an asynchronous collective is sent once, but written into the
                         # fusion that starts it, those that overlap it and the one that ends it.
                         ends = any(
@@ -146,16 +148,17 @@ def _trip_count(program: Program, loop: Instruction) -> float | None:
     condition = program[loop.attribute(r"condition=%?([\w.\-]+)")]
     body = program[loop.attribute(r"body=%?([\w.\-]+)")]
     test = next(op for op in condition.values() if op.root)
-    if test.opcode != "compare":
+    if test.opcode != "compare" or "direction=LT" not in test.rest:
         return None
     counter, bound = (condition[name] for name in test.operands)
-    if bound.opcode != "constant":
-        return None
+    index = counter.attribute(r"index=(\d+)")
     result = next(op for op in body.values() if op.root)
-    update = body[result.operands[int(counter.attribute(r"index=(\d+)"))]]
+    if bound.opcode != "constant" or not index or result.opcode != "tuple":
+        return None
+    update = body[result.operands[int(index)]]
     constants = (body[name] for name in update.operands if body[name].opcode == "constant")
     step = next((_value(op) for op in constants), 1)
-    return float(math.ceil(_value(bound) / step))
+    return float(math.ceil(_value(bound) / step)) if step > 0 else None
 
 
 def _value(constant: Instruction) -> int:
@@ -212,8 +215,8 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     inside: list[int] = []  # dimensions that vary within a group
     for name, size in re.findall(r"'(\w+)'=(\d+)", text):
         before, part = int(size), 1
-        if match := re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", named):
-            before, part = int(match[1] or 1), int(match[2] or size)
+        if grouped := re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", named):
+            before, part = int(grouped[1] or 1), int(grouped[2] or size)
             inside.append(len(shape) + 1)
         shape += [before, part, int(size) // (before * part)]
     last = range(-len(inside), 0)

@@ -25,7 +25,7 @@ from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import cache as latent_cache, images, rows, samples, slots, sources
 from janusflow_jax.data.cache import Manifest
 from janusflow_jax.models import encode, siglip, vae
-from janusflow_jax.parallel import trees
+from janusflow_jax.parallel import processes, trees
 
 Encode = Callable[[Any], dict[str, jax.Array]]
 VAE_ENCODER = ("encoder", "quant_conv")
@@ -278,7 +278,12 @@ def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_pa
     if und is not None:
         pairs.append(("understand", "SigLIP", und.siglip, encoders.get("und_encoder")))
     for task, encoder, of_cache, of_run in pairs:
-        if of_run and of_cache != of_run:
+        if not of_run:
+            processes.log(
+                f"cache {folders[task]}: not compared with this run's {encoder}, because the run "
+                "did not store its digest"
+            )
+        elif of_cache != of_run:
             raise DataError(
                 f"cache {folders[task]}: expected values of this run's {encoder} ({of_run[:12]}); "
                 f"got {of_cache[:12] or 'none'}: run tools/cache_latents.py with the model that "

@@ -161,6 +161,7 @@ class _Source:
         rows = rows_lib.Rows(data, cfg.model, chat, repa=False)
         packed = rows.sources[0]
         self._num_rows = min(cfg.evaluate.rows, len(packed.bins))  # with fewer bins: all, once
+        self._all_rows = self._num_rows == len(packed.bins)
         bins = [packed.bins[rows.locate(row)[2]] for row in range(self._num_rows)]
         self._num_records = len(packed.records)
         self._num_samples = sum(map(len, bins))
@@ -180,13 +181,17 @@ class _Source:
         """What the losses of the source rest on, with a warning where that is little."""
         images = self._num_images
         line = (
-            f"held-out {name} ({self.cfg.task}): {self._num_samples} samples with {images} images, "
-            f"of {self._num_records} records in split {self.cfg.split}, in {self._num_rows} rows"
+            f"held-out {name} ({self.cfg.task}), split {self.cfg.split}: records "
+            f"{self._num_records}, samples {self._num_samples}, images {images}, rows "
+            f"{self._num_rows}"
         )
         if 0 < images < MIN_IMAGES:
+            advice = "raise --config.evaluate.rows"
+            if self._all_rows:
+                advice = "prepare the data with a larger --heldout (tools/prepare_data.py)"
             line += (
                 f"\nWARNING: held-out {name}: expected {MIN_IMAGES} or more images; got {images}: "
-                "raise --config.evaluate.rows, or prepare the data with a larger --heldout"
+                f"{advice}"
             )
         return line
 
@@ -318,12 +323,20 @@ class RiseCheck:
     def risen(self) -> list[str]:
         """A line for every loss of the newest measurement that lies above its first value by more
         than `max_rise`, or that is not finite. Of a loss with an EMA the average counts, because
-        that is the run's result."""
+        that is the run's result; the raw loss counts when it alone is not finite."""
         names = []
         for source in self._rows if self._max_rise else ():
+            if self._changes(source):
+                continue
             for loss in LOSSES:
-                both = [metric(weights, source, loss) for weights in (EMA, RAW)]
-                names += [n for n in both if n in self._newest and not self._changes(source)][:1]
+                ema, raw = metric(EMA, source, loss), metric(RAW, source, loss)
+                if ema in self._newest:
+                    names.append(ema)
+                if raw in self._newest and (
+                    ema not in self._newest
+                    or (math.isfinite(self._newest[ema]) and not math.isfinite(self._newest[raw]))
+                ):
+                    names.append(raw)
         out = []
         for name in names:
             first, newest = self._first.get(name), self._newest[name]

@@ -73,6 +73,7 @@ def initial_params(
     if cfg.start:
         start = folders[cfg.start] = model_folder.load_model(cfg.start)
         origins |= {p: cfg.start for p in origins if _part_of(start, p) is not None}
+        del start  # so that the loop below frees it
     origins |= dict(cfg.init)
     _check_pretrained(cfg, origins)
     params = {**janusflow.param_shapes(cfg.model), "vae": vae.param_shapes(cfg.model.vae)}
@@ -170,8 +171,8 @@ def _other_config(ours: ModelConfig, theirs: ModelConfig, part: str, path: str) 
         where = f"model.{section}."
         for difference in differences(then, now, (f"{where}image_size",), where):
             out.append(
-                f"{path}: its {part} was made with another config: {difference}: set the old value "
-                "(--config.FIELD=VALUE)"
+                f"{path}: its {part} was made with other values ({difference}): set the first one "
+                "with --config.FIELD=VALUE"
             )
     return out
 

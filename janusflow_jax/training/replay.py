@@ -54,9 +54,9 @@ def parse_rows(text: str) -> tuple[int, int]:
     Raises:
       ConfigError: anything else.
     """
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    first = int(match[1]) if match else 0
-    end = int(match[2] or first + 1) if match else 0
-    if first >= end:
-        raise ConfigError(f"--replay: expected ROW or FIRST:END, such as 1024:1536; got {text!r}")
-    return first, end
+    if match := re.fullmatch(r"(\d+)(?::(\d+))?", text):
+        first = int(match[1])
+        end = int(match[2]) if match[2] else first + 1
+        if first < end:
+            return first, end
+    raise ConfigError(f"--replay: expected ROW or FIRST:END, such as 1024:1536; got {text!r}")

@@ -63,6 +63,16 @@ TALKS = [
         ),
         GOOD,
     ),
+    (
+        "talk_struct_of_lists",  # as datasets and tfds store a list of turns
+        talk(conversations={"role": ["user", "assistant"], "content": ["<image>\nHi?", "A wall."]}),
+        GOOD,
+    ),
+    (
+        "talk_struct_of_lists_short",
+        talk(conversations={"role": ["user", "assistant"], "content": ["<image>\nHi?"]}),
+        "conversation: not a list of turns",
+    ),
     ("talk_system", talk(says("system", "Be short."), ASK, SAY), GOOD),
     ("talk_system_empty", talk(says("system", ""), ASK, SAY), GOOD),
     ("talk_last_question", talk(ASK, SAY, PLAIN), GOOD),

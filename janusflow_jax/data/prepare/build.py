@@ -145,14 +145,12 @@ def run_shard(job: Job) -> tuple[int, int]:
     writers: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         for where, result in _read_shard(job.shard, options):
-            try:
-                if isinstance(result, Skipped):
-                    raise result
-                record, dropped_captions = result
-                measured = [samples.units(record, task, form, chat) for task, form in specs]
-            except Skipped as e:
-                report.skip(where, e)
+            if isinstance(result, Skipped):
+                report.skip(where, result)
                 continue
+            record, dropped_captions = result
+            try:
+                measured = [samples.units(record, task, form, chat) for task, form in specs]
             except DataError as e:
                 report.skip(where, Skipped("sample: none", str(e)))
                 continue

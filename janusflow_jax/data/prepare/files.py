@@ -88,10 +88,10 @@ def read(path: epath.Path) -> Iterator[bytes]:
     """The records of a file in order. Raises OSError: the file is broken or missing."""
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
         local = path
         if _is_remote(path):
-            local = epath.Path(folder) / path.name
+            local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
             _copy(path, local)
         reader = array_record_module.ArrayRecordReader(str(local))
         try:

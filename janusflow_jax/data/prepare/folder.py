@@ -1,7 +1,8 @@
 """A folder of images: captions in .txt files of the same name, or rows that name the images.
 
-Rows are JSON lines or a CSV file (`options.rows`). A row holds the path of an image in the folder
-and a caption or captions, or a list of images and a conversation or a document.
+Rows (`options.rows`) are JSON lines, a JSON array (.json), or a CSV file. A row holds the path of
+an image in the folder and a caption or captions, or a list of images and a conversation or a
+document.
 """
 
 from __future__ import annotations
@@ -78,11 +79,13 @@ def _csv_rows(path: epath.Path) -> Iterator[Row]:
     text = io.StringIO(data.decode("utf-8", errors="surrogateescape"), newline="")
     separator = "\t" if path.name.lower().endswith(".tsv") else ","
     reader = csv.DictReader(text, restkey="", delimiter=separator)
-    try:
-        for row in reader:
-            value: Any = row
-            if "" in row:
-                value = Skipped("line: more columns than the header", f"{len(row[''])} more")
-            yield f"{path.name}:{reader.line_num}", f"{path.name}-{reader.line_num}", value
-    except csv.Error as e:
-        raise DataError(f"{path}: expected CSV; line {reader.line_num}: {e}") from e
+    while True:
+        try:
+            row: Any = next(reader, None)
+        except csv.Error as e:  # the reader continues with the next line
+            row = Skipped("line: not CSV", str(e))
+        if row is None:
+            return
+        if isinstance(row, dict) and "" in row:
+            row = Skipped("line: more columns than the header", f"{len(row[''])} more")
+        yield f"{path.name}:{reader.line_num}", f"{path.name}-{reader.line_num}", row

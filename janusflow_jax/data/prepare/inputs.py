@@ -20,6 +20,8 @@ from janusflow_jax.data import sources
 
 BOM = b"\xef\xbb\xbf"
 """The mark that some editors write at the begin of a UTF-8 file."""
+LINE_LIMIT = 2**28
+"""Bytes of a line that are read; `records.clean_text` reports what is longer than its own limit."""
 _SEPARATOR = re.compile(r"[\s,]*")
 
 
@@ -81,7 +83,8 @@ def walk(folder: epath.Path) -> Iterator[tuple[epath.Path, str]]:
         if real in visited:
             continue
         visited.add(real)
-        for path in sorted(current.iterdir(), key=lambda path: path.name):
+        paths = sources.retry(lambda folder=current: list(folder.iterdir()), str(current))
+        for path in sorted(paths, key=lambda path: path.name):
             if path.name.startswith("."):
                 continue
             if path.is_dir():
@@ -102,23 +105,10 @@ def open_file(
       broken: errors inside the `with` which mean that the file is broken.
     Raises:
       Skipped: no such file, or a broken one; trying again would not help.
-      OSError: the store fails.
+      DataError: the store fails repeatedly when the file is opened.
+      OSError: it fails later.
     """
-    try:
-        file = path.open("rb")
-    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
-        if isinstance(e, (IsADirectoryError, NotADirectoryError)):
-            reason = "not a file"
-        elif isinstance(e, PermissionError):
-            reason = "cannot be read"
-        elif isinstance(e, (FileNotFoundError, ValueError)):
-            reason = "missing"
-        elif e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            reason = "missing"
-        else:
-            raise
-        raise Skipped(f"{what}: {reason}", str(e)) from e
-    with file:
+    with sources.retry(lambda: _open(path, what), str(path)) as file:
         try:
             yield gzip.GzipFile(fileobj=file) if path.name.endswith("gz") else file
         except (EOFError, zlib.error, gzip.BadGzipFile, *broken) as e:
@@ -140,8 +130,27 @@ def read_bytes(path: epath.Path, what: str, limit: int = -2) -> bytes:
     return sources.retry(read, str(path))
 
 
+def _open(path: epath.Path, what: str) -> Any:
+    try:
+        return path.open("rb")
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        if isinstance(e, (IsADirectoryError, NotADirectoryError)):
+            reason = "not a file"
+        elif isinstance(e, PermissionError):
+            reason = "cannot be read"
+        elif isinstance(e, (FileNotFoundError, ValueError)):
+            reason = "missing"
+        elif e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            reason = "missing"
+        else:
+            raise
+        raise Skipped(f"{what}: {reason}", str(e)) from e
+
+
 def lines(path: epath.Path, begin: int = 0, end: int = -1) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that begin in [begin, end) of a file; .gz is decompressed.
+
+    Of a line above LINE_LIMIT only its begin is in memory: a file need not have lines at all.
 
     Args:
       path: the file.
@@ -153,12 +162,23 @@ def lines(path: epath.Path, begin: int = 0, end: int = -1) -> Iterator[tuple[int
         offset = begin
         if begin:  # a line that begins before `begin` belongs to the shard before
             stream.seek(begin - 1)
-            offset += len(stream.readline()) - 1
-        for line in stream:
-            if 0 <= end <= offset:
+            offset += _read_line(stream)[1] - 1
+        while end < 0 or offset < end:
+            line, length = _read_line(stream)
+            if not length:
                 return
             yield offset, line.rstrip(b"\r\n")
-            offset += len(line)
+            offset += length
+
+
+def _read_line(stream: Any) -> tuple[bytes, int]:
+    """(the begin of the next line, its whole length)."""
+    line = last = stream.readline(LINE_LIMIT)
+    length = len(line)
+    while last and not last.endswith(b"\n"):
+        last = stream.readline(2**20)
+        length += len(last)
+    return line, length
 
 
 def parse_json(line: bytes) -> Any:
@@ -225,6 +245,7 @@ def write_slices(rows: Iterable[Row], folder: epath.Path, size: int) -> Iterator
 
 def read_slice(path: str) -> Iterator[Row]:
     """The rows of a file that `write_slices` wrote."""
-    for line in epath.Path(path).read_text(encoding="utf-8").splitlines():
+    text = sources.retry(lambda: epath.Path(path).read_text(encoding="utf-8"), path)
+    for line in text.splitlines():
         where, place_id, value, *skipped = json.loads(line)
         yield where, place_id, Skipped(*skipped) if skipped else value

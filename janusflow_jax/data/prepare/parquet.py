@@ -51,7 +51,7 @@ def read(shard: dict, options: Options) -> Iterator[Row]:
     name, number = shard["name"], shard.get("first_row", 0)
     with _open(epath.Path(shard["path"])) as file:
         columns = _columns(file.schema_arrow.names, options)
-        for group in range(shard.get("begin", 0), shard.get("end", 0)):
+        for group in range(shard.get("begin", 0), shard.get("end", file.num_row_groups)):
             for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns):
                 for i in range(batch.num_rows):
                     try:
@@ -85,8 +85,13 @@ def _open(path: epath.Path) -> Iterator[Any]:
             "parquet: expected the package pyarrow; it is not installed: run "
             "`pip install 'janusflow_jax[data]'`"
         ) from e
-    with inputs.open_file(path, broken=(pyarrow.ArrowException, OSError)) as stream:
-        yield pyarrow.parquet.ParquetFile(stream)
+    with inputs.open_file(path, broken=(pyarrow.ArrowException,)) as stream:
+        try:
+            yield pyarrow.parquet.ParquetFile(stream)
+        except OSError as e:
+            if e.errno is not None:  # of the store; pyarrow's own, for broken pages, have none
+                raise
+            raise Skipped("file: truncated or broken", str(e)[:160]) from e
 
 
 def _columns(names: list[str], options: Options) -> list[str]:

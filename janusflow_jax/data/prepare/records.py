@@ -1,7 +1,7 @@
 """Rows -> records of the data set, or the reason why a row is skipped.
 
 Every format comes through here: fields by their usual names, then checks of ids, texts and images.
-Reasons such as 'picture: missing' are keys of report.json: their wording must not change.
+Reasons such as 'picture: missing' are keys of report.json: their wording should not change.
 """
 
 from __future__ import annotations
@@ -321,7 +321,8 @@ def conversation(value: Any, num_images: int, options: Options) -> list[dict[str
 
     Args:
       value: turns {from, value}, {role, content} (content: text, or a list of texts and images) or
-        {user, assistant}; also as JSON text.
+        {user, assistant}; {role: [...], content: [...]}, as datasets and tfds store a list of
+        turns; any of them as JSON text.
       num_images: the number of images of the record.
       options: limits, image marker and tag.
     Raises:
@@ -334,6 +335,11 @@ def conversation(value: Any, num_images: int, options: Options) -> list[dict[str
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
             raise Skipped("conversation: not a list of turns", str(e)) from e
+    if isinstance(value, dict) and isinstance(value.get("role"), list):  # a struct of lists
+        roles, contents = value["role"], value.get("content")
+        if not isinstance(contents, list) or len(contents) != len(roles):
+            raise Skipped("conversation: not a list of turns", "roles without contents")
+        value = [{"role": r, "content": x} for r, x in zip(roles, contents, strict=True)]
     if not isinstance(value, list):
         raise Skipped("conversation: not a list of turns", type(value).__name__)
     turns: list[dict[str, str]] = []

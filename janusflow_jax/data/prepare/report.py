@@ -44,10 +44,10 @@ class Report:
         return out
 
     def skip(self, where: str, why: Skipped) -> None:
-        _add(self.skipped, why.reason, 1, [[where[:200], why.detail[:200]]])
+        _add(self.skipped, why.reason, 1, [[_printable(where), _printable(why.detail)]])
 
     def drop_caption(self, where: str, why: Skipped) -> None:
-        _add(self.dropped, why.reason, 1, [[where[:200], why.detail[:200]]])
+        _add(self.dropped, why.reason, 1, [[_printable(where), _printable(why.detail)]])
 
     @property
     def num_records(self) -> int:
@@ -76,6 +76,11 @@ class Report:
         return "\n".join(lines)
 
 
+def _printable(text: str) -> str:
+    """The begin of a text. Names of files may hold half characters, which no terminal takes."""
+    return text[:200].encode("utf-8", "replace").decode()
+
+
 def _add(reasons: Reasons, reason: str, count: int, examples: list[list[str]]) -> None:
     entry = reasons.setdefault(reason, {"count": 0, "examples": []})
     entry["count"] += count
@@ -86,7 +91,8 @@ def _table(reasons: Reasons) -> list[str]:
     lines = []
     for reason, entry in sorted(reasons.items(), key=lambda x: (-x[1]["count"], x[0])):
         lines.append(f"{entry['count']:>10,}  {reason}")
-        lines += [f"{'':>14}{where}: {detail}" for where, detail in entry["examples"][:2]]
+        for where, detail in entry["examples"][:2]:
+            lines.append(f"{'':>14}{where}" + (f": {detail}" if detail else ""))
     return lines
 
 
@@ -116,14 +122,12 @@ def preview(
     fit = images.for_generation if task == "generate" else images.for_understanding
     side = round(chat.num_image_tokens**0.5) * 16  # a patch of SigLIP has 16 pixels
     for where, record in records:
-        try:
-            if isinstance(record, Skipped):
-                raise record
-            fields, _ = record
-            sample = samples.encode(fields, task, form, chat, choose=lambda _: 0)
-        except Skipped as e:
-            report.skip(where, e)
+        if isinstance(record, Skipped):
+            report.skip(where, record)
             continue
+        fields, _ = record
+        try:
+            sample = samples.encode(fields, task, form, chat, choose=lambda _: 0)
         except DataError as e:
             report.skip(where, Skipped("sample: none", str(e)))
             continue
