@@ -252,11 +252,11 @@ def test_a_source_with_few_images_gets_a_warning(store):
     chat = chat_format.ChatFormat.load(str(HUB))
     text = heldout.Heldout(cfg, mesh, chat).summary()
     slots = cfg.data.gen_slots
-    assert f"{slots} images, of 9 records in split train, in 1 rows" in text
-    assert f"WARNING: held-out held_generate: expected 16 or more images; got {slots}" in text
+    assert f"split train: records 9, samples {slots}, images {slots}, rows 1" in text
+    assert f"expected 16 or more images; got {slots}: raise --config.evaluate.rows" in text
     cfg.evaluate.rows = 99
     text = heldout.Heldout(cfg, mesh, chat).summary()
-    assert "got 9: raise --config.evaluate.rows" in text
+    assert "got 9: prepare the data with a larger --heldout" in text
     store.extend(record(i) for i in range(9, 16))
     cfg.evaluate.sources = (dataclasses.replace(cfg.evaluate.sources[0], path="other"),)
     assert "WARNING" not in heldout.Heldout(cfg, mesh, chat).summary()

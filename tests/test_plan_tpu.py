@@ -119,7 +119,7 @@ def test_the_figure_in_the_compilers_message_is_the_peak_memory():
 
 def test_adapters_of_the_released_size_train_on_one_small_chip():
     """The last row of the memory table in docs/finetuning.md."""
-    cfg = runpy.run_path(str(ROOT / "configs" / "finetune.py"))["get_config"]("paint,lora,light")
+    cfg = runpy.run_path(str(ROOT / "configs" / "finetune.py"))["get_config"]("generate,lora,light")
     cfg.mesh = c.MeshConfig(fsdp=1)
     run = plan_compile.train(cfg, plan_topology.parse("v5e:1x1"))
     assert plan_report.memory(run).peak < 4.6 * chips.GIB
