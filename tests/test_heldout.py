@@ -197,7 +197,7 @@ def test_a_rise_stops_the_run_until_its_config_allows_it(store, capsys, monkeypa
         train.train(hurt(stop_on_rise=True))
     out = capsys.readouterr().out
     assert "WARNING: step" in out and "held-out losses have risen" in out
-    assert re.search(r"held_generate \(generate\): .* of 30 records in split train, in 5 rows", out)
+    assert re.search(r"held_generate \(generate\), split train: records 30, .* rows 5\n", out)
     step = read_metrics("hurt")[-1]["step"]
     assert model_folder.committed_steps("hurt")[-1] == step < 48  # saved
     # the same command: the same end, at once
