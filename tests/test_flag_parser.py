@@ -36,7 +36,10 @@ def message(*args: str) -> str:
     [
         (("--config=nope.py",), "--config: expected a file.*'nope.py'"),
         (("--config=configs/finetune.py:pant",), r"config argument: unknown \['pant'\]; kno"),
-        (("--config=configs/finetune.py:lora",), "configs/finetune.py: expected generate, understand"),
+        (
+            ("--config=configs/finetune.py:lora",),
+            "configs/finetune.py: expected generate, understand",
+        ),
         (("--config=configs/emoji.py", "--config.optm.lr=1"), "did you mean 'optim'"),
         (("--config=configs/emoji.py", "--config.optim.lr=x"), "optim.lr=x: could not convert str"),
         (("--config=configs/emoji.py", "--confg=1"), "Unknown command line flag 'confg'.*config"),

@@ -1,7 +1,8 @@
 """The parts of a model: which exist, what uses them, and which of them a run trains.
 
 A part is a top-level key of the parameter tree; the VAE is a tree of its own. A path names a part
-or what lies below it: `llm/layers/block/attn`. To add a part, add a line to `USED_FOR`.
+or what lies below it: `llm/layers/block/attn`. To add a part, add a line to `USED_FOR`;
+`existing` knows parts that only some configs have, and `reached` those that only a loss uses.
 """
 
 from __future__ import annotations

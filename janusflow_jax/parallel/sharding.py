@@ -1,7 +1,7 @@
 """Meshes and sharding rules: where arrays live.
 
-Model code uses one helper, `constrain`, which does nothing without a mesh. A table of rules gives
-each parameter its PartitionSpec by its path. Axes that do not divide a dimension are dropped, so
+Model code constrains activations by axis names (`constrain`), which does nothing without a mesh. A
+table of rules gives each parameter its PartitionSpec by its path. Axes that do not divide a dimension are dropped, so
 the same table serves the test size and 1.3B.
 """
 
