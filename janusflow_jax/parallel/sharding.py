@@ -1,8 +1,8 @@
 """Meshes and sharding rules: where arrays live.
 
 Model code constrains activations by axis names (`constrain`), which does nothing without a mesh. A
-table of rules gives each parameter its PartitionSpec by its path. Axes that do not divide a dimension are dropped, so
-the same table serves the test size and 1.3B.
+table of rules gives each parameter its PartitionSpec by its path. Axes that do not divide a
+dimension are dropped, so the same table serves the test size and 1.3B.
 """
 
 from __future__ import annotations
