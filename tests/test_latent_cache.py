@@ -359,6 +359,13 @@ def test_what_cannot_be_cached_is_refused():
     cfg.data = dataclasses.replace(cfg.data, sources=(one, two))
     said = problems(cfg)
     assert "cache: expected one for all sources of task generate" in said
+    # Two splits of one data set are two sources.
+    splits = (
+        dataclasses.replace(one, name="", split="train"),
+        dataclasses.replace(gen, name="", split="more"),
+    )
+    cfg.data = dataclasses.replace(cfg.data, sources=splits)
+    assert "cache: expected one for all sources of task generate" in problems(cfg)
     text = dataclasses.replace(cfg.data.sources[0], task="text", format="plain", cache="x")
     cfg.data = dataclasses.replace(cfg.data, sources=(text,))
     assert "cache: expected none for task text" in problems(cfg)

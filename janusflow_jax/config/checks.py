@@ -152,5 +152,5 @@ def _source_problems(cfg: TrainConfig) -> list[str]:
 
 
 def _caches(cfg: TrainConfig, task: str) -> dict[str, str]:
-    """The caches of a task's sources, by name; '' for a source without one."""
-    return {s.name or s.path: s.cache for s in cfg.data.sources if s.task == task}
+    """The caches of a task's sources, by name and split; '' for a source without one."""
+    return {f"{s.name or s.path} {s.split}": s.cache for s in cfg.data.sources if s.task == task}
