@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import golden
 from helpers.published import SILENT, shard, to_model
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save as safetensors_bytes, save_file
 
 from janusflow_jax import config, hub, pipeline
 from janusflow_jax.checkpoints import model_folder, run as run_checkpoints
@@ -24,6 +24,7 @@ from janusflow_jax.data import chat_format
 from janusflow_jax.hub import (
     configs as hub_configs,
     export_janusflow,
+    names as hub_names,
     safetensors as safetensors_io,
     tensors as hub_tensors,
 )
@@ -268,6 +269,22 @@ def test_a_model_born_here_comes_back_as_it_was(born, tmp_path):
     assert b.cfg == cfg
     del a.params["repa_head"]
     jax.tree.map(np.testing.assert_array_equal, (a.params, a.vae), (b.params, b.vae))
+
+
+def test_an_export_needs_a_tokenizer_and_leaves_out_another_towers_head(born, tmp_path):
+    model, cfg = born
+    loaded = model_folder.load_model(model)
+    files = {p.name: p.read_bytes() for p in loaded.hub.iterdir()}
+    name = f"{hub_names.TOWER}{hub_names.POOL}latent"
+    files["unused.safetensors"] = safetensors_bytes({name: np.zeros((1, 1, 2 * cfg.und.width))})
+    fields = {"model_cfg": cfg, "params": loaded.params, "vae": loaded.vae, "extra": {}}
+    model_folder.save_model(tmp_path / "other", hub_files=files, **fields)
+    hub.export(tmp_path / "other", tmp_path / "out", **SILENT)
+    assert name not in load_file(tmp_path / "out" / "model.safetensors")
+    del files["tokenizer.json"]
+    model_folder.save_model(tmp_path / "bare", hub_files=files, **fields)
+    with pytest.raises(ConvertError, match=r"hub/tokenizer\.json is missing"):
+        hub.export(tmp_path / "bare", tmp_path / "none", **SILENT)
 
 
 @pytest.mark.parametrize(
