@@ -14,8 +14,8 @@ One letter is required; `test` beside it (`:A,test`) is its tiny twin.
 
 All start from a pretrained language model, SigLIP-L/16-256 and SDXL-VAE, with pre-training's rate
 and batch; A, B, C and F run 10,000 steps at 30:50:20, then 40,000 at 14:80:6. In B and C a frozen
-SigLIP of its own is REPA's target. The loss is `per_sample`: a task weighs as much as its share,
-so that D and E see the gradients that they see in F (docs/model.md).
+SigLIP of its own is REPA's target. A source weighs as much as its share of the mixture, so that the
+sources of D and E weigh the same beside one another as in F (`loss.norm`, docs/model.md).
 
 Expect (table 5, guidance 7.5, 30 steps, MJHQ FID-10k; POPE, VQAv2, GQA):
 
@@ -62,9 +62,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         num_steps=steps,
     )
     cfg.data.change_row = change * cfg.batch_rows
-    cfg.loss = dataclasses.replace(
-        cfg.loss, norm="per_sample", repa_weight=0.0 if letter in "AD" else 1.0
-    )
+    cfg.loss = dataclasses.replace(cfg.loss, repa_weight=0.0 if letter in "AD" else 1.0)
     if letter in "BC":
         cfg.model.und_encoder = "shared" if letter == "B" else "own"
         cfg.model.repa_target = "siglip"

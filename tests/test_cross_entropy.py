@@ -27,14 +27,28 @@ def inputs(share: float):
     return {"kernel": jnp.asarray(kernel)}, *map(jnp.asarray, (hidden, tokens, mask))
 
 
-def plain(head, hidden, tokens, mask):
+SOURCES = jnp.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 3
+WEIGHTS = jnp.array([1.0, 0.25, 3.0])
+
+
+def plain_losses(head, hidden, tokens, mask):
     logits = hidden @ head["kernel"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.roll(tokens, -1, axis=1))
-    return jnp.sum(jnp.where(mask, losses, 0))
+    return jnp.where(mask, losses, 0)
+
+
+def plain(*args):
+    losses = plain_losses(*args)
+    return jnp.sum(WEIGHTS[SOURCES[: len(losses)]] * losses)
+
+
+def by_source(head, hidden, *args, chunk=16):
+    rest = (SOURCES[: len(hidden)], WEIGHTS, chunk)
+    return cross_entropy.summed(head["kernel"], hidden, *args, *rest)
 
 
 def ours(chunk: int):
-    return lambda head, *args: cross_entropy.summed(head["kernel"], *args, chunk)
+    return lambda *args: by_source(*args, chunk=chunk)[0]
 
 
 def both(fn, args):
@@ -52,16 +66,25 @@ def test_chunks_on_targets_equal_the_plain_form(share, chunk):
     np.testing.assert_allclose(jax.jit(ours(chunk))(*args), plain(*args), rtol=1e-5, atol=1e-5)
 
 
+def test_the_sums_of_the_sources():
+    args = inputs(0.4)
+    losses = plain_losses(*args)
+    want = [jnp.sum(jnp.where(SOURCES == i, losses, 0)) for i in range(3)]
+    np.testing.assert_allclose(jax.jit(by_source)(*args)[1], want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
 def test_a_mesh_changes_nothing(sizes):
     args = inputs(0.4)
     want = both(ours(16), args)
+    sums = by_source(*args)[1]
     mesh = sharding.make_mesh(c.MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
     where = sharding.tree_shardings({"llm": {"head": args[0]}}, mesh)["llm"]["head"]
     head = jax.device_put(args[0], where)
     rows = jax.device_put(args[1:], sharding.batch_shardings(args[1:], mesh))
     with jax.set_mesh(mesh):
         got = both(ours(16), (head, *rows))
+        np.testing.assert_allclose(jax.jit(by_source)(head, *rows)[1], sums, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
 
 

@@ -117,7 +117,8 @@ def test_slots_are_where_slot_start_is(stores, chat):
     seen = set()
     for r in range(40):
         row, _ = made.row(r)
-        task = made.sources[made.locate(r)[0]].cfg.task
+        which, _, _ = made.locate(r)
+        task = made.sources[which].cfg.task
         seen.add(task)
         code = {"generate": 1, "understand": 2, "text": 0}[task]
         used = np.flatnonzero(row["slot_task"])
@@ -127,6 +128,7 @@ def test_slots_are_where_slot_start_is(stores, chat):
         assert used.tolist() == (list(range(first, first + count)) if code else [])
         for slot in used:
             start = row["slot_start"][slot]
+            assert set(row["source_ids"][start : start + MODEL.slot_len]) == {which}
             held = row["tokens"][start : start + MODEL.slot_len]
             if code == 1:
                 assert set(held) == {chat.gen_id}
@@ -151,6 +153,7 @@ def test_text_follows_the_images_and_moves_nothing(stores, chat):
         for where in [w for w in segments(row) if row["segment_ids"][w[0]] > count]:
             filled += 1
             assert mixed.sources[which].cfg.task != "text"
+            assert {mixed.sources[i].cfg.task for i in row["source_ids"][where]} == {"text"}
             np.testing.assert_array_equal(where, where[0] + np.arange(len(where)))
             np.testing.assert_array_equal(row["positions"][where], np.arange(len(where)))
             assert row["target_mask"][where].tolist() == [True] * (len(where) - 1) + [False]

@@ -267,9 +267,8 @@ def train_numbers(in_one_row=False):
             num_und=slots,
         )
         totals = losses.counts(batch, slots)
-        ones = dict.fromkeys(losses.TASKS, 1.0)
-        scale = losses.weights(loss, totals, ones)
-        terms = {n: sums[n] * scale[n] for n in losses.TASKS}
+        scale = losses.weights(loss, totals, jnp.ones(1), [True])
+        terms = {n: sums[n] * scale[n][0] for n in losses.TASKS}
         return sum(terms.values()), (terms, extras["velocity"], totals)
 
     (value, rest), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)

@@ -240,7 +240,8 @@ def test_the_step_runs_only_the_encoders_that_no_cache_stands_for(cached):
     state = jax.eval_shape(lambda p, v: train_step.create_state(cfg, p, v), *abstract)
     slots, side, m = cfg.data.num_slots, cfg.model.image_size, cfg.model
     gen, und = cfg.data.gen_slots, cfg.data.und_slots
-    shapes = dict.fromkeys(("tokens", "segment_ids", "positions"), ((cfg.data.row_len,), np.int32))
+    names = ("tokens", "segment_ids", "positions", "source_ids")
+    shapes = dict.fromkeys(names, ((cfg.data.row_len,), np.int32))
     shapes |= {
         "target_mask": ((cfg.data.row_len,), bool),
         "row": ((), np.uint32),

@@ -64,7 +64,7 @@ def test_a_stage_has_the_papers_values(stage, lr, warmup, steps, rows, frozen, m
     assert [s.task for s in cfg.data.sources] == ["understand", "generate", "text"][
         : len(mixture[0])
     ]
-    assert (cfg.loss.time, cfg.loss.time_shift, cfg.loss.norm) == ("logit_normal", 1.0, "per_task")
+    assert (cfg.loss.time, cfg.loss.time_shift, cfg.loss.norm) == ("logit_normal", 1.0, "mixture")
     if stage == "pretrain":
         assert cfg.data.change_row == 10_000 * 512
     slots = cfg.data.num_slots
@@ -91,10 +91,29 @@ def test_count_is_what_interleave_gives(shares):
     assert mixture_lib.count(300, shares) == got.tolist()
 
 
-def test_per_sample_weights_follow_the_mixture():
+def test_the_shares_of_the_sources_follow_the_mixture():
     cfg = config("pretrain")
-    early, late = (train_step.task_shares(cfg, step)["rf"] for step in (9_999, 10_000))
-    np.testing.assert_allclose([early, late], [0.5, 0.8], rtol=1e-6)
+    early, late = (train_step.source_shares(cfg, step) for step in (9_999, 10_000))
+    np.testing.assert_allclose([early, late], [[0.3, 0.5, 0.2], [0.14, 0.8, 0.06]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "ar", "rf"),
+    [
+        ("per_task", [1 / 1000, 1 / 1000, 1 / 1000], [1 / 20, 1 / 20, 1 / 20]),
+        ("per_sample", [0.5 / 1000, 0.5 / 1000, 0.5 / 1000], [0.5 / 20, 0.5 / 20, 0.5 / 20]),
+        ("mixture", [0.3 / 100, 0.5, 0.2 / 900], [0.3, 0.5 / 20, 0.2]),
+    ],
+)
+def test_what_each_source_weighs(norm, ar, rf):
+    """Text has 9 times the targets of captions: only `mixture` gives it its share."""
+    totals = {"ar": jnp.array([100.0, 0, 900]), "rf": jnp.array([0, 20.0, 0])}
+    totals["repa"] = totals["rf"]
+    loss = c.LossConfig(norm=norm, repa_weight=0.5)
+    got = losses.weights(loss, totals, jnp.array([0.3, 0.5, 0.2]), [False, True, False])
+    np.testing.assert_allclose(got["ar"], ar, rtol=1e-6)
+    np.testing.assert_allclose(got["rf"], rf, rtol=1e-6)
+    np.testing.assert_allclose(got["repa"], 0.5 * np.array(rf), rtol=1e-6)
 
 
 def test_missing_files_are_an_error_before_anything_is_loaded(tmp_path, monkeypatch):
@@ -183,7 +202,7 @@ def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_pat
 def test_an_ablation_has_the_papers_values(letter):
     cfg = config("ablation", letter)
     assert not config_checks.train_problems(cfg) and cfg.name == f"ablation-{letter}"
-    assert cfg.model.image_size == 256 and cfg.loss.norm == "per_sample"
+    assert cfg.model.image_size == 256 and cfg.loss.norm == "mixture"
     assert (cfg.optim.lr, cfg.optim.warmup_steps, cfg.batch_rows) == (1e-4, 2000, 512)
     steps, change = {"D": (13_000, 5_000), "E": (37_000, 0)}.get(letter, (50_000, 10_000))
     assert (cfg.num_steps, cfg.data.change_row) == (steps, change * 512)

@@ -75,9 +75,30 @@ def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("accum", "slices"), [(1, 2), (2, 1)])
-def test_sharded_step_equals_single_device(store, accum, slices):
-    cfg = tiny_config("x", loss=c.LossConfig(norm="per_sample"))
+def test_the_loss_is_the_mixture_of_the_sources(store):
+    """With two accumulated parts, which must not change what the means are over."""
+    cfg = tiny_config("run", loss=c.LossConfig(norm="mixture"))
+    cfg.optim.accum_steps = 2
+    train.train(cfg)
+    (_, weights), *_ = cfg.data.phases()
+    shares = {s.label: w / sum(weights) for s, w in zip(cfg.data.sources, weights, strict=True)}
+    generate = sum(shares[s.label] for s in cfg.data.sources if s.task == "generate")
+    for line in read_metrics("run"):
+        losses = {
+            name.split("/")[1]: line[name]
+            for name in line
+            if name.startswith(("loss_ar/", "loss_rf/")) and name.split("/")[1] in shares
+        }
+        want = sum(shares[name] * loss for name, loss in losses.items())
+        want += generate * line["loss_repa"]
+        assert losses.keys() == shares.keys() and all(losses.values())
+        np.testing.assert_allclose(line["loss"], want, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("accum", "slices", "norm"), [(1, 2, "mixture"), (2, 1, "per_sample")])
+def test_sharded_step_equals_single_device(store, accum, slices, norm):
+    cfg = tiny_config("x", loss=c.LossConfig(norm=norm))
     cfg.optim.accum_steps = accum
     chat = chat_format.ChatFormat.load(str(HUB))
     batches = loader.Loader(cfg.data, cfg.model, chat, 8 * accum).batches(0)

@@ -113,8 +113,8 @@ def _source_problems(cfg: TrainConfig) -> list[str]:
     problems = _Problems()
     require = problems.require
     data = cfg.data
-    names: list[Any] = [(s.name or s.path, s.split, s.task) for s in data.sources]
-    require(len({*names}) == len(names), "data.sources", "different names", names)
+    labels = [s.label for s in data.sources]
+    require(len({*labels}) == len(labels), "data.sources", "different names", labels)
     names = [s.name or (s.split, s.task) for s in cfg.evaluate.sources]
     require(len({*names}) == len(names), "evaluate.sources", "different names", names)
     for i, source in enumerate(data.sources):

@@ -31,6 +31,11 @@ class SourceConfig:
     )
     cache: str = ""  # folder of tools/cache_latents.py; '': the encoders run in every step
 
+    @property
+    def label(self) -> str:
+        """Its name in messages and metrics."""
+        return self.name or f"{self.path}:{self.split}:{self.task}"
+
 
 @dataclass
 class DataConfig:
@@ -77,7 +82,7 @@ class LossConfig:
     ar_weight: float = 1.0
     rf_weight: float = 1.0
     repa_weight: float = 1.0  # 0: no REPA head, no capture in the LLM
-    norm: str = choice("per_task", "per_sample")
+    norm: str = choice("per_task", "per_sample", "mixture")  # see training.losses.weights
     time: str = choice("logit_normal", "uniform")
     time_shift: float = 1.0
     vae_mode: bool = False  # True: the posterior's mode instead of a sample

@@ -98,6 +98,7 @@ def stage(
             gen_slots=slots if "generate" in tasks else 0,
             und_slots=slots if "understand" in tasks else 0,
         ),
+        loss=c.LossConfig(norm="mixture"),
         mesh=c.MeshConfig(data=-1, fsdp=8, tensor=1),
         dtype="bfloat16",
         batch_rows=512,

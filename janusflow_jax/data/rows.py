@@ -55,11 +55,15 @@ class Source:
     """An open source of the mixture, packed."""
 
     cfg: config_lib.SourceConfig
-    name: str
+    index: int  # in the mixture
     records: Any
     bins: packing.Bins
     left_out: int  # units that no row can hold
     cache: latent_cache.Cache | None
+
+    @property
+    def name(self) -> str:
+        return self.cfg.label
 
     @property
     def task(self) -> int:
@@ -100,7 +104,7 @@ class Rows:
                 "num_image_tokens=cfg.model.num_image_tokens"
             )
         chat.check_vocab(model.llm.vocab_size)
-        self.sources = [self._open(source) for source in cfg.sources]
+        self.sources = [self._open(i, source) for i, source in enumerate(cfg.sources)]
         gen, und = (
             slots_lib.manifest_of(self.sources, task, model, cfg.cached_features)
             for task in ("generate", "understand")
@@ -119,8 +123,9 @@ class Rows:
           row: its number, from 0.
         Returns:
           (arrays, bad): row uint32[], tokens int32[T], segment_ids int32[T], positions int32[T],
-          target_mask bool[T], slot_start int32[K], slot_task int32[K], and what the slots hold:
-          images uint8[K, H, W, 3], or what caches have instead (see `slots`).
+          target_mask bool[T], source_ids int32[T] (places in the mixture), slot_start int32[K],
+          slot_task int32[K], and what the slots hold: images uint8[K, H, W, 3], or what caches have
+          instead (see `slots`).
         Raises:
           DataError: the store cannot be read.
         """
@@ -150,7 +155,7 @@ class Rows:
                 drop_prompt = source.task == GENERATE and mixture_lib.bernoulli(
                     key, mixture_lib.DROP_PROMPT, self.cfg.drop_prompt
                 )
-                _write(out, sample, placed.offset, segment, drop_prompt)
+                _write(out, sample, source.index, placed.offset, segment, drop_prompt)
             slot += placed.images
             end = placed.offset + placed.length
         if source.task != NONE:
@@ -185,6 +190,7 @@ class Rows:
             "segment_ids": np.zeros(length, np.int32),
             "positions": np.zeros(length, np.int32),
             "target_mask": np.zeros(length, bool),
+            "source_ids": np.zeros(length, np.int32),
             **self.slots.empty(),
         }
 
@@ -225,7 +231,7 @@ class Rows:
                 start = int(draw.integers(len(sample.tokens) - room + 1))
                 sample = sample.cut(start, start + room - head, head)
             segment += 1
-            _write(out, sample, end, segment)
+            _write(out, sample, source.index, end, segment)
             end += len(sample.tokens)
         return []
 
@@ -252,7 +258,7 @@ class Rows:
             )
         return "\n".join(lines)
 
-    def _open(self, cfg: config_lib.SourceConfig) -> Source:
+    def _open(self, index: int, cfg: config_lib.SourceConfig) -> Source:
         records = sources.mapped(sources.open_source(cfg.path, cfg.split), cfg.fields, cfg.task)
         lengths = packing.load_lengths(
             records, cfg.path, cfg.split, cfg.task, cfg.format, self.chat
@@ -262,15 +268,14 @@ class Rows:
         divided, left_out = packing.divide(
             lengths, slot_len, row_len, slots, head=int(self.chat.add_bos)
         )
-        name = cfg.name or f"{cfg.path}:{cfg.split}:{cfg.task}"
         if not len(divided.record):
             raise DataError(
-                f"{name}: expected samples that fit data.row_len {row_len} and the slots of task "
-                f"{cfg.task}; none of its {len(records)} records makes one"
+                f"{cfg.label}: expected samples that fit data.row_len {row_len} and the slots of "
+                f"task {cfg.task}; none of its {len(records)} records makes one"
             )
         bins = packing.pack(divided, row_len, slots)
         cache = latent_cache.Cache(cfg.cache) if cfg.cache else None
-        return Source(cfg, name, records, bins, left_out, cache)
+        return Source(cfg, index, records, bins, left_out, cache)
 
 
 def _bad_sample(row: int, source: Source, record: int, error: DataError) -> BadSample:
@@ -283,6 +288,7 @@ def _bad_sample(row: int, source: Source, record: int, error: DataError) -> BadS
 def _write(
     out: dict[str, np.ndarray],
     sample: samples.Sample,
+    source: int,
     offset: int,
     segment: int,
     drop_prompt: bool = False,
@@ -296,4 +302,5 @@ def _write(
     out["tokens"][inside] = sample.tokens
     out["positions"][inside] = np.arange(len(sample.tokens))
     out["target_mask"][inside] = sample.target_mask
+    out["source_ids"][inside] = source
     out["segment_ids"][inside] = np.where(drop_prompt & sample.prompt_mask, 0, segment)

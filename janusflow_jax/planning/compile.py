@@ -68,6 +68,7 @@ def batch_shapes(cfg: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
         "segment_ids": shape((rows, cfg.data.row_len), jnp.int32),
         "positions": shape((rows, cfg.data.row_len), jnp.int32),
         "target_mask": shape((rows, cfg.data.row_len), jnp.bool_),
+        "source_ids": shape((rows, cfg.data.row_len), jnp.int32),
         "images": shape((rows, slots, side, side, 3), jnp.uint8),
         "slot_start": shape((rows, slots), jnp.int32),
         "slot_task": shape((rows, slots), jnp.int32),

@@ -58,60 +58,72 @@ def summed(
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
+    source_ids: Int[Array, "B T"],
+    source_weights: Float[Array, " S"],
     chunk: int,
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Float[Array, " S"]]:
     """Summed cross-entropy of the next token over the positions in `mask`.
 
     Args:
       kernel: of the LLM's head.
       hidden: final states of the LLM.
       tokens: of the rows; the target of position i is tokens[i + 1].
+      source_ids: the data source of each position.
+      source_weights: factor of each source's losses.
       chunk: positions of a device that the head processes at a time; 0: all.
+    Returns:
+      The weighted sum, and each source's sum without its weight. Only the first has a gradient.
     """
     how = split(kernel.shape[1], tokens.shape[0], tokens.shape[1], chunk)
     labels = jnp.roll(tokens, -1, axis=1)
 
-    def call(needed: tuple[bool, bool], *args: Any) -> tuple[Array, Array | None, Array | None]:
+    def call(needed: tuple[bool, bool], *args: Any) -> tuple[Any, Array | None, Array | None]:
         def local(*args: Any) -> Any:
             return _local(how, needed, *args)
 
         if how.group is None:
             return local(*args)
         batch, head = P(sharding.BATCH), P(None, how.vocab)
+        specs = (head, batch, batch, batch, batch, P())
         out = (P(), head if needed[0] else None, batch if needed[1] else None)
-        return jax.shard_map(
-            local, in_specs=(head, batch, batch, batch), out_specs=out, check_vma=False
-        )(*args)
+        return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
     @jax.custom_vjp
-    def run(kernel: Array, hidden: Array, labels: Array, mask: Array) -> Array:
-        return call((False, False), kernel, hidden, labels, mask)[0]
+    def run(*args: Array) -> tuple[Array, Array]:
+        return call((False, False), *args)[0]
 
-    def forward(kernel: Any, hidden: Any, labels: Any, mask: Any) -> tuple[Array, Any]:
-        needed = (kernel.perturbed, hidden.perturbed)  # a frozen head gets no gradient
-        args = (a.value for a in (kernel, hidden, labels, mask))
-        loss, d_kernel, d_hidden = call(needed, *args)
-        return loss, (d_kernel, d_hidden)
+    def forward(*args: Any) -> tuple[tuple[Array, Array], Any]:
+        needed = (args[0].perturbed, args[1].perturbed)  # a frozen head gets no gradient
+        sums, d_kernel, d_hidden = call(needed, *(a.value for a in args))
+        return sums, (d_kernel, d_hidden)
 
-    def backward(saved: Any, g: Array) -> Any:
-        scaled = [None if y is None else (g * y).astype(y.dtype) for y in saved]
-        return (*scaled, None, None)
+    def backward(saved: Any, g: tuple[Array, Any]) -> Any:
+        scaled = [None if y is None else (g[0] * y).astype(y.dtype) for y in saved]
+        return (*scaled, None, None, None, None)
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run(kernel, hidden, labels, mask)
+    total, by_source = run(kernel, hidden, labels, mask, source_ids, source_weights)
+    return total, lax.stop_gradient(by_source)
 
 
 def _local(
-    how: Split, needed: tuple[bool, bool], kernel: Array, hidden: Array, labels: Array, mask: Array
-) -> tuple[Array, Array | None, Array | None]:
-    """The part of one device: the loss of all groups; gradients of its kernel and its states.
+    how: Split,
+    needed: tuple[bool, bool],
+    kernel: Array,
+    hidden: Array,
+    labels: Array,
+    mask: Array,
+    source_ids: Array,
+    source_weights: Array,
+) -> tuple[tuple[Array, Array], Array | None, Array | None]:
+    """The part of one device: the sums of all groups; gradients of its kernel and its states.
 
     Args:
       needed: which of the two gradients to compute.
       kernel: [D, V / vocab axes]; hidden: [b, T, D].
     """
     x = hidden.reshape(-1, hidden.shape[-1])
-    labels, mask = labels.reshape(-1), mask.reshape(-1)
+    labels, mask, source_ids = (a.reshape(-1) for a in (labels, mask, source_ids))
     order = jnp.argsort(~mask, stable=True)  # targets first
     count = jnp.sum(mask)
     first, total = _queue(count, how.group)
@@ -119,23 +131,25 @@ def _local(
     if how.data:  # every group runs as many chunks: it would wait for the slowest anyway
         steps = lax.pmax(steps, how.data)
 
-    def gather_chunk(i: Array) -> tuple[Array, Array, Array, Array]:
-        """States and labels of a chunk on every device of the group, and their source."""
+    def gather_chunk(i: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """States, labels and sources of a chunk on every device of the group; which of its places
+        are targets; the positions of this device's."""
         place = i * how.size + jnp.arange(how.size)
         rank = place - first
         mine = (rank >= 0) & (rank < count)
-        source = order[jnp.clip(rank, 0, len(order) - 1)]
-        chunk = jnp.where(mine[:, None], x[source], 0)
-        label = jnp.where(mine, labels[source], 0)
+        position = order[jnp.clip(rank, 0, len(order) - 1)]
+        chunk = jnp.where(mine[:, None], x[position], 0)
+        label, source = (jnp.where(mine, a[position], 0) for a in (labels, source_ids))
         if how.group:  # each position belongs to one device, so the sums are exact
-            chunk, label = lax.psum((chunk, label), how.group)
-        return chunk, label, place < total, jnp.where(mine, source, len(x))
+            chunk, label, source = lax.psum((chunk, label, source), how.group)
+        return chunk, label, source, place < total, jnp.where(mine, position, len(x))
 
     def body(i: Array, carry: Any) -> Any:
-        loss, d_kernel, d_x = carry
-        chunk, label, valid, source = gather_chunk(i)
-        part, d_logits = _losses(_logits(kernel, chunk), label, valid, how.vocab)
-        d_logits = d_logits.astype(chunk.dtype)
+        by_source, d_kernel, d_x = carry
+        chunk, label, source, valid, position = gather_chunk(i)
+        losses, d_logits = _losses(_logits(kernel, chunk), label, valid, how.vocab)
+        by_source = by_source.at[source].add(losses)
+        d_logits = (source_weights[source][:, None] * d_logits).astype(chunk.dtype)
         if needed[0]:
             d_kernel = d_kernel + jnp.einsum(
                 "gd,gv->dv", chunk, d_logits, preferred_element_type=jnp.float32
@@ -149,19 +163,20 @@ def _local(
             )
             if how.vocab:
                 d_chunk = lax.psum(d_chunk, how.vocab)
-            d_x = d_x.at[source].set(d_chunk.astype(d_x.dtype), mode="drop", unique_indices=True)
-        return loss + part, d_kernel, d_x
+            d_x = d_x.at[position].set(d_chunk.astype(d_x.dtype), mode="drop", unique_indices=True)
+        return by_source, d_kernel, d_x
 
     zeros = (
-        jnp.float32(0),
+        jnp.zeros_like(source_weights),
         jnp.zeros(kernel.shape, jnp.float32) if needed[0] else None,
         jnp.zeros_like(x) if needed[1] else None,
     )
-    loss, d_kernel, d_x = lax.fori_loop(0, steps, body, zeros)
+    by_source, d_kernel, d_x = lax.fori_loop(0, steps, body, zeros)
     if how.data:
-        loss = lax.psum(loss, how.data)
+        by_source = lax.psum(by_source, how.data)
         d_kernel = None if d_kernel is None else lax.psum(d_kernel, how.data)
-    return loss, d_kernel, None if d_x is None else d_x.reshape(hidden.shape)
+    sums = (jnp.sum(source_weights * by_source), by_source)
+    return sums, d_kernel, None if d_x is None else d_x.reshape(hidden.shape)
 
 
 def _queue(count: Array, group: str | None) -> tuple[Array, Array]:
@@ -183,8 +198,8 @@ def _losses(
     labels: Int[Array, " G"],
     valid: Bool[Array, " G"],
     axes: tuple[str, ...],
-) -> tuple[Array, Float[Array, "G V"]]:
-    """Summed loss of the valid positions, and its gradient with respect to the logits.
+) -> tuple[Float[Array, " G"], Float[Array, "G V"]]:
+    """Losses of the valid positions, 0 elsewhere, and their gradients with respect to the logits.
 
     Args:
       logits: of this device's part of the vocabulary.
@@ -202,9 +217,9 @@ def _losses(
     norm, at_label = jnp.sum(spread, axis=1), jnp.where(inside, at_label, 0)
     if axes:
         norm, at_label = lax.psum((norm, at_label), axes)
-    loss = jnp.sum(jnp.where(valid, top + jnp.log(norm) - at_label, 0))
+    losses = jnp.where(valid, top + jnp.log(norm) - at_label, 0)
     one_hot = (jnp.arange(width) == local[:, None]).astype(jnp.float32)
-    return loss, jnp.where(valid[:, None], spread / norm[:, None] - one_hot, 0)
+    return losses, jnp.where(valid[:, None], spread / norm[:, None] - one_hot, 0)
 
 
 def head_positions(

@@ -229,7 +229,7 @@ def _jit_sums(cfg: TrainConfig, task: str, mesh: Mesh) -> Callable[..., dict[str
         )
         counts = losses.counts(batch, num_gen)
         out = {f"sum_{n}": sums[n] for n in ("ar", "rf")}
-        out |= {f"count_{n}": counts[n] for n in ("ar", "rf")}
+        out |= {f"count_{n}": counts[n][0] for n in ("ar", "rf")}
         return out | {n: x for n, x in extras.items() if n.endswith("_by_t")}
 
     return jax.jit(sums_and_counts, out_shardings=NamedSharding(mesh, P()))

@@ -6,7 +6,7 @@ Source: arXiv 2411.07975 sections 3.2 and 3.3. Drawing and computing are apart: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,18 +51,50 @@ def draw(key: Array, batch: Batch, cfg: ModelConfig, loss: LossConfig, num_gen: 
     return jax.vmap(lambda row: jax.vmap(lambda slot: draw_slot(row, slot))(slots))(batch["row"])
 
 
-def counts(batch: Batch, num_gen: int) -> Sums:
-    """The divisor of each task's sum: target tokens, generation slots, generation slots."""
-    slots = jnp.sum(batch["slot_task"][:, :num_gen] == GENERATE).astype(jnp.float32)
-    targets = jnp.sum(batch["target_mask"]).astype(jnp.float32)
-    return {"ar": targets, "rf": slots, "repa": slots}
+def counts(batch: Batch, num_gen: int, num_sources: int = 1) -> Sums:
+    """What the losses of each task and source are means of: target tokens, or generation slots.
+
+    Args:
+      num_sources: of the mixture, S; 1: all rows count as one source.
+    Returns:
+      {'ar', 'rf', 'repa'}, each float32[S].
+    """
+    targets, slots = _source_ids(batch, num_gen, num_sources)
+    active = batch["slot_task"][:, :num_gen] == GENERATE
+    images = _by_source(active, slots, num_sources)
+    return {"ar": _by_source(batch["target_mask"], targets, num_sources)} | dict.fromkeys(
+        ("rf", "repa"), images
+    )
 
 
-def weights(loss: LossConfig, totals: Sums, shares: dict[str, Any]) -> Sums:
-    """Factor of each task's sum in the loss: weight / count (times its share if per_sample)."""
+def weights(
+    loss: LossConfig, totals: Sums, shares: Float[Array, " S"], generates: Sequence[bool]
+) -> Sums:
+    """Factor of each source's part of each task's sum in the loss, by `loss.norm`.
+
+    per_task: a task's loss is the mean over its targets, whatever their source.
+    per_sample: the same mean, times the task's share of the mixture.
+    mixture: the means of the sources, each times the source's share of the mixture.
+
+    Args:
+      totals: of `counts`, over the whole batch.
+      shares: of the mixture, by source; they sum to 1.
+      generates: which sources have images to generate.
+    Returns:
+      {'ar', 'rf', 'repa'}, each float32[S].
+    """
+    generate = jnp.sum(jnp.where(jnp.array(generates), shares, 0))
+    task_share = {"ar": 1 - generate, "rf": generate, "repa": generate}
     weight = {"ar": loss.ar_weight, "rf": loss.rf_weight, "repa": loss.repa_weight}
-    share = shares if loss.norm == "per_sample" else dict.fromkeys(TASKS, 1.0)
-    return {n: weight[n] * share[n] / jnp.maximum(totals[n], 1.0) for n in TASKS}
+    out = {}
+    for task, total in totals.items():
+        if loss.norm == "mixture":
+            scale = shares / jnp.maximum(total, 1.0)
+        else:
+            share = task_share[task] if loss.norm == "per_sample" else 1.0
+            scale = jnp.broadcast_to(share / jnp.maximum(jnp.sum(total), 1.0), total.shape)
+        out[task] = weight[task] * scale
+    return out
 
 
 def loss_sums(
@@ -75,7 +107,8 @@ def loss_sums(
     loss: LossConfig,
     num_gen: int,
     num_und: int,
-) -> tuple[Sums, dict[str, Array]]:
+    source_weights: Sums | None = None,
+) -> tuple[Sums, dict[str, Any]]:
     """One forward pass over packed rows: the summed losses of the three tasks.
 
     Args:
@@ -83,10 +116,15 @@ def loss_sums(
         and latent_logvar, repa_target or und_features, which replace their encoder.
       draws: of `draw`.
       num_gen, num_und: Kg and Ku; generation uses slots[:Kg], understanding slots[-Ku:].
+      source_weights: of `weights`; None: 1, and all rows count as one source.
     Returns:
-      sums {'ar', 'rf', 'repa'}; extras: flow error and count by time, predicted velocity.
+      sums {'ar', 'rf', 'repa'}, weighted; extras: `by_source` (the sums float32[S] of each task
+      without weights and gradient), flow error and count by time, predicted velocity.
     """
     cfg = model.cfg
+    factors = source_weights or dict.fromkeys(TASKS, jnp.ones(1))
+    num_sources = len(factors["ar"])
+    target_sources, slot_sources = _source_ids(batch, num_gen, num_sources)
     slot_task, start = batch["slot_task"], batch["slot_start"]
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
@@ -115,14 +153,24 @@ def loss_sums(
 
     # AR: cross-entropy of the next token.
     sums: Sums = {task: jnp.float32(0) for task in TASKS}
-    extras: dict[str, Array] = {}
-    head = params["llm"]["head"]["kernel"]
-    sums["ar"] = cross_entropy.summed(
-        head, hidden, batch["tokens"], batch["target_mask"], loss.ce_chunk
+    by_source = {task: jnp.zeros(num_sources) for task in TASKS}
+    sums["ar"], by_source["ar"] = cross_entropy.summed(
+        params["llm"]["head"]["kernel"],
+        hidden,
+        batch["tokens"],
+        batch["target_mask"],
+        target_sources,
+        factors["ar"],
+        loss.ce_chunk,
     )
+    extras: dict[str, Any] = {"by_source": by_source}
     if not num_gen:
         return sums, extras
     active = (slot_task[:, :num_gen] == GENERATE).astype(jnp.float32)
+
+    def add_slots(task: str, values: Array) -> None:
+        by_source[task] = lax.stop_gradient(_by_source(values, slot_sources, num_sources))
+        sums[task] = jnp.sum(factors[task][slot_sources] * values)
 
     def at_slots(states: Array) -> Array:
         return janusflow.gather_slots(states, start[:, :num_gen], cfg.num_image_tokens)
@@ -130,15 +178,29 @@ def loss_sums(
     # RF: squared error of the velocity.
     v = run("velocity", _merge_slots(at_slots(hidden)), features, t_emb).reshape(x.shape)
     error = jnp.mean((v - (x - draws["noise"])) ** 2, axis=(2, 3, 4))
-    sums["rf"] = jnp.sum(error * active)
-    extras = _by_time(error, active, draws["t"]) | {"velocity": v}
+    add_slots("rf", error * active)
+    extras |= _by_time(error, active, draws["t"]) | {"velocity": v}
 
     # REPA: states in the middle of the LLM align with SigLIP features of the clean image.
     if use_repa:
         clean = _repa_target(run, batch, num_gen, model.dtype)
         similarity = cosine(run("project_repa", at_slots(middle)), clean)
-        sums["repa"] = -jnp.sum(jnp.mean(similarity, axis=-1) * active)
+        add_slots("repa", -jnp.mean(similarity, axis=-1) * active)
     return sums, extras
+
+
+def _source_ids(batch: Batch, num_gen: int, num_sources: int) -> tuple[Array, Array]:
+    """The source of each position [B, T] and of each generation slot [B, Kg]."""
+    if num_sources == 1:
+        return jnp.zeros_like(batch["tokens"]), jnp.zeros_like(batch["slot_task"][:, :num_gen])
+    ids = batch["source_ids"]
+    return ids, jnp.take_along_axis(ids, batch["slot_start"][:, :num_gen], axis=1)
+
+
+def _by_source(values: Array, source_ids: Array, num_sources: int) -> Float[Array, " S"]:
+    """The sum of the values of each source."""
+    one_hot = jax.nn.one_hot(source_ids, num_sources)
+    return jnp.sum(one_hot * values[..., None], axis=tuple(range(values.ndim)))
 
 
 def _merge_slots(x: Array) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from janusflow_jax.config import TrainConfig, parts as parts_lib
 from janusflow_jax.models import attention, janusflow, lora
@@ -58,15 +58,13 @@ def state_shardings(state: State, mesh: Mesh) -> State:
     return sharding.tree_shardings(state, mesh)
 
 
-def task_shares(cfg: TrainConfig, step: Array | int) -> dict[str, Any]:
-    """Each task's share of the mixture's positions at a step (for `loss.norm = per_sample`)."""
-    gen: Any = 0.0
+def source_shares(cfg: TrainConfig, step: Array | int) -> Float[Array, " S"]:
+    """Each source's share of the mixture's positions at a step."""
+    shares = jnp.zeros(len(cfg.data.sources))
     for first_row, weights in cfg.data.phases():
-        generate = sum(
-            w for w, s in zip(weights, cfg.data.sources, strict=True) if s.task == "generate"
-        )
-        gen = jnp.where(step >= -(-first_row // cfg.batch_rows), generate / sum(weights), gen)
-    return {"ar": 1 - gen, "rf": gen, "repa": gen}
+        phase = jnp.array(weights, jnp.float32) / sum(weights)
+        shares = jnp.where(step >= -(-first_row // cfg.batch_rows), phase, shares)
+    return shares
 
 
 def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Metrics]]:
@@ -75,8 +73,9 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
     optimizer = optim.make_optimizer(cfg.optim, cfg.num_steps)
     lr = optim.schedule(cfg.optim, cfg.num_steps)
     num_gen, num_und = cfg.data.gen_slots, cfg.data.und_slots
+    generates = [source.task == "generate" for source in cfg.data.sources]
 
-    def loss_fn(params: Any, state: State, batch: Any, weight: Any) -> tuple[Any, Any]:
+    def loss_fn(params: Any, state: State, batch: Any, weights: Any) -> tuple[Any, Any]:
         # The key is made inside: a step that is compiled ahead of time has no device for it.
         draws = losses.draw(jax.random.key(cfg.seed), batch, cfg.model, cfg.loss, num_gen)
         sums, extras = losses.loss_sums(
@@ -88,19 +87,20 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
             loss=cfg.loss,
             num_gen=num_gen,
             num_und=num_und,
+            source_weights=weights,
         )
         extras.pop("velocity", None)
-        return sum(weight[n] * sums[n] for n in losses.TASKS), (sums, extras)
+        return sum(sums.values()), extras
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
-        totals = losses.counts(batch, num_gen)
-        weight = losses.weights(cfg.loss, totals, task_shares(cfg, state["step"]))
+        totals = losses.counts(batch, num_gen, len(generates))
+        weights = losses.weights(cfg.loss, totals, source_shares(cfg, state["step"]), generates)
 
         def gradient(part: Any) -> Any:
             loss_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
-            return loss_and_gradient(state["params"], state, part, weight)
+            return loss_and_gradient(state["params"], state, part, weights)
 
-        (loss, (sums, extras)), grads = accumulate(gradient, batch, cfg.optim.accum_steps)
+        (loss, extras), grads = accumulate(gradient, batch, cfg.optim.accum_steps)
         norm = optax.tree.norm(grads)
 
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -114,7 +114,7 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, {n: state[n] for n in new})
         bad_steps = state["bad_steps"] + (1 - ok.astype(jnp.int32))
         metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "lr": lr(state["step"])}
-        metrics |= {"bad_steps": bad_steps, **_task_metrics(sums, totals, extras)}
+        metrics |= {"bad_steps": bad_steps, **_task_metrics(cfg, totals, extras)}
         metrics |= {f"grad_norm/{part}": optax.tree.norm(g) for part, g in grads.items()}
         return {**state, **new, "step": state["step"] + 1, "bad_steps": bad_steps}, metrics
 
@@ -138,10 +138,19 @@ def accumulate(gradient: Callable[[Any], Any], batch: Any, num_parts: int) -> An
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _task_metrics(sums: losses.Sums, totals: losses.Sums, extras: dict[str, Array]) -> Metrics:
-    """Mean loss of each task, what it is a mean of, and the flow loss by quarter of time."""
-    out = {f"loss_{n}": sums[n] / jnp.maximum(totals[n], 1.0) for n in losses.TASKS}
-    out |= {f"count_{n}": totals[n] for n in ("ar", "rf")}
+def _task_metrics(cfg: TrainConfig, totals: losses.Sums, extras: dict[str, Any]) -> Metrics:
+    """Mean losses, and what they are means of: of each task, of each source, and of the flow by
+    quarter of time."""
+    sums = extras["by_source"]
+    out = {f"loss_{n}": jnp.sum(sums[n]) / jnp.maximum(jnp.sum(totals[n]), 1.0) for n in sums}
+    out |= {f"count_{n}": jnp.sum(totals[n]) for n in ("ar", "rf")}
+    for i, source in enumerate(cfg.data.sources):
+        task = "rf" if source.task == "generate" else "ar"
+        sum_, total = sums[task][i], totals[task][i]
+        out |= {
+            f"loss_{task}/{source.label}": sum_ / jnp.maximum(total, 1.0),
+            f"count_{task}/{source.label}": total,
+        }
     if "rf_by_t" in extras:
         by_t = extras["rf_by_t"] / jnp.maximum(extras["count_by_t"], 1.0)
         out |= {f"loss_rf/t{i}": by_t[i] for i in range(losses.T_BUCKETS)}
