@@ -67,6 +67,9 @@ def test_a_stage_has_the_papers_values(stage, lr, warmup, steps, rows, frozen, m
     assert (cfg.loss.time, cfg.loss.time_shift, cfg.loss.norm) == ("logit_normal", 1.0, "mixture")
     if stage == "pretrain":
         assert cfg.data.change_row == 10_000 * 512
+    assert [(s.name, s.split) for s in cfg.evaluate.sources] == [
+        (s.name, "heldout") for s in cfg.data.sources
+    ]
     slots = cfg.data.num_slots
     assert slots * cfg.model.slot_len <= cfg.data.row_len < (slots + 2) * cfg.model.slot_len
 
@@ -155,9 +158,8 @@ def mixture(monkeypatch, tmp_path):
 
 def twin(name: str, arg: str, **changes: object) -> c.TrainConfig:
     cfg = config(name, arg)
-    cfg.data = dataclasses.replace(
-        cfg.data, sources=tuple(dataclasses.replace(s, path=s.task) for s in cfg.data.sources)
-    )
+    for part in (cfg.data, cfg.evaluate):
+        part.sources = tuple(dataclasses.replace(s, path=s.task) for s in part.sources)
     cfg.tokenizer, cfg.prompts = str(runs.HUB), ()
     for field, value in changes.items():
         setattr(cfg, field, value)
@@ -175,8 +177,13 @@ def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_pat
     for stage in STAGES:
         cfg = twin(stage, "test", start=start, allow_fresh=False)
         start = train.train(cfg)
-        metrics = runs.read_metrics(start)
+        lines = runs.read_metrics(start)
+        metrics = [x for x in lines if "loss" in x]
         assert [x["step"] for x in metrics] == [1, 2, 3, 4] and metrics[-1]["ok"] == 1
+        held = {name for x in lines for name in x if name.startswith("eval/")}
+        assert {
+            f"eval/{s.task}/loss_{'rf' if s.task == 'generate' else 'ar'}" for s in cfg.data.sources
+        } <= held
         for name in ("loss_ar", "loss_rf", "loss_repa"):
             assert any(x[name] for x in metrics), name  # a step of 8 rows may lack a task
         now = model_folder.load_model(start, weights="params")
@@ -247,7 +254,8 @@ def test_an_ablation_trains(mixture, tmp_path, letter):
     """From one start, all by the same code; what it uses moves and what it does not stays."""
     start = str(tmp_path / "start")
     to_model(golden.TINY / "janusflow", golden.TINY / "vae", start)
-    cfg = twin("ablation", f"{letter},test", start=start, allow_fresh=False, num_steps=3)
+    changes = {"evaluate": c.EvalConfig(), "num_steps": 3}
+    cfg = twin("ablation", f"{letter},test", start=start, allow_fresh=False, **changes)
     workdir = train.train(cfg)
     metrics = runs.read_metrics(workdir)
     assert [(x["step"], x["ok"]) for x in metrics] == [(1, 1), (2, 1), (3, 1)]

@@ -56,6 +56,17 @@ ABLATIONS = {
     "F": "all",
 }
 """The ablations of the paper's table 5, by letter (configs/ablation.py, configs/emoji.py)."""
+STAGE_PROMPTS = (
+    "a red apple on a wooden table",
+    "a photo of a cat and a dog",
+    "three green bottles on a shelf",
+    "a blue car to the left of a yellow bus",
+    "a portrait of an old sailor, oil painting",
+    "a snowy mountain village at night",
+    "a bowl of ramen, top view",
+    "a street sign that says STOP",
+)
+"""What the images of a stage's run are generated for: objects, counts, colors, places, styles, text."""
 DATA = {"understand": "data/understand", "generate": "data/generate", "text": "data/text"}
 
 
@@ -80,6 +91,8 @@ def stage(
 ) -> c.TrainConfig:
     """A 1.3B run on packed rows, with the values that all stages share.
 
+    Every data set needs a split `heldout`: held-out losses are measured every 5,000 steps.
+
     Args:
       names: arguments of the config; '256' changes the size.
       weights: task -> shares of positions (before, after the change; -1: the same).
@@ -97,14 +110,29 @@ def stage(
             row_len=ROW_LEN,
             gen_slots=slots if "generate" in tasks else 0,
             und_slots=slots if "understand" in tasks else 0,
+            num_threads=16,  # they wait for records of a remote store
         ),
         loss=c.LossConfig(norm="mixture"),
         mesh=c.MeshConfig(data=-1, fsdp=8, tensor=1),
         dtype="bfloat16",
         batch_rows=512,
         log_every_steps=20,
-        save_every_steps=1000,
+        save_every_steps=250,
         keep_checkpoints=3,
+        keep_every_steps=10_000,
+        watchdog_s=600.0,
+        watchdog_exit=True,
+        evaluate=c.EvalConfig(
+            sources=tuple(
+                dataclasses.replace(s, split="heldout", weight=1.0, weight_after=-1.0)
+                for s in mixture
+            ),
+            rows=256,
+            every_steps=5000,
+        ),
+        sheet_every_steps=5000,
+        prompts=STAGE_PROMPTS if "generate" in tasks else (),
+        tensorboard=True,
     )
     for name, value in fields.items():
         setattr(cfg, name, value)
@@ -112,7 +140,7 @@ def stage(
 
 
 def test_twin(cfg: c.TrainConfig, own_folders: tuple[str, ...] = ()) -> c.TrainConfig:
-    """The same run at the size of a test; everything that is not a size stays.
+    """The same run at the size of a test; everything that is not a size stays, but TensorBoard.
 
     It has 4 steps, 2 of warm-up, and changes the mixture at the third step. It starts from fresh
     parameters unless `--config.start` names a run, and measures held-out losses on few rows, also
@@ -152,4 +180,5 @@ def test_twin(cfg: c.TrainConfig, own_folders: tuple[str, ...] = ()) -> c.TrainC
     cfg.dtype = "float32"
     cfg.start, cfg.allow_fresh, cfg.tokenizer = "", True, "starts/emoji_llm/hub"
     cfg.prompts, cfg.sheet_num_steps = ("a red apple",), 2
+    cfg.tensorboard = False
     return cfg
