@@ -66,7 +66,7 @@ STAGE_PROMPTS = (
     "a bowl of ramen, top view",
     "a street sign that says STOP",
 )
-"""What the images of a stage's run are generated for: objects, counts, colors, places, styles, text."""
+"""What the stages generate images for: objects, counts, colors, places, styles, text."""
 DATA = {"understand": "data/understand", "generate": "data/generate", "text": "data/text"}
 
 
