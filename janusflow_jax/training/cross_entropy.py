@@ -189,8 +189,8 @@ def _queue(count: Array, group: str | None) -> tuple[Array, Array]:
 
 
 def _logits(kernel: Array, x: Array) -> Array:
-    """`Llama.logits` of this device's part of the vocabulary."""
-    return (x @ kernel.astype(x.dtype)).astype(jnp.float32)
+    """`Llama.logits` of this device's part of the vocabulary, never rounded to bfloat16."""
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _losses(
