@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save as safetensors_bytes
 
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import GenConfig, ModelConfig, RepaConfig, SiglipConfig
 from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
@@ -61,8 +62,10 @@ def assemble(
       ConvertError: weights, config files or tensors that do not fit; lists all tensors of a folder.
         Nothing was written.
       DataError: a tokenizer that is missing or cannot be read.
-      CheckpointError: a JSON file that cannot be read, or `out` exists and `overwrite` is not set.
+      CheckpointError: a JSON file that cannot be read, or `out` exists and `overwrite` is not set,
+        is no model folder, or is not apart from what is read.
     """
+    model_folder.check_out(out, overwrite, (llm, siglip, vae))
     language, tower, autoencoder = Source(llm), Source(siglip), open_vae(vae)
     language_json = language.json("config.json")
     tied = bool(language_json.get("tie_word_embeddings", False))

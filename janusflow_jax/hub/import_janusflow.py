@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as safetensors_bytes
 
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
@@ -46,8 +47,10 @@ def convert(
       ConvertError: weights, config files or tensors that do not fit; lists all tensors of a folder.
         Nothing was written.
       DataError: a tokenizer that is missing, or of another model.
-      CheckpointError: a JSON file that cannot be read, or `out` exists and `overwrite` is not set.
+      CheckpointError: a JSON file that cannot be read, or `out` exists and `overwrite` is not set,
+        is no model folder, or is not apart from what is read.
     """
+    model_folder.check_out(out, overwrite, (janusflow, vae))
     model, autoencoder = Source(janusflow), open_vae(vae)
     pool = model.pop(re.escape(names.TOWER + names.POOL))
     with reading_configs(model, autoencoder):
