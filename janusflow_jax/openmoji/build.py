@@ -128,7 +128,7 @@ def build(
     import tensorflow_datasets as tfds
 
     mark = "dataset_info.json", _MODULE_NAME
-    made = "*.json", "*.array_record*", "lengths", "CREDITS.txt"
+    made = "*.json", "*.array_record*", "lengths", "LICENSE", "CREDITS.txt"
     if problem := files.problem_of_out(out, overwrite, mark, made):
         raise DataError(problem)
     classes = classes_lib.NEW if new_classes else classes_lib.CLASSES
