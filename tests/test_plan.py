@@ -64,7 +64,7 @@ def test_a_missing_compiler_names_its_package(monkeypatch, name, package):
 )
 def test_auto_attention_can_run_on_every_platform(name, topology):
     file, _, arg = name.partition(":")
-    cfg = runpy.run_path(str(ROOT / f"configs/{file}.py"))["get_config"](arg or None)
+    cfg = load(file, arg or None)
     prepared = plan_compile.prepare(cfg, plan_topology.parse(topology))
     is_splash = topology.startswith("v") and cfg.data.row_len % attention.SPLASH_UNIT == 0
     assert prepared.attention == ("splash" if is_splash else "xla")

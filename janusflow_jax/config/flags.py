@@ -81,15 +81,13 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
         return ours
     if isinstance(error, flags.IllegalFlagValueError) and "config=None" in str(error) and file:
         return _other_config(argv, None)
-    if "has no attribute 'get_config'" in str(error):
-        return f"--config: {file}: expected a Python file with a function get_config; it has none"
     if isinstance(error, flags.Error):
         return f"{error}\n--helpshort lists the flags"
     reason = (str(error).strip().splitlines() or ["no message"])[-1].strip()
-    return (
-        f"--config: expected a file such as configs/emoji.py:F; got {file!r} "
-        f"({line}{type(error).__name__}: {reason})"
-    )
+    reason = f"{line}{type(error).__name__}: {reason}"
+    if "has no attribute 'get_config'" in reason:
+        reason = "it has no function get_config"
+    return f"--config: expected a file such as configs/emoji.py:F; got {file!r} ({reason})"
 
 
 def read_config(path: str) -> TrainConfig:
