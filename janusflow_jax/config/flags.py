@@ -60,7 +60,7 @@ def _file(argv: Sequence[str]) -> str:
 
 
 def _other_config(argv: Sequence[str], cfg: Any) -> str:
-    kind = "None" if cfg is None else type(cfg).__name__
+    kind = type(cfg).__name__
     return f"--config: {_file(argv)}: expected get_config to return a TrainConfig; got {kind}"
 
 
