@@ -18,6 +18,7 @@ from janusflow_jax.hub.source import (
     UNUSED_FILE,
     VAE_CONFIG_FILE,
     Source,
+    log_missing_scale,
     open_vae,
     reading_configs,
     save_converted,
@@ -59,6 +60,7 @@ def convert(
             model.json("preprocessor_config.json", default={}),
             autoencoder.json("config.json"),
         )
+    log_missing_scale(autoencoder, cfg.vae, log)
     log(f"config: {cfg}")
     count = model.json("processor_config.json", default={}).get("num_image_tokens")
     if count not in (None, cfg.num_image_tokens):
