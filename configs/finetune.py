@@ -19,6 +19,7 @@ Arguments (docs/finetuning.md has what each needs in memory):
     256           256 px images instead of 384; not with emoji
     mine=DIR      your data set, instead of `data/mine`
     watch=DIR     the data set to watch, and to replay with `replay`, instead of `data/replay`
+                  (with emoji: instead of `data/openmoji`)
 
 Any field can be set: `--config.data.sources[0].weight=...` (in the order generate, understand,
 replay).
@@ -30,7 +31,10 @@ pre-training's (LoRA has its own), warm-up 100 steps. Raise `--config.num_steps`
 """
 
 import dataclasses
+import json
 from pathlib import Path
+
+from etils import epath
 
 from janusflow_jax import config as c
 from janusflow_jax.config import stages
@@ -53,7 +57,9 @@ OLD_NAMES = {"paint": "generate", "read": "understand", "kept": "watch"}  # of 0
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
     names, folders, run_name = _split(arg)
-    mine, replay = folders.get("mine", MINE), folders.get("watch", REPLAY)
+    emoji = "emoji" in names
+    mine = folders.get("mine", MINE)
+    replay = folders.get("watch", stages.OPENMOJI if emoji else REPLAY)
     tasks = [task for task in ("generate", "understand") if task in names]
     if not tasks:
         raise c.ConfigError(
@@ -94,18 +100,25 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         for source in replayed:
             source.weight = other[source.task] / total / 3
         cfg.data.sources += replayed
-    held = tuple(dataclasses.replace(s, split="heldout", weight=1.0) for s in (*own, *replayed))
+    usual = {stages.OPENMOJI: stages.OPENMOJI_HELDOUT}
+    if emoji and "mine" not in folders:  # the documented order makes it by prepare_openmoji.py
+        usual[MINE] = stages.OPENMOJI_HELDOUT
+    held = tuple(
+        dataclasses.replace(
+            s, split=_heldout_split(s.path, usual.get(s.path, "heldout")), weight=1.0
+        )
+        for s in (*own, *replayed)
+    )
     cfg.evaluate = c.EvalConfig(sources=held, rows=16, every_steps=500, max_rise=0.1)
     if "lora" in names:
         cfg.lora.rank, cfg.train_parts, cfg.optim.lr = 16, (), 1e-4
     if "light" in names:
         cfg.frozen_dtype = cfg.optim.moments_dtype = "bfloat16"
         cfg.data.row_len, cfg.batch_rows, cfg.optim.accum_steps = 1024, 16, 16
-    if "emoji" in names:
+    if emoji:
         _emoji(cfg)
-    _use_drawings(cfg, emoji="emoji" in names)
     trained = {s.task for s in cfg.data.sources}
-    text = 10 if "emoji" in names else 40  # tokens of a short prompt beside an image
+    text = 10 if emoji else 40  # tokens of a short prompt beside an image
     slots = max(1, cfg.data.row_len // (cfg.model.slot_len + text))
     cfg.data.gen_slots = slots if "generate" in trained else 0
     cfg.data.und_slots = slots if "understand" in trained else 0
@@ -146,15 +159,15 @@ def _emoji(cfg: c.TrainConfig) -> None:
     cfg.evaluate.every_steps, cfg.log_every_steps, cfg.save_every_steps = 100, 20, 500
 
 
-def _use_drawings(cfg: c.TrainConfig, emoji: bool) -> None:
-    """Folders of tools/prepare_openmoji.py have a held-out split of another name. Folders with
-    other names are taken for those of prepare_data.py.
+def _heldout_split(path: str, usual: str) -> str:
+    """The held-out split that a data set has: each tool that prepares data has its own name for it.
 
-    Args: emoji: `data/mine` is such a folder, and `data/openmoji` replaces `data/replay`.
+    Args: usual: the name where there is no data set yet.
     """
-    drawings = {stages.OPENMOJI, MINE} if emoji else {stages.OPENMOJI}
-    for source in (*cfg.data.sources, *cfg.evaluate.sources):
-        if emoji and source.path == REPLAY:
-            source.path = stages.OPENMOJI
-        if source.path.rstrip("/") in drawings and source.split == "heldout":
-            source.split = stages.OPENMOJI_HELDOUT
+    try:
+        info = json.loads((epath.Path(path) / "dataset_info.json").read_text())
+        splits = {split["name"] for split in info["splits"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return usual  # whoever opens the data set says what is wrong with it
+    drawings = stages.OPENMOJI_HELDOUT in splits and "heldout" not in splits
+    return stages.OPENMOJI_HELDOUT if drawings else "heldout"

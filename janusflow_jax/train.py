@@ -228,7 +228,8 @@ class StepLog:
         cfg, ok = self._run.cfg, bool(out["ok"])
         with self._run.deferring_write_errors():
             self.bad_steps.count(step, ok, report)
-            if step % cfg.log_every_steps and step not in (1, cfg.num_steps):
+            every = cfg.log_every_steps or cfg.num_steps
+            if step % every and step not in (1, cfg.num_steps):
                 return
             values = {k: float(v) for k, v in jax.device_get(out).items()}
             values |= {"padding": work.padding, "idle_slots": work.idle_slots}

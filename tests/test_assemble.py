@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 
 import jax
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import hub, pipeline
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config.errors import ConvertError
+from janusflow_jax.config.errors import ConvertError, JanusFlowError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import assemble_parts, names, source, tensors as hub_tensors
 from janusflow_jax.models import janusflow
@@ -240,3 +241,24 @@ def test_a_language_model_of_another_kind(change, message, llm, tmp_path):
             tmp_path / "model",
             **OPTIONS,
         )
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "abc", math.nan, [], 10**9, True], ids=str)
+@pytest.mark.parametrize(
+    ("form", "field"),
+    [
+        ("hf", "num_hidden_layers"),
+        ("hf-model", "num_attention_heads"),
+        ("hf-model", "layer_norm_eps"),
+        ("timm", "num_heads"),
+    ],
+)
+def test_a_number_that_no_tower_has_is_named(llm, tmp_path, form, field, wrong):
+    tower = siglip_folder(form, tmp_path / "siglip")
+    config = json.loads((tower / "config.json").read_text())
+    config.get("model_args", config.get("vision_config", config))[field] = wrong
+    (tower / "config.json").write_text(json.dumps(config))
+    if wrong in (0, []) and form == "timm" or (wrong == 10**9 and field == "layer_norm_eps"):
+        return  # timm: as if it were missing; any positive number may be an epsilon
+    with pytest.raises(JanusFlowError, match=field if wrong != 10**9 else "config|num_heads"):
+        hub.assemble(llm, tower, golden.TINY / "vae", tmp_path / "model", **OPTIONS)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from janusflow_jax import config as c
+from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.models import attention
 from janusflow_jax.parallel import sharding
 
@@ -66,3 +67,31 @@ def test_rows_that_splash_cannot_take():
     mesh = sharding.make_mesh(c.MeshConfig(data=8))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="divide over 8 devices"):
         attention.dot_product_attention(q, k, v, ids, "splash")
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "length", "expected"),
+    [
+        ("auto", "tpu", 4096, "splash"),
+        ("auto", "tpu", 128, "splash"),
+        ("auto", "tpu", 160, "xla"),
+        ("auto", "tpu", 192, "xla"),
+        ("auto", "tpu", 1, "xla"),
+        ("auto", "gpu", 4096, "xla"),
+        ("auto", "cpu", 4096, "xla"),
+        ("xla", "tpu", 4096, "xla"),
+        ("splash", "tpu", 4096, "splash"),
+        ("cudnn", "gpu", 160, "cudnn"),
+    ],
+)
+def test_auto_is_what_takes_the_rows(name, platform, length, expected):
+    attention.check_platform(name, platform)
+    assert attention.implementation(name, platform, length) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "platform"), [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu"), ("cudnn", "tpu")]
+)
+def test_an_implementation_of_another_platform_is_an_error(name, platform):
+    with pytest.raises(ConfigError, match=f"{name}.*{platform}"):
+        attention.check_platform(name, platform)

@@ -16,6 +16,7 @@ from janusflow_jax.data import chat_format
 GOLDEN = Path(__file__).parent / "data" / "golden" / "tiny"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 TRAIN = json.loads((GOLDEN / "train.json").read_text())
+BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 
 
@@ -166,6 +167,79 @@ def test_missing_tags_take_the_next_ids_and_the_table_is_checked(tmp_path):
     chat.check_vocab(640)
     with pytest.raises(DataError, match="below 618"):
         chat.check_vocab(618)
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": BOS, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {BOS: {"id": BOS, "ids": [0], "tokens": [BOS]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "template", "has_bos"),
+    [
+        ("SmolLM2", {"tokenizer_class": "GPT2Tokenizer"}, None, False),
+        ("GPT-NeoX", {"tokenizer_class": "GPTNeoXTokenizerFast"}, None, False),
+        ("Llama 3", {"tokenizer_class": "PreTrainedTokenizerFast"}, TEMPLATE, True),
+        ("no class", {}, None, False),
+        ("null", {"add_bos_token": None}, TEMPLATE, True),
+        ("DeepSeek", {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}, None, True),
+        ("Llama 2", {"tokenizer_class": "LlamaTokenizer"}, None, True),
+        (
+            "Llama without",
+            {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False},
+            None,
+            False,
+        ),
+        ("overruled", {"add_bos_token": False}, TEMPLATE, False),
+        ("asked for", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, None, True),
+    ],
+)
+def test_a_bos_only_where_the_tokenizers_own_rule_has_one(
+    tmp_path, name, config, template, has_bos
+):
+    for file in chat_format.TOKENIZER_FILES:
+        shutil.copy(GOLDEN / "janusflow" / file, tmp_path / file)
+    old = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    old = {n: x for n, x in old.items() if n not in ("add_bos_token", "tokenizer_class")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(old | config))
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = template
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    chat = chat_format.ChatFormat.load(tmp_path)
+    with_bos = chat.tokenizer.encode("User: a fox\n\nAssistant:", add_special_tokens=False).ids
+    assert chat.generation_ids("a fox") == [chat.bos_id] * has_bos + with_bos
+    assert (chat.plain_text("a fox").ids[0] == chat.bos_id) == has_bos
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "3"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {}, "eos_token": 3}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {}, "eos_token": {"content": []}}'),
+        ("special_tokens_map.json", "[]"),
+        ("processor_config.json", "[]"),
+        ("processor_config.json", '{"image_tag": 3, "num_image_tokens": 16}'),
+        ("processor_config.json", '{"num_image_tokens": "abc"}'),
+        ("processor_config.json", '{"num_image_tokens": -1}'),
+        ("tokenizer.json", '{"a":' + "[" * 100_000),
+        ("tokenizer_config.json", '{"a":' + "[" * 100_000),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_files_with_other_values_are_one_error(tmp_path, file, content):
+    for name in chat_format.TOKENIZER_FILES:
+        shutil.copy(GOLDEN / "janusflow" / name, tmp_path / name)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=str(tmp_path)):
+        chat_format.ChatFormat.load(tmp_path)
 
 
 def test_no_bos_when_the_config_says_so(tmp_path):

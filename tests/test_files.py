@@ -2,8 +2,12 @@
 
 import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import pytest
+from etils import epath
 
 from janusflow_jax.config import files
 
@@ -33,3 +37,81 @@ def test_after_an_error_the_old_folder_is_there(tmp_path, monkeypatch, failing):
         write(tmp_path / "folder", "second")
     assert (tmp_path / "folder" / "file").read_text() == "first"
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def tree(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("ours" if name.endswith("mark.json") else "years of work")
+
+
+@pytest.mark.parametrize(
+    ("out", "overwrite", "is_free"),
+    [
+        ("new", False, True),
+        ("new/below", True, True),
+        ("empty", False, True),
+        ("ours", False, False),
+        ("ours", True, True),
+        ("ours-and-more", True, False),
+        ("ours-and-a-folder", True, False),
+        ("mark-of-others", True, False),
+        ("others", True, False),
+        ("file.tex", True, False),
+        ("source", True, False),
+        ("source/below/it", True, False),
+        ("above", True, False),
+        ("above/source/mark.json", True, False),
+        ("link", True, False),
+        (".", True, False),
+        ("others/../source", True, False),
+    ],
+)
+def test_only_what_the_command_wrote_is_replaced(tmp_path, out, overwrite, is_free):
+    tree(tmp_path, "ours/mark.json", "ours/a.array", "ours-and-more/mark.json")
+    tree(tmp_path, "ours-and-more/thesis.tex", "ours-and-a-folder/mark.json")
+    tree(tmp_path, "ours-and-a-folder/thesis/a.array", "others/thesis.tex", "file.tex")
+    tree(tmp_path, "source/mark.json", "above/mark.json", "above/source/mark.json")
+    tree(tmp_path, "mark-of-others/notes")
+    (tmp_path / "mark-of-others" / "mark.json").write_text("theirs")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("source")
+    inputs = [tmp_path / "source", tmp_path / "above" / "source"]
+    problem = files.problem_of_out(
+        epath.Path(tmp_path / out), overwrite, ("mark.json", "ours"), ("*.json", "*.array"), inputs
+    )
+    assert (problem == "") == is_free, problem
+    assert is_free or str(tmp_path / out) in problem
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from janusflow_jax.config import files
+path, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
+if moment == "between the renames":
+    pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+with files.replacing(path) as part:
+    part.mkdir()
+    (part / "file").write_text("new")
+    if moment == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "between the renames"])
+def test_what_a_killed_process_left_is_removed(tmp_path, moment):
+    path = tmp_path / "folder"
+    write(path, "first")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), moment])
+    assert done.returncode == -9 and len(os.listdir(tmp_path)) > 1 - path.exists()
+    host = socket.gethostname()
+    running = {f".folder.partial-{host}-{os.getppid()}", ".folder.partial-elsewhere-1"}
+    for name in running:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as part:
+        assert (path / "file").read_text() == "first"  # also when it was moved away
+        assert {*os.listdir(tmp_path)} == {"folder", *running}
+        assert not part.exists() and 1 / 0
+    write(path, "second")
+    assert {*os.listdir(tmp_path)} == {"folder", *running}
+    assert (path / "file").read_text() == "second"

@@ -103,6 +103,29 @@ def test_what_an_argument_trains(arg, tasks, trained):
     assert cfg.evaluate.max_rise and len(cfg.evaluate.sources) >= 3
 
 
+@pytest.mark.parametrize("made_by", ["prepare_data", "prepare_openmoji", "", "broken"])
+@pytest.mark.parametrize("arg", ["generate,emoji", "generate", "generate,emoji,test"])
+@pytest.mark.parametrize("folder", ["data/mine", "elsewhere", "data/openmoji"])
+def test_a_data_set_is_known_by_its_splits(tmp_path, monkeypatch, made_by, arg, folder):
+    monkeypatch.chdir(tmp_path)
+    split = {"prepare_data": "heldout", "prepare_openmoji": "heldout_pairs"}.get(made_by)
+    if made_by:
+        info = {"splits": [{"name": "train"}, {"name": split}]} if split else {"splits": 3}
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "dataset_info.json").write_text(json.dumps(info))
+    cfg = config(arg if folder == "data/mine" and "test" not in arg else f"{arg},mine={folder}")
+    (mine,) = (s for s in cfg.evaluate.sources if s.name.startswith("mine"))
+    assert mine.path == folder
+    assert not split or mine.split == split
+
+
+def test_a_folder_to_watch_is_the_one_that_was_named():
+    for arg, path in (("", "data/openmoji"), (",watch=data/replay", "data/replay")):
+        cfg = config(f"generate,replay,emoji{arg}")
+        replayed = {s.path for s in cfg.data.sources if s.name.startswith("replay")}
+        assert replayed == {path}
+
+
 def test_what_is_fine_tuned_must_be_said():
     with pytest.raises(c.ConfigError, match="expected generate, understand or both"):
         config("lora")

@@ -16,13 +16,6 @@ from janusflow_jax.config import ConfigError, flags as flag_parser
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def no_config_file_is_loaded():
-    """ml_collections loads every file as one module, in which the names of the last one remain."""
-    yield
-    sys.modules.pop("config_config", None)
-
-
 def message(*args: str) -> str:
     argv, values = ["train", *args], flags.FlagValues()
     with pytest.raises(ConfigError) as error:
@@ -54,6 +47,48 @@ def test_a_config_file_with_a_mistake_shows_where(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def get_config(arg=None):\n    return 1 + 'a'\n")
     assert re.search("mine.py.*line 2.*unsupported operand", message(f"--config={file}"))
+
+
+FILES = {
+    "empty.py": (b"", "get_config"),
+    "only spaces.py": (b" \n\n", "get_config"),
+    "binary.py": (bytes(range(256)), ""),
+    "latin.py": (b"x = 'caf\xe9'\n", "utf-8"),
+    "data.py": (b'{"optim": {"lr": 1e-4}}', "get_config"),
+    "data.json": (b'{"optim": {"lr": 1e-4}}', "get_config"),
+    "syntax.py": (b"def get_config(:\n", "invalid syntax"),
+    "none.py": (b"def get_config(arg=None):\n    pass\n", "None"),
+    "dict.py": (b"def get_config(arg=None):\n    return {}\n", "dict"),
+    "variable.py": (b"get_config = 3\n", "not callable"),
+    "no_argument.py": (b"def get_config():\n    return 1 / 0\n", "line 2.*division"),
+    "import.py": (b"import no_such_module\n", "line 1.*no_such_module"),
+    "exits.py": (b"import sys\nsys.exit(3)\n", "line 2.*SystemExit: 3"),
+    "open.py": (b"def get_config(arg=None):\n    open('/no/such')\n", "/no/such"),
+}
+
+
+@pytest.mark.parametrize("separator", ["=", " "])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_config_is_one_message(tmp_path, name, separator):
+    content, pattern = FILES[name]
+    file = tmp_path / name
+    file.write_bytes(content)
+    args = [f"--config={file}"] if separator == "=" else ["--config", str(file)]
+    text = message(*args)
+    assert str(file) in text
+    assert re.search(pattern, text)
+    with pytest.raises(ConfigError) as error:  # as evaluate reads it
+        flag_parser.read_config(str(file))
+    assert str(error.value).replace("\n", " ") == text
+
+
+@pytest.mark.parametrize("command", ["-m janusflow_jax.train", "tools/plan.py"])
+@pytest.mark.slow
+def test_help_is_no_error(command):
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--config" in done.stdout, done.stderr
 
 
 def test_the_command_prints_it_and_begins_nothing(tmp_path):

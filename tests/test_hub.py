@@ -143,13 +143,41 @@ def test_nothing_is_overwritten_unasked(model, tmp_path):
         lambda: to_model(golden.TINY / "janusflow", golden.TINY / "vae", model),
         lambda: hub.export(model, model, **SILENT),
     ):
-        with pytest.raises(CheckpointError, match="exists"):
+        with pytest.raises(CheckpointError):
             run()
     assert (model / "checksums.json").read_bytes() == before
     (tmp_path / "there").mkdir()
     out = tmp_path / "there"
     to_model(golden.TINY / "janusflow", golden.TINY / "vae", out, overwrite=True)
     model_folder.load_model(out)
+
+
+@pytest.mark.parametrize("command", ["convert", "assemble", "export"])
+@pytest.mark.parametrize("out", ["other", "source", "source/vae", "source/out", "."])
+def test_overwriting_spares_what_the_command_did_not_write(model, tmp_path, command, out):
+    for name in ("other", "source/vae"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "thesis.tex").write_text("years of work")
+    source, target = tmp_path / "source", tmp_path / out
+    if command == "export" and out == "other":
+        source = model
+    run = {
+        "convert": lambda: to_model(source, source / "vae", target, overwrite=True),
+        "assemble": lambda: hub.assemble(
+            source, source, source / "vae", target, overwrite=True, **SILENT
+        ),
+        "export": lambda: hub.export(source, target, overwrite=True, **SILENT),
+    }[command]
+    with pytest.raises(CheckpointError, match=str(target)):
+        run()
+    for name in ("other", "source/vae"):
+        assert (tmp_path / name / "thesis.tex").exists()
+
+
+def test_an_export_replaces_an_export(model, tmp_path):
+    for _ in range(2):
+        hub.export(model, tmp_path / "out", overwrite=True, **SILENT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """Bad published folders: every kind gets an error that names the file and the reason."""
 
+import json
+import math
 import shutil
+import time
 
 import ml_dtypes
 import numpy as np
@@ -144,8 +147,8 @@ BAD = {
     _in_two_shards: r"model-0000\d-of-00003\.safetensors: beg_of_und_embed is in another shard",
     _mixed_types: r"choose a dtype.*\n.*layers\.1.*expected float32.*; got float16",
     _list_for_config: r"config\.json: expected a JSON object; got list",
-    _text_for_a_width: r"config files cannot be read: .*TypeError",
-    _no_params: r"config files cannot be read: .*'params'",
+    _text_for_a_width: r"config\.json.*\n.*hidden_size: expected whole numbers .*; got '64'",
+    _no_params: r"config\.json: vision_und_enc_config: params: expected a JSON object",
     _other_positions: r"num_image_tokens: expected \d+, .*; got 4",
 }
 
@@ -156,6 +159,117 @@ def test_bad_folders_are_named_with_the_reason(spoil, folder, vae_folder, tmp_pa
     with pytest.raises((JanusFlowError, FileNotFoundError), match=BAD[spoil]):
         to_model(folder, vae_folder, tmp_path / "out" / "model")
     assert not (tmp_path / "out").exists()
+
+
+NUMBERS = {
+    "language_config": (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim vocab_size rms_norm_eps rope_theta"
+    ).split(),
+    "vision_und_enc_config.params": "image_size width layers heads patch_size mlp_ratio".split(),
+    "vision_gen_enc_config.params": "layers_in_middle norm_eps block_out_channels".split(),
+    "janusflow_jax.repa": ["layer", "width"],
+    "vae": (
+        "block_out_channels layers_per_block norm_num_groups latent_channels scaling_factor"
+    ).split(),
+}
+WRONG = {
+    "zero": 0,
+    "negative": -1,
+    "text": "abc",
+    "list": [],
+    "object": {},
+    "NaN": math.nan,
+    "Infinity": math.inf,
+    "huge": 1e300,
+    "true": True,
+    "10^9": 10**9,
+    "10^30": 10**30,
+}
+
+
+@pytest.mark.parametrize("where", NUMBERS)
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_number_that_no_model_has_is_named(where, kind, folder, vae_folder, tmp_path):
+    for field in NUMBERS[where]:
+        file = (vae_folder if where == "vae" else folder) / "config.json"
+        before = file.read_text()
+        values = json.loads(before)
+        node = values
+        for name in where.split(".") if where != "vae" else ():
+            node = node.setdefault(name, {})
+        wrong = WRONG[kind]
+        node[field] = [wrong] if field == "block_out_channels" and kind != "list" else wrong
+        file.write_text(json.dumps(values))
+        began = time.time()
+        if kind == "10^9" and field in ("rope_theta", "width"):
+            continue  # it can be
+        with pytest.raises(JanusFlowError) as error:
+            to_model(folder, vae_folder, tmp_path / "out")
+        assert time.time() - began < 5
+        if kind != "10^9":  # a size may be large: then the tensors do not fit
+            assert field in str(error.value) and "config.json" in str(error.value), error.value
+        file.write_text(before)
+
+
+DEEP = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
+HOSTILE = {
+    "config.json": (DEEP, "[]", "3", "null", '""', "{}", "", "\0" * 64, '{"language_config": 3}'),
+    "preprocessor_config.json": (DEEP, "[]", '{"image_size": "abc"}', '{"rescale_factor": []}'),
+    "processor_config.json": (DEEP, "[]", '{"num_image_tokens": "abc"}'),
+    "tokenizer.json": (DEEP, "[]", "{}", ""),
+    "tokenizer_config.json": (DEEP, "[]", "3", ""),
+    "model.safetensors.index.json": (
+        DEEP,
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": []}}',
+    ),
+    "vae/config.json": (
+        DEEP,
+        "[]",
+        '{"block_out_channels": 3}',
+        '{"scaling_factor": null, "a": 1}',
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(name, content) for name, contents in HOSTILE.items() for content in contents],
+    ids=lambda text: text[:24],
+)
+def test_hostile_json_is_one_error(name, content, folder, vae_folder, tmp_path):
+    file = vae_folder / "config.json" if name.startswith("vae/") else folder / name
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    file.write_text(content)
+    with pytest.raises(JanusFlowError) as error:
+        to_model(folder, vae_folder, tmp_path / "out")
+    assert len(str(error.value)) < 4000 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [0, 7, 10**6, 2**31, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("header", [DEEP, "{}", '{"a": 3}', "[]", ""], ids=lambda x: x[:8])
+def test_a_hostile_header_of_safetensors_is_one_error(header, size, folder, vae_folder, tmp_path):
+    text = header.encode()
+    (folder / "model.safetensors").write_bytes((size or len(text)).to_bytes(8, "little") + text)
+    with pytest.raises(JanusFlowError, match="safetensors|do not fit"):
+        to_model(folder, vae_folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_missing_scaling_factor_is_said(folder, vae_folder, tmp_path, missing):
+    if missing:
+        edit(vae_folder / "config.json", lambda c: c.pop("scaling_factor"))
+    lines: list[str] = []
+    cfg = to_model(folder, vae_folder, tmp_path / "model", log=lines.append)
+    remarks = [line for line in lines if "scaling_factor: " in line]
+    assert len(remarks) == missing
+    assert cfg.vae.scaling_factor == (0.18215 if missing else 0.13025)
+    assert all("0.18215" in x and "0.13025" in x and str(vae_folder) in x for x in remarks)
 
 
 def test_one_error_names_every_tensor_that_does_not_fit(folder, vae_folder, tmp_path):

@@ -81,7 +81,8 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
     counts = build.build(tmp_path / "a", 32)
     with pytest.raises(DataError, match="--overwrite"):
         build.build(tmp_path / "a", 32)
-    build.build(tmp_path / "b", 32)
+    for _ in range(2):
+        build.build(tmp_path / "b", 32, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]  # no temporary folder is left
     assert "CC BY-SA 4.0" in (tmp_path / "a" / "CREDITS.txt").read_text()
     for split, count in counts.items():
@@ -117,10 +118,13 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
     assert {GENERATE, UNDERSTAND} <= tasks
 
 
+MARK = '{"moduleName": "janusflow_jax.data.openmoji_build"}'
+
+
 def test_an_interrupted_build_changes_nothing(monkeypatch, tmp_path):
     few(monkeypatch)
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "dataset_info.json").write_text("unchanged")
+    (tmp_path / "a" / "dataset_info.json").write_text(MARK)
 
     def stop(*args):
         raise KeyboardInterrupt
@@ -129,14 +133,16 @@ def test_an_interrupted_build_changes_nothing(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build.build(tmp_path / "a", 32, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a" / "dataset_info.json").read_text() == "unchanged"
+    assert (tmp_path / "a" / "dataset_info.json").read_text() == MARK
 
 
-def test_a_folder_of_other_files_is_not_overwritten(tmp_path):
-    (tmp_path / "thesis.tex").write_text("unchanged")
-    with pytest.raises(DataError, match="expected a new folder"):
+@pytest.mark.parametrize("name", ["thesis.tex", "dataset_info.json", "latents/manifest.json"])
+def test_a_folder_of_other_files_is_not_overwritten(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"moduleName": "janusflow_jax.data.prepare_files"}')
+    with pytest.raises(DataError):
         build.build(tmp_path, 32, overwrite=True)
-    assert (tmp_path / "thesis.tex").read_text() == "unchanged"
+    assert (tmp_path / name).exists()
 
 
 def test_the_tokenizer_is_repeatable_and_fits(tmp_path):

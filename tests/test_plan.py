@@ -58,6 +58,18 @@ def test_a_missing_compiler_names_its_package(monkeypatch, name, package):
         plan_topology.devices(plan_topology.parse(name))
 
 
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1", "h100:1"])
+@pytest.mark.parametrize(
+    "name", ["emoji", "emoji:test", "finetune:generate,emoji", "sft:test", "sft", "ablation:A"]
+)
+def test_auto_attention_can_run_on_every_platform(name, topology):
+    file, _, arg = name.partition(":")
+    cfg = load(file, arg or None)
+    prepared = plan_compile.prepare(cfg, plan_topology.parse(topology))
+    is_splash = topology.startswith("v") and cfg.data.row_len % attention.SPLASH_UNIT == 0
+    assert prepared.attention == ("splash" if is_splash else "xla")
+
+
 def test_errors_of_the_command_have_no_traceback():
     command = [sys.executable, "tools/plan.py", "--config=configs/pretrain.py"]
     for flag, word in (("--topology=v9:4x4", "v9:4x4"), ("--config.mesh.fdsp=2", "'fsdp'")):

@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--overwrite", action="store_true")
     args = p.parse_args(argv)
     began = time.time()
+    model_folder.check_out(args.out, args.overwrite, [args.data])
     hub = epath.Path(args.workdir).resolve() / "tokenizer"
     if not (hub / "tokenizer.json").exists():
         model = c.model_config("emoji")

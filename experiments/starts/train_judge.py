@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.starts import notice
 from janusflow_jax import cli, config as c
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import images, sources
 from janusflow_jax.models import encode, vae
@@ -177,8 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--overwrite", action="store_true")
     args = p.parse_args(argv)
     out = epath.Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise CheckpointError(f"{out}: expected a new folder; it exists: pass --overwrite")
+    mark, made = (judge.FILE, '"classes"'), (judge.FILE, judge.WEIGHTS, "README.md")
+    if problem := files.problem_of_out(out, args.overwrite, mark, made, [args.data, args.vae]):
+        raise CheckpointError(problem)
     began = time.time()
     tower = c.SiglipConfig(
         image_size=64,

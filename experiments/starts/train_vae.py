@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--overwrite", action="store_true")
     args = p.parse_args(argv)
     began = time.time()
+    model_folder.check_out(args.out, args.overwrite, [args.data])
     model = c.model_config("emoji")
     cfg = model.vae
     pixels = load_split(args.data, "train", model.image_size)

@@ -22,7 +22,7 @@ SUMS_FILE, MARKER = "checksums.json", "COMMITTED"
 def read_json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a JSON file; {error}") from error
 
 

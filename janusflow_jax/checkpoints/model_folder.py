@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,13 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints.checksums import MARKER, read_json, verify_sums, write_sums
+from janusflow_jax.checkpoints.checksums import (
+    MARKER,
+    SUMS_FILE,
+    read_json,
+    verify_sums,
+    write_sums,
+)
 from janusflow_jax.config import ModelConfig, files
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.models import janusflow, lora, vae
@@ -58,6 +64,17 @@ def is_model(path: Any) -> bool:
     return any(m.exists() for m in marks) or bool(committed_steps(folder))
 
 
+def check_out(out: Any, overwrite: bool, inputs: Sequence[Any] = ()) -> None:
+    """Raises CheckpointError if no model folder may be written to `out` (`files.problem_of_out`).
+
+    Args: inputs: what the command reads.
+    """
+    made = (MODEL_FILE, SUMS_FILE, "params", "vae", "hub", "README.md")
+    mark = MODEL_FILE, '"parts"'
+    if problem := files.problem_of_out(epath.Path(out), overwrite, mark, made, inputs):
+        raise CheckpointError(problem)
+
+
 def save_model(
     path: Any,
     *,
@@ -79,11 +96,10 @@ def save_model(
       hub_files: folder whose files go to `hub/`, or name -> bytes, or None.
       extra: JSON values for `model.json`; read after the parts are written.
     Raises:
-      CheckpointError: `path` exists and `overwrite` is not set.
+      CheckpointError: `path` exists and `overwrite` is not set, or it is no model folder.
     """
     out = epath.Path(path).resolve()
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out}: exists; choose another path or pass --overwrite")
+    check_out(out, overwrite)
     pairs: Any = params.items() if isinstance(params, Mapping) else params or ()
     names, main = [], processes.is_main()
     suffix = "" if processes.count() == 1 else "job"  # one name for all processes

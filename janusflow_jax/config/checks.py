@@ -6,7 +6,7 @@ What one field may be is beside the field (`fields.limited`). These checks invol
 from typing import Any
 
 from janusflow_jax.config import parts as parts_lib
-from janusflow_jax.config.fields import problems_of_fields
+from janusflow_jax.config.fields import problems_of_fields, type_problems
 from janusflow_jax.config.model import ModelConfig
 from janusflow_jax.config.parts import MODEL_PARTS
 from janusflow_jax.config.run import TrainConfig
@@ -20,7 +20,9 @@ class _Problems(list[str]):
 
 def model_problems(cfg: ModelConfig) -> list[str]:
     """Every reason why a model of this config cannot be built."""
-    problems = _Problems(problems_of_fields(cfg, "model."))
+    if problems := type_problems(cfg, "model.") or problems_of_fields(cfg, "model."):
+        return problems  # the checks below compute with these values
+    problems = _Problems()
     require = problems.require
     llm, und, vae = cfg.llm, cfg.und, cfg.vae
     unit = vae.downscale * cfg.gen.patch_size
@@ -66,6 +68,8 @@ def model_problems(cfg: ModelConfig) -> list[str]:
 
 def train_problems(cfg: TrainConfig) -> list[str]:
     """Every reason why a run of this config cannot start."""
+    if wrong := type_problems(cfg):
+        return wrong  # the checks below compute with these values
     problems = _Problems(problems_of_fields(cfg))
     require = problems.require
     data, optim = cfg.data, cfg.optim
@@ -74,6 +78,12 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         "optim.accum_steps",
         f"a divisor of batch_rows ({cfg.batch_rows})",
         optim.accum_steps,
+    )
+    require(
+        cfg.num_steps * cfg.batch_rows <= 2**32,
+        "num_steps",
+        f"at most 2^32 rows: {2**32 // max(cfg.batch_rows, 1)} steps of {cfg.batch_rows} rows",
+        cfg.num_steps,
     )
     splash_fits = cfg.attention != "splash" or data.row_len % 128 == 0
     require(splash_fits, "data.row_len", "a multiple of 128 for splash attention", data.row_len)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from janusflow_jax.config.errors import ConfigError
@@ -37,19 +37,71 @@ def share(default: float | int) -> Any:
     return limited(default, lambda value: 0 <= value < 1, "0 (off) or more, below 1")
 
 
-def problems_of_fields(cfg: Any, where: str = "") -> list[str]:
-    """One line for each value that its field does not allow, nested configs included."""
-    problems = []
+def between(default: float | int, low: int, high: int) -> Any:
+    return limited(default, lambda value: low <= value <= high, f"{low} to {high}")
+
+
+def depth(default: int) -> Any:
+    """How often something repeats in a model: more would take hours to build."""
+    return between(default, 1, 1000)
+
+
+def seed() -> Any:
+    return between(0, 0, 2**32 - 1)
+
+
+def _expected_type(value: Any, kind: Any) -> str:
+    """What a value of type `kind` is; '' if `value` is one, and its numbers are in a range in which
+    32 bits hold them."""
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, tuple):
+            return "a tuple"
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        if len(kinds) != len(value):
+            return f"groups of {len(kinds)} values"
+        wrong = (
+            _expected_type(item, item_kind) for item, item_kind in zip(value, kinds, strict=True)
+        )
+        return next((f"a tuple, each {expected}" for expected in wrong if expected), "")
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        in_range = value == 0 or 1e-37 < abs(value) < 1e37
+        return "" if in_range else "a finite number, 0 or of size 1e-37 to 1e37"
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+        return names.get(kind, kind.__name__)
+    return "a whole number below 2^32" if kind is int and abs(value) >= 2**32 else ""
+
+
+def _walk(cfg: Any, where: str) -> Iterator[tuple[str, Any, Any, Any]]:
+    """(name, value, type, limits) of each field, nested configs included."""
+    types = typing.get_type_hints(type(cfg))
     for field in dataclasses.fields(cfg):
         name, value = f"{where}{field.name}", getattr(cfg, field.name)
-        if field.metadata and not field.metadata["allowed"](value):
-            problems.append(f"{name}: expected {field.metadata['expected']}; got {value!r}")
+        yield name, value, types[field.name], field.metadata
         if dataclasses.is_dataclass(value):
-            problems += problems_of_fields(value, f"{name}.")
+            yield from _walk(value, f"{name}.")
         for i, item in enumerate(value if isinstance(value, tuple) else ()):
             if dataclasses.is_dataclass(item):
-                problems += problems_of_fields(item, f"{name}[{i}].")
-    return problems
+                yield from _walk(item, f"{name}[{i}].")
+
+
+def type_problems(cfg: Any, where: str = "") -> list[str]:
+    """One line for each value that has another type than its field, or is too large for it."""
+    return [
+        f"{name}: expected {expected}; got {value!r}"
+        for name, value, kind, _ in _walk(cfg, where)
+        if (expected := _expected_type(value, kind))
+    ]
+
+
+def problems_of_fields(cfg: Any, where: str = "") -> list[str]:
+    """One line for each value of the right type that its field does not allow."""
+    return [
+        f"{name}: expected {limits['expected']}; got {value!r}"
+        for name, value, _, limits in _walk(cfg, where)
+        if limits and not limits["allowed"](value)
+    ]
 
 
 def raise_problems(what: str, problems: Sequence[str]) -> None:

@@ -1,27 +1,83 @@
 """Files and folders that are written as a whole or not at all."""
 
 import contextlib
+import fnmatch
 import os
+import pathlib
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+
+def problem_of_out(
+    out: Any,
+    overwrite: bool,
+    mark: tuple[str, str],
+    made: Sequence[str],
+    inputs: Sequence[Any] = (),
+) -> str:
+    """Why a command must not write the folder `out`; '' if it may.
+
+    A new or empty folder is free. Another is replaced only if the same command wrote all of it.
+
+    Args:
+      mark: a name that only a folder of this command has, and a text in that file ('': any).
+      made: patterns of all names that such a folder has.
+      inputs: what the command reads; `out` must be apart from each.
+    """
+    place = _real(out)
+    for source in map(_real, inputs):
+        if place == source or place in source.parents or source in place.parents:
+            return (
+                f"{out}: expected a folder apart from what is read; it is, holds or lies in "
+                f"{source}: choose another"
+            )
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return ""
+    name, text = mark
+    if not (out / name).exists() or (text and text.encode() not in (out / name).read_bytes()):
+        return (
+            f"{out}: exists with other files; expected a new folder, or one that this command "
+            "wrote, because --overwrite would remove them: choose another"
+        )
+    names = sorted(p.name for p in out.iterdir())
+    if others := [n for n in names if not any(fnmatch.fnmatch(n, pattern) for pattern in made)]:
+        return (
+            f"{out}: exists with other files ({', '.join(others[:8])}) beside those that this "
+            "command wrote: choose another, or move them away, because --overwrite would remove "
+            "them"
+        )
+    if not overwrite:
+        return f"{out}: exists: choose another folder, or pass --overwrite to replace it"
+    return ""
+
+
+def _real(path: Any) -> pathlib.PurePath:
+    """Where a path leads, links followed; a bucket's is what it is."""
+    name = os.fspath(path)
+    return pathlib.PurePosixPath(name if "://" in name else os.path.realpath(name))
 
 
 @contextlib.contextmanager
 def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]:
     """Yields a path beside `path` for a new file or folder, which replaces `path` at the end.
 
-    After an error, or Ctrl-C, `path` is what it was and nothing else is left.
+    After an error, or Ctrl-C, `path` is what it was and nothing else is left. What a killed process
+    left, the next one on its host removes.
 
     Args:
       path: a `pathlib.Path` or `epath.Path`.
-      suffix: of the temporary name; default: this process's number.
+      suffix: of the temporary name; default: this host and process.
       active: False: only yields the path, because another process replaces `path`.
     """
-    part = path.parent / f".{path.name}.partial-{suffix or os.getpid()}"
+    prefix = f".{path.name}.partial-{socket.gethostname()}-"
+    part = path.parent / (f".{path.name}.partial-{suffix}" if suffix else f"{prefix}{os.getpid()}")
     old = path.parent / f"{part.name}-old"
     if active:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not suffix:
+            _remove_leftovers(path, prefix)
         remove(part)
     try:
         yield part
@@ -39,6 +95,28 @@ def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]
                 os.rename(old, path)
             remove(part)
         raise
+
+
+def _remove_leftovers(path: Any, prefix: str) -> None:
+    """Removes what killed processes left beside `path`, or moves it back to `path`."""
+    for entry in sorted(path.parent.iterdir()):
+        number, _, kind = entry.name.removeprefix(prefix).partition("-")
+        if not entry.name.startswith(prefix) or not number.isdigit() or _is_running(int(number)):
+            continue
+        if kind == "old" and not path.exists():
+            entry.rename(path)  # killed between the two renames at the end of `replacing`
+        else:
+            remove(entry)
+
+
+def _is_running(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return number != os.getpid()  # an earlier process had this one's number
 
 
 def remove(path: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from janusflow_jax.config.run import SourceConfig, TrainConfig
 def parse(argv: list[str], values: Any = None) -> list[str]:
     """absl's parser, for `app.run(flags_parser=...)`, with one message for all that can be wrong.
 
+    Exits with status 0 after a flag such as --help, where absl's own parser exits with 1.
+
     Args: values: absl `FlagValues` with a flag `config`; default: the program's own.
     Raises:
       ConfigError: an unknown flag or field, or a value or config file that cannot be used.
@@ -31,26 +34,41 @@ def parse(argv: list[str], values: Any = None) -> list[str]:
     for arg in argv[1:]:
         if arg.startswith("--config."):
             check_field(arg.removeprefix("--config.").split("=")[0])
+    # ml_collections loads every file as this module, in which the names of the last one remain.
+    sys.modules.pop("config_config", None)
     try:
         rest = values(argv)
         cfg = values["config"].value
         getattr(cfg, "name", None)  # raises if the file does not exist
-    except Exception as error:  # anything: a config file is the user's own program
+    except (Exception, SystemExit) as error:  # anything: a config file is the user's own program
+        if isinstance(error, SystemExit) and any(arg.startswith(("-h", "--h")) for arg in argv):
+            sys.exit(0)
         raise ConfigError(_explain(error, argv)) from error
     if not isinstance(cfg, TrainConfig):
-        raise ConfigError(
-            "--config: expected a file whose get_config returns a TrainConfig; got "
-            f"{type(cfg).__name__}"
-        )
+        raise ConfigError(_other_config(argv, cfg))
     return rest
+
+
+def _file(argv: Sequence[str]) -> str:
+    """The file in --config=FILE[:ARG] or --config FILE[:ARG]; '' if there is none."""
+    file = ""
+    for arg, value in zip(argv, [*argv[1:], ""], strict=True):
+        name, is_one, inside = arg.lstrip("-").partition("=")
+        if name == "config":
+            file = (inside if is_one else value).partition(":")[0]
+    return file
+
+
+def _other_config(argv: Sequence[str], cfg: Any) -> str:
+    kind = type(cfg).__name__
+    return f"--config: {_file(argv)}: expected get_config to return a TrainConfig; got {kind}"
 
 
 def _explain(error: BaseException, argv: Sequence[str]) -> str:
     """The message for an error of `parse`; names the line of the config file that raised it."""
     from absl import flags
 
-    files = [arg.partition("=")[2].partition(":")[0] for arg in argv if "--config=" in arg]
-    file, line, ours = files[-1] if files else "", "", ""
+    file, line, ours = _file(argv), "", ""
     cause: BaseException | None = error
     while cause is not None:  # the innermost counts: ml_collections adds tracebacks to the others
         if isinstance(cause, ConfigError):
@@ -61,13 +79,15 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
         cause = cause.__cause__ or cause.__context__
     if ours:
         return ours
+    if isinstance(error, flags.IllegalFlagValueError) and "config=None" in str(error) and file:
+        return _other_config(argv, None)
     if isinstance(error, flags.Error):
         return f"{error}\n--helpshort lists the flags"
     reason = (str(error).strip().splitlines() or ["no message"])[-1].strip()
-    return (
-        f"--config: expected a file such as configs/emoji.py:F; got {file!r} "
-        f"({line}{type(error).__name__}: {reason})"
-    )
+    reason = f"{line}{type(error).__name__}: {reason}"
+    if "has no attribute 'get_config'" in reason:
+        reason = "it has no function get_config"
+    return f"--config: expected a file such as configs/emoji.py:F; got {file!r} ({reason})"
 
 
 def read_config(path: str) -> TrainConfig:

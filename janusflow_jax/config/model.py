@@ -4,7 +4,7 @@ import dataclasses
 
 from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.config.errors import ConfigError
-from janusflow_jax.config.fields import choice, dataclass
+from janusflow_jax.config.fields import choice, dataclass, depth, limited, positive
 
 ATTENTION = ("xla", "cudnn", "splash")
 """Implementations of attention (`models/attention.py`); a config may also have 'auto'."""
@@ -15,29 +15,29 @@ NONE, GENERATE, UNDERSTAND = 0, 1, 2
 
 @dataclass
 class LlamaConfig:
-    vocab_size: int = 102400
-    width: int = 2048
-    mlp_width: int = 5632
-    num_layers: int = 24
-    num_heads: int = 16
-    num_kv_heads: int = 16
-    head_dim: int = 128
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab_size: int = positive(102400)
+    width: int = positive(2048)
+    mlp_width: int = positive(5632)
+    num_layers: int = depth(24)
+    num_heads: int = positive(16)
+    num_kv_heads: int = positive(16)
+    head_dim: int = positive(128)
+    norm_eps: float = positive(1e-6)
+    rope_theta: float = positive(10000.0)
 
 
 @dataclass
 class SiglipConfig:
-    image_size: int = 384
-    patch_size: int = 16
-    width: int = 1024
-    num_layers: int = 24  # blocks that are used (select_layer already applied)
-    num_heads: int = 16
-    mlp_width: int = 4096
-    norm_eps: float = 1e-6
+    image_size: int = positive(384)
+    patch_size: int = positive(16)
+    width: int = positive(1024)
+    num_layers: int = depth(24)  # blocks that are used (select_layer already applied)
+    num_heads: int = positive(16)
+    mlp_width: int = positive(4096)
+    norm_eps: float = positive(1e-6)
     final_norm: bool = True
     pixel_mean: tuple[float, ...] = ()
-    pixel_std: tuple[float, ...] = ()
+    pixel_std: tuple[float, ...] = limited((), lambda std: all(x > 0 for x in std), "all > 0")
 
     @property
     def num_tokens(self) -> int:
@@ -48,20 +48,24 @@ class SiglipConfig:
 class GenConfig:
     """The ConvNeXt encoder and decoder around the LLM, and the time embedding."""
 
-    width: int = 768
-    num_blocks: int = 2
-    patch_size: int = 2
-    norm_eps: float = 1e-6
+    width: int = positive(768)
+    num_blocks: int = depth(2)
+    patch_size: int = positive(2)
+    norm_eps: float = positive(1e-6)
 
 
 @dataclass
 class VaeConfig:
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_groups: int = 32
-    latent_channels: int = 4
-    scaling_factor: float = 0.13025
-    norm_eps: float = 1e-6
+    channels: tuple[int, ...] = limited(
+        (128, 256, 512, 512),
+        lambda widths: 1 <= len(widths) <= 8 and min(widths) > 0,
+        "1 to 8 numbers > 0",
+    )
+    layers_per_block: int = depth(2)
+    norm_groups: int = positive(32)
+    latent_channels: int = positive(4)
+    scaling_factor: float = positive(0.13025)
+    norm_eps: float = positive(1e-6)
 
     @property
     def downscale(self) -> int:
@@ -70,14 +74,14 @@ class VaeConfig:
 
 @dataclass
 class RepaConfig:
-    layer: int = 6  # LLM features after this many blocks
-    width: int = 2048
+    layer: int = positive(6)  # LLM features after this many blocks
+    width: int = positive(2048)
 
 
 @dataclass
 class ModelConfig:
     name: str = "1p3b"
-    image_size: int = 384
+    image_size: int = positive(384)
     llm: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
     und: SiglipConfig = dataclasses.field(default_factory=SiglipConfig)
     gen: GenConfig = dataclasses.field(default_factory=GenConfig)

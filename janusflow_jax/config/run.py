@@ -6,10 +6,24 @@ A file in `configs/` builds it (`get_config(arg)`), flags may change it (`--conf
 """
 
 import dataclasses
+from typing import Any
 
-from janusflow_jax.config.fields import choice, dataclass, limited, positive, share, zero_or_more
+from janusflow_jax.config.fields import (
+    between,
+    choice,
+    dataclass,
+    limited,
+    positive,
+    seed,
+    share,
+    zero_or_more,
+)
 from janusflow_jax.config.model import ATTENTION, ModelConfig
 from janusflow_jax.config.parts import LORA_TARGETS, MODEL_PARTS, top
+
+
+def _minus_one_or(low: int, default: float | int) -> Any:
+    return limited(default, lambda x: x == -1 or x >= low, f"-1, or {low} or more")
 
 
 @dataclass
@@ -21,12 +35,12 @@ class SourceConfig:
     split: str = "train"
     task: str = choice("generate", "understand", "text")
     format: str = choice("chat", "plain")
-    weight: float = 1.0  # share of positions
-    weight_after: float = -1.0  # from data.change_row on; -1: the same
+    weight: float = zero_or_more(1.0)  # share of positions
+    weight_after: float = _minus_one_or(0, -1.0)  # from data.change_row on; -1: the same
     # (ours, the data set's) where names differ
     fields: tuple[tuple[str, str], ...] = limited(
         (),
-        lambda pairs: all(len(x) == 2 for x in pairs) and len(dict(pairs)) == len(pairs),
+        lambda pairs: len(dict(pairs)) == len(pairs),
         "pairs (our name, the data set's name), each of ours once",
     )
     cache: str = ""  # folder of tools/cache_latents.py; '': the encoders run in every step
@@ -40,14 +54,16 @@ class SourceConfig:
 @dataclass
 class DataConfig:
     sources: tuple[SourceConfig, ...] = limited((), bool, "at least one source")
-    row_len: int = 4096
-    gen_slots: int = 6
-    und_slots: int = 6
-    change_row: int = 0  # from this row (step x batch_rows) on `weight_after` holds; 0: never
+    row_len: int = positive(4096)
+    gen_slots: int = zero_or_more(6)
+    und_slots: int = zero_or_more(6)
+    # from this row (step x batch_rows) on `weight_after` holds; 0: never
+    change_row: int = zero_or_more(0)
     drop_prompt: float = share(0.1)
-    seed: int = 0
-    num_threads: int = 2
-    max_bad_share: float = 0.01  # of samples; above it (and above 20 bad ones) the run stops
+    seed: int = seed()
+    num_threads: int = zero_or_more(2)
+    # of samples; above it (and above 20 bad ones) the run stops
+    max_bad_share: float = between(0.01, 0, 1)
     cached_features: bool = True  # REPA reads them where caches have them; off: SigLIP runs
 
     @property
@@ -65,13 +81,14 @@ class DataConfig:
 class OptimConfig:
     name: str = choice("adamw", "muon")  # muon: kernels by Muon, the rest by AdamW
     lr: float = positive(1e-4)
-    warmup_steps: int = 2000
-    decay_steps: int = 0  # linear decay to 0 over the last steps; 0: constant, as the paper
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    warmup_steps: int = zero_or_more(2000)
+    # linear decay to 0 over the last steps; 0: constant, as the paper
+    decay_steps: int = zero_or_more(0)
+    b1: float = share(0.9)
+    b2: float = share(0.95)
+    eps: float = positive(1e-8)
+    weight_decay: float = zero_or_more(0.0)
+    clip_norm: float = zero_or_more(1.0)  # of the gradients of a step; 0: no clipping
     ema: float = share(0.99)
     accum_steps: int = positive(1)
     moments_dtype: str = choice("float32", "bfloat16")  # bfloat16: AdamW only, half the memory
@@ -79,22 +96,24 @@ class OptimConfig:
 
 @dataclass
 class LossConfig:
-    ar_weight: float = 1.0
-    rf_weight: float = 1.0
-    repa_weight: float = 1.0  # 0: no REPA head, no capture in the LLM
+    ar_weight: float = zero_or_more(1.0)
+    rf_weight: float = zero_or_more(1.0)
+    repa_weight: float = zero_or_more(1.0)  # 0: no REPA head, no capture in the LLM
     norm: str = choice("per_task", "per_sample", "mixture")  # see training.losses.weights
     time: str = choice("logit_normal", "uniform")
-    time_shift: float = 1.0
+    time_shift: float = positive(1.0)
     vae_mode: bool = False  # True: the posterior's mode instead of a sample
-    ce_chunk: int = 512  # positions of a device that the LLM's head takes at a time; 0: all
+    # positions of a device that the LLM's head takes at a time; 0: all
+    ce_chunk: int = zero_or_more(512)
 
 
 @dataclass
 class MeshConfig:
-    data: int = -1  # rows, over all slices; -1: what is left
-    fsdp: int = 1  # rows and parameters
-    tensor: int = 1
-    slices: int = 0  # TPU slices joined by a slow network, a part of `data`; 0: as there are
+    data: int = _minus_one_or(1, -1)  # rows, over all slices; -1: what is left
+    fsdp: int = _minus_one_or(1, 1)  # rows and parameters
+    tensor: int = _minus_one_or(1, 1)
+    # TPU slices joined by a slow network, a part of `data`; 0: as there are
+    slices: int = zero_or_more(0)
 
 
 @dataclass
@@ -117,7 +136,7 @@ class EvalConfig:
     sources: tuple[SourceConfig, ...] = ()  # each measured alone; none: off
     rows: int = positive(8)  # packed rows of each, its first
     every_steps: int = zero_or_more(0)  # beside the start and the end
-    seed: int = 0  # of rows, times and noise: not the run's
+    seed: int = seed()  # of rows, times and noise: not the run's
     max_rise: float = zero_or_more(0.0)  # of a loss above its start (0.1: 10 %); 0: no guard
     stop_on_rise: bool = False  # save and end the run then; else only log a warning
 
@@ -147,23 +166,24 @@ class TrainConfig:
     frozen_dtype: str = choice("float32", "bfloat16")  # of parts that are not trained
     batch_rows: int = positive(512)
     num_steps: int = positive(1000)
-    seed: int = 0
+    seed: int = seed()
     dtype: str = choice("float32", "bfloat16")  # of activations
     remat: bool = True
     attention: str = choice("auto", *ATTENTION)
-    max_bad_steps: int = 10  # in a row with a non-finite loss or gradient; then the run stops
-    peak_tflops: float = 0.0  # of one device, for utilization; 0: by its kind, if known
-    log_every_steps: int = 20
+    # in a row with a non-finite loss or gradient; then the run stops; 0: it never does
+    max_bad_steps: int = zero_or_more(10)
+    peak_tflops: float = zero_or_more(0.0)  # of one device, for utilization; 0: by its kind
+    log_every_steps: int = zero_or_more(20)  # beside the first and the last; 0: those only
     save_every_steps: int = zero_or_more(1000)
-    keep_checkpoints: int = 2  # the newest
+    keep_checkpoints: int = zero_or_more(2)  # the newest
     keep_every_steps: int = zero_or_more(0)  # checkpoints of its multiples are never deleted
     watchdog_s: float = zero_or_more(0.0)  # print all stacks when no step ends for so long
     watchdog_exit: bool = False  # and exit then, so that a supervisor restarts the run
     evaluate: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    sheet_every_steps: int = 0
+    sheet_every_steps: int = zero_or_more(0)
     tensorboard: bool = False
     prompts: tuple[str, ...] = ()  # generated on every sheet
     heldout: tuple[SourceConfig, ...] = ()  # images captioned beside the sheet
-    heldout_captions: int = 24
-    sheet_cfg_weight: float = 2.0
-    sheet_num_steps: int = 30
+    heldout_captions: int = zero_or_more(24)
+    sheet_cfg_weight: float = zero_or_more(2.0)
+    sheet_num_steps: int = between(30, 1, 10_000)

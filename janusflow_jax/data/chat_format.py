@@ -107,34 +107,34 @@ class ChatFormat:
                 f"missing {', '.join(missing)}"
             )
         try:
-            config, special, processor = (
-                json.loads(files.get(name, b"{}")) for name in TOKENIZER_FILES[1:]
-            )
+            values = [json.loads(files.get(name, b"{}")) for name in TOKENIZER_FILES[1:]]
             tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as e:  # tokenizers raises plain Exception
             raise DataError(f"{path}: expected tokenizer files; cannot read them: {e}") from e
+        for name, value in zip(TOKENIZER_FILES[1:], values, strict=True):
+            if not isinstance(value, dict):
+                raise DataError(f"{path / name}: expected a JSON object; got {value!r:.80}")
+        config, special, processor = values
         # NOTE(parity): as transformers does, special_tokens_map.json overrides a config that does
         # not list the added tokens itself.
         special = config if "added_tokens_decoder" in config else config | special
-        names = [_content(special.get(f"{name}_token")) for name in ("bos", "eos", "pad")]
-        tags = {key: processor.get(key) or tag for key, tag in DEFAULT_TAGS.items()}
+        names = [_content(path, special, f"{name}_token") for name in ("bos", "eos", "pad")]
+        tags = {key: _content(path, processor, key) or tag for key, tag in DEFAULT_TAGS.items()}
         _add_special(tokenizer, [name for name in names if name])
         added = _add_special(tokenizer, list(tags.values()))
         bos_id, eos_id, pad_id = (tokenizer.token_to_id(n) if n else None for n in names)
         ids = {key: _id(tokenizer, tag) for key, tag in tags.items()}
-        num_image_tokens = num_image_tokens or int(processor.get("num_image_tokens", 0))
-        # NOTE(parity): whether there is a BOS is decided by the config alone. The template in
-        # tokenizer.json adds one in one of the two published forms and not in the other.
-        add_bos = config.get("add_bos_token", True) is not False
+        num_image_tokens = num_image_tokens or processor.get("num_image_tokens", 0)
+        add_bos = _adds_bos(config, tokenizer, names[0])
         if eos_id is None or (add_bos and bos_id is None):
             raise DataError(
                 f"{path}/tokenizer_config.json: expected eos_token, and bos_token or add_bos_token "
                 f"false; got {names[1]!r} and {names[0]!r}"
             )
-        if num_image_tokens <= 0:
+        if not isinstance(num_image_tokens, int) or num_image_tokens <= 0:
             raise DataError(
                 f"{path}/processor_config.json: expected num_image_tokens > 0 (or the argument); "
-                "got none"
+                f"got {num_image_tokens!r}"
             )
         return cls(
             folder=str(path),
@@ -151,7 +151,10 @@ class ChatFormat:
             image_tag=tags["image_tag"],
             num_image_tokens=num_image_tokens,
             added_tags=tuple(added),
-            hash=_digest(files),
+            # Without a BOS where 0.1 added one, other lengths are stored.
+            hash=_digest(
+                files | ({} if add_bos or config.get("add_bos_token") is False else {"bos": b"no"})
+            ),
         )
 
     @property
@@ -290,9 +293,25 @@ class ChatFormat:
         return Encoded(np.array(ids, np.int32), starts, mask)
 
 
-def _content(token: str | dict[str, Any] | None) -> str:
+def _content(path: epath.Path, config: dict[str, Any], key: str) -> str:
     """The text of a special token, which config files write as a string or as a dict."""
-    return (token["content"] if isinstance(token, dict) else token) or ""
+    token = config.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise DataError(f"{path}: {key}: expected the text of a token; got {token!r:.80}")
+    return text or ""
+
+
+def _adds_bos(config: dict[str, Any], tokenizer: tokenizers.Tokenizer, bos: str) -> bool:
+    """Whether the tokenizer's own rule begins a text with the BOS."""
+    # NOTE(parity): transformers' Llama tokenizers go by the config alone, and theirs is the default
+    # of True. The template in tokenizer.json adds a BOS in one of the two published forms of
+    # JanusFlow and not in the other. Other tokenizers go by the template.
+    if config.get("add_bos_token") is not None:
+        return bool(config["add_bos_token"])
+    if "Llama" in str(config.get("tokenizer_class")):
+        return True
+    return bool(bos) and tokenizer.encode("").tokens[:1] == [bos]
 
 
 def _id(tokenizer: tokenizers.Tokenizer, token: str) -> int:

@@ -13,6 +13,7 @@ from janusflow_jax.config import TrainConfig, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, ConfigError
 from janusflow_jax.data import chat_format
 from janusflow_jax.hub import adapters
+from janusflow_jax.models import attention
 from janusflow_jax.parallel import sharding
 from janusflow_jax.training import heldout
 
@@ -43,6 +44,7 @@ def measure(
             f"config {cfg.name!r}: expected evaluate.sources to measure on; got none "
             "(see Held-out losses in docs/training.md)"
         )
+    attention.check_platform(cfg.attention, jax.default_backend())
     loaded = model_folder.load_model(path, weights=weights)
     tasks = {s.task for s in cfg.evaluate.sources}
     needed = {part for task in tasks for part in parts_lib.needed_for(task, loaded.cfg)}

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save as safetensors_bytes
 
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import GenConfig, ModelConfig, RepaConfig, SiglipConfig
 from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
@@ -27,6 +28,7 @@ from janusflow_jax.hub.source import (
     UNUSED_FILE,
     VAE_CONFIG_FILE,
     Source,
+    log_missing_scale,
     open_vae,
     reading_configs,
     save_converted,
@@ -61,8 +63,10 @@ def assemble(
       ConvertError: weights, config files or tensors that do not fit; lists all tensors of a folder.
         Nothing was written.
       DataError: a tokenizer that is missing or cannot be read.
-      CheckpointError: a JSON file that cannot be read, or `out` exists and `overwrite` is not set.
+      CheckpointError: a JSON file that cannot be read, or `out` exists and `overwrite` is not set,
+        is no model folder, or is not apart from what is read.
     """
+    model_folder.check_out(out, overwrite, (llm, siglip, vae))
     language, tower, autoencoder = Source(llm), Source(siglip), open_vae(vae)
     language_json = language.json("config.json")
     tied = bool(language_json.get("tie_word_embeddings", False))
@@ -73,6 +77,7 @@ def assemble(
     with reading_configs(language, autoencoder):
         file_llm = hub_configs.llama_config_from_hf(language_json)
         vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"))
+    log_missing_scale(autoencoder, vae_cfg, log)
     chat = chat_format.ChatFormat.load(language.folder, und.num_tokens)
     rows = file_llm.vocab_size
     if chat.vocab_needed > rows:
@@ -157,13 +162,16 @@ def _timm_config(source: Source, prefix: str) -> SiglipConfig:
             f"{', '.join(prefix + n for n in wrong)} is missing or has another number of axes"
         )
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
-    model_args = source.json("config.json", default={}).get("model_args") or {}
+    file = f"{source.folder / 'config.json'}"
+    values = hub_configs.present(source.json("config.json", default={}))
+    model_args = hub_configs.json_object(file, values, "model_args", {})
     num_heads = model_args.get("num_heads") or HEADS.get(width)
     if not num_heads:
         raise ConvertError(
-            f"{source.folder / 'config.json'}: expected model_args.num_heads, because the width "
-            f"{width} is none of {sorted(HEADS)}"
+            f"{file}: expected model_args.num_heads, because the width {width} is none of "
+            f"{sorted(HEADS)}"
         )
+    num_heads = hub_configs.numbers(file, {"num_heads": num_heads}, {"num_heads": 1})["num_heads"]
     return SiglipConfig(
         image_size=patch * math.isqrt(shapes["pos_embed"][-2]),
         patch_size=patch,
@@ -176,27 +184,35 @@ def _timm_config(source: Source, prefix: str) -> SiglipConfig:
 
 def _transformers_config(source: Source, log: Callable[[str], None]) -> SiglipConfig:
     """`vision_config` of transformers; the defaults are those of its SiglipVisionConfig."""
-    values = source.json("config.json")
-    values = values.get("vision_config") or values
+    file = f"{source.folder / 'config.json'}"
+    values = hub_configs.present(source.json("config.json"))
+    values = hub_configs.json_object(file, values, "vision_config", values)
     act = values.get("hidden_act", "gelu_pytorch_tanh")
     if act not in ("gelu", "gelu_pytorch_tanh"):
-        raise ConvertError(
-            f"{source.folder / 'config.json'}: hidden_act: expected gelu or gelu_pytorch_tanh; "
-            f"got {act!r}"
-        )
+        raise ConvertError(f"{file}: hidden_act: expected gelu or gelu_pytorch_tanh; got {act!r}")
     if act == "gelu_pytorch_tanh":
         log(
             "JanusFlow's tower uses the exact GELU with SigLIP's weights, not the tanh "
             "approximation (features differ by about 1e-3)"
         )
+    defaults = {
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-6,
+    }
+    sizes = hub_configs.numbers(file, hub_configs.present(values), defaults)
     return SiglipConfig(
-        image_size=values.get("image_size", 224),
-        patch_size=values.get("patch_size", 16),
-        width=values.get("hidden_size", 768),
-        num_layers=values.get("num_hidden_layers", 12),
-        num_heads=values.get("num_attention_heads", 12),
-        mlp_width=values.get("intermediate_size", 3072),
-        norm_eps=values.get("layer_norm_eps", 1e-6),
+        image_size=sizes["image_size"],
+        patch_size=sizes["patch_size"],
+        width=sizes["hidden_size"],
+        num_layers=sizes["num_hidden_layers"],
+        num_heads=sizes["num_attention_heads"],
+        mlp_width=sizes["intermediate_size"],
+        norm_eps=sizes["layer_norm_eps"],
     )
 
 

@@ -69,9 +69,48 @@ _AUTOENCODER = {
 }
 
 
-def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+def present(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a JSON object; a null counts as missing."""
     return {key: value for key, value in values.items() if value is not None}
+
+
+def json_object(where: str, values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """The JSON object under a key, or the default where there is none.
+
+    Raises:
+      ConvertError: another value, or none without a default.
+    """
+    value = values.get(key, default)
+    if not isinstance(value, dict):
+        raise ConvertError(f"{where}: {key}: expected a JSON object; got {value!r}")
+    return value
+
+
+def numbers(where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers under the keys of `defaults`, which say what is missing.
+
+    Whole where the default is, in a list where that is one, and above 0 as all sizes of a model.
+
+    Raises:
+      ConvertError: lists the values that cannot be.
+    """
+    out = {key: values.get(key, default) for key, default in defaults.items()}
+
+    def fits(value: Any, default: Any, most: int) -> bool:
+        if isinstance(default, list | tuple):
+            items = value if isinstance(value, list | tuple) else []
+            return bool(items) and all(fits(x, default[0], most) for x in items)
+        kinds = int if isinstance(default, int) else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < most
+
+    problems = []
+    for key, default in defaults.items():
+        most = 1001 if "layers" in key else 2**31  # more layers would take hours to compare
+        if not fits(out[key], default, most):
+            kind = "whole numbers" if isinstance(default, int) else "numbers"
+            problems.append(f"{key}: expected {kind} above 0 and below {most}; got {out[key]!r}")
+    raise_problems(f"{where}: values that no model has", problems)
+    return out
 
 
 def _check(
@@ -117,14 +156,18 @@ def model_config_from_hf(
         if "gen_vision_config" in main:
             kind = "Janus or Janus-Pro, which generate images from a codebook"
         raise ConvertError(f"config.json: expected JanusFlow (vision_gen_enc_config); got {kind}")
-    language = main["language_config"]
+    language = json_object("config.json", main, "language_config")
+    names = [f"vision_{name}_config" for name in ("und_enc", "gen_enc", "gen_dec")]
     und_params, enc_params, dec_params = (
-        main[f"vision_{name}_config"]["params"] for name in ("und_enc", "gen_enc", "gen_dec")
+        json_object(f"config.json: {name}", json_object("config.json", main, name), "params")
+        for name in names
     )
-    _check("config.json: language_config", _present(language), {"tie_word_embeddings": False})
-    preprocessor = _present(preprocessor)
+    _check("config.json: language_config", present(language), {"tie_word_embeddings": False})
+    preprocessor = present(preprocessor)
     _check("preprocessor_config.json", preprocessor, _PREPROCESSOR)
-    rescale = preprocessor.get("rescale_factor", _RESCALE)
+    where, und_size = "preprocessor_config.json", und_params.get("image_size", 336)
+    defaults = {"rescale_factor": _RESCALE, "image_size": und_size}
+    rescale, image_size = numbers(where, preprocessor, defaults).values()
     if not math.isclose(rescale, _RESCALE, rel_tol=1e-6):  # some files round it
         raise ConvertError(
             f"preprocessor_config.json: rescale_factor: expected 1/255; got {rescale}"
@@ -134,14 +177,16 @@ def model_config_from_hf(
         _siglip_config_from_hf(und_params),
         vae_config_from_hf(vae),
     )
-    ours = main.get(OURS, {})
-    repa = ours.get("repa", {"layer": max(1, llm.num_layers // 4), "width": llm.width})
+    ours = json_object("config.json", main, OURS, {})
+    repa = {"layer": max(1, llm.num_layers // 4), "width": llm.width}
+    stored = json_object(f"config.json: {OURS}", ours, "repa", {})
+    repa = numbers(f"config.json: {OURS}.repa", stored, repa)
     cfg = ModelConfig(
         name=ours.get("name", "hub"),
-        image_size=preprocessor.get("image_size", und.image_size),
+        image_size=image_size,
         llm=llm,
         und=und,
-        gen=_gen_config_from_hf(_present(enc_params), _present(dec_params), llm, vae_cfg),
+        gen=_gen_config_from_hf(present(enc_params), present(dec_params), llm, vae_cfg),
         vae=vae_cfg,
         repa=RepaConfig(**repa),
     )
@@ -151,32 +196,49 @@ def model_config_from_hf(
 
 def llama_config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     """config.json of a Llama, or `language_config`; the defaults are transformers'."""
-    values = _present(values)
+    values = present(values)
     _check("config.json of the language model", values, _LLAMA)
+    where = "config.json of the language model"
     for key in ("rope_scaling", "rope_parameters"):  # the latter since transformers 5.0
-        rope = values.get(key, {})
+        rope = json_object(where, values, key, {})
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ConvertError(f"config.json: {key}: expected none; got {kind!r}")
-    width, heads = values.get("hidden_size", 4096), values.get("num_attention_heads", 32)
+    sizes = {
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "rms_norm_eps": 1e-6,
+    }
+    sizes = numbers(where, values, sizes)
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    derived = {
+        "num_key_value_heads": heads,
+        "head_dim": width // heads,
+        "rope_theta": 10000.0,
+    }
+    sizes |= numbers(where, {**present(rope), **values}, derived)  # 5.0 has rope_theta in `rope`
     return LlamaConfig(
-        vocab_size=values.get("vocab_size", 32000),
+        vocab_size=sizes["vocab_size"],
         width=width,
-        mlp_width=values.get("intermediate_size", 11008),
-        num_layers=values.get("num_hidden_layers", 32),
+        mlp_width=sizes["intermediate_size"],
+        num_layers=sizes["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads", heads),
-        head_dim=values.get("head_dim", width // heads),
-        norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=float(values.get("rope_theta", rope.get("rope_theta", 10000.0))),  # 5.0's key
+        num_kv_heads=sizes["num_key_value_heads"],
+        head_dim=sizes["head_dim"],
+        norm_eps=sizes["rms_norm_eps"],
+        rope_theta=float(sizes["rope_theta"]),
     )
 
 
 def _siglip_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
     """`vision_und_enc_config.params`. Sizes beside the name, which only we write, override it."""
-    values = _present(values)
+    values = present(values)
     name = values.get("model_name", "siglip_large_patch16_384")
-    values = {"mlp_ratio": 4, **SIGLIP_SIZES.get(name, {}), **values}
+    known = SIGLIP_SIZES.get(name, {}) if isinstance(name, str) else {}
+    values = {"mlp_ratio": 4, **known, **values}
     where = "config.json: vision_und_enc_config.params"
     if missing := [k for k in ("width", "layers", "heads", "patch_size") if k not in values]:
         raise ConvertError(
@@ -184,14 +246,17 @@ def _siglip_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
             f"it; got {name!r}"
         )
     _check(where, values, {"select_feature": "same"})
-    layers, select = values["layers"], values.get("select_layer", -2)
+    sizes = numbers(where, values, {**_LARGE, "mlp_ratio": 4.0, "image_size": 336})
+    layers, select = sizes["layers"], values.get("select_layer", -2)
+    if not isinstance(select, int):
+        raise ConvertError(f"{where}: select_layer: expected a whole number; got {select!r}")
     return SiglipConfig(
-        image_size=values.get("image_size", 336),
-        patch_size=values["patch_size"],
-        width=values["width"],
+        image_size=sizes["image_size"],
+        patch_size=sizes["patch_size"],
+        width=sizes["width"],
         num_layers=min(layers, layers + select + 1 if select <= 0 else select),
-        num_heads=values["heads"],
-        mlp_width=int(values["width"] * values["mlp_ratio"]),
+        num_heads=sizes["heads"],
+        mlp_width=int(sizes["width"] * sizes["mlp_ratio"]),
         pixel_mean=tuple(values.get("pixel_mean", ())),
         pixel_std=tuple(values.get("pixel_std", ())),
     )
@@ -201,12 +266,11 @@ def _gen_config_from_hf(
     enc: dict[str, Any], dec: dict[str, Any], llm: LlamaConfig, vae: VaeConfig
 ) -> GenConfig:
     """The ConvNeXt encoder's and decoder's params, which must describe one pair."""
-    gen = GenConfig(
-        width=enc.get("block_out_channels", [768])[0],
-        num_blocks=enc.get("layers_in_middle", 2),
-        patch_size=2,
-        norm_eps=enc.get("norm_eps", 1e-6),
-    )
+    defaults = {"block_out_channels": [768], "layers_in_middle": 2, "norm_eps": 1e-6}
+    widths, num_blocks, eps = numbers(
+        "config.json: vision_gen_enc_config.params", enc, defaults
+    ).values()
+    gen = GenConfig(width=(*widths, 0)[0], num_blocks=num_blocks, patch_size=2, norm_eps=eps)
     if enc.get("padding") == "valid":
         enc["padding"] = 0
     enc_required, dec_required = _convnext_to_hf(gen, llm, vae)
@@ -235,15 +299,24 @@ def _convnext_to_hf(
 
 def vae_config_from_hf(values: Mapping[str, Any]) -> VaeConfig:
     """config.json of diffusers' AutoencoderKL, whose defaults these are."""
-    values = _present(values)
+    values = present(values)
+    sizes = {
+        "block_out_channels": (64,),
+        "layers_per_block": 1,
+        "norm_num_groups": 32,
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+    }
+    where = "config.json of the VAE"
+    sizes = numbers(where, values, sizes)
     cfg = VaeConfig(
-        channels=tuple(values.get("block_out_channels", (64,))),
-        layers_per_block=values.get("layers_per_block", 1),
-        norm_groups=values.get("norm_num_groups", 32),
-        latent_channels=values.get("latent_channels", 4),
-        scaling_factor=values.get("scaling_factor", 0.18215),
+        channels=tuple(sizes["block_out_channels"]),
+        layers_per_block=sizes["layers_per_block"],
+        norm_groups=sizes["norm_num_groups"],
+        latent_channels=sizes["latent_channels"],
+        scaling_factor=sizes["scaling_factor"],
     )
-    _check("config.json of the VAE", values, {**_AUTOENCODER, **_vae_config_to_hf(cfg)})
+    _check(where, values, {**_AUTOENCODER, **_vae_config_to_hf(cfg)})
     return cfg
 
 

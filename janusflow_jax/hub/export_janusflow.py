@@ -31,6 +31,12 @@ CONFIGS = {
 }
 """The published config files, and their names in a model folder's `hub/`."""
 
+_WRITTEN = (
+    "*.json *.safetensors *.model *.txt *.jinja README.md vae "
+    "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]* [Nn][Oo][Tt][Ii][Cc][Ee]* [Cc][Oo][Pp][Yy]*"
+).split()
+"""Patterns of the names in an exported folder."""
+
 Files = Mapping[str, epath.Path]
 
 
@@ -54,11 +60,13 @@ def export(
       shard_bytes: size of the largest weights file.
     Raises:
       ConvertError: what the published format cannot hold, or parts that are missing.
-      CheckpointError: no model that loads, or `out` exists.
+      CheckpointError: no model that loads, `out` exists and `overwrite` is not set, or it is no
+        exported folder or not apart from the model.
     """
     folder = epath.Path(out).resolve()
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder}: exists; choose another path, or overwrite it")
+    mark = "README.md", "library_name: janusflow_jax"
+    if problem := files.problem_of_out(folder, overwrite, mark, _WRITTEN, [model]):
+        raise CheckpointError(problem)
     loaded = model_folder.load_model(model, weights=weights)
     cfg, params = loaded.cfg, loaded.params or {}
     hub = {p.name: p for p in loaded.hub.iterdir()} if loaded.hub.exists() else {}

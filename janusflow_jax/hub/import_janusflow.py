@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as safetensors_bytes
 
+from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
@@ -17,6 +18,7 @@ from janusflow_jax.hub.source import (
     UNUSED_FILE,
     VAE_CONFIG_FILE,
     Source,
+    log_missing_scale,
     open_vae,
     reading_configs,
     save_converted,
@@ -46,8 +48,10 @@ def convert(
       ConvertError: weights, config files or tensors that do not fit; lists all tensors of a folder.
         Nothing was written.
       DataError: a tokenizer that is missing, or of another model.
-      CheckpointError: a JSON file that cannot be read, or `out` exists and `overwrite` is not set.
+      CheckpointError: a JSON file that cannot be read, or `out` exists and `overwrite` is not set,
+        is no model folder, or is not apart from what is read.
     """
+    model_folder.check_out(out, overwrite, (janusflow, vae))
     model, autoencoder = Source(janusflow), open_vae(vae)
     pool = model.pop(re.escape(names.TOWER + names.POOL))
     with reading_configs(model, autoencoder):
@@ -56,6 +60,7 @@ def convert(
             model.json("preprocessor_config.json", default={}),
             autoencoder.json("config.json"),
         )
+    log_missing_scale(autoencoder, cfg.vae, log)
     log(f"config: {cfg}")
     count = model.json("processor_config.json", default={}).get("num_image_tokens")
     if count not in (None, cfg.num_image_tokens):

@@ -116,10 +116,12 @@ def weight_files(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> lis
         if file.exists():
             return [file]
         if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
+            values = read_json(index)
+            weight_map = values.get("weight_map") if isinstance(values, dict) else None
+            shards = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
+            if not all(isinstance(shard, str) for shard in shards):
                 raise ConvertError(f"{index}: expected an index of shards with a weight_map")
-            return [folder / shard for shard in sorted({*weight_map.values()})]
+            return [folder / shard for shard in sorted({*shards})]
     if not folder.is_dir():
         raise ConvertError(f"{folder}: no such folder")
     present = sorted(p.name for p in folder.iterdir())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from huggingface_hub import metadata_load
 
 from janusflow_jax.checkpoints import checksums, model_folder
-from janusflow_jax.config import ModelConfig
+from janusflow_jax.config import ModelConfig, VaeConfig
 from janusflow_jax.config.errors import ConvertError, JanusFlowError
 from janusflow_jax.hub import names, safetensors as safetensors_io
 
@@ -77,6 +77,16 @@ def open_vae(path: Any) -> Source:
         raise ConvertError(f"{source.folder}: some tensors are there under an old and a new name")
     source.tensors = renamed
     return source
+
+
+def log_missing_scale(vae: Source, cfg: VaeConfig, log: Callable[[str], None]) -> None:
+    """A remark where a VAE's config does not name its scale: a wrong one changes every image."""
+    if vae.json("config.json").get("scaling_factor") is None:
+        log(
+            f"{vae.folder / 'config.json'}: no scaling_factor: took diffusers' default "
+            f"{cfg.scaling_factor}; the published JanusFlow's VAE (SDXL's) has "
+            f"{VaeConfig().scaling_factor}"
+        )
 
 
 @contextlib.contextmanager

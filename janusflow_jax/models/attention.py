@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.parallel import sharding
 
 SPLASH_BLOCK = 512
@@ -22,14 +23,24 @@ SPLASH_UNIT = 128
 """Splash attention takes rows of a multiple of this many positions."""
 
 
-def implementation(name: str, platform: str) -> str:
-    """The implementation for a config's `attention` on 'cpu', 'gpu' or 'tpu'.
+def implementation(name: str, platform: str, length: int) -> str:
+    """The implementation for a config's `attention` on 'cpu', 'gpu' or 'tpu', and rows of a length.
 
-    `auto` never chooses cuDNN, which takes bfloat16 only.
+    `auto` chooses what runs: splash attention for rows that it takes. It never chooses cuDNN, which
+    takes bfloat16 only.
     """
     if name != "auto":
         return name
-    return "splash" if platform == "tpu" else "xla"
+    return "splash" if platform == "tpu" and length % SPLASH_UNIT == 0 else "xla"
+
+
+def check_platform(name: str, platform: str) -> None:
+    """Raises ConfigError if an implementation does not run on a platform."""
+    expected = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
+    if platform != expected:
+        raise ConfigError(
+            f"attention: expected a {expected} for {name}; got a {platform}: set it to auto"
+        )
 
 
 def segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

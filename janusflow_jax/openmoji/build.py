@@ -26,6 +26,7 @@ TRAIN_VIEWS = 3
 HELDOUT_VIEWS = 1
 HELDOUT_PAIR_VIEWS = 2
 HELDOUT_PER_COLOR = 24  # classes: every color misses as many
+_MODULE_NAME = "janusflow_jax.data.openmoji_build"  # of the first release; it never changes
 SEED = 0  # of the views and the held-out pairs
 CREDITS = """\
 OpenMoji drawings in palette colours
@@ -122,15 +123,14 @@ def build(
     Returns:
       Records per split.
     Raises:
-      DataError: `out` exists and `overwrite` is False, or it is not a data set.
+      DataError: `out` exists and `overwrite` is False, or it is not a data set of this function.
     """
     import tensorflow_datasets as tfds
 
-    if out.exists() and not (overwrite and (out / "dataset_info.json").exists()):
-        raise DataError(
-            f"{out}: expected a new folder; it exists: pass another --out, or --overwrite to "
-            "replace a data set"
-        )
+    mark = "dataset_info.json", _MODULE_NAME
+    made = "*.json", "*.array_record*", "lengths", "LICENSE", "CREDITS.txt"
+    if problem := files.problem_of_out(out, overwrite, mark, made):
+        raise DataError(problem)
     classes = classes_lib.NEW if new_classes else classes_lib.CLASSES
     drawings = {name: drawings_lib.load_class(point, name) for point, name in classes.items()}
     splits = split_items(list(drawings))
@@ -138,7 +138,7 @@ def build(
     # The names of the class and of its module, and the description, are written into the data set.
     # They keep their first spelling: reports hold a checksum of all files.
     class OpenmojiColours(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        __module__ = "janusflow_jax.data.openmoji_build"
+        __module__ = _MODULE_NAME
         VERSION = tfds.core.Version("1.0.0")
         # nothing is downloaded; without this, tfds looks for a file of checksums
         url_infos: ClassVar = {}  # pyright: ignore[reportIncompatibleVariableOverride]

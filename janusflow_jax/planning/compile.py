@@ -50,11 +50,9 @@ def prepare(cfg: TrainConfig, machine: Machine) -> TrainConfig:
     """
     cfg = copy.deepcopy(cfg)
     platform = machine.chip.platform
-    cfg.attention = attention.implementation(cfg.attention, platform)
-    problems = config_checks.train_problems(cfg)
-    if {"splash": "tpu", "cudnn": "gpu"}.get(cfg.attention, platform) != platform:
-        problems.append(f"attention: {cfg.attention} does not run on {machine.name}; use auto")
-    config_lib.raise_problems(f"config {cfg.name!r}", problems)
+    config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
+    attention.check_platform(cfg.attention, platform)
+    cfg.attention = attention.implementation(cfg.attention, platform, cfg.data.row_len)
     return cfg
 
 

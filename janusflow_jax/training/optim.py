@@ -33,7 +33,7 @@ def schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Muon.
+    """Clipping by global norm (unless `clip_norm` is 0), then AdamW or Muon.
 
     Muon updates the kernels inside the parts. AdamW updates embeddings, the head of the LLM,
     depthwise kernels, norms and biases at the same rate: `consistent_rms` gives both updates the
@@ -56,7 +56,8 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
         update = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
         if cfg.moments_dtype != "float32":
             update = stored_as(update, cfg.moments_dtype)
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
+    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    return optax.chain(clip, update)
 
 
 def stored_as(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

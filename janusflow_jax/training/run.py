@@ -17,6 +17,7 @@ from janusflow_jax.checkpoints import run as run_checkpoints, workdir as workdir
 from janusflow_jax.config import TrainConfig, checks as config_checks
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, loader
+from janusflow_jax.models import attention
 from janusflow_jax.parallel import processes, sharding
 from janusflow_jax.training import encode_cache, heldout, init as initialization, step as train_step
 
@@ -81,6 +82,7 @@ def workdir_of(cfg: TrainConfig) -> epath.Path:
       ConfigError: the config cannot work (every problem in one message).
     """
     config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
+    attention.check_platform(cfg.attention, jax.default_backend())
     return epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
 
 

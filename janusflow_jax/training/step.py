@@ -27,7 +27,7 @@ SAVED = ("params", "ema", "opt_state")
 
 def make_model(cfg: TrainConfig) -> janusflow.JanusFlow:
     """The model with the numerics of this run."""
-    impl = attention.implementation(cfg.attention, jax.default_backend())
+    impl = attention.implementation(cfg.attention, jax.default_backend(), cfg.data.row_len)
     return janusflow.JanusFlow(cfg.model, jnp.dtype(cfg.dtype), cfg.remat, impl)
 
 

@@ -18,12 +18,13 @@ import dataclasses
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, packing, samples
 from janusflow_jax.data.prepare import (
@@ -90,7 +91,7 @@ def prepare(
       DataError: `out` holds something else, or no record can be used.
     """
     path = epath.Path(out)
-    _check_out(path, overwrite)
+    _check_out(path, overwrite, options.inputs)
     _chat(options.tokenizer)  # fails before the work if it cannot be loaded
     jobs = _jobs(options, path)
     todo = [job for job in jobs if not job.file(".json").exists()]
@@ -192,21 +193,20 @@ def _chat(tokenizer: str) -> Any:
     return chat_format.ChatFormat.load(tokenizer, num_image_tokens=1) if tokenizer else None
 
 
-def _check_out(out: epath.Path, overwrite: bool) -> None:
-    info, work = out / "dataset_info.json", out / WORK_FOLDER
-    is_whole, is_begun = info.exists(), work.exists()
-    is_ours = files.MODULE_NAME in info.read_text() if is_whole else is_begun
-    if overwrite and is_ours:
-        out.rmtree()
-    elif is_whole:
-        if is_begun and is_ours:  # stopped between the data set and the clean-up
+def _check_out(out: epath.Path, overwrite: bool, inputs: Sequence[str]) -> None:
+    """Raises DataError unless `out` is free or holds our unfinished run; `overwrite` empties it."""
+    work = out / WORK_FOLDER
+    is_whole = (out / "dataset_info.json").exists()
+    if work.exists() and not is_whole and not overwrite:
+        return
+    mark = ("dataset_info.json", files.MODULE_NAME) if is_whole else (WORK_FOLDER, "")
+    made = "*.json", "*.array_record*", "lengths", "lock", WORK_FOLDER
+    if problem := config_files.problem_of_out(out, overwrite, mark, made, inputs):
+        if work.exists() and not overwrite:  # stopped between the data set and the clean-up
             work.rmtree()
-        raise DataError(
-            f"{out}: expected no data set; it holds one: choose another `out`, or set `overwrite` "
-            "to make it again (only if it was prepared by this tool)"
-        )
-    elif out.exists() and not is_ours and any(out.iterdir()):
-        raise DataError(f"{out}: expected an empty or new folder; it holds other files")
+        raise DataError(problem)
+    if out.exists():
+        config_files.remove(out)
 
 
 def _jobs(options: Options, out: epath.Path) -> list[Job]:
