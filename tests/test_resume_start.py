@@ -53,14 +53,11 @@ def start(path: str, seed: int = 0, **fields) -> str:
 
 
 def test_only_what_a_start_gives_must_agree(tmp_path):
-    """Every field in which a start differs is named, if the run takes a part that depends on it.
-
-    As if resumed: what no folder gives stays abstract, so nothing is compiled.
-    """
+    """Every field in which a start differs is named, if the run takes a part that depends on it."""
     fields = {"vae__scaling_factor": 0.5, "llm__rope_theta": 5e5, "gen__norm_eps": 1e-5}
     path = start(str(tmp_path / "other"), **fields)
     with pytest.raises(c.ConfigError, match="was made with other values") as error:
-        initialization.initial_params(config("x", start=path, tokenizer=""), resumed=True)
+        initialization.find_start(config("x", start=path, tokenizer=""))
     named = re.findall(r"its (\w+) was made .*?\(model\.(\S+): (\S+) then", str(error.value))
     assert set(named) == {
         ("vae", "vae.scaling_factor", "0.5"),
@@ -70,9 +67,10 @@ def test_only_what_a_start_gives_must_agree(tmp_path):
     }
     cfg = config("x", init=(("vae", path), ("gen_norm", path)))
     cfg.model.vae.scaling_factor = 0.5
-    _, _, hub, origins = initialization.initial_params(cfg, resumed=True)
-    assert {part for part, origin in origins.items() if origin == path} == {"vae", "gen_norm"}
-    assert Path(hub) == HUB
+    begun = initialization.find_start(cfg)
+    from_path = {part for part, origin in begun.origins.items() if origin == path}
+    assert from_path == {"vae", "gen_norm"} == set(begun.files)
+    assert Path(begun.hub) == HUB
 
 
 MEMORY = {
