@@ -11,16 +11,12 @@ disk, so a new prompt seldom compiles anything.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
@@ -30,17 +26,12 @@ from janusflow_jax.config.errors import CheckpointError, JanusFlowError
 from janusflow_jax.data import chat_format, images as images_lib
 from janusflow_jax.hub import adapters
 from janusflow_jax.models import int8 as int8_lib, janusflow, llama
-from janusflow_jax.parallel import sharding
+from janusflow_jax.parallel import compile_cache, sharding
 from janusflow_jax.sampling import inputs, programs
 
 CHUNK_TOKENS = 16
 MAX_BATCH = programs.IMAGES_AT_ONCE
 DTYPES = ("float32", "bfloat16")
-
-CACHE_VARIABLE = "JANUSFLOW_COMPILATION_CACHE"
-CACHE_BYTES = 4 << 30
-CACHE_MIN_SECONDS = 0.5
-"""Programs that compile faster are not cached."""
 
 ImageLike = Any
 """A path, a PIL image, encoded bytes, or uint8[H, W, 3]."""
@@ -76,7 +67,7 @@ def load(
         raise JanusFlowError(
             f"dtype: expected one of {DTYPES}; got {dtype!r} (the VAE overflows in float16)"
         )
-    enable_compilation_cache()
+    compile_cache.enable()
     loaded = model_folder.load_model(path, weights=weights)
     chat = None
     if loaded.params and "llm" in loaded.params:
@@ -87,36 +78,6 @@ def load(
         params["llm"] = adapters.apply(params.get("llm"), adapter)
     options = {"dtype": dtype, "mesh": mesh, "source": loaded.source, "int8": int8}
     return Pipeline(loaded.cfg, params, loaded.vae, chat, **options)
-
-
-def enable_compilation_cache() -> str | None:
-    """Caches compiled programs in `~/.cache/janusflow_jax` (`$XDG_CACHE_HOME` applies).
-
-    `JANUSFLOW_COMPILATION_CACHE` names another folder, or `off`. A folder that JAX has already
-    (`JAX_COMPILATION_CACHE_DIR`) stays. The folder may be deleted at any time.
-
-    Returns:
-      the folder; None if the cache is off or cannot be written.
-    """
-    if folder := getattr(jax.config, "jax_compilation_cache_dir", None):
-        return str(folder)
-    setting = os.environ.get(CACHE_VARIABLE, "")
-    if setting.lower() in ("off", "0", "no", "none"):
-        return None
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = pathlib.Path(setting or f"{base}/janusflow_jax").expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    if not os.access(folder, os.W_OK):
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_MIN_SECONDS)
-    if importlib.util.find_spec("filelock"):  # JAX needs it to delete the least used programs
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-    compilation_cache.reset_cache()  # a compilation before this call has switched it off
-    return str(folder)
 
 
 class Pipeline:

@@ -23,7 +23,7 @@ from janusflow_jax.config import TrainConfig, flags as flag_parser, parts as par
 from janusflow_jax.config.errors import CheckpointError, DivergedError
 from janusflow_jax.data import loader
 from janusflow_jax.eval import previews
-from janusflow_jax.parallel import chips, processes, sharding
+from janusflow_jax.parallel import chips, compile_cache, processes, sharding
 from janusflow_jax.training import flops, health, metrics, step as train_step
 from janusflow_jax.training.replay import replay
 from janusflow_jax.training.run import Run, open_run, workdir_of
@@ -143,6 +143,7 @@ def train_steps(
         batch = sharding.put_batch(batch, run.mesh, cfg.batch_rows)
         with clock("step" if compiled_step else "compile"):
             if compiled_step is None:
+                processes.log("compiling the step")
                 compiled_step = train_step.jit_train_step(cfg, run.mesh, run.state, batch)
             run.state, out = compiled_step(run.state, batch)
         step += 1
@@ -249,6 +250,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config=FILE[:ARG]")
     cfg = _CONFIG.value
     processes.initialize(_DISTRIBUTED.value)
+    compile_cache.enable()
     if _REPLAY.value:
         sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
     train(cfg)

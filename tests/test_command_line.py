@@ -14,7 +14,7 @@ from PIL import Image
 
 from janusflow_jax import chat, cli, evaluate, generate, pipeline
 from janusflow_jax.config.errors import ConfigError
-from janusflow_jax.parallel import processes
+from janusflow_jax.parallel import compile_cache, processes
 
 PICTURE = str(golden.TINY / "images" / "0.png")
 
@@ -184,24 +184,22 @@ def test_the_cache_keeps_programs_and_can_be_turned_off(monkeypatch, tmp_path):
             "jax_compilation_cache_max_size",
         )
     }
-    assert (
-        pipeline.enable_compilation_cache() == before["jax_compilation_cache_dir"]
-    )  # JAX's own stays
+    assert compile_cache.enable() == before["jax_compilation_cache_dir"]  # JAX's own stays
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        monkeypatch.setenv(pipeline.CACHE_VARIABLE, "off")
-        assert pipeline.enable_compilation_cache() is None
-        monkeypatch.setenv(pipeline.CACHE_VARIABLE, str(tmp_path / "cache"))
-        monkeypatch.setattr(pipeline, "CACHE_MIN_SECONDS", 0.0)
-        assert pipeline.enable_compilation_cache() == str(tmp_path / "cache")
+        monkeypatch.setenv(compile_cache.VARIABLE, "off")
+        assert compile_cache.enable() is None
+        monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path / "cache"))
+        monkeypatch.setattr(compile_cache, "MIN_SECONDS", 0.0)
+        assert compile_cache.enable() == str(tmp_path / "cache")
         jax.jit(lambda x: x * 3 + 1).lower(np.ones(7)).compile()
         assert list((tmp_path / "cache").glob("jit_*"))
         jax.config.update("jax_compilation_cache_dir", None)
         blocked = tmp_path / "file"
         blocked.write_text("")
-        monkeypatch.setenv(pipeline.CACHE_VARIABLE, str(pathlib.Path(blocked) / "cache"))
-        assert pipeline.enable_compilation_cache() is None
+        monkeypatch.setenv(compile_cache.VARIABLE, str(pathlib.Path(blocked) / "cache"))
+        assert compile_cache.enable() is None
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-        pipeline.compilation_cache.reset_cache()
+        compile_cache.compilation_cache.reset_cache()

@@ -3,19 +3,28 @@ changed on disk."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from helpers.runs import HUB, last_arrays, share_compiled_step, tiny_config as config
+from helpers.runs import (
+    HUB,
+    last_arrays,
+    read_metrics,
+    share_compiled_step,
+    tiny_config as config,
+)
 
 from janusflow_jax import config as c, train
-from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.checkpoints import model_folder, workdir
 from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.run import MAY_CHANGE
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.training import init as initialization
 
@@ -44,14 +53,11 @@ def start(path: str, seed: int = 0, **fields) -> str:
 
 
 def test_only_what_a_start_gives_must_agree(tmp_path):
-    """Every field in which a start differs is named, if the run takes a part that depends on it.
-
-    As if resumed: what no folder gives stays abstract, so nothing is compiled.
-    """
+    """Every field in which a start differs is named, if the run takes a part that depends on it."""
     fields = {"vae__scaling_factor": 0.5, "llm__rope_theta": 5e5, "gen__norm_eps": 1e-5}
     path = start(str(tmp_path / "other"), **fields)
     with pytest.raises(c.ConfigError, match="was made with other values") as error:
-        initialization.initial_params(config("x", start=path, tokenizer=""), resumed=True)
+        initialization.find_start(config("x", start=path, tokenizer=""))
     named = re.findall(r"its (\w+) was made .*?\(model\.(\S+): (\S+) then", str(error.value))
     assert set(named) == {
         ("vae", "vae.scaling_factor", "0.5"),
@@ -61,9 +67,69 @@ def test_only_what_a_start_gives_must_agree(tmp_path):
     }
     cfg = config("x", init=(("vae", path), ("gen_norm", path)))
     cfg.model.vae.scaling_factor = 0.5
-    _, _, hub, origins = initialization.initial_params(cfg, resumed=True)
-    assert {part for part, origin in origins.items() if origin == path} == {"vae", "gen_norm"}
-    assert Path(hub) == HUB
+    begun = initialization.find_start(cfg)
+    from_path = {part for part, origin in begun.origins.items() if origin == path}
+    assert from_path == {"vae", "gen_norm"} == set(begun.files)
+    assert Path(begun.hub) == HUB
+
+
+MEMORY = {
+    "optim.accum_steps": 2,
+    "loss.ce_chunk": 0,
+    "remat": True,
+    "frozen_dtype": "bfloat16",
+    "optim.moments_dtype": "bfloat16",
+}
+
+
+def changed(cfg: c.TrainConfig, values: dict) -> c.TrainConfig:
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        setattr(getattr(cfg, section) if section else cfg, field, value)
+    return cfg
+
+
+@pytest.mark.parametrize("name", MAY_CHANGE)
+def test_fields_that_may_change_exist(name):
+    value = c.to_dict(config("x"))
+    for part in name.split("."):
+        value = value[part]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*MEMORY.items(), ("batch_rows", 16), ("optim.b2", 0.9), ("dtype", "bfloat16")],
+)
+def test_only_what_leaves_the_result_alone_may_change(tmp_path, name, value):
+    then, now = config("x"), changed(config("x"), {name: value})
+    (tmp_path / "config.json").write_text(json.dumps(c.to_dict(then)))
+    if name in MEMORY:
+        workdir.check(epath.Path(tmp_path), now)
+    else:
+        with pytest.raises(CheckpointError, match=f"{name}: .* then, {value!r} now"):
+            workdir.check(epath.Path(tmp_path), now)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_less_memory_and_with_more_again(store):
+    """The same losses up to rounding; stored values are rounded to their new types."""
+    settings = {"num_steps": 4, "train_parts": ("llm", "gen_encoder", "gen_decoder")}
+    train.train(config("whole", **settings))
+    train.train(config("less", **settings | {"num_steps": 2}))
+    before = last_arrays("less")
+    small = changed(config("less", **settings), MEMORY)
+    small.num_steps = 3
+    train.train(small)
+    now = last_arrays("less")
+    assert now["opt_state/1/0/mu/llm/embedding"].dtype == jnp.bfloat16
+    frozen = "params/und_aligner/kernel"
+    np.testing.assert_array_equal(now[frozen], before[frozen].astype(jnp.bfloat16))
+    train.train(config("less", **settings))
+    now = last_arrays("less")
+    assert now["opt_state/1/0/mu/llm/embedding"].dtype == now[frozen].dtype == np.float32
+    for one, two in zip(read_metrics("whole"), read_metrics("less"), strict=True):
+        for name in ("loss", "loss_ar", "loss_rf", "grad_norm"):
+            np.testing.assert_allclose(two[name], one[name], rtol=2e-2, err_msg=name)
 
 
 @pytest.mark.slow

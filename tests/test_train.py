@@ -180,7 +180,7 @@ def test_refuses_what_cannot_work(store, tmp_path):
     other = tiny_config("a", train_parts=("gen_head", "llm/layer"))
     other.init = (("llm", str(ROOT / "starts" / "emoji_llm")),)
     with pytest.raises(c.ConfigError, match="'llm/layer' is no path(?s:.*)kernel: expected shape"):
-        initialization.initial_params(other, resumed=True)  # makes no fresh values
+        initialization.find_start(other)
     Path("b").mkdir()
     Path("b/config.json").write_text(json.dumps(c.to_dict(tiny_config("b"))))
     with pytest.raises(CheckpointError, match="seed: 1 then, 2 now"):

@@ -28,10 +28,10 @@ from janusflow_jax.checkpoints.checksums import (
     verify_sums,
     write_sums,
 )
-from janusflow_jax.config import ModelConfig, files
+from janusflow_jax.config import ModelConfig, files, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.models import janusflow, lora, vae
-from janusflow_jax.parallel import processes, trees
+from janusflow_jax.parallel import processes, sharding, trees
 
 FORMAT = 2
 """2: every part is an Orbax folder; 1 (read only, as in `starts/`): all of `params/` is one."""
@@ -136,8 +136,87 @@ def _copy_hub(hub_files: Any, out: epath.Path) -> None:
         (out / name).write_bytes(data)
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """An array on disk."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    folder: epath.Path  # the Orbax folder that has it
+    name: str  # in that folder
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk, its checksums verified; `read` reads arrays."""
+
+    cfg: ModelConfig
+    arrays: dict[str, StoredArray]  # by name; those of the VAE begin with 'vae/'
+    hub: epath.Path  # folder of tokenizer files
+    source: str  # folder of the weights
+    meta: dict[str, Any]  # `model.json` or `run.json`
+    merged: bool = True  # adapters (LoRA) are added to their kernels
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """ShapeDtypeStructs of what `read` can read, by part."""
+        out = {}
+        for name, x in self.arrays.items():
+            if not (self.merged and parts_lib.is_lora_path(name)):
+                dtype = np.float32 if self._is_adapted(name) else x.dtype
+                out[name] = jax.ShapeDtypeStruct(x.shape, dtype)
+        return trees.unflatten(out)
+
+    def read(self, like: dict[str, Any]) -> dict[str, Any]:
+        """Reads arrays in the types of their targets.
+
+        Args:
+          like: a tree of targets by part: numpy arrays for arrays on the host, ShapeDtypeStructs
+            with shardings for arrays of which each device reads its shard.
+        """
+        targets, out = trees.flatten(like), {}
+        adapted = [n for n in targets if self._is_adapted(n)]
+        stored = {n: self.arrays[n] for n in targets if n not in adapted}
+        for folder in dict.fromkeys(x.folder for x in stored.values()):
+            names = {n: x.name for n, x in stored.items() if x.folder == folder}
+            loaded = load_tree(folder, trees.unflatten({names[n]: targets[n] for n in names}))
+            loaded = trees.flatten(loaded)
+            out |= {n: loaded[names[n]] for n in names}
+        for name in adapted:  # one at a time, because they are whole on the host
+            value, target = self._merged(name).astype(targets[name].dtype), targets[name]
+            on_host = isinstance(target, np.ndarray)
+            out[name] = value if on_host else sharding.put_tree(value, target.sharding)
+        return trees.unflatten(out)
+
+    def _is_adapted(self, name: str) -> bool:
+        return self.merged and name.endswith("/kernel") and _beside(name, "lora_a") in self.arrays
+
+    def _merged(self, name: str) -> np.ndarray:
+        """A kernel with its adapter added."""
+        names = [name, *(_beside(name, n) for n in (*parts_lib.LORA_TRAINED, parts_lib.LORA_SCALE))]
+        targets = {n: np.empty(self.arrays[n].shape, self.arrays[n].dtype) for n in names}
+        leaves = dataclasses.replace(self, merged=False).read(trees.unflatten(targets))
+        return trees.flatten(lora.merge(leaves))[name]
+
+
+def _beside(name: str, leaf: str) -> str:
+    """'llm/attn/q/kernel', 'lora_a' -> 'llm/attn/q/lora_a'."""
+    return f"{name.rpartition('/')[0]}/{leaf}"
+
+
 def load_model(path: Any, weights: str = "ema", merged: bool = True) -> LoadedModel:
     """Reads a model folder, a workdir (its newest checkpoint), or one checkpoint of a workdir.
+
+    Args and errors: those of `open_model`.
+    """
+    files = open_model(path, weights, merged)
+    params = files.read(jax.tree.map(lambda x: np.empty(x.shape, x.dtype), files.shapes))
+    vae_params = params.pop("vae", None)
+    return LoadedModel(files.cfg, params or None, vae_params, files.hub, files.source, files.meta)
+
+
+def open_model(path: Any, weights: str = "ema", merged: bool = True) -> ModelFiles:
+    """Opens what `load_model` reads, without reading an array.
 
     Args:
       weights: 'ema' or 'params'; parts without an EMA (frozen ones) come from 'params'.
@@ -155,11 +234,11 @@ def load_model(path: Any, weights: str = "ema", merged: bool = True) -> LoadedMo
             "run's folder, or one of its checkpoints"
         )
     if (folder / MODEL_FILE).exists():
-        return _load_folder(folder)
+        return _open_folder(folder)
     if (folder / MARKER).exists():
-        return _load_step(folder, folder.parent.parent, weights, merged)
+        return _open_step(folder, folder.parent.parent, weights, merged)
     if steps := committed_steps(folder):
-        return _load_step(folder / "checkpoints" / str(steps[-1]), folder, weights, merged)
+        return _open_step(folder / "checkpoints" / str(steps[-1]), folder, weights, merged)
     if (folder / "checkpoints").exists():
         raise CheckpointError(f"{folder}: no finished checkpoint yet; let it train longer")
     raise CheckpointError(
@@ -169,7 +248,7 @@ def load_model(path: Any, weights: str = "ema", merged: bool = True) -> LoadedMo
     )
 
 
-def _load_folder(folder: epath.Path) -> LoadedModel:
+def _open_folder(folder: epath.Path) -> ModelFiles:
     meta = read_json(folder / MODEL_FILE)
     if meta.get("format") not in (1, FORMAT):
         raise CheckpointError(
@@ -178,17 +257,21 @@ def _load_folder(folder: epath.Path) -> LoadedModel:
         )
     verify_sums(folder)
     cfg = config_lib.from_dict(ModelConfig, meta["config"])
-    parts = [p for p in meta["parts"] if p != "vae"]
-    if meta["format"] == 1 and parts:
-        params = load_tree(folder / "params")
+    names = [p for p in meta["parts"] if p != "vae"]
+    if meta["format"] == 1 and names:
+        arrays = _stored(folder / "params")
     else:
-        params = {p: load_tree(folder / "params" / p) for p in parts}
-    vae_params = load_tree(folder / "vae") if "vae" in meta["parts"] else None
-    _check_arrays(folder, cfg, params, vae_params)
-    return LoadedModel(cfg, params or None, vae_params, folder / "hub", str(folder), meta)
+        arrays = {}
+        for part in names:
+            arrays |= _stored(folder / "params" / part, f"{part}/")
+    if "vae" in meta["parts"]:
+        arrays |= _stored(folder / "vae", "vae/")
+    out = ModelFiles(cfg, arrays, folder / "hub", str(folder), meta)
+    _check_arrays(folder, cfg, out.shapes)
+    return out
 
 
-def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bool) -> LoadedModel:
+def _open_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bool) -> ModelFiles:
     """A run's model. Does not read the optimizer's files, which are most of a checkpoint."""
     ema = weights == "ema" and (folder / "ema").exists()
     try:
@@ -198,25 +281,25 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bo
         raise CheckpointError(f"{error} (other steps: {others or 'none'})") from error
     run = read_json(folder / "run.json")
     cfg = config_lib.from_dict(ModelConfig, run["config"]["model"])
-    params = load_tree(folder / "params")
-    if ema:
-        params = trees.merge(params, load_tree(folder / "ema"))
-    base = _load_folder(workdir / "base")
-    params = trees.merge(base.params or {}, params)
+    base = _open_folder(workdir / "base")
+    arrays = base.arrays | _stored(folder / "params") | (_stored(folder / "ema") if ema else {})
+    out = ModelFiles(cfg, arrays, base.hub, str(folder), run, merged)
     if merged:
-        params = lora.merge(params)
-        _check_arrays(folder, cfg, params, None)
-    return LoadedModel(cfg, params, base.vae, base.hub, str(folder), run)
+        _check_arrays(folder, cfg, out.shapes)
+    return out
 
 
-def _check_arrays(folder: epath.Path, cfg: ModelConfig, params: Any, vae_params: Any) -> None:
+def _stored(folder: epath.Path, prefix: str = "") -> dict[str, StoredArray]:
+    """The arrays of an Orbax folder by name."""
+    leaves = trees.flatten(ocp.metadata(folder).metadata)
+    return {f"{prefix}{n}": StoredArray(x.shape, x.dtype, folder, n) for n, x in leaves.items()}
+
+
+def _check_arrays(folder: epath.Path, cfg: ModelConfig, shapes: dict[str, Any]) -> None:
     """Raises CheckpointError with every array that does not fit the config."""
-    expected = janusflow.param_shapes(cfg) if params else {}
-    expected = {part: tree for part, tree in expected.items() if part in params}
-    problems = trees.mismatches(expected, params, "params")
-    if vae_params is not None:
-        problems += trees.mismatches(vae.param_shapes(cfg.vae), vae_params, "vae")
-    if problems:
+    wanted = {**janusflow.param_shapes(cfg), "vae": vae.param_shapes(cfg.vae)}
+    wanted = {part: tree for part, tree in wanted.items() if part in shapes}
+    if problems := trees.mismatches(wanted, shapes, "params"):
         listed = "\n".join(f"  - {p}" for p in problems)
         raise CheckpointError(f"{folder}: its arrays do not fit its config:\n{listed}")
 
@@ -245,11 +328,18 @@ def _save_tree(path: epath.Path, tree: Any) -> None:
         strip_local_paths(path)
 
 
-def load_tree(path: Any) -> Any:
-    """Every array of an Orbax folder, as numpy arrays: a device may not have room for all."""
+def load_tree(path: Any, like: Any = None) -> Any:
+    """Every array of an Orbax folder, as numpy arrays: a device may not have room for all.
+
+    Args: like: targets of the arrays to read instead, as in `ModelFiles.read`.
+    """
     path = epath.Path(path).resolve()  # Orbax accepts absolute paths only
-    shapes = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), ocp.metadata(path).metadata)
-    return ocp.load(path, shapes)
+    if like is None:
+        like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), ocp.metadata(path).metadata)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load(path, like)
 
 
 def committed_steps(workdir: Any) -> list[int]:

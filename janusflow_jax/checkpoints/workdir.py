@@ -19,15 +19,8 @@ from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import TrainConfig, fields, files
 from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.run import MAY_CHANGE
 from janusflow_jax.parallel import processes
-
-MAY_CHANGE = tuple(
-    "workdir num_steps log_every_steps save_every_steps keep_checkpoints sheet_every_steps "
-    "tensorboard prompts heldout heldout_captions sheet_cfg_weight sheet_num_steps mesh "
-    "made_by data.num_threads data.max_bad_share attention remat max_bad_steps peak_tflops "
-    "keep_every_steps watchdog_s watchdog_exit evaluate".split()
-)
-"""Fields that a resumed run may change. Any other change makes it another run."""
 
 LOCK = "lock"
 

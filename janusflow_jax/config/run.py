@@ -187,3 +187,20 @@ class TrainConfig:
     heldout_captions: int = zero_or_more(24)
     sheet_cfg_weight: float = zero_or_more(2.0)
     sheet_num_steps: int = between(30, 1, 10_000)
+
+
+MAY_CHANGE = tuple(
+    (
+        # Memory and speed: the result stays the same up to rounding.
+        "mesh optim.accum_steps loss.ce_chunk remat attention data.num_threads "
+        # Types of stored values: restoring rounds them to the new type.
+        "frozen_dtype optim.moments_dtype "
+        # The end of the run.
+        "num_steps max_bad_steps data.max_bad_share watchdog_s watchdog_exit "
+        # What it writes and measures.
+        "workdir made_by peak_tflops log_every_steps tensorboard evaluate prompts heldout "
+        "heldout_captions sheet_every_steps sheet_cfg_weight sheet_num_steps save_every_steps "
+        "keep_checkpoints keep_every_steps"
+    ).split()
+)
+"""Fields that a resumed run may change. Any other change makes it another run."""

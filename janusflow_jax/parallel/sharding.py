@@ -225,9 +225,13 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, global_rows: int) -> dic
 
 
 def put_tree(tree: Any, shardings: Any) -> Any:
-    """Global arrays from whole trees that every process has; each device gets only its part."""
+    """Global arrays from whole trees that every process has; each device gets only its part.
+
+    Arrays that have their sharding already stay as they are."""
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

@@ -247,12 +247,15 @@ def _in_batches(
             yield {kind: x[i] for kind, x in host.items()}
 
 
-def digests(cfg: TrainConfig, made: rows.Rows, params: Any) -> dict[str, str]:
-    """Part -> digest of each SigLIP that the caches of a mixture must come from."""
+def digests(cfg: TrainConfig, made: rows.Rows, read: Callable[[str], trees.Tree]) -> dict[str, str]:
+    """Part -> digest of each SigLIP that the caches of a mixture must come from.
+
+    Args: read: gives a part in float32 on the host.
+    """
     parts = {"und_encoder"} if made.slots.und is not None else set()
     if made.slots.repa_cached:
         parts.add(_target(cfg))
-    return {part: trees.digest(params[part]) for part in sorted(parts) if part in params}
+    return {part: trees.digest(read(part)) for part in sorted(parts)}
 
 
 def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_params: Any) -> None:

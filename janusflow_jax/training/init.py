@@ -1,7 +1,8 @@
 """Initializes a run: which folder or fresh values every part starts from, and the sharded state
 made of them or restored from the newest checkpoint.
 
-Whole parameter trees stay on the host as NumPy arrays; a device only ever holds its shard.
+Parameters are made or read in their shards: no device and no host holds a whole model. Only the
+VAE, which every device has whole, is read by the hosts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder, run as run_checkpoints
@@ -57,62 +58,75 @@ def resolve_start(cfg: TrainConfig, workdir: epath.Path) -> tuple[TrainConfig, b
     return dataclasses.replace(cfg, **fields, allow_fresh=cfg.allow_fresh or resumed), resumed
 
 
-def initial_params(
-    cfg: TrainConfig, resumed: bool = False
-) -> tuple[Tree, Tree, str, dict[str, str]]:
-    """Every part, from where `init` or `start` says: float32 on the host.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run starts from. Of its values only the VAE's have been read."""
 
-    Args: resumed: a checkpoint will supply what no folder has: ShapeDtypeStructs stand for it.
-    Returns: params, VAE params, the folder of tokenizer files, part -> origin ('fresh' or a path).
+    params: Tree  # ShapeDtypeStructs
+    vae: Tree  # float32 numpy arrays
+    hub: str  # folder of tokenizer files
+    origins: dict[str, str]  # part -> 'fresh', a path, or another description
+    files: dict[str, model_folder.ModelFiles]  # part -> the model that has it
+
+    def read(self, like: Tree) -> Tree:
+        """Reads arrays of parts that are not fresh; `like` as in `ModelFiles.read`."""
+        out = {}
+        for part, targets in like.items():
+            stored = _stored_as(self.files[part], part)
+            out[part] = self.files[part].read({stored: targets})[stored]
+        return out
+
+    def whole(self, part: str) -> Tree:
+        """A part in float32 on the host; {} if it is fresh."""
+        like = _host_arrays(self.params[part])
+        return self.read({part: like})[part] if part in self.files else {}
+
+
+def find_start(cfg: TrainConfig, resumed: bool = False) -> Start:
+    """Where every part comes from, as `init` or `start` says.
+
+    Args: resumed: a checkpoint will supply what no folder has.
     Raises:
       ConfigError: a pretrained part would be fresh, a path lacks a part or has it of another
         config, or a path of `train_parts` does not exist in the model.
     """
-    folders: dict[str, model_folder.LoadedModel] = {}
     origins = dict.fromkeys([*cfg.model.parts, "vae"], "fresh")
+    opened: dict[str, model_folder.ModelFiles] = {}
     if cfg.start:
-        start = folders[cfg.start] = model_folder.load_model(cfg.start)
-        origins |= {p: cfg.start for p in origins if _part_of(start, p) is not None}
-        del start  # so that the loop below frees it
+        start = opened[cfg.start] = model_folder.open_model(cfg.start)
+        origins |= {p: cfg.start for p in origins if _stored_as(start, p) in start.shapes}
     origins |= dict(cfg.init)
     _check_pretrained(cfg, origins)
-    params = {**janusflow.param_shapes(cfg.model), "vae": vae.param_shapes(cfg.model.vae)}
-    problems, hub = _unknown_paths(cfg, params), cfg.tokenizer
-    with _on_host():
-        key = jax.random.key(cfg.seed)
-        fresh = tuple(p for p in cfg.model.parts if origins[p] == "fresh" and not resumed)
-        if fresh:
-            params |= _to_host(_fresh_parts(cfg.model, fresh, key))
-        if origins["vae"] == "fresh":
-            params["vae"] = _to_host(jax.jit(vae.init_params, static_argnums=0)(cfg.model.vae, key))
-    for path in dict.fromkeys(origins.values()):
+    shapes = {**janusflow.param_shapes(cfg.model), "vae": vae.param_shapes(cfg.model.vae)}
+    problems, hub, files = _unknown_paths(cfg, shapes), cfg.tokenizer, {}
+    for part, path in origins.items():
         if path == "fresh":
             continue
-        loaded = folders.pop(path, None) or model_folder.load_model(path)
-        parts = [p for p, origin in origins.items() if origin == path]
-        for part in parts:
-            tree = _part_of(loaded, part)
-            if tree is None:
-                problems.append(f"{path} has no part {part!r}; it has {loaded.parts}")
-                continue
-            problems += trees.mismatches(params[part], tree, part) or (
-                _other_config(cfg.model, loaded.cfg, part, path)
-            )
-            params[part] = _to_host(tree)
-        if not hub and "llm" in parts:
-            hub = str(loaded.hub)
+        model = opened[path] = opened.get(path) or model_folder.open_model(path)
+        stored = model.shapes.get(_stored_as(model, part))
+        if stored is None:
+            problems.append(f"{path} has no part {part!r}; it has {sorted(model.shapes)}")
+            continue
+        problems += trees.mismatches(shapes[part], stored, part) or (
+            _other_config(cfg.model, model.cfg, part, path)
+        )
+        files[part] = model
+        if not hub and part == "llm":
+            hub = str(model.hub)
     config_lib.raise_problems("init", problems)
     if not hub:
         raise ConfigError(
             "tokenizer: expected a folder with tokenizer.json and processor_config.json (a "
             "model folder's hub/); got '' and no `init` of the llm to take it from"
         )
-    vae_params = params.pop("vae")
-    if cfg.model.und_encoder == "own" and "und_encoder" in fresh:
-        encoder = {name: vae_params[name] for name in params["und_encoder"]["vae"]}
-        params["und_encoder"] |= {"vae": jax.tree.map(np.copy, encoder)}
+    vae_shapes = shapes.pop("vae")
+    if "vae" in files:
+        vae_params = files["vae"].read({"vae": _host_arrays(vae_shapes)})["vae"]
+    else:
+        vae_params = _fresh_vae(cfg)
+    if cfg.model.und_encoder == "own" and origins["und_encoder"] == "fresh" and not resumed:
         origins["und_encoder"] = "the VAE's encoder, and fresh blocks"
-    return params, vae_params, hub, origins
+    return Start(shapes, vae_params, hub, origins, files)
 
 
 def _check_pretrained(cfg: TrainConfig, origins: dict[str, str]) -> None:
@@ -129,34 +143,26 @@ def _check_pretrained(cfg: TrainConfig, origins: dict[str, str]) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _fresh_parts(model: ModelConfig, parts: tuple[str, ...], key: jax.Array) -> Tree:
-    """These parts with random values; a part's values do not depend on the others."""
-    params = janusflow.init_params(model, key)
-    return {p: params[p] for p in parts}
+def _host_arrays(shapes: Tree) -> Tree:
+    return jax.tree.map(lambda x: np.empty(x.shape, np.float32), shapes)
 
 
-def _on_host() -> contextlib.AbstractContextManager:
-    """Makes the CPU the default device: the first accelerator may not have room for a model."""
+def _fresh_vae(cfg: TrainConfig) -> Tree:
+    """A VAE with random values, on the host."""
     try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
+        host = jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS leaves it out
-        return contextlib.nullcontext()
+        host = contextlib.nullcontext()
+    with host:
+        key = jax.random.key(cfg.seed)
+        return jax.device_get(jax.jit(vae.init_params, static_argnums=0)(cfg.model.vae, key))
 
 
-def _to_host(tree: Any) -> Any:
-    """float32 NumPy arrays: those of one device cannot enter a step on a mesh of several."""
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
-
-
-def _part_of(loaded: model_folder.LoadedModel, part: str) -> Any:
-    """A part of a model, or None. Any SigLIP can be the `repa_target`."""
-    if part == "vae":
-        return loaded.vae
-    params = loaded.params or {}
-    if part == "repa_target" and part not in params and loaded.cfg.und_encoder == "siglip":
-        part = "und_encoder"
-    return params.get(part)
+def _stored_as(model: model_folder.ModelFiles, part: str) -> str:
+    """The part of a model that a part is read from. Any SigLIP can be the `repa_target`."""
+    if part == "repa_target" and part not in model.shapes and model.cfg.und_encoder == "siglip":
+        return "und_encoder"
+    return part
 
 
 def _other_config(ours: ModelConfig, theirs: ModelConfig, part: str, path: str) -> list[str]:
@@ -231,32 +237,68 @@ def print_origins(cfg: TrainConfig, params: Any, vae_params: Any, origins: dict[
 # The state of a run
 
 
+def initial_params(cfg: TrainConfig, mesh: Mesh, start: Start) -> Tree:
+    """The parameters of a new run in their shards and types: read, or made from `cfg.seed`."""
+    trained = trees.flatten(trees.split(start.params, parts_lib.trained_paths(cfg))[0])
+    like = trees.unflatten(
+        {
+            name: jax.ShapeDtypeStruct(
+                x.shape,
+                "float32" if name in trained else cfg.frozen_dtype,
+                sharding=NamedSharding(mesh, sharding.param_spec(name, x.shape, mesh)),
+            )
+            for name, x in trees.flatten(start.params).items()
+        }
+    )
+    fresh = {part: tree for part, tree in like.items() if part not in start.files}
+    params = start.read({part: tree for part, tree in like.items() if part in start.files})
+    params |= fresh_params(cfg, fresh)
+    if cfg.model.und_encoder == "own" and "und_encoder" in fresh:
+        own = like["und_encoder"]["vae"]
+        copy = jax.tree.map(
+            lambda x, y: np.asarray(x, y.dtype), {n: start.vae[n] for n in own}, own
+        )
+        own = sharding.put_tree(copy, jax.tree.map(lambda x: x.sharding, own))
+        params["und_encoder"] = {**params["und_encoder"], "vae": own}
+    return params
+
+
+def fresh_params(cfg: TrainConfig, like: Tree) -> Tree:
+    """Random values of some parts in the types and shardings of `like`. A part's values do not
+    depend on which others are made."""
+    if not like:
+        return {}
+
+    def init(key: jax.Array) -> Tree:
+        params = janusflow.init_params(cfg.model, key)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), {p: params[p] for p in like}, like)
+
+    where = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(init, out_shardings=where)(jax.random.key(cfg.seed))
+
+
 def create_state(cfg: TrainConfig, mesh: Mesh, params: Tree, vae_params: Tree) -> train_step.State:
-    """The sharded state of a new run, from whole trees that every process has."""
-    train, frozen = trees.split(params, parts_lib.trained_paths(cfg))
-    # Cast on the host: a device may not have room for both.
-    params = trees.merge(train, _cast(frozen, cfg.frozen_dtype))
+    """The sharded state of a new run.
+
+    Args: params: of `initial_params`, whose buffers it donates; or whole, on every host.
+    """
     vae_params = _cast(vae_params, cfg.frozen_dtype)
     create = functools.partial(train_step.create_state, cfg)
     where = train_step.state_shardings(jax.eval_shape(create, params, vae_params), mesh)
     whole = (params, vae_params)
     sharded = sharding.put_tree(whole, sharding.tree_shardings(whole, mesh))
-    return jax.jit(create, out_shardings=where)(*sharded)
+    return jax.jit(create, out_shardings=where, donate_argnums=(0, 1))(*sharded)
 
 
 def restore_state(
-    cfg: TrainConfig,
-    mesh: Mesh,
-    params: Tree,
-    vae_params: Tree,
-    checkpoints: run_checkpoints.RunCheckpoints,
+    cfg: TrainConfig, mesh: Mesh, start: Start, checkpoints: run_checkpoints.RunCheckpoints
 ) -> tuple[train_step.State, dict[str, Any]] | None:
     """The state of the newest intact checkpoint, and its `run.json`; None where there is none.
 
-    Args: params: shapes suffice for what the checkpoint holds.
+    Reads only what the checkpoint does not hold from the start.
     """
     create = functools.partial(train_step.create_state, cfg)
-    shapes = jax.eval_shape(create, params, vae_params)
+    shapes = jax.eval_shape(create, start.params, start.vae)
     where = train_step.state_shardings(shapes, mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
@@ -267,17 +309,16 @@ def restore_state(
         return None
     arrays, run = restored
     train, frozen = trees.split(arrays["params"], trees.flatten(state["params"]))
-    held, of_base = trees.flatten(frozen), trees.flatten(params)
-    rest = {n: of_base[n] for n in trees.flatten(state["frozen"]) if n not in held}
+    held = trees.flatten(frozen)
+    rest = {n: x for n, x in trees.flatten(state["frozen"]).items() if n not in held}
+    frozen = trees.merge(start.read(trees.unflatten(rest)), frozen)
     other = {
-        "frozen": _cast(trees.unflatten(rest), cfg.frozen_dtype),
-        "vae": _cast(vae_params, cfg.frozen_dtype),
+        "vae": _cast(start.vae, cfg.frozen_dtype),
         "step": np.int32(run["step"]),
         "bad_steps": np.int32(run["bad_steps"]),
     }
     other = sharding.put_tree(other, sharding.tree_shardings(other, mesh))
-    other["frozen"] = trees.merge(other["frozen"], frozen)
-    return {**arrays, **other, "params": train}, run
+    return {**arrays, **other, "params": train, "frozen": frozen}, run
 
 
 def params_to_save(cfg: TrainConfig, state: train_step.State) -> Tree:
@@ -288,15 +329,6 @@ def params_to_save(cfg: TrainConfig, state: train_step.State) -> Tree:
         leaves = trees.flatten(frozen)
         frozen = trees.unflatten({n: x for n, x in leaves.items() if parts_lib.is_lora_path(n)})
     return trees.merge(frozen, state["params"])
-
-
-def base_params(cfg: TrainConfig, params: Tree) -> Tree | None:
-    """The parameters that `base/` holds so that checkpoints need not repeat them: all in a LoRA
-    run, in the run's dtypes; None in other runs."""
-    if not cfg.lora.rank:
-        return None
-    train, frozen = trees.split(params, parts_lib.trained_paths(cfg))
-    return trees.merge(_cast(frozen, cfg.frozen_dtype), train)
 
 
 def _cast(tree: Tree, dtype: str) -> Tree:

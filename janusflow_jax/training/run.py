@@ -99,18 +99,19 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         workdir_lib.check(workdir, cfg)
         started, resumed = initialization.resolve_start(cfg, workdir)
         initialization.check_files(started)
-    params, vae_params, hub, origins = initialization.initial_params(started, resumed)
+    start = initialization.find_start(started, resumed)
+    origins = start.origins
     if resumed:
         origins |= {n: "this run's checkpoint" for n, x in origins.items() if x != started.start}
-    initialization.print_origins(cfg, params, vae_params, origins)
+    initialization.print_origins(cfg, start.params, start.vae, origins)
     with processes.together("opening the data"):
-        chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
+        chat = chat_format.ChatFormat.load(start.hub, num_image_tokens=cfg.model.num_image_tokens)
         chat.check_vocab(cfg.model.llm.vocab_size)
         data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
         digests = workdir_lib.base_meta(workdir).get("encoders", {})
-        if not resumed:
-            digests = encode_cache.digests(cfg, data.rows, params)
-        encode_cache.check(cfg, data.rows, digests, vae_params)
+    if not resumed:
+        digests = encode_cache.digests(cfg, data.rows, start.whole)
+    encode_cache.check(cfg, data.rows, digests, start.vae)
     processes.log(data.summary())
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_rows(cfg.batch_rows, cfg.optim.accum_steps, mesh)
@@ -118,10 +119,11 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     processes.log(
         f"{jax.device_count()} {jax.default_backend()} device(s){of}, mesh {dict(mesh.shape)}"
     )
+    params = {} if resumed else initialization.initial_params(cfg, mesh, start)
     if writes:
-        base = None if resumed else initialization.base_params(cfg, params)
+        base = params if cfg.lora.rank else None  # checkpoints do not repeat it
         about = {"made_by": "train", "encoders": digests}
-        workdir_lib.create(workdir, cfg, params=base, vae=vae_params, hub=hub, about=about)
+        workdir_lib.create(workdir, cfg, params=base, vae=start.vae, hub=start.hub, about=about)
     checkpoints = run_checkpoints.RunCheckpoints(
         workdir,
         cfg.keep_checkpoints,
@@ -130,9 +132,9 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         writes=writes,
     )
     with jax.set_mesh(mesh):
-        restored = initialization.restore_state(cfg, mesh, params, vae_params, checkpoints)
+        restored = initialization.restore_state(cfg, mesh, start, checkpoints)
         if restored is None:
-            restored = initialization.create_state(cfg, mesh, params, vae_params), {}
+            restored = initialization.create_state(cfg, mesh, params, start.vae), {}
     state, saved = restored
     with processes.together("opening the held-out data"):
         held = heldout.Heldout(cfg, mesh, chat, saved.get("heldout", {}))
