@@ -226,9 +226,9 @@ class StepLog:
             return
         step, out, report, work = self._pending
         self._pending = None
-        cfg, ok = self._run.cfg, bool(out["ok"])
+        cfg = self._run.cfg
         with self._run.deferring_write_errors():
-            self.bad_steps.count(step, ok, report)
+            self.bad_steps.count(step, out, report)
             every = cfg.log_every_steps or cfg.num_steps
             if step % every and step not in (1, cfg.num_steps):
                 return

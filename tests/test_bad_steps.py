@@ -1,8 +1,10 @@
-"""A non-finite loss: its update is skipped, its rows are recorded, and the run stops in time."""
+"""A bad step (a non-finite loss or a spike) is skipped and recorded, and the run stops in time."""
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,17 +17,19 @@ from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.data import loader
 from janusflow_jax.parallel import trees
-from janusflow_jax.training import health, losses, replay
+from janusflow_jax.training import health, losses, replay, step as train_step
 
 
-def spoil(monkeypatch, bad_rows) -> None:
-    """The flow loss of these rows is NaN."""
+def spoil(monkeypatch, bad_rows, factor=np.nan) -> None:
+    """The flow loss of batches with these rows is multiplied by `factor`."""
     real = losses.loss_sums
 
     def spoiled(params, vae_params, batch, *args, **kwargs):
         sums, extras = real(params, vae_params, batch, *args, **kwargs)
         hit = jnp.isin(batch["row"], jnp.asarray(bad_rows, jnp.uint32)).any()
-        return sums | {"rf": jnp.where(hit, jnp.nan, sums["rf"])}, extras
+        scale = jnp.where(hit, factor, 1.0)
+        extras["by_source"]["rf"] *= scale
+        return sums | {"rf": sums["rf"] * scale}, extras
 
     monkeypatch.setattr(losses, "loss_sums", spoiled)
 
@@ -35,7 +39,7 @@ def test_bad_steps_are_recorded_and_reach_the_limit_for_good(tmp_path):
     oks = [False, True, False, False, True]
     for step, ok in enumerate(oks, start=1):
         rows = loader.Report(first_row=8 * step, next_row=8 * step + 8, bad=[])
-        steps.count(step, ok, rows)
+        steps.count(step, {"ok": ok, "loss": math.nan}, rows)
         assert steps.limit_reached == (step >= 4)
     lines = [
         json.loads(x)["first_row"]
@@ -45,7 +49,7 @@ def test_bad_steps_are_recorded_and_reach_the_limit_for_good(tmp_path):
     never = health.BadSteps(tmp_path / "other", 0)
     (tmp_path / "other").mkdir()
     for step in range(9):
-        never.count(step, False, loader.Report(0, 8, []))
+        never.count(step, {"ok": False, "loss": math.nan}, loader.Report(0, 8, []))
     assert not never.limit_reached
 
 
@@ -59,7 +63,8 @@ def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
     assert [x["ok"] for x in metrics] == [1, 0] and [x["bad_steps"] for x in metrics] == [0, 1]
     assert metrics[1]["loss"] is None and "loss" in metrics[1]["non_finite"]
     lines = [json.loads(x) for x in Path("run", health.BAD_STEPS_FILE).read_text().splitlines()]
-    assert lines == [{"step": 2, "first_row": 8, "end_row": 16}]
+    reason = "non-finite loss or gradient"
+    assert lines == [{"step": 2, "first_row": 8, "end_row": 16, "reason": reason}]
     first, second = (
         trees.flatten(model_folder.load_tree(Path("run/checkpoints", str(n), "params").resolve()))
         for n in (1, 2)
@@ -72,6 +77,51 @@ def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
     assert len(rows) == 4 and ["NOT FINITE" in x for x in rows[1:]] == [False, True, False]
     assert "loss_rf" in rows[2] and "records" in rows[2]
     assert replay.replay(cfg, "8")
+
+
+def test_the_mean_of_the_gradient_norm():
+    state = {"step": jnp.int32(0), "mean_norm": jnp.float32(0)}
+    seen = []
+    for step in range(150):
+        norm = 3.0 + step % 2
+        seen.append(norm)
+        state["mean_norm"] = train_step.update_mean_norm(state, jnp.float32(norm))
+        state["step"] += 1
+        if step < 100:
+            np.testing.assert_allclose(state["mean_norm"], np.mean(seen), rtol=1e-5)
+    np.testing.assert_allclose(state["mean_norm"], 3.5, rtol=0.01)
+    old = {"step": jnp.int32(5000), "mean_norm": jnp.float32(0)}
+    assert train_step.update_mean_norm(old, jnp.float32(7)) == 7
+    optim = c.OptimConfig(max_norm_ratio=4.0)
+    assert train_step.largest_norm(optim, old) == np.inf
+    np.testing.assert_allclose(train_step.largest_norm(optim, state), 4 * state["mean_norm"])
+    assert train_step.largest_norm(c.OptimConfig(), state) == np.inf
+
+
+@pytest.mark.slow
+def test_a_spike_is_skipped_counted_and_restored(store, monkeypatch):
+    """A finite gradient far above the mean; the run that resumes from step 3 knows the mean."""
+    monkeypatch.setattr(train_step, "MEAN_STEPS", 2)
+    runs.share_compiled_step(monkeypatch)
+    spoil(monkeypatch, [32], factor=1e6)
+    args = {"num_steps": 6, "keep_checkpoints": 9, "save_every_steps": 1}
+    cfg = runs.tiny_config("run", **args)
+    cfg.optim.max_norm_ratio = 20.0
+    train.train(cfg)
+    metrics = runs.read_metrics("run")
+    assert [x["ok"] for x in metrics] == [1, 1, 1, 1, 0, 1]
+    assert [x["bad_steps"] for x in metrics] == [0, 0, 0, 0, 1, 1]
+    norms = [x["grad_norm"] for x in metrics]
+    assert np.isfinite(norms).all() and norms[4] > 1000 * norms[3]
+    assert metrics[5]["mean_grad_norm"] < 20 * max(norms[:4])  # the spike hardly enters it
+    line = json.loads(Path("run", health.BAD_STEPS_FILE).read_text())
+    assert line["first_row"] == 32 and "spike" in line["reason"]
+    for step in (4, 5, 6):
+        shutil.rmtree(f"run/checkpoints/{step}")
+    train.train(cfg)
+    assert [x["mean_grad_norm"] for x in runs.read_metrics("run")] == [
+        x["mean_grad_norm"] for x in metrics
+    ]
 
 
 @pytest.mark.slow

@@ -89,6 +89,8 @@ class OptimConfig:
     eps: float = positive(1e-8)
     weight_decay: float = zero_or_more(0.0)
     clip_norm: float = zero_or_more(1.0)  # of the gradients of a step; 0: no clipping
+    # skip a step whose gradient norm is so many times its running mean; 0: only non-finite steps
+    max_norm_ratio: float = zero_or_more(0.0)
     ema: float = share(0.99)
     accum_steps: int = positive(1)
     moments_dtype: str = choice("float32", "bfloat16")  # bfloat16: AdamW only, half the memory
@@ -170,7 +172,7 @@ class TrainConfig:
     dtype: str = choice("float32", "bfloat16")  # of activations
     remat: bool = True
     attention: str = choice("auto", *ATTENTION)
-    # in a row with a non-finite loss or gradient; then the run stops; 0: it never does
+    # in a row that were skipped; then the run stops; 0: it never does
     max_bad_steps: int = zero_or_more(10)
     peak_tflops: float = zero_or_more(0.0)  # of one device, for utilization; 0: by its kind
     log_every_steps: int = zero_or_more(20)  # beside the first and the last; 0: those only
@@ -196,7 +198,7 @@ MAY_CHANGE = tuple(
         # Types of stored values: restoring rounds them to the new type.
         "frozen_dtype optim.moments_dtype "
         # The end of the run.
-        "num_steps max_bad_steps data.max_bad_share watchdog_s watchdog_exit "
+        "num_steps optim.max_norm_ratio max_bad_steps data.max_bad_share watchdog_s watchdog_exit "
         # What it writes and measures.
         "workdir made_by peak_tflops log_every_steps tensorboard evaluate prompts heldout "
         "heldout_captions sheet_every_steps sheet_cfg_weight sheet_num_steps save_every_steps "

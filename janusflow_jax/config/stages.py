@@ -136,6 +136,7 @@ def stage(
     )
     for name, value in fields.items():
         setattr(cfg, name, value)
+    cfg.optim.max_norm_ratio = 10.0
     return cfg
 
 

@@ -1,16 +1,17 @@
-"""What keeps a long run healthy: where its time goes, steps with a non-finite loss, a watchdog for
-steps that hang, and signals that ask it to stop."""
+"""What keeps a long run healthy: where its time goes, steps that are skipped, a watchdog for steps
+that hang, and signals that ask it to stop."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -117,7 +118,8 @@ class Attempts:
 
 
 class BadSteps:
-    """`bad_steps.jsonl`: the rows of every step with a non-finite loss or gradient.
+    """`bad_steps.jsonl`: the rows of every step with a non-finite loss or gradient, or a spike of
+    the gradient norm.
 
     The step itself skips the update (`training/step.py`).
     """
@@ -131,21 +133,31 @@ class BadSteps:
         self.limit_reached = False
         self._file, self._max = epath.Path(workdir) / BAD_STEPS_FILE, max_in_a_row
         self._in_a_row = 0
-        self._last: dict[str, int] = {}
+        self._last: dict[str, Any] = {}
         if processes.is_main() and self._file.exists():
             self._file.write_text(metrics.lines_up_to(self._file.read_text(), resume_step))
 
-    def count(self, step: int, ok: bool, report: loader.Report) -> None:
-        if ok:
+    def count(self, step: int, out: Mapping[str, Any], report: loader.Report) -> None:
+        """Args: out: metrics of the step: ok, loss, grad_norm, mean_grad_norm."""
+        if out["ok"]:
             self._in_a_row = 0
             return
+        reason = "non-finite loss or gradient"
+        if math.isfinite(out["loss"]) and math.isfinite(out["grad_norm"]):
+            norm, mean = float(out["grad_norm"]), float(out["mean_grad_norm"])
+            reason = f"gradient norm {norm:.3g} is a spike above its mean {mean:.3g}"
         self._in_a_row += 1
         # For good: metrics come one step late, so a good step may already be running.
         self.limit_reached |= 0 < self._max <= self._in_a_row
-        self._last = {"step": step, "first_row": report.first_row, "end_row": report.next_row}
+        self._last = {
+            "step": step,
+            "first_row": report.first_row,
+            "end_row": report.next_row,
+            "reason": reason,
+        }
         processes.log(
-            f"step {step}: non-finite loss or gradient, update skipped; rows {report.first_row} "
-            f"to {report.next_row - 1} added to {BAD_STEPS_FILE}"
+            f"step {step}: {reason}: update skipped; rows {report.first_row} to "
+            f"{report.next_row - 1} added to {BAD_STEPS_FILE}"
         )
         if processes.is_main():
             lines = self._file.read_text() if self._file.exists() else ""
@@ -155,11 +167,11 @@ class BadSteps:
         """Why the run stopped, and what to do."""
         rows = f"{self._last['first_row']}:{self._last['end_row']}"
         return (
-            f"{self._max} steps in a row, up to step {self._last['step']}, had a non-finite loss "
-            "or gradient; their updates were skipped and the run is saved. To see which rows "
-            f"cause it, run the same command with --replay={rows}. To continue, lower optim.lr in "
-            "a new run that starts from this one (--config.start), or remove the records of those "
-            f"rows from the data. {self._file} lists all bad steps"
+            f"{self._max} steps in a row were skipped, up to step {self._last['step']} "
+            f"({self._last['reason']}); the run is saved. To see which rows cause it, run the same "
+            f"command with --replay={rows}. To continue, lower optim.lr in a new run that starts "
+            "from this one (--config.start), or remove the records of those rows from the data. "
+            f"{self._file} lists all bad steps"
         )
 
 

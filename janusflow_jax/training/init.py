@@ -316,6 +316,7 @@ def restore_state(
         "vae": _cast(start.vae, cfg.frozen_dtype),
         "step": np.int32(run["step"]),
         "bad_steps": np.int32(run["bad_steps"]),
+        "mean_norm": np.float32(run.get("mean_norm", 0)),  # older runs have none
     }
     other = sharding.put_tree(other, sharding.tree_shardings(other, mesh))
     return {**arrays, **other, "params": train, "frozen": frozen}, run

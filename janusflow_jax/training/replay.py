@@ -36,7 +36,6 @@ def replay(cfg: TrainConfig, rows: str) -> bool:
             batch = {name: np.stack([x] * copies) for name, x in row.items()}
             _, out = step(run.state, sharding.put_batch(batch, run.mesh, copies))
             values = {name: float(x) for name, x in jax.device_get(out).items()}
-            all_finite &= bool(values["ok"])
             source, records = run.data.rows.records(number)
             losses = "  ".join(f"{n} {values[f'loss_{n}']:.4f}" for n in ("ar", "rf", "repa"))
             processes.log(f"row {number}: {losses}  gradient {values['grad_norm']:.4g}  {source}")
@@ -45,6 +44,7 @@ def replay(cfg: TrainConfig, rows: str) -> bool:
                 processes.log(f"  left out: {sample}")
             if non_finite := [name for name, x in values.items() if not math.isfinite(x)]:
                 processes.log(f"  NOT FINITE: {', '.join(non_finite)}")
+                all_finite = False
     return all_finite
 
 

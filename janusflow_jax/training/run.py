@@ -66,6 +66,7 @@ class Run:
             run={
                 "step": step,
                 "bad_steps": int(self.state["bad_steps"]),
+                "mean_norm": float(self.state["mean_norm"]),
                 "next_row": step * self.cfg.batch_rows,
                 "samples": report.num_samples,
                 "bad_samples": report.num_bad,

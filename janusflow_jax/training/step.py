@@ -1,7 +1,8 @@
 """One optimizer step: pure functions of (state, batch), jitted and sharded by the caller.
 
 The state is a plain dict: `params` (trained parts), `frozen` (the rest), `vae`, `ema` (of the
-trained parts), `opt_state`, `step` int32 (steps so far), `bad_steps` int32 (skipped updates).
+trained parts), `opt_state`, `step` int32 (steps so far), `bad_steps` int32 (skipped updates),
+`mean_norm` float32 (running mean of the gradient norm; 0: not known yet).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
-from janusflow_jax.config import TrainConfig, parts as parts_lib
+from janusflow_jax.config import OptimConfig, TrainConfig, parts as parts_lib
 from janusflow_jax.models import attention, janusflow, lora
 from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.training import losses, optim
@@ -23,6 +24,8 @@ from janusflow_jax.training import losses, optim
 State = dict[str, Any]
 Metrics = dict[str, Any]
 SAVED = ("params", "ema", "opt_state")
+MEAN_STEPS = 100
+"""Steps of the running mean of the gradient norm; before that many, no norm is a spike."""
 
 
 def make_model(cfg: TrainConfig) -> janusflow.JanusFlow:
@@ -50,6 +53,7 @@ def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
         "opt_state": optim.make_optimizer(cfg.optim, cfg.num_steps).init(train),
         "step": jnp.int32(0),
         "bad_steps": jnp.int32(0),
+        "mean_norm": jnp.float32(0),
     }
 
 
@@ -109,16 +113,40 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
         if cfg.optim.ema:
             new["ema"] = optim.update_ema(state["ema"], new["params"], cfg.optim.ema, state["step"])
 
-        # A step with a non-finite loss or gradient changes the counters only.
-        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+        # A step with a non-finite loss or gradient, or a spike, changes the counters only.
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        limit = largest_norm(cfg.optim, state)
+        ok = finite & (norm <= limit)
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, {n: state[n] for n in new})
         bad_steps = state["bad_steps"] + (1 - ok.astype(jnp.int32))
+        mean = update_mean_norm(state, jnp.minimum(norm, limit))
+        counters = {
+            "step": state["step"] + 1,
+            "bad_steps": bad_steps,
+            "mean_norm": jnp.where(finite, mean, state["mean_norm"]),
+        }
         metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "lr": lr(state["step"])}
-        metrics |= {"bad_steps": bad_steps, **_task_metrics(cfg, totals, extras)}
+        metrics |= {"bad_steps": bad_steps, "mean_grad_norm": state["mean_norm"]}
+        metrics |= _task_metrics(cfg, totals, extras)
         metrics |= {f"grad_norm/{part}": optax.tree.norm(g) for part, g in grads.items()}
-        return {**state, **new, "step": state["step"] + 1, "bad_steps": bad_steps}, metrics
+        return {**state, **new, **counters}, metrics
 
     return step
+
+
+def largest_norm(cfg: OptimConfig, state: State) -> Float[Array, ""]:
+    """The gradient norm above which a step is skipped."""
+    if not cfg.max_norm_ratio:
+        return jnp.float32(jnp.inf)
+    is_known = (state["step"] >= MEAN_STEPS) & (state["mean_norm"] > 0)
+    return jnp.where(is_known, cfg.max_norm_ratio * state["mean_norm"], jnp.inf)
+
+
+def update_mean_norm(state: State, norm: Float[Array, ""]) -> Float[Array, ""]:
+    """The running mean of the gradient norm after a step."""
+    mean = state["mean_norm"]
+    updated = mean + (norm - mean) / (jnp.minimum(state["step"], MEAN_STEPS - 1) + 1)
+    return jnp.where(mean > 0, updated, norm)  # a run of an older version has no mean
 
 
 def accumulate(gradient: Callable[[Any], Any], batch: Any, num_parts: int) -> Any:
