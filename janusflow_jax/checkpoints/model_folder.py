@@ -210,7 +210,7 @@ def _load_step(folder: epath.Path, workdir: epath.Path, weights: str, merged: bo
 
 
 def _check_arrays(folder: epath.Path, cfg: ModelConfig, params: Any, vae_params: Any) -> None:
-    """Raises CheckpointError with every array that does not fit the config."""
+    """Raises CheckpointError with every array that does not fit the config or is not finite."""
     expected = janusflow.param_shapes(cfg) if params else {}
     expected = {part: tree for part, tree in expected.items() if part in params}
     problems = trees.mismatches(expected, params, "params")
@@ -219,6 +219,13 @@ def _check_arrays(folder: epath.Path, cfg: ModelConfig, params: Any, vae_params:
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
         raise CheckpointError(f"{folder}: its arrays do not fit its config:\n{listed}")
+    problems = trees.non_finite(params or {}, "params") + trees.non_finite(vae_params or {}, "vae")
+    if problems:
+        listed = "\n".join(f"  - {p}" for p in problems)
+        raise CheckpointError(
+            f"{folder}: arrays that no model can use; take an earlier checkpoint, or convert it "
+            f"again from whole files:\n{listed}"
+        )
 
 
 def saving(tree: Any) -> ocp.Context:
