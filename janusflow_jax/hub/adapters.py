@@ -39,10 +39,10 @@ PREFIXES = ("language_model.model.", "model.language_model.", "model.", "")
 it), its LLM alone (LlamaForCausalLM), or that without its head (LlamaModel)."""
 KNOWN = """
     alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config
-    exclude_modules inference_mode init_lora_weights janusflow_jax layers_pattern
-    layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config loraplus_lr_embedding
-    loraplus_lr_ratio megatron_core peft_type peft_version qalora_group_size r rank_pattern revision
-    runtime_config target_modules task_type unsloth_version use_rslora velora_config
+    inference_mode init_lora_weights janusflow_jax layers_pattern loftq_config lora_alpha
+    lora_dropout lora_ga_config loraplus_lr_embedding loraplus_lr_ratio megatron_core peft_type
+    peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type
+    unsloth_version use_rslora velora_config
 """.split()
 """PEFT's fields that are read here, and those that change nothing of a trained adapter. An adapter
 that sets any other (use_dora, modules_to_save) may be more than scaled products."""
@@ -139,7 +139,7 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
         layers, width, out = _node(llm, target)["kernel"].shape
         for i in range(layers):
             module = _module(target, prefix).format(i)
-            if not _is_target(values, module, i):
+            if not _is_target(values["target_modules"], module):
                 continue
             modules[module] = target, i
             rank = _by_pattern(values, "rank_pattern", module, values["r"])
@@ -220,11 +220,11 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     for name, value in (("lora_alpha", values["lora_alpha"]), *alphas.items()):
         if not isinstance(value, int | float) or not 0 < value < MAX_ALPHA:
             raise ConvertError(
-                f"{folder / CONFIG}: {name}: expected a number above 0 and below {MAX_ALPHA:g}; "
-                f"got {value!r}"
+                f"{folder / CONFIG}: {name}: expected a number above 0; got {value!r} (at most "
+                f"{MAX_ALPHA:g})"
             )
-    expressions = (values["target_modules"], values.get("exclude_modules"))
-    for pattern in (*ranks, *alphas, *(x for x in expressions if isinstance(x, str))):
+    targets = values["target_modules"]
+    for pattern in (*ranks, *alphas, *([targets] if isinstance(targets, str) else [])):
         try:
             re.compile(pattern)
         except re.error as error:
@@ -245,22 +245,12 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     return values
 
 
-def _is_target(values: dict[str, Any], module: str, layer: int) -> bool:
+def _is_target(targets: list[str] | str, module: str) -> bool:
     """Whether a module has an adapter, by PEFT's rule (`check_target_module_exists`)."""
-    targets, layers = values["target_modules"], values.get("layers_to_transform")
-    if _matches(values.get("exclude_modules") or [], module):
-        return False
-    if layers is not None and layer not in (layers if isinstance(layers, list) else [layers]):
-        return False
-    all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-    return all_linear or _matches(targets, module)
-
-
-def _matches(patterns: list[str] | str, module: str) -> bool:
-    """Whether a module is one of a list, by the end of its path, or matches an expression."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in patterns)
+    if isinstance(targets, str):
+        all_linear = targets.lower() == "all-linear"
+        return all_linear or re.fullmatch(targets, module) is not None
+    return any(module == t or module.endswith(f".{t}") for t in targets)
 
 
 def _by_pattern(values: dict[str, Any], field: str, module: str, default: Any) -> Any:
