@@ -12,7 +12,9 @@ from helpers import golden
 from helpers.published import edit, shard, to_model
 from safetensors.numpy import load_file, save_file
 
-from janusflow_jax.config.errors import ConvertError, JanusFlowError
+from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config.errors import CheckpointError, ConvertError, JanusFlowError
+from janusflow_jax.parallel import trees
 
 # Each entry breaks one thing; the message must say where and what.
 
@@ -270,6 +272,61 @@ def test_a_missing_scaling_factor_is_said(folder, vae_folder, tmp_path, missing)
     assert len(remarks) == missing
     assert cfg.vae.scaling_factor == (0.18215 if missing else 0.13025)
     assert all("0.18215" in x and "0.13025" in x and str(vae_folder) in x for x in remarks)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.model.layers.1.mlp.down_proj.weight",
+        "vision_gen_dec_aligner.bias",
+        "decoder.conv_in.bias",
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_tensor_that_is_not_finite_is_named(folder, vae_folder, tmp_path, name, value, dtype):
+    file = folder / "model.safetensors"
+    if name.startswith("decoder"):
+        file = vae_folder / "diffusion_pytorch_model.safetensors"
+    tensors = {n: x.astype(dtype) for n, x in load_file(file).items()}
+    tensors[name].reshape(-1)[-1] = value
+    save_file(tensors, file)
+    with pytest.raises(ConvertError, match=name):
+        to_model(folder, vae_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["params", "vae"])
+def test_a_model_that_is_not_finite_does_not_load(folder, vae_folder, tmp_path, part):
+    to_model(folder, vae_folder, tmp_path / "good")
+    loaded = model_folder.load_model(tmp_path / "good")
+    if part == "vae":
+        trees.flatten(loaded.vae)["decoder/conv_in/bias"][0] = math.nan
+    else:
+        assert loaded.params is not None
+        loaded.params["llm"]["norm"]["scale"][0] = math.inf
+    model_folder.save_model(
+        tmp_path / "bad",
+        model_cfg=loaded.cfg,
+        params=loaded.params,
+        vae=loaded.vae,
+        hub_files=loaded.hub,
+        extra={},
+    )
+    with pytest.raises(CheckpointError, match=rf"{part}/.*(scale|bias): expected finite"):
+        model_folder.load_model(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e4, 0.0, -0.0])
+def test_what_is_finite(dtype, value):
+    x = np.ones((600, 700), dtype)
+    for array in (x, x.T, x[::2, ::3], x[:1, :1]):
+        array[-1, -1] = value
+        assert trees.is_finite(array) == math.isfinite(value)
+        array[-1, -1] = 1
+    assert trees.is_finite(np.zeros((0, 3), dtype))
+    assert trees.is_finite(np.arange(5, dtype=np.int8))
 
 
 def test_one_error_names_every_tensor_that_does_not_fit(folder, vae_folder, tmp_path):

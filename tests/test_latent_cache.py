@@ -349,6 +349,21 @@ def test_a_bad_picture_or_entry_is_a_bad_sample(stores, chat, encoders, encode):
         assert arrays["slot_task"][slot] == 0 and not arrays["latent_mean"][slot].any()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_neither_stored_nor_read(
+    stores, encoders, encode, monkeypatch, value
+):
+    def broken(pixels):
+        return {kind: x * value for kind, x in encode(pixels).items()}
+
+    with pytest.raises(DataError, match="expected finite"):
+        build(stores["a"], encoders, broken, "gen")
+    monkeypatch.setattr(encode_cache.trees, "non_finite", lambda *_: [])
+    build(stores["a"], encoders, broken, "unchecked")
+    with pytest.raises(DataError, match="unchecked latents record 3: expected finite"):
+        latent_cache.Cache("unchecked").latents(3, 0, stores["a"][3]["image"])
+
+
 def problems(cfg: c.TrainConfig) -> str:
     return "\n".join(config_checks.train_problems(cfg))
 

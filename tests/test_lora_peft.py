@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import config as c
 from janusflow_jax.config.errors import CheckpointError, ConvertError
@@ -160,7 +160,7 @@ def test_targets_are_read_as_peft_reads_them(tmp_path, case):
     assert scales(folder) == dict.fromkeys(want, 2)
 
 
-@pytest.mark.parametrize("head", ["language_model.model.", "model.", ""])
+@pytest.mark.parametrize("head", ["language_model.model.", "model.language_model.", "model.", ""])
 def test_layouts_of_names(tmp_path, head):
     folder = write(tmp_path / "adapter", PLAIN, QV, head=head)
     assert scales(folder) == dict.fromkeys(QV, 2)
@@ -227,6 +227,44 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
 )
 def test_a_config_of_other_tensors(tmp_path, about, message):
     assert message in refused(write(tmp_path / "adapter", about, QV))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("letter", "AB")
+def test_values_that_no_model_can_use_are_named(tmp_path, letter, value):
+    folder = write(tmp_path / "adapter", PLAIN, QV)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = f"base_model.model.model.{Q1}.lora_{letter}.weight"
+    tensors[name] = np.full_like(tensors[name], value)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    expected = name.removesuffix(f".lora_{letter}.weight") if value == 3e38 else name
+    message = refused(folder)
+    assert str(folder) in message and expected.removeprefix("base_model.model.") in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": 1e30}, "lora_alpha"),
+        ({"alpha_pattern": {"q_proj": 1e30}}, "q_proj"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+    ],
+)
+def test_a_scale_that_overflows_is_refused(tmp_path, change, message):
+    assert message in refused(write(tmp_path / "adapter", {**PLAIN, **change}, QV))
+
+
+def test_empty_tensors_of_deepspeed_are_explained(tmp_path):
+    folder = write(tmp_path / "adapter", PLAIN, QV)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    empty = {name: np.zeros(0, np.float32) for name in tensors}
+    save_file(empty, folder / "adapter_model.safetensors")
+    assert "DeepSpeed" in refused(folder)
+
+
+def test_fields_of_trainers_change_nothing(tmp_path):
+    about = {**PLAIN, "unsloth_version": "2025.9", "loraplus_lr_ratio": 16.0}
+    assert scales(write(tmp_path / "adapter", about, QV)) == dict.fromkeys(QV, 2)
 
 
 def test_bad_weights(tmp_path):

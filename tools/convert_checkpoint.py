@@ -41,7 +41,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--gen-width", type=int, default=768, help="with --llm: width of the new ConvNeXt parts"
     )
     p.add_argument("--seed", type=int, default=0, help="with --llm: seed of the new parts")
-    p.add_argument("--overwrite", action="store_true")
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that this command wrote"
+    )
     args = p.parse_args(argv)
     if args.janusflow and not args.vae and (epath.Path(args.janusflow) / "vae").is_dir():
         args.vae = str(epath.Path(args.janusflow) / "vae")

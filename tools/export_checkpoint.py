@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--license", default="", help="for the model card; default: the sources'")
     p.add_argument("--shard-gb", type=float, default=5.0, help="size of the largest weights file")
-    p.add_argument("--overwrite", action="store_true")
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that this command wrote"
+    )
     p.add_argument(
         "--adapter-only",
         action="store_true",

@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--batch-rows", type=int, default=16)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--overwrite", action="store_true")
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that this command wrote"
+    )
     args = p.parse_args(argv)
     began = time.time()
     model_folder.check_out(args.out, args.overwrite, [args.data])

@@ -175,7 +175,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--patch", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--overwrite", action="store_true")
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that this command wrote"
+    )
     args = p.parse_args(argv)
     out = epath.Path(args.out)
     mark, made = (judge.FILE, '"classes"'), (judge.FILE, judge.WEIGHTS, "README.md")

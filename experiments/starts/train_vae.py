@@ -136,7 +136,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--kl-weight", type=float, default=5e-4)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--preview", default="runs/train_vae/preview.png")
-    p.add_argument("--overwrite", action="store_true")
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that this command wrote"
+    )
     args = p.parse_args(argv)
     began = time.time()
     model_folder.check_out(args.out, args.overwrite, [args.data])

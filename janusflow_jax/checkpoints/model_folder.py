@@ -173,6 +173,8 @@ class ModelFiles:
         Args:
           like: a tree of targets by part: numpy arrays for arrays on the host, ShapeDtypeStructs
             with shardings for arrays of which each device reads its shard.
+        Raises:
+          CheckpointError: an array holds NaN or infinity.
         """
         targets, out = trees.flatten(like), {}
         adapted = [n for n in targets if self._is_adapted(n)]
@@ -186,6 +188,12 @@ class ModelFiles:
             value, target = self._merged(name).astype(targets[name].dtype), targets[name]
             on_host = isinstance(target, np.ndarray)
             out[name] = value if on_host else sharding.put_tree(value, target.sharding)
+        if non_finite := trees.non_finite(out):
+            listed = "\n".join(f"  - {name}: {trees.NON_FINITE}" for name in non_finite)
+            raise CheckpointError(
+                f"{self.source}: arrays that no model can use; take an earlier checkpoint, or "
+                f"convert it again from whole files:\n{listed}"
+            )
         return trees.unflatten(out)
 
     def _is_adapted(self, name: str) -> bool:

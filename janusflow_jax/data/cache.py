@@ -273,6 +273,11 @@ class Cache:
         crcs = np.frombuffer(data, "<u4", count, _HEAD.size).tolist()
         values = np.frombuffer(data, DTYPES[self.manifest.dtype], offset=_HEAD.size + 4 * count)
         values = values.reshape(count, *self.manifest.shapes[kind])
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise DataError(
+                f"{where} record {record}: expected finite values; got NaN or infinity; make the "
+                "cache again, with --compute-dtype float32"
+            )
         expected = [zlib.crc32(x) for x in encoded]
         if not set(expected) <= set(crcs):
             raise DataError(f"{where}: is of another image; make the cache again")

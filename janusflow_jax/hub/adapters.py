@@ -34,17 +34,21 @@ from janusflow_jax.parallel import trees
 
 WEIGHTS, CONFIG = "adapter_model", "adapter_config.json"
 BASE = "base_model.model."
-PREFIXES = ("language_model.model.", "model.", "")
-"""What may precede 'layers.0...': the whole model was adapted (ours), its LLM alone
-(LlamaForCausalLM), or that without its head (LlamaModel)."""
+PREFIXES = ("language_model.model.", "model.language_model.", "model.", "")
+"""What may precede 'layers.0...': the whole model was adapted (ours, and as transformers 5 names
+it), its LLM alone (LlamaForCausalLM), or that without its head (LlamaModel)."""
 KNOWN = """
     alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config
     inference_mode init_lora_weights janusflow_jax layers_pattern loftq_config lora_alpha
-    lora_dropout lora_ga_config megatron_core peft_type peft_version qalora_group_size r
-    rank_pattern revision runtime_config target_modules task_type use_rslora velora_config
+    lora_dropout lora_ga_config loraplus_lr_embedding loraplus_lr_ratio megatron_core peft_type
+    peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type
+    unsloth_version use_rslora velora_config
 """.split()
 """PEFT's fields that are read here, and those that change nothing of a trained adapter. An adapter
 that sets any other (use_dora, modules_to_save) may be more than scaled products."""
+MERGE_ELSEWHERE = "if PEFT can apply it, use merge_and_unload there and convert the result"
+MAX_ALPHA = 1e6
+"""Larger ones are no scale of an adapter but a mistake: logits would overflow."""
 INITS = (True, None, False, "gaussian", "orthogonal", "eva")
 """Initializations that leave the base unchanged; others (PiSSA, OLoRA, LoftQ) change it."""
 
@@ -123,6 +127,11 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
         raise ConvertError(f"{folder}: expected an adapter ({CONFIG}, {WEIGHTS}.safetensors)")
     values = read_config(folder)
     stored = open_folder(folder, (WEIGHTS,))
+    if empty := [name for name, x in stored.items() if 0 in x.shape]:
+        raise ConvertError(
+            f"{folder}: expected tensors with values; {empty[0]} is empty, as DeepSpeed's ZeRO-3 "
+            "saves them: set stage3_gather_16bit_weights_on_model_save there, and save it again"
+        )
     prefix = _prefix(folder, stored)
     modules: dict[str, tuple[str, int]] = {}
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
@@ -138,7 +147,9 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
                 name = f"{BASE}{module}.lora_{letter}.weight"
                 shapes[name] = jax.ShapeDtypeStruct(shape, np.float32)
     problems = trees.mismatches(shapes, stored, folder.name)
-    raise_problems(f"{folder}: this adapter does not fit the model", problems)
+    raise_problems(
+        f"{folder}: this adapter does not fit the model's layers; {MERGE_ELSEWHERE}", problems
+    )
     targets = sorted({target for target, _ in modules.values()})
     base = values.get("base_model_name_or_path")
     ours = values.get("janusflow_jax")
@@ -159,13 +170,25 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
     for kernel in paths.values():
         leaves[kernel] = np.array(leaves[kernel], np.float32)
     for module, (target, i) in modules.items():
-        a, b = (np.asarray(stored[f"{BASE}{module}.lora_{x}.weight"]).T for x in "AB")
+        a, b = (_finite(folder, stored, f"{BASE}{module}.lora_{x}.weight").T for x in "AB")
         kernels = leaves[paths[target]]
         alpha = _by_pattern(values, "alpha_pattern", module, values["lora_alpha"])
         scale = alpha / (math.sqrt(a.shape[1]) if values.get("use_rslora") else a.shape[1])
         adapted = {"kernel": kernels[i], "lora_a": a, "lora_b": b, parts_lib.LORA_SCALE: scale}
         kernels[i] = lora.merge(adapted)["kernel"]
+        if not trees.is_finite(kernels[i]):
+            raise ConvertError(
+                f"{folder}: {module}: {trees.NON_FINITE} in the adapted kernel: its scale of "
+                f"{scale:g} is too large for its values"
+            )
     return trees.unflatten(leaves)
+
+
+def _finite(folder: epath.Path, stored: dict[str, LazyTensor], name: str) -> np.ndarray:
+    x = np.asarray(stored[name])
+    if not trees.is_finite(x):
+        raise ConvertError(f"{folder}: {name}: {trees.NON_FINITE}: its training diverged")
+    return x
 
 
 def digest(llm: dict[str, Any], targets: Iterable[str]) -> str:
@@ -195,9 +218,10 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
         if not isinstance(value, int) or value < 1:
             raise ConvertError(f"{folder / CONFIG}: {name}: expected a rank; got {value!r}")
     for name, value in (("lora_alpha", values["lora_alpha"]), *alphas.items()):
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or not 0 < value < MAX_ALPHA:
             raise ConvertError(
-                f"{folder / CONFIG}: {name}: expected a number above 0; got {value!r}"
+                f"{folder / CONFIG}: {name}: expected a number above 0; got {value!r} (at most "
+                f"{MAX_ALPHA:g})"
             )
     targets = values["target_modules"]
     for pattern in (*ranks, *alphas, *([targets] if isinstance(targets, str) else [])):
@@ -215,8 +239,8 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     if unsupported:
         settings = ", ".join(f"{name} = {json.dumps(values[name])}" for name in unsupported)
         raise ConvertError(
-            f"{folder / CONFIG}: not supported: {settings}: if PEFT can apply it, use "
-            "merge_and_unload there and convert the result"
+            f"{folder / CONFIG}: not supported: {settings}; {MERGE_ELSEWHERE}; if a setting only "
+            "describes how the adapter was trained, remove it from the file"
         )
     return values
 

@@ -118,8 +118,8 @@ def weight_files(folder: epath.Path, names: Sequence[str] = WEIGHT_NAMES) -> lis
         if index.exists():
             values = read_json(index)
             weight_map = values.get("weight_map") if isinstance(values, dict) else None
-            shards = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
-            if not all(isinstance(shard, str) for shard in shards):
+            shards = weight_map.values() if isinstance(weight_map, dict) else ()
+            if not shards or not all(isinstance(shard, str) for shard in shards):
                 raise ConvertError(f"{index}: expected an index of shards with a weight_map")
             return [folder / shard for shard in sorted({*shards})]
     if not folder.is_dir():

@@ -85,13 +85,20 @@ def from_torch(
     """Reads a tree tensor by tensor, after `check`.
 
     Args: expected: the tree's shapes; dtype: None keeps each tensor's own.
+    Raises:
+      ConvertError: a tensor with NaN or infinity.
     """
     leaves: dict[str, Any] = {}
     shapes = {path: leaf.shape for path, leaf in trees.flatten(expected).items()}
     for rule in rules:
         ours = LAYOUTS[rule.layout].ours
         for i in range(rule.count(shapes)):
-            tensor = np.asarray(tensors[rule.name.format(i)])
+            name = rule.name.format(i)
+            tensor = np.asarray(tensors[name])
+            if not trees.is_finite(tensor):
+                raise ConvertError(
+                    f"{name}: {trees.NON_FINITE}: the file is damaged, or its training diverged"
+                )
             for path, piece in zip(rule.paths, np.split(tensor, len(rule.paths)), strict=True):
                 if path not in leaves:
                     leaves[path] = np.empty(shapes[path], dtype or tensor.dtype)

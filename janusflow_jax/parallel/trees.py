@@ -7,10 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
 Tree = dict[str, Any]
+NON_FINITE = "expected finite numbers; got NaN or infinity"
+_PIECE = 1 << 18  # values that fit the CPU's cache
 
 
 def path_name(path: Any) -> str:
@@ -40,6 +44,29 @@ def mismatches(expected: Any, got: Any, where: str) -> list[str]:
         elif want[name] != have[name]:
             lines.append(f"{where}/{name}: expected shape {want[name]}; got {have[name]}")
     return lines
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Whether an array on the host holds no NaN and no infinity; takes no memory to speak of."""
+    values = np.ravel(x, order="K")
+    pieces = (values[at : at + _PIECE] for at in range(0, values.size, _PIECE))
+    if values.dtype == ml_dtypes.bfloat16:  # NumPy's own test of it takes eight times as long
+        return all(np.max(p.view(np.uint16) & 0x7FFF) < 0x7F80 for p in pieces)
+    return all(np.isfinite(p).all() for p in pieces)
+
+
+def non_finite(tree: Any) -> list[str]:
+    """Names of the arrays that hold NaN or infinity, on the host or in shards on devices."""
+    leaves = flatten(tree)
+    on_devices = {name: x for name, x in leaves.items() if isinstance(x, jax.Array)}
+    finite = jax.device_get(_all_finite(on_devices))
+    finite |= {name: is_finite(x) for name, x in leaves.items() if name not in on_devices}
+    return [name for name in leaves if not finite[name]]
+
+
+@jax.jit
+def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.all(jnp.isfinite(x)) for name, x in arrays.items()}
 
 
 def merge(first: Tree, second: Tree) -> Tree:
