@@ -65,7 +65,7 @@ class Run:
             run={
                 "step": step,
                 "bad_steps": int(self.state["bad_steps"]),
-                "next_row": step * self.cfg.batch_rows,
+                "next_row": self.cfg.data.row_at(step * self.cfg.batch_rows),
                 "samples": report.num_samples,
                 "bad_samples": report.num_bad,
                 "config": config_lib.to_dict(self.cfg),

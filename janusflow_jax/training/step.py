@@ -65,7 +65,8 @@ def task_shares(cfg: TrainConfig, step: Array | int) -> dict[str, Any]:
         generate = sum(
             w for w, s in zip(weights, cfg.data.sources, strict=True) if s.task == "generate"
         )
-        gen = jnp.where(step >= -(-first_row // cfg.batch_rows), generate / sum(weights), gen)
+        first_step = -(-cfg.data.position_of(first_row) // cfg.batch_rows)
+        gen = jnp.where(step >= first_step, generate / sum(weights), gen)
     return {"ar": 1 - gen, "rf": gen, "repa": gen}
 
 
