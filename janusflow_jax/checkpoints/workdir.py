@@ -167,6 +167,7 @@ def branch(workdir: epath.Path, cfg: TrainConfig, source: str) -> None:
     check(origin, cfg, MAY_CHANGE_IN_BRANCH)
     _check_rows_before(origin / "checkpoints" / step, cfg)
     with explained(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
         mark.write_text(json.dumps(about))
         for name in ("base", f"checkpoints/{step}"):
             files.remove(workdir / name)  # of an interrupted copy
