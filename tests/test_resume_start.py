@@ -31,7 +31,7 @@ from janusflow_jax.training import init as initialization
 def test_only_what_a_start_gives_must_agree(tmp_path):
     """Every field in which a start differs is named, if the run takes a part that depends on it."""
     fields = {"vae__scaling_factor": 0.5, "llm__rope_theta": 5e5, "gen__norm_eps": 1e-5}
-    path = save_start(str(tmp_path / "other"), **fields)
+    path = save_start(str(tmp_path / "other"), seed=0, **fields)
     with pytest.raises(c.ConfigError, match="was made with other values") as error:
         initialization.find_start(config("x", start=path, tokenizer=""))
     named = re.findall(r"its (\w+) was made .*?\(model\.(\S+): (\S+) then", str(error.value))

@@ -48,7 +48,7 @@ def tiny_config(workdir: Any, **fields) -> c.TrainConfig:
     return cfg
 
 
-def save_start(path: str, seed: int = 0, model: c.ModelConfig | None = None, **fields) -> str:
+def save_start(path: str, seed: int = 0, model: Any = None, **fields) -> str:
     """A whole model at a path, of the tiny size if not given, with other values of some fields."""
     model = model or tiny_config("x").model
     for name, value in fields.items():
