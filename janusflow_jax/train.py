@@ -37,6 +37,12 @@ _REPLAY = flags.DEFINE_string(
     "ROW or FIRST:END: print the losses and gradient norms of single rows with the newest "
     "checkpoint's parameters, and train nothing (bad_steps.jsonl in the workdir lists rows)",
 )
+_BRANCH_FROM = flags.DEFINE_string(
+    "branch-from",
+    "",
+    "RUN@STEP: begin a new run with the parameters, optimizer state, EMA and data position of this "
+    "checkpoint; learning rate, mixture and data.skip_rows may differ (docs/training.md)",
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -46,14 +52,19 @@ _DISTRIBUTED = flags.DEFINE_enum(
 )
 
 
-def train(cfg: TrainConfig) -> str:
-    """Trains to the config's last step, or until a signal stops it. Returns the workdir."""
+def train(cfg: TrainConfig, branch_from: str = "") -> str:
+    """Trains to the config's last step, or until a signal stops it. Returns the workdir.
+
+    Args: branch_from: 'RUN@STEP', where a new run takes its state from.
+    """
     clock = health.Clock()
     workdir, lock = workdir_of(cfg), None
     with contextlib.ExitStack() as stack:
         with processes.together("opening the workdir"):
             if processes.is_main():
                 lock = stack.enter_context(workdir_lib.Lock(workdir))
+                if branch_from:
+                    workdir_lib.branch(workdir, cfg, branch_from)
         run = open_run(cfg, lock)
         stop = stack.enter_context(health.StopSignal())
         watchdog = stack.enter_context(health.Watchdog(cfg.watchdog_s, cfg.watchdog_exit))
@@ -253,7 +264,7 @@ def main(argv: list[str]) -> None:
     compile_cache.enable()
     if _REPLAY.value:
         sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
-    train(cfg)
+    train(cfg, _BRANCH_FROM.value)
 
 
 def run() -> None:

@@ -59,6 +59,14 @@ train_command() {
     ${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"} | sed 's/ $//'
 }
 
+# The same for machines that do not inherit the environment: with the caller's folder of compiled programs.
+remote_train_command() {
+  if [ -n "${JANUSFLOW_COMPILATION_CACHE:-}" ]; then
+    printf 'JANUSFLOW_COMPILATION_CACHE=%q ' "$JANUSFLOW_COMPILATION_CACHE"
+  fi
+  train_command
+}
+
 # This checkout as GIT_URL@COMMIT.
 checkout_source() {
   local url commit

@@ -38,4 +38,4 @@ if [ -n "${BUILD:-}" ]; then
 fi
 run xpk workload create "${place[@]}" --workload="$NAME" --tpu-type="$TYPE" \
   --num-slices="$SLICES" --docker-image="$IMAGE" --max-restarts="${RESTARTS:-100}" \
-  --command="$(train_command)"
+  --command="$(remote_train_command)"

@@ -67,7 +67,7 @@ fi
 setup="rm -rf ~/src && git clone -q ${SOURCE%@*} ~/src && git -C ~/src checkout -q ${SOURCE##*@}"
 setup+=" && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --allow-existing"
 setup+=" --python 3.12 ~/jf && ~/.local/bin/uv pip install -q -p ~/jf -e ~/src[tpu]"
-start="cd ~/src && source ~/jf/bin/activate && $(train_command)"
+start="cd ~/src && source ~/jf/bin/activate && $(remote_train_command)"
 pids=()
 for node in "${nodes[@]}"; do
   run gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker=all --command="$setup"

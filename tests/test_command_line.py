@@ -2,7 +2,7 @@
 
 import io
 import json
-import pathlib
+import os
 import re
 import sys
 
@@ -197,8 +197,15 @@ def test_the_cache_keeps_programs_and_can_be_turned_off(monkeypatch, tmp_path):
         jax.config.update("jax_compilation_cache_dir", None)
         blocked = tmp_path / "file"
         blocked.write_text("")
-        monkeypatch.setenv(compile_cache.VARIABLE, str(pathlib.Path(blocked) / "cache"))
-        assert compile_cache.enable() is None
+        for setting in (str(blocked / "cache"), "/proc/cache", "~nobody-here/cache", "no://x/y"):
+            monkeypatch.setenv(compile_cache.VARIABLE, setting)
+            with pytest.warns(UserWarning, match=compile_cache.VARIABLE):
+                assert compile_cache.enable() is None
+        monkeypatch.delenv(compile_cache.VARIABLE)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, no passwd entry
+        with pytest.warns(UserWarning, match="no home"):
+            assert compile_cache.enable() is None
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

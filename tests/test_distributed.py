@@ -72,7 +72,7 @@ def test_same_losses(data, alone, tmp_path, processes, devices, mesh):
 
 @pytest.mark.slow
 def test_adapters_train_and_resume_over_processes(data, alone, tmp_path):
-    """Their start is in `base/`, written by the first process and read by all."""
+    """Their start is in `base/`, written and read by all processes."""
     flags = (f"start={alone}", "allow_fresh=False", "lora.rank=4", "train_parts=()")
     jobs.run(data, tmp_path / "one", "num_steps=3", *flags)
     shared = (*flags, "mesh.data=1", "mesh.fsdp=2")

@@ -418,7 +418,7 @@ def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode):
     build(stores["a"], encoders, encode, "gen")
     made = open_rows(chat, mixture(generate="gen"))
     cfg = runs.config("x")
-    ours = encode_cache.digests(cfg, made, {"und_encoder": encoders.siglip}.get)
+    ours = encode_cache.digests(cfg, made, {"und_encoder": encoders.siglip}.__getitem__)
     assert list(ours) == ["und_encoder"]
     encode_cache.check(cfg, made, ours, encoders.vae)
     other = jax.tree.map(lambda x: x + 1e-3, encoders.vae)
@@ -427,7 +427,7 @@ def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode):
     decoder = {**encoders.vae, "decoder": other["decoder"]}
     encode_cache.check(cfg, made, ours, decoder)
     changed = {"und_encoder": jax.tree.map(lambda x: x + 1e-3, encoders.siglip)}
-    other = encode_cache.digests(cfg, made, changed.get)
+    other = encode_cache.digests(cfg, made, changed.__getitem__)
     with pytest.raises(DataError, match="this run's SigLIP"):
         encode_cache.check(cfg, made, other, encoders.vae)
     encode_cache.check(cfg, made, {}, encoders.vae)
@@ -442,6 +442,6 @@ def test_a_cache_of_other_encoders_is_refused(stores, chat, encoders, encode):
     )
     # ablation C trains a VAE encoder of its own for understanding: generation's stays frozen
     own = runpy.run_path(str(ROOT / "configs" / "ablation.py"))["get_config"]("C,test")
-    target = encode_cache.digests(own, made, {"repa_target": encoders.siglip}.get)
+    target = encode_cache.digests(own, made, {"repa_target": encoders.siglip}.__getitem__)
     assert list(target) == ["repa_target"]
     encode_cache.check(own, made, target, encoders.vae)

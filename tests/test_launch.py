@@ -20,14 +20,14 @@ SCRIPTS = {
 }
 
 
-def launch(script: str, *args: str) -> subprocess.CompletedProcess:
-    env = {"PATH": os.environ["PATH"], "HOME": "/nowhere"}
+def launch(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    env = {"PATH": os.environ["PATH"], "HOME": "/nowhere", **env}
     command = ["bash", f"launch/{script}.sh", *args]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def commands(script: str, *args: str) -> list[list[str]]:
-    done = launch(script, *SCRIPTS[script], *JOB, "--dry-run", *args)
+def commands(script: str, *args: str, **env: str) -> list[list[str]]:
+    done = launch(script, *SCRIPTS[script], *JOB, "--dry-run", *args, **env)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
@@ -122,6 +122,15 @@ def test_wrong_options_are_reported(script):
     assert done.returncode == 1 and "--nmae" in done.stderr
     assert "--name=value" in launch(script, "name=x").stderr
     assert "--dry-run" in launch(script, "--help").stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_folder_of_compiled_programs_reaches_every_process(script):
+    last = options(commands(script, JANUSFLOW_COMPILATION_CACHE="gs://b/cache")[-1])
+    if script == "slurm":  # it passes the environment on by itself
+        assert "gs://b/cache" not in last["wrap"]
+    else:
+        assert "JANUSFLOW_COMPILATION_CACHE=gs://b/cache python -m" in last["command"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

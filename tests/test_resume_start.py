@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,45 +16,22 @@ from helpers.runs import (
     HUB,
     last_arrays,
     read_metrics,
+    save_start,
     share_compiled_step,
     tiny_config as config,
 )
 
 from janusflow_jax import config as c, train
-from janusflow_jax.checkpoints import model_folder, workdir
+from janusflow_jax.checkpoints import workdir
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.config.run import MAY_CHANGE
-from janusflow_jax.models import janusflow, vae
 from janusflow_jax.training import init as initialization
-
-
-def start(path: str, seed: int = 0, **fields) -> str:
-    """A whole model of the tiny size at a path, of a config with other fields."""
-    model = config("x").model
-    for name, value in fields.items():
-        section, field = name.split("__")
-        setattr(getattr(model, section), field, value)
-    shapes = janusflow.param_shapes(model), vae.param_shapes(model.vae)
-    values = np.random.default_rng(seed)
-    params, vae_params = jax.tree.map(
-        lambda x: (0.02 * values.standard_normal(x.shape)).astype(np.float32), shapes
-    )
-    model_folder.save_model(
-        path,
-        model_cfg=model,
-        params=params,
-        vae=vae_params,
-        hub_files=epath.Path(HUB),
-        extra={},
-        overwrite=True,
-    )
-    return path
 
 
 def test_only_what_a_start_gives_must_agree(tmp_path):
     """Every field in which a start differs is named, if the run takes a part that depends on it."""
     fields = {"vae__scaling_factor": 0.5, "llm__rope_theta": 5e5, "gen__norm_eps": 1e-5}
-    path = start(str(tmp_path / "other"), **fields)
+    path = save_start(str(tmp_path / "other"), seed=0, **fields)
     with pytest.raises(c.ConfigError, match="was made with other values") as error:
         initialization.find_start(config("x", start=path, tokenizer=""))
     named = re.findall(r"its (\w+) was made .*?\(model\.(\S+): (\S+) then", str(error.value))
@@ -136,12 +112,12 @@ def test_a_run_resumes_with_less_memory_and_with_more_again(store):
 def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys, monkeypatch):
     """Whatever lies where it began: another model, or nothing."""
     share_compiled_step(monkeypatch)
-    start("models/a")
+    save_start("models/a")
     settings = {"start": "models/a", "tokenizer": ""}
     train.train(config("whole", **settings))
     train.train(config("changed", num_steps=1, **settings))
     shutil.copytree("changed", "gone")
-    start("models/a", seed=1)
+    save_start("models/a", seed=1)
     capsys.readouterr()
     train.train(config("changed", **settings))
     said = capsys.readouterr().out
@@ -153,7 +129,7 @@ def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys, monkeypatch
         for name, x in last_arrays(run).items():
             np.testing.assert_array_equal(x, whole[name], err_msg=f"{run} {name}")
 
-    start("models/b", seed=1)
+    save_start("models/b", seed=1)
     with pytest.raises(CheckpointError, match=r"start: 'models/a' then, 'models/b' now"):
         train.train(config("gone", start="models/b", tokenizer="", num_steps=6))
 
@@ -162,7 +138,7 @@ def test_a_run_goes_on_with_its_own_vae_and_tokenizer(store, capsys, monkeypatch
 def test_a_run_that_saved_nothing_yet_keeps_its_vae(store, monkeypatch):
     """Killed before its first checkpoint: `base/` is there, the other parts come from the start."""
     share_compiled_step(monkeypatch)
-    start("models/a")
+    save_start("models/a")
     settings = {"start": "models/a", "tokenizer": ""}
     train.train(config("whole", **settings))
     shutil.copytree("whole", "killed")

@@ -111,7 +111,7 @@ def save_model(
             part = folder / name if name == "vae" else folder / "params" / name
             if main:
                 part.parent.mkdir(exist_ok=True)
-            _save_tree(part, jax.tree.map(np.asarray, jax.device_get(tree)))
+            _save_tree(part, tree)
             names.append(name)
             del tree  # before the next one is made
         if main:
@@ -330,10 +330,16 @@ def strip_local_paths(path: epath.Path) -> None:
 
 
 def _save_tree(path: epath.Path, tree: Any) -> None:
+    """Sharded arrays are written by the processes that have their shards."""
+    tree = jax.tree.map(lambda x: x if _is_sharded(x) else np.asarray(x), tree)
     with saving(tree):
         ocp.save(path, tree)
     if processes.is_main():
         strip_local_paths(path)
+
+
+def _is_sharded(x: Any) -> bool:
+    return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
 
 
 def load_tree(path: Any, like: Any = None) -> Any:

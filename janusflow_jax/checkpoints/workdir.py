@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -18,11 +18,13 @@ from etils import epath
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import TrainConfig, fields, files
-from janusflow_jax.config.errors import CheckpointError
-from janusflow_jax.config.run import MAY_CHANGE
+from janusflow_jax.config.errors import CheckpointError, ConfigError
+from janusflow_jax.config.run import MAY_CHANGE, MAY_CHANGE_IN_BRANCH
 from janusflow_jax.parallel import processes
 
 LOCK = "lock"
+BRANCH = "branch.json"
+"""In a run that began as a branch: which checkpoint of which run it began from."""
 
 
 class Lock:
@@ -110,8 +112,8 @@ def explained(workdir: epath.Path) -> Iterator[None]:
         raise CheckpointError(explain(error, workdir)) from error
 
 
-def check(workdir: epath.Path, cfg: TrainConfig) -> None:
-    """Checks that the run in a folder has this config, apart from what may change.
+def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ()) -> None:
+    """Checks that the run in a folder has this config, apart from MAY_CHANGE and `may_change`.
 
     Raises:
       CheckpointError: it has another config (lists every difference).
@@ -121,12 +123,80 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
         return
     # Fields that the run's version did not have get their defaults.
     then = config_lib.from_dict(TrainConfig, model_folder.read_json(file))
-    changes = fields.differences(config_lib.to_dict(then), config_lib.to_dict(cfg), MAY_CHANGE)
+    may_change = (*MAY_CHANGE, *may_change)
+    changes = fields.differences(config_lib.to_dict(then), config_lib.to_dict(cfg), may_change)
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise CheckpointError(
             f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
             "(--config.workdir=...), or the old config to resume it"
+        )
+
+
+def branch(workdir: epath.Path, cfg: TrainConfig, source: str) -> None:
+    """Copies `base/` and a checkpoint of a run into a new workdir, which then resumes from it.
+
+    Does nothing in a workdir that is this branch already.
+
+    Args: source: 'RUN@STEP', the other run's workdir and one of its steps.
+    Raises:
+      ConfigError: a source of another form.
+      CheckpointError: there is no such checkpoint, the workdir holds another run, or the config
+        differs from the other run's in a field that no branch may change (lists all of them).
+    """
+    run, _, step = source.rpartition("@")
+    if not (run and step.isdigit()):
+        raise ConfigError(f"--branch-from: expected RUN@STEP, such as runs/a@5000; got {source!r}")
+    origin = epath.Path(run).resolve()
+    about, mark = {"run": str(origin), "step": int(step)}, workdir / BRANCH
+    begun = mark.exists() and model_folder.read_json(mark) == about
+    present = [n for n in ("config.json", "base", "checkpoints") if (workdir / n).exists()]
+    if present and not begun:
+        raise CheckpointError(
+            f"--branch-from: {workdir} holds a run that is not a branch of {source}: use another "
+            "folder (--config.workdir=...)"
+        )
+    if "config.json" in present:
+        return
+    steps = model_folder.committed_steps(origin)
+    if int(step) not in steps:
+        raise CheckpointError(
+            f"--branch-from: {origin} has no finished checkpoint of step {step}; it has "
+            f"{steps or 'none'}"
+        )
+    check(origin, cfg, MAY_CHANGE_IN_BRANCH)
+    _check_rows_before(origin / "checkpoints" / step, cfg)
+    with explained(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(about))
+        for name in ("base", f"checkpoints/{step}"):
+            files.remove(workdir / name)  # of an interrupted copy
+            files.copy(origin / name, workdir / name)
+
+
+def _check_rows_before(checkpoint: epath.Path, cfg: TrainConfig) -> None:
+    """Checks that a branch counts the rows before its checkpoint as the other run did.
+
+    Raises:
+      ConfigError: it leaves out rows that were trained on, so that other rows would be left out.
+    """
+    run = model_folder.read_json(checkpoint / "run.json")
+    then = config_lib.from_dict(TrainConfig, run["config"])
+    row = then.data.row_at(run["step"] * then.batch_rows)
+
+    def before(values: Sequence[Any]) -> list[Any]:
+        return [x for x in values if x[0] < row]
+
+    old, new = before(then.data.skip_rows), before(cfg.data.skip_rows)
+    if old != new:
+        raise ConfigError(
+            f"data.skip_rows: expected {old} before row {row}, where the branch begins; got {new}"
+        )
+    if before(then.data.phases()) != before(cfg.data.phases()):
+        processes.log(
+            f"WARNING: the mixture differs before row {row}, where the branch begins: its rows are "
+            "numbered anew, so some samples come again and others do not. To change it from here "
+            f"on, set data.change_row={row} and the weight_after of the sources"
         )
 
 

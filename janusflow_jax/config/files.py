@@ -127,3 +127,13 @@ def remove(path: Any) -> None:
         path.rmtree()
     else:
         path.unlink(missing_ok=True)
+
+
+def copy(source: Any, target: Any) -> None:
+    """Copies a folder to where nothing is, on a disk or in a bucket."""
+    target.mkdir(parents=True)
+    for entry in source.iterdir():
+        if entry.is_dir():
+            copy(entry, target / entry.name)
+        else:
+            entry.copy(target / entry.name)

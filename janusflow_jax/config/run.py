@@ -6,6 +6,7 @@ A file in `configs/` builds it (`get_config(arg)`), flags may change it (`--conf
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 from janusflow_jax.config.fields import (
@@ -59,6 +60,14 @@ class DataConfig:
     und_slots: int = zero_or_more(6)
     # from this row (step x batch_rows) on `weight_after` holds; 0: never
     change_row: int = zero_or_more(0)
+    skip_rows: tuple[tuple[int, int], ...] = limited(
+        (),
+        lambda pairs: (
+            all(0 <= first < end for first, end in pairs)
+            and all(a[1] <= b[0] for a, b in itertools.pairwise(pairs))
+        ),
+        "pairs (first row, row after the last), ascending, which are left out",
+    )
     drop_prompt: float = share(0.1)
     seed: int = seed()
     num_threads: int = zero_or_more(2)
@@ -69,6 +78,17 @@ class DataConfig:
     @property
     def num_slots(self) -> int:
         return max(self.gen_slots, self.und_slots)
+
+    def row_at(self, position: int) -> int:
+        """The row at a position of the run, counted without `skip_rows`."""
+        for first, end in self.skip_rows:
+            if position >= first:
+                position += end - first
+        return position
+
+    def position_of(self, row: int) -> int:
+        """The inverse of `row_at`; for a row that is left out, that of the next one."""
+        return row - sum(min(row, end) - first for first, end in self.skip_rows if first < row)
 
     def phases(self) -> list[tuple[int, list[float]]]:
         """(first row, weight of every source) of each mixture of the run, in order."""
@@ -206,3 +226,11 @@ MAY_CHANGE = tuple(
     ).split()
 )
 """Fields that a resumed run may change. Any other change makes it another run."""
+
+MAY_CHANGE_IN_BRANCH = tuple(
+    (
+        "name optim.lr optim.warmup_steps optim.decay_steps optim.b1 optim.b2 optim.weight_decay "
+        "optim.clip_norm data.sources data.change_row data.skip_rows data.drop_prompt"
+    ).split()
+)
+"""Fields that a branch of a run (`--branch-from`) may change beside `MAY_CHANGE`."""

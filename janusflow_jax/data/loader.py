@@ -53,20 +53,21 @@ class Loader:
         lines = []
         for mixture in self.rows.mixtures:
             if mixture.first_row:
-                lines.append(f"after step {mixture.first_row // self.batch_rows}:")
+                position = self.cfg.position_of(mixture.first_row)
+                lines.append(f"after step {position // self.batch_rows}:")
             lines.append(self.rows.summary(mixture))
         return "\n".join(lines)
 
     def batches(
         self,
-        first_row: int,
+        position: int,
         rows_of_process: Sequence[int] | None = None,
         counted: tuple[int, int] = (0, 0),
     ) -> Generator[tuple[Batch, Report], None, None]:
-        """Batches of rows first_row, first_row + 1, ...; each batch is `batch_rows` further.
+        """Batches of the rows at `position`, `position` + 1, ... (`DataConfig.row_at`).
 
         Args:
-          first_row: the run's saved position; 0 for a new run.
+          position: where to begin: steps times `batch_rows`; 0 for a new run.
           rows_of_process: places in the batch (0 to batch_rows - 1) that this process reads;
             None for all.
           counted: samples and bad samples of the run so far.
@@ -82,9 +83,10 @@ class Loader:
         places = list(range(self.batch_rows) if rows_of_process is None else rows_of_process)
 
         def read(index: int) -> Row:
-            """Row of this process, counted from `first_row`."""
+            """Row of this process, counted from `position`."""
             batch, place = divmod(index, len(places))
-            return self.rows.row(first_row + batch * self.batch_rows + places[place])
+            at = position + batch * self.batch_rows + places[place]
+            return self.rows.row(self.cfg.row_at(at))
 
         options = grain.ReadOptions(
             num_threads=self.cfg.num_threads,
@@ -99,8 +101,10 @@ class Loader:
             for sample in bad:
                 logging.warning("bad sample: %s", sample)
             self._check(num_bad, num_samples, bad)
-            first = first_row + batch_number * self.batch_rows
-            yield batch, Report(first, first + self.batch_rows, bad, num_samples, num_bad)
+            first = position + batch_number * self.batch_rows
+            last = first + self.batch_rows - 1
+            rows_read = self.cfg.row_at(first), self.cfg.row_at(last) + 1
+            yield batch, Report(*rows_read, bad, num_samples, num_bad)
 
     def _check(self, num_bad: int, num_samples: int, bad: list[rows_lib.BadSample]) -> None:
         if num_bad <= MIN_BAD or num_bad <= self.cfg.max_bad_share * num_samples:

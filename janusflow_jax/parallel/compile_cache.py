@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
+import warnings
 
 import jax
 from etils import epath
@@ -22,7 +24,7 @@ def enable() -> str | None:
     that JAX has already (`JAX_COMPILATION_CACHE_DIR`) stays. The folder may be deleted at any time.
 
     Returns:
-      the folder; None if the cache is off or cannot be written.
+      the folder; None if the cache is off, or cannot be written (warns).
     """
     if folder := getattr(jax.config, "jax_compilation_cache_dir", None):
         return str(folder)
@@ -30,18 +32,27 @@ def enable() -> str | None:
     if setting.lower() in ("off", "0", "no", "none"):
         return None
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    is_local = "://" not in setting
+    folder, is_local = setting or f"{base}/janusflow_jax", "://" not in setting
     try:
-        folder = epath.Path(setting or f"{base}/janusflow_jax").expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError, ImportError):  # no home, no library for this bucket
+        if is_local:
+            folder = os.path.expanduser(folder)
+            if folder.startswith("~"):
+                raise OSError(f"{folder}: this user has no home")
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        else:
+            epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # noqa: BLE001 - each store has errors of its own
+        warnings.warn(
+            f"compiled programs are not kept ({error}); {VARIABLE}=FOLDER names a folder for them, "
+            "off ends this warning",
+            stacklevel=2,
+        )
         return None
-    if is_local and not os.access(folder, os.W_OK):
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     # JAX needs filelock to delete the least used programs, and deletes none in a bucket.
     if is_local and importlib.util.find_spec("filelock"):
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     compilation_cache.reset_cache()  # a compilation before this call has switched it off
-    return str(folder)
+    return folder

@@ -67,7 +67,7 @@ class Run:
                 "step": step,
                 "bad_steps": int(self.state["bad_steps"]),
                 "mean_norm": float(self.state["mean_norm"]),
-                "next_row": step * self.cfg.batch_rows,
+                "next_row": self.cfg.data.row_at(step * self.cfg.batch_rows),
                 "samples": report.num_samples,
                 "bad_samples": report.num_bad,
                 "config": config_lib.to_dict(self.cfg),

@@ -67,7 +67,8 @@ def source_shares(cfg: TrainConfig, step: Array | int) -> Float[Array, " S"]:
     shares = jnp.zeros(len(cfg.data.sources))
     for first_row, weights in cfg.data.phases():
         phase = jnp.array(weights, jnp.float32) / sum(weights)
-        shares = jnp.where(step >= -(-first_row // cfg.batch_rows), phase, shares)
+        first_step = -(-cfg.data.position_of(first_row) // cfg.batch_rows)
+        shares = jnp.where(step >= first_step, phase, shares)
     return shares
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from helpers.records import HUB
 from janusflow_jax import config as c
@@ -45,6 +46,29 @@ def tiny_config(workdir: Any, **fields) -> c.TrainConfig:
     for name, value in fields.items():
         setattr(cfg, name, value)
     return cfg
+
+
+def save_start(path: str, seed: int = 0, model: Any = None, **fields) -> str:
+    """A whole model at a path, of the tiny size if not given, with other values of some fields."""
+    model = model or tiny_config("x").model
+    for name, value in fields.items():
+        section, field = name.split("__")
+        setattr(getattr(model, section), field, value)
+    shapes = janusflow.param_shapes(model), vae.param_shapes(model.vae)
+    values = np.random.default_rng(seed)
+    params, vae_params = jax.tree.map(
+        lambda x: (0.02 * values.standard_normal(x.shape)).astype(np.float32), shapes
+    )
+    model_folder.save_model(
+        path,
+        model_cfg=model,
+        params=params,
+        vae=vae_params,
+        hub_files=epath.Path(HUB),
+        extra={},
+        overwrite=True,
+    )
+    return path
 
 
 def share_compiled_step(monkeypatch: Any) -> None:
