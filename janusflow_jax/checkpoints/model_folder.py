@@ -237,9 +237,15 @@ def load_tree(path: Any) -> Any:
 
 
 def committed_steps(workdir: Any) -> list[int]:
-    """Steps with a finished checkpoint, ascending."""
+    """Steps with a finished checkpoint, ascending.
+
+    Raises:
+      CheckpointError: `checkpoints` is a file.
+    """
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.exists():
         return []
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder of checkpoints; got a file: remove it")
     steps = (p for p in folder.iterdir() if p.name.isdigit() and (p / MARKER).exists())
     return sorted(int(p.name) for p in steps)

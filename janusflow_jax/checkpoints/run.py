@@ -187,7 +187,8 @@ class RunCheckpoints:
                 )
             processes.log(f"WARNING: {message}\nWARNING: trying the checkpoint before it")
             if processes.is_main() and self._writes:
-                (self.folder / str(step) / MARKER).rename(self.folder / str(step) / DAMAGED)
+                with contextlib.suppress(OSError):  # a disk that fails: the next start warns again
+                    (self.folder / str(step) / MARKER).rename(self.folder / str(step) / DAMAGED)
         return None
 
     def _damage(self, step: int) -> str:
