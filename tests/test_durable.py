@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,8 +19,9 @@ from helpers import jobs
 from helpers.runs import read_metrics
 
 from janusflow_jax.checkpoints import model_folder, workdir
+from janusflow_jax.config import to_dict
 from janusflow_jax.config.errors import CheckpointError
-from janusflow_jax.training import health
+from janusflow_jax.training import health, metrics
 from tools import crash_test
 
 SHORT = ("num_steps=1000", "save_every_steps=3")
@@ -186,6 +188,85 @@ def test_the_watchdog_prints_where_a_run_hangs_and_ends_it(data, tmp_path):
     assert "Timeout" in said and "in _fetch" in said and "in train_steps" in said
 
 
+def spoil(file: Path, content: bytes | None) -> None:
+    """Writes bytes; None: puts a folder there."""
+    file.unlink(missing_ok=True)
+    file.mkdir() if content is None else file.write_bytes(content)
+
+
+ATTEMPT = {"began": 1.0, "alive": 9.0, "ended": False, "lost": 0.0, "seconds": {"step": 8.0}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0\0", b"\x89PNG\r\n", None, b"[{}]", b"null", b"[1]", b"3", b"[" * 5000]
+    + [json.dumps([ATTEMPT | x]).encode() for x in ({"began": "x"}, {"seconds": [3]})],
+)
+def test_statistics_that_cannot_be_read_never_stop_a_resume(tmp_path, capsys, content):
+    file = tmp_path / health.ATTEMPTS_FILE
+    spoil(file, content)
+    record = health.Attempts(tmp_path, health.Clock(), 3, 5.0)
+    assert "1 attempts" not in record.summary()
+    assert [x["first_step"] for x in json.loads(file.read_text())] == [3]
+    assert (tmp_path / "attempts.json.unreadable").exists()
+    assert capsys.readouterr().out.count("WARNING") == 1
+
+
+def test_statistics_that_can_be_read_stay(tmp_path, capsys):
+    (tmp_path / health.ATTEMPTS_FILE).write_text(json.dumps([ATTEMPT]))
+    assert health.Attempts(tmp_path, health.Clock(), 3, 5.0).totals()["lost"] == 4.0
+    assert not capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "bad_steps.jsonl"])
+@pytest.mark.parametrize(
+    "line", [b'{"st\xffep": 2}', b"\0" * 9, b'{"step": 2', b"null", b"[2]", b'{"step": "2"}', None]
+)
+def test_lines_that_no_step_wrote_never_stop_a_resume(tmp_path, capsys, name, line):
+    file, good = tmp_path / name, [b'{"step": 1, "x": "a"}', b'{"step": 2}']
+    spoil(file, line if line is None else b"\n".join([good[0], line, good[1], b'{"step": 3}']))
+    if name == "metrics.jsonl":
+        metrics.Writer(tmp_path, resume_step=2).close()
+    else:
+        health.BadSteps(tmp_path, 1, resume_step=2)
+    assert file.read_bytes().splitlines() == ([] if line is None else good)
+    assert capsys.readouterr().out.count("WARNING") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"name": "x', b"\xff", b"null", b"[]", None])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_config_that_cannot_be_read_has_a_copy_in_every_checkpoint(
+    tmp_path, capsys, content, saved
+):
+    folder, cfg = epath.Path(tmp_path), crash_test.tiny_config("data", str(tmp_path))
+    other = dataclasses.replace(cfg, seed=7)
+    spoil(tmp_path / "config.json", content)
+    if not saved:
+        with pytest.raises(CheckpointError, match="config.json.* remove"):
+            workdir.check(folder, cfg)
+        return
+    for step, text in (("1", json.dumps({"config": to_dict(cfg)})), ("2", "[]")):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        (tmp_path / "checkpoints" / step / "run.json").write_text(text)
+        (tmp_path / "checkpoints" / step / "COMMITTED").touch()
+    workdir.check(folder, cfg)
+    assert "checkpoints/1/run.json" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="seed: 1 then, 7 now"):
+        workdir.check(folder, other)
+
+
+def test_what_stands_in_the_way_of_a_workdir_is_named(tmp_path):
+    """Each is one sentence with the file's name: a file as workdir, a folder as its lock."""
+    (tmp_path / "file").touch()
+    (tmp_path / "run" / "lock").mkdir(parents=True)
+    (tmp_path / "checkpoints").touch()
+    for name, path in (("file", "file"), ("file/run", "file"), ("run", "run/lock")):
+        with pytest.raises(CheckpointError, match=f"{path}.*in the way"):
+            workdir.Lock(epath.Path(tmp_path / name))
+    with pytest.raises(CheckpointError, match="checkpoints: expected a folder"):
+        model_folder.committed_steps(tmp_path)
+
+
 def test_the_lock_is_one_runs_and_ends_with_it(tmp_path):
     with workdir.Lock(epath.Path(tmp_path)):
         with pytest.raises(CheckpointError, match=f"process {os.getpid()} on .*--config.workd"):
@@ -264,7 +345,7 @@ def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
 def test_the_watchdog_dumps_stacks_only_when_no_step_ends():
     code = """
 import sys, time
-from janusflow_jax.training import health
+from janusflow_jax.training import health, metrics
 dog = health.Watchdog(0.5, exit=True)
 time.sleep(0.8)  # compiling: the first step has not ended
 for _ in range(4):

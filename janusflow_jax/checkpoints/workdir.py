@@ -103,9 +103,13 @@ def explain(error: OSError, workdir: Any) -> str:
         errno.EROFS: "it is mounted read-only; use another --config.workdir",
         errno.EACCES: "make it writable for this user, or use another --config.workdir",
     }.get(error.errno or 0, "check the disk or the network")
+    where = workdir
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP):
+        where = error.filename or workdir
+        advice = "it is in the way: remove it, or use another --config.workdir"
     steps = model_folder.committed_steps(workdir)
     safe = f"; finished checkpoints: {steps}" if steps else ""
-    return f"{workdir}: cannot be written: {error.strerror or error}: {advice}{safe}"
+    return f"{where}: cannot be written: {error.strerror or error}: {advice}{safe}"
 
 
 @contextlib.contextmanager
@@ -127,7 +131,7 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
     if not file.exists():
         return
     # Fields that the run's version did not have get their defaults.
-    then = config_lib.from_dict(TrainConfig, model_folder.read_json(file))
+    then = config_lib.from_dict(TrainConfig, _stored_config(file))
     changes = fields.differences(config_lib.to_dict(then), config_lib.to_dict(cfg), MAY_CHANGE)
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
@@ -135,6 +139,32 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
             f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
             "(--config.workdir=...), or the old config to resume it"
         )
+
+
+def _stored_config(file: epath.Path) -> dict[str, Any]:
+    """`config.json`; where it cannot be read, the config that the newest checkpoint repeats.
+
+    Raises:
+      CheckpointError: neither can be read.
+    """
+    try:
+        return _as_dict(model_folder.read_json(file), file)
+    except CheckpointError as error:
+        for step in reversed(model_folder.committed_steps(file.parent)):
+            copy = file.parent / "checkpoints" / str(step) / "run.json"
+            with contextlib.suppress(CheckpointError, KeyError):
+                config = _as_dict(_as_dict(model_folder.read_json(copy), copy)["config"], copy)
+                processes.log(f"WARNING: {error}; the config is read from {copy}")
+                return config
+        raise CheckpointError(
+            f"{error}; no checkpoint has a copy of it: remove {file} to start this run again"
+        ) from error
+
+
+def _as_dict(value: Any, file: epath.Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected names and values; got {value!r:.40}")
+    return value
 
 
 def base_meta(workdir: epath.Path) -> dict[str, Any]:

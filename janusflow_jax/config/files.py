@@ -49,3 +49,11 @@ def remove(path: Any) -> None:
         path.rmtree()
     else:
         path.unlink(missing_ok=True)
+
+
+def set_aside(path: Any, error: Exception) -> None:
+    """Renames a file that cannot be used, so that it blocks nothing, and prints a warning."""
+    aside = path.parent / f"{path.name}.unreadable"
+    remove(aside)
+    path.rename(aside)
+    print(f"WARNING: {path}: cannot be used ({error}); renamed to {aside.name}", flush=True)

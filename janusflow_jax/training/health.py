@@ -17,6 +17,7 @@ from etils import epath
 
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import files
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import loader
 from janusflow_jax.parallel import processes
 from janusflow_jax.training import metrics
@@ -74,14 +75,25 @@ class Attempts:
         self._file, self._clock = epath.Path(workdir) / ATTEMPTS_FILE, clock
         clock.update()
         began = time.time() - sum(clock.seconds.values())
-        earlier = checksums.read_json(self._file) if self._file.exists() else []
-        for attempt in earlier:
-            lost_since = max(saved_at or 0.0, attempt["began"])
-            if not attempt["ended"] and attempt["alive"] > lost_since:
-                attempt["lost"] = round(attempt["alive"] - lost_since, 3)
-        self._earlier = earlier
         self._this = {"began": round(began, 3), "first_step": first_step, "lost": 0.0}
+        self._earlier: list[dict[str, Any]] = []
+        if self._file.exists():
+            self._read_earlier(saved_at)
         self.write(first_step)
+
+    def _read_earlier(self, saved_at: float | None) -> None:
+        """Sets a file aside that cannot be used: statistics never stop a run from resuming."""
+        try:
+            self._earlier = checksums.read_json(self._file)
+            for attempt in self._earlier:
+                lost_since = max(saved_at or 0.0, attempt["began"])
+                if not attempt["ended"] and attempt["alive"] > lost_since:
+                    attempt["lost"] = round(attempt["alive"] - lost_since, 3)
+            self.totals()
+        except (CheckpointError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            self._earlier = []
+            if processes.is_main():
+                files.set_aside(self._file, error)
 
     def write(self, step: int, ended: bool = False) -> None:
         """Updates the file. ended: the run has saved and stops, so nothing is lost."""
@@ -133,7 +145,7 @@ class BadSteps:
         self._in_a_row = 0
         self._last: dict[str, int] = {}
         if processes.is_main() and self._file.exists():
-            self._file.write_text(metrics.lines_up_to(self._file.read_text(), resume_step))
+            self._file.write_text(metrics.lines_up_to(self._file, resume_step))
 
     def count(self, step: int, ok: bool, report: loader.Report) -> None:
         if ok:
