@@ -53,7 +53,7 @@ def train(cfg: TrainConfig) -> str:
     with contextlib.ExitStack() as stack:
         with processes.together("opening the workdir"):
             if processes.is_main():
-                lock = stack.enter_context(workdir_lib.Lock(workdir))
+                lock = stack.enter_context(workdir_lib.reserve(workdir))
         run = open_run(cfg, lock)
         stop = stack.enter_context(health.StopSignal())
         watchdog = stack.enter_context(health.Watchdog(cfg.watchdog_s, cfg.watchdog_exit))

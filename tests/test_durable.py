@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -19,8 +20,8 @@ from helpers import jobs
 from helpers.runs import read_metrics
 
 from janusflow_jax.checkpoints import model_folder, workdir
-from janusflow_jax.config import to_dict
-from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config import lock, to_dict
+from janusflow_jax.config.errors import CheckpointError, JanusFlowError
 from janusflow_jax.training import health, metrics
 from tools import crash_test
 
@@ -83,7 +84,7 @@ def test_a_second_run_refuses_and_a_killed_one_frees_the_folder(data, tmp_path):
     wait_for(saved(tmp_path / "run", 3), job)
     ((status, said),) = jobs.finish(jobs.start(data, tmp_path / "run", *SHORT))
     assert status == 1 and "Traceback" not in said
-    assert f"another run is writing here: process {job[0].pid} on " in said
+    assert f"another process is writing here: process {job[0].pid} on " in said
     job[0].kill()
     job[0].wait()
     step = model_folder.committed_steps(tmp_path / "run")[-1]
@@ -262,29 +263,40 @@ def test_what_stands_in_the_way_of_a_workdir_is_named(tmp_path):
     (tmp_path / "checkpoints").touch()
     for name, path in (("file", "file"), ("file/run", "file"), ("run", "run/lock")):
         with pytest.raises(CheckpointError, match=f"{path}.*in the way"):
-            workdir.Lock(epath.Path(tmp_path / name))
+            workdir.reserve(epath.Path(tmp_path / name))
     with pytest.raises(CheckpointError, match="checkpoints: expected a folder"):
         model_folder.committed_steps(tmp_path)
 
 
 def test_the_lock_is_one_runs_and_ends_with_it(tmp_path):
-    with workdir.Lock(epath.Path(tmp_path)):
-        with pytest.raises(CheckpointError, match=f"process {os.getpid()} on .*--config.workd"):
-            workdir.Lock(epath.Path(tmp_path))
-    workdir.Lock(epath.Path(tmp_path)).release()
+    with workdir.reserve(epath.Path(tmp_path)):
+        with pytest.raises(JanusFlowError, match=f"process {os.getpid()} on .*--config.workd"):
+            workdir.reserve(epath.Path(tmp_path))
+    workdir.reserve(epath.Path(tmp_path)).release()
 
 
-def test_without_locks_the_last_to_start_holds_the_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EIO, 13, 9])
+def test_without_locks_the_last_to_start_holds_the_folder(tmp_path, monkeypatch, capsys, number):
     def none(*_):
-        raise OSError(workdir.errno.ENOTSUP, "not supported")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(workdir.fcntl, "flock", none)
-    first = workdir.Lock(epath.Path(tmp_path))
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    first = workdir.reserve(epath.Path(tmp_path))
+    assert capsys.readouterr().out.count("WARNING") == 1
     first.check()
-    second = workdir.Lock(epath.Path(tmp_path))
+    second = workdir.reserve(epath.Path(tmp_path))
     second.check()
-    with pytest.raises(CheckpointError, match="taken over by process"):
+    with pytest.raises(JanusFlowError, match="taken over by process"):
         first.check()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", b"[]", b'{"pid": 1}', b"\xff"])
+def test_a_lock_file_that_cannot_be_read_takes_nothing_over(tmp_path, content):
+    held = workdir.reserve(epath.Path(tmp_path))
+    (tmp_path / "lock").write_bytes(content)
+    held.check()
+    with pytest.raises(JanusFlowError, match="not written its name"):
+        workdir.reserve(epath.Path(tmp_path))
 
 
 def test_what_a_full_or_closed_disk_is_called(tmp_path):

@@ -1,15 +1,10 @@
-"""A run's folder: its lock, its config, and what is written before the first step."""
+"""A run's folder: its lock and config, and what is written before the first step."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
-import os
-import socket
-import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +12,7 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import TrainConfig, fields, files
+from janusflow_jax.config import TrainConfig, fields, files, lock
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import processes
 
@@ -29,70 +24,16 @@ MAY_CHANGE = tuple(
 )
 """Fields that a resumed run may change. Any other change makes it another run."""
 
-LOCK = "lock"
 
+def reserve(workdir: epath.Path) -> lock.Lock:
+    """Locks a workdir for this run.
 
-class Lock:
-    """Reserves a workdir for this run, until `release` or the end of the process.
-
-    On a disk it is an advisory lock (`flock`), which the kernel frees however the process ends.
-    Buckets have no locks: there the last run to start owns the folder, and an earlier run ends
-    before its next write (`check`).
+    Raises:
+      JanusFlowError: another run holds it.
+      CheckpointError: it cannot be written.
     """
-
-    def __init__(self, workdir: epath.Path):
-        """Raises CheckpointError: another run holds the folder, or it cannot be written."""
-        self._path, self._file = workdir / LOCK, None
-        self._me = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "id": uuid.uuid4().hex,
-        }
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if "://" not in str(workdir):
-                self._file = open(os.fspath(self._path), "a+")
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{workdir}: another run is writing here: {self._holder()}. Wait for it or stop "
-                "it, or use another folder (--config.workdir=...)"
-            ) from error
-        except OSError as error:
-            if self._file is None or error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise CheckpointError(explain(error, workdir)) from error
-            print(f"{workdir}: this file system has no locks; never start two runs in it")
-        try:
-            self._path.write_text(json.dumps(self._me))
-        except OSError as error:
-            raise CheckpointError(explain(error, workdir)) from error
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.release()
-
-    def _holder(self) -> str:
-        try:
-            held = json.loads(self._path.read_text())
-            return f"process {held['pid']} on {held['host']}, since {held['since']}"
-        except (OSError, ValueError, KeyError):
-            return "a process that has not written its name"
-
-    def check(self) -> None:
-        """Raises CheckpointError if another run has taken the folder (buckets only)."""
-        held = model_folder.read_json(self._path)
-        if held["id"] != self._me["id"]:
-            raise CheckpointError(
-                f"{self._path.parent}: taken over by {self._holder()}; this run ends"
-            )
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    with explained(workdir):
+        return lock.Lock(workdir, "use another folder (--config.workdir=...)")
 
 
 def explain(error: OSError, workdir: Any) -> str:

@@ -16,6 +16,7 @@ from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import run as run_checkpoints, workdir as workdir_lib
 from janusflow_jax.config import TrainConfig, checks as config_checks
 from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.lock import Lock
 from janusflow_jax.data import chat_format, loader
 from janusflow_jax.parallel import processes, sharding
 from janusflow_jax.training import encode_cache, heldout, init as initialization, step as train_step
@@ -84,7 +85,7 @@ def workdir_of(cfg: TrainConfig) -> epath.Path:
     return epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
 
 
-def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: bool = True) -> Run:
+def open_run(cfg: TrainConfig, lock: Lock | None = None, writes: bool = True) -> Run:
     """Reads everything that a run needs onto the devices.
 
     What can be wrong is checked before anything slow: no run should find after ten minutes that its

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from janusflow_jax.config import lock
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, packing, samples
 from janusflow_jax.data.prepare import (
@@ -90,8 +91,30 @@ def prepare(
       DataError: `out` holds something else, or no record can be used.
     """
     path = epath.Path(out)
-    _check_out(path, overwrite)
+    _check_out(path, overwrite)  # before the lock: another folder gets no file of ours
     _chat(options.tokenizer)  # fails before the work if it cannot be loaded
+    is_new = not path.exists()
+    with lock.Lock(path, "choose another `out`"):
+        try:
+            _check_out(path, overwrite)  # again: the process that held it may have just finished
+            for entry in path.iterdir() if overwrite else ():
+                if entry.is_dir():
+                    entry.rmtree()
+                elif entry.name != lock.FILE:
+                    entry.unlink()
+            return _prepare(options, path, engine, progress)
+        finally:
+            (path / lock.FILE).unlink(missing_ok=True)
+            if is_new and path.exists() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _prepare(
+    options: Options,
+    path: epath.Path,
+    engine: engines.Engine,
+    progress: Callable[[int, int, int, int], None],
+) -> Report:
     jobs = _jobs(options, path)
     todo = [job for job in jobs if not job.file(".json").exists()]
     done, num_records, num_skipped = len(jobs) - len(todo), 0, 0
@@ -197,15 +220,15 @@ def _check_out(out: epath.Path, overwrite: bool) -> None:
     is_whole, is_begun = info.exists(), work.exists()
     is_ours = files.MODULE_NAME in info.read_text() if is_whole else is_begun
     if overwrite and is_ours:
-        out.rmtree()
-    elif is_whole:
+        return
+    if is_whole:
         if is_begun and is_ours:  # stopped between the data set and the clean-up
             work.rmtree()
         raise DataError(
             f"{out}: expected no data set; it holds one: choose another `out`, or set `overwrite` "
             "to make it again (only if it was prepared by this tool)"
         )
-    elif out.exists() and not is_ours and any(out.iterdir()):
+    if out.exists() and not is_ours and any(p.name != lock.FILE for p in out.iterdir()):
         raise DataError(f"{out}: expected an empty or new folder; it holds other files")
 
 
