@@ -1,10 +1,16 @@
 """Trains JanusFlow: `python -m janusflow_jax.train --config=configs/emoji.py`.
 
-Run the same command again to resume. Ctrl-C and SIGTERM save a checkpoint and stop. Any field of
-the config can be set: `--config.optim.lr=3e-4`.
+Run the same command again to resume. Ctrl-C and SIGTERM save a checkpoint and stop; before the
+first step they stop at once, because there is nothing to save. Any field of the config can be set:
+`--config.optim.lr=3e-4`.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    from janusflow_jax.config import signals
+
+    signals.end_on_signals()
 
 import contextlib
 import logging as python_logging
@@ -146,6 +152,7 @@ def train_steps(
                 compiled_step = train_step.jit_train_step(cfg, run.mesh, run.state, batch)
             run.state, out = compiled_step(run.state, batch)
         step += 1
+        stop.listen()
         log.add(step, out, report, work, waited)  # writes the step before: this one still runs
         watchdog.restart()
         if run.heldout.due(step):

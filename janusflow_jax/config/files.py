@@ -3,8 +3,12 @@
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
+
+_unfinished: dict[Any, Any] = {}
+"""Temporary paths of `replacing`, and the paths that they will replace."""
 
 
 @contextlib.contextmanager
@@ -23,6 +27,7 @@ def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]
     if active:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(part)
+        _unfinished[part] = path
     try:
         yield part
         if active:
@@ -35,10 +40,27 @@ def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]
                 remove(old)
     except BaseException:
         if active:
-            if os.path.isdir(old) and not os.path.exists(path):
-                os.rename(old, path)
-            remove(part)
+            _undo(path, part)
         raise
+    finally:
+        _unfinished.pop(part, None)
+
+
+def remove_unfinished() -> None:
+    """Undoes every `replacing` of this process that has not ended; for a process about to exit."""
+    for part, path in list(_unfinished.items()):
+        for _ in range(5):  # other threads may still write into the folder
+            with contextlib.suppress(OSError):
+                _undo(path, part)
+                break
+            time.sleep(0.1)
+
+
+def _undo(path: Any, part: Any) -> None:
+    old = part.parent / f"{part.name}-old"
+    if os.path.isdir(old) and not os.path.exists(path):
+        os.rename(old, path)
+    remove(part)
 
 
 def remove(path: Any) -> None:

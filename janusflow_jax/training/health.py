@@ -218,24 +218,32 @@ class Watchdog:
 class StopSignal:
     """Records SIGTERM (a cluster reclaims the machine) or Ctrl-C; a second one stops at once.
 
-    One process of a job is enough: the loop lets all of them agree (`processes.Agreement`).
+    A context manager, which listens from the first step on (`listen`): before it there is nothing
+    to save, and the process ends as it would without this class. One process of a job is enough:
+    the loop lets all of them agree (`processes.Agreement`).
     """
 
     def __init__(self) -> None:
         self.received = False
-        self._handlers: dict[int, Any] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._handle)
         return self
 
+    def listen(self) -> None:
+        if not self._before:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._handlers.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if self.received:
+            before = self._before[number]
+            if callable(before):
+                before(number, frame)
             raise KeyboardInterrupt
         self.received = True
         # print() is not safe here: the signal may arrive while its buffer is in use.
