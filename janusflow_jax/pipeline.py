@@ -14,6 +14,8 @@ import functools
 import importlib.util
 import os
 import pathlib
+import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,6 +41,7 @@ DTYPES = ("float32", "bfloat16")
 
 CACHE_VARIABLE = "JANUSFLOW_COMPILATION_CACHE"
 CACHE_BYTES = 4 << 30
+CACHE_MIN_FREE_BYTES = 16 << 20
 CACHE_MIN_SECONDS = 0.5
 """Programs that compile faster are not cached."""
 
@@ -96,7 +99,7 @@ def enable_compilation_cache() -> str | None:
     (`JAX_COMPILATION_CACHE_DIR`) stays. The folder may be deleted at any time.
 
     Returns:
-      the folder; None if the cache is off or cannot be written.
+      the folder; None if the cache is off, cannot be written, or its disk is full (a warning).
     """
     if folder := getattr(jax.config, "jax_compilation_cache_dir", None):
         return str(folder)
@@ -110,6 +113,9 @@ def enable_compilation_cache() -> str | None:
     except OSError:
         return None
     if not os.access(folder, os.W_OK):
+        return None
+    if shutil.disk_usage(folder).free < CACHE_MIN_FREE_BYTES:
+        warnings.warn(f"{folder}: the disk is full: programs are not cached", stacklevel=2)
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_MIN_SECONDS)

@@ -78,6 +78,112 @@ def test_sigterm_saves_and_the_run_goes_on(data, tmp_path):
     assert f"resumed from step {step}" in again and "in 2 attempts" in again
 
 
+CONFIG = """
+from tools import crash_test
+def get_config():
+    cfg = crash_test.tiny_config({data!r}, "")
+    cfg.evaluate.sources = cfg.data.sources
+    return cfg
+"""
+
+
+@pytest.fixture(scope="module")
+def commands(data, tmp_path_factory, golden_folder):
+    """Name -> arguments; {} is a new folder."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "config.py").write_text(CONFIG.format(data=str(data)))
+    jobs.run(data, folder / "run", "num_steps=1")
+    model = ["--model", str(golden_folder)]
+    evaluated = ["--model", str(folder / "run"), "--suite", "losses"]
+    evaluated += ["--config", str(folder / "config.py")]
+    trained = [f"--config={folder / 'config.py'}", "--config.workdir={}/run"]
+    return {
+        "train": ["-m", "janusflow_jax.train", *trained],
+        "evaluate": ["-m", "janusflow_jax.evaluate", *evaluated, "--out", "{}/eval.json"],
+        "generate": ["-m", "janusflow_jax.generate", *model, "--prompt", "a", "--out", "{}/a.png"],
+        "export": ["tools/export_checkpoint.py", *model, "--out", "{}/export"],
+        "prepare": ["tools/prepare_data.py", "text", "README.md", "--out", "{}/text"],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "moment", "number"),
+    [
+        ("train", " jaxlib\n", signal.SIGINT),
+        ("train", " janusflow_jax.data.loader\n", signal.SIGTERM),
+        ("train", "Compiling jit(_fresh_parts)", signal.SIGINT),
+        ("train", "fresh\n", signal.SIGTERM),
+        ("train", "Compiling jit(create_state)", signal.SIGINT),
+        ("train", "Compiling jit(step)", signal.SIGINT),
+        ("train", "Compiling jit(step)", signal.SIGTERM),
+        ("evaluate", " jaxlib\n", signal.SIGTERM),
+        ("evaluate", "Compiling jit", signal.SIGINT),
+        ("generate", " jaxlib\n", signal.SIGINT),
+        ("generate", "Compiling jit", signal.SIGTERM),
+        ("export", " jaxlib\n", signal.SIGINT),
+        ("export", " orbax.checkpoint\n", signal.SIGTERM),
+        ("prepare", " numpy\n", signal.SIGTERM),
+    ],
+)
+def test_a_signal_before_the_first_step_ends_a_command_cleanly(
+    commands, tmp_path, name, moment, number
+):
+    """Wherever it comes: while JAX is imported, a model is read or a program is compiled."""
+    arguments = [x.format(tmp_path) for x in commands[name]]
+    env = {**jobs.environment(1, 0, 1, 0), "JAX_LOG_COMPILES": "1"}
+    job = [jobs.Process([sys.executable, "-u", "-X", "importtime", *arguments], env)]
+    wait_for(lambda: moment in job[0].output(), job)
+    job[0].send_signal(number)
+    ((status, said),) = jobs.finish(job)
+    own = [x for x in said.splitlines() if not x.startswith("import time:")]
+    assert status == 128 + number, own
+    assert own[-1] == f"stopped by {number.name}" or name == "prepare", own
+    assert "Traceback" not in said and "ignored" not in said, own
+    assert not [p for p in tmp_path.rglob("*") if ".partial-" in p.name or p.suffix == ".png"]
+
+
+BUSY = {
+    "in Python": "while True: pass",
+    "in a library": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+    "in a callback that swallows exceptions": "Swallows()",
+    "while a folder is written": "files.replacing(pathlib.Path(sys.argv[1])).__enter__().mkdir(); "
+    "time.sleep(60)",
+    "with a worker": "multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))"
+    ".start(); time.sleep(60)",
+}
+SCRIPT = """
+import hashlib, multiprocessing, os, pathlib, sys, threading, time
+from janusflow_jax.config import files, signals
+signals._BUSY_S = 0.2
+class Swallows:
+    def __del__(self):
+        time.sleep(60)
+if __name__ == "__main__":
+    signals.end_on_signals("the same command resumes")
+    print("ready", end=" ", flush=True)
+    print("result", end="")
+    {busy}
+    print("not ended")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("busy", BUSY)
+def test_a_signal_ends_a_process_whatever_it_does(tmp_path, busy, number):
+    (tmp_path / "script.py").write_text(SCRIPT.format(busy=BUSY[busy]))
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "out")]
+    job = [jobs.Process(command, jobs.environment(1, 0, 1, 0))]
+    wait_for(lambda: "ready" in job[0].output(), job)
+    time.sleep(0.3)
+    job[0].send_signal(number)
+    ((status, said),) = jobs.finish(job)
+    assert status == 128 + number
+    assert f"stopped by {number.name}; the same command resumes\n" in said
+    assert "result" in said and "not ended" not in said and "Traceback" not in said
+    assert [p.name for p in tmp_path.iterdir()] == ["script.py"]
+
+
 @pytest.mark.slow
 def test_a_second_run_refuses_and_a_killed_one_frees_the_folder(data, tmp_path):
     job = jobs.start(data, tmp_path / "run", *SHORT)

@@ -29,7 +29,8 @@ def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]
         remove(part)
         _unfinished[part] = path
     try:
-        yield part
+        with naming(path):
+            yield part
         if active:
             if os.path.isdir(path):  # a rename replaces a file, but not a folder
                 os.rename(path, old)
@@ -44,6 +45,17 @@ def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]
         raise
     finally:
         _unfinished.pop(part, None)
+
+
+@contextlib.contextmanager
+def naming(path: Any) -> Iterator[None]:
+    """Adds the path to an OSError that names none: a write to a full disk does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
 
 
 def remove_unfinished() -> None:

@@ -268,7 +268,7 @@ def exit_without_peers() -> NoReturn:
 def lost_peer(error: Exception) -> str:
     """The message for a computation with other processes that failed."""
     return (
-        f"error: process {index()} of {count()}: a computation with the other processes failed; "
+        f"process {index()} of {count()}: a computation with the other processes failed; "
         "most likely one of them has died (see their logs). Start all processes again: the run "
         f"resumes from its newest checkpoint. JAX reports: {str(error).splitlines()[0]}"
     )
