@@ -37,7 +37,8 @@ def run(
         worth a message.
       error_code: exit status after an error.
     """
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's other writes after an error
+    # After the first error of a save, Orbax leaves those of its other writes to asyncio.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -80,7 +81,7 @@ def explain(error: Exception, out_of_memory: str) -> str:
         return str(error)
     for kind, pattern, meaning in _FOREIGN:
         if isinstance(error, kind) and re.search(pattern, str(error)):
-            first_line = (str(error).splitlines() or [""])[0]
+            first_line = (str(error).splitlines() or [""])[0][:400]
             return f"{meaning.format(advice=out_of_memory)}\n{first_line}".rstrip()
     return str(error) if isinstance(error, OSError) else ""
 

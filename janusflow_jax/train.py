@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
     signals.end_on_signals()
 
 import contextlib
-import logging as python_logging
 import sys
 import time
 from collections.abc import Callable
@@ -248,9 +247,6 @@ class StepLog:
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # silences Orbax's line for every step of a save
-    # When a save fails, Orbax leaves the errors of its other writes to asyncio, which would log
-    # each with a traceback. The first error is reported by us.
-    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config=FILE[:ARG]")
     cfg = _CONFIG.value

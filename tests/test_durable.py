@@ -147,8 +147,8 @@ BUSY = {
     "in Python": "while True: pass",
     "in a library": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
     "in a callback that swallows exceptions": "Swallows()",
-    "while a folder is written": "files.replacing(pathlib.Path(sys.argv[1])).__enter__().mkdir(); "
-    "time.sleep(60)",
+    "while a folder is written": "new = files.replacing(pathlib.Path(sys.argv[1])); "
+    "new.__enter__().mkdir(); time.sleep(60)",
     "with a worker": "multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))"
     ".start(); time.sleep(60)",
 }

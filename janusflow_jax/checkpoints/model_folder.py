@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,6 +33,14 @@ FORMAT = 2
 MODEL_FILE = "model.json"
 PLAIN_BYTES = 256 << 20
 """Larger parts are not compressed: it takes five times the time and saves a fifth of the size."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax logs the tracebacks of errors in its threads, and raises the errors too."""
+    return "_SignalingThread.run() raised" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 @dataclasses.dataclass

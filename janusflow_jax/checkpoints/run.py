@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,14 +29,6 @@ DAMAGED = "DAMAGED"
 """Replaces the marker of a damaged checkpoint."""
 BARRIER_S = 1200
 """Timeout of a barrier at the end of a save, in seconds."""
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax logs the tracebacks of errors in its threads, and raises the errors too."""
-    return "_SignalingThread.run() raised" not in record.getMessage()
-
-
-logging.getLogger("absl").addFilter(_is_news)
 
 
 class RunCheckpoints:
