@@ -19,10 +19,10 @@ from etils import epath
 from helpers import jobs
 from helpers.runs import read_metrics
 
-from janusflow_jax.checkpoints import model_folder, workdir
+from janusflow_jax.checkpoints import checksums, model_folder, workdir
 from janusflow_jax.config import lock, to_dict
 from janusflow_jax.config.errors import CheckpointError, JanusFlowError
-from janusflow_jax.training import health, metrics
+from janusflow_jax.training import health, metrics, optim, run
 from tools import crash_test
 
 SHORT = ("num_steps=1000", "save_every_steps=3")
@@ -352,14 +352,55 @@ def test_a_config_that_cannot_be_read_has_a_copy_in_every_checkpoint(
         with pytest.raises(CheckpointError, match="config.json.* remove"):
             workdir.check(folder, cfg)
         return
-    for step, text in (("1", json.dumps({"config": to_dict(cfg)})), ("2", "[]")):
-        (tmp_path / "checkpoints" / step).mkdir(parents=True)
-        (tmp_path / "checkpoints" / step / "run.json").write_text(text)
-        (tmp_path / "checkpoints" / step / "COMMITTED").touch()
+    for step in ("1", "2"):
+        checkpoint = folder / "checkpoints" / step
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "run.json").write_text(json.dumps({"config": to_dict(cfg)}))
+        checksums.write_sums(checkpoint)
+        (checkpoint / "COMMITTED").touch()
+    (checkpoint / "run.json").write_text(json.dumps({"config": to_dict(other)}))  # damaged
     workdir.check(folder, cfg)
-    assert "checkpoints/1/run.json" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("WARNING") == 1
     with pytest.raises(CheckpointError, match="seed: 1 then, 7 now"):
         workdir.check(folder, other)
+
+
+@pytest.mark.parametrize(
+    ("old", "step", "now", "change"),  # steps, decay_steps; the change of the rate, in its lr
+    [
+        ((6, 4), 6, (12, 4), 1 - 1 / 4),  # over: compared with the last step's
+        ((6, 4), 4, (12, 4), 1 - 2 / 4),  # in the middle
+        ((6, 4), 4, (7, 4), 3 / 4 - 2 / 4),
+        ((6, 4), 2, (12, 4), 0),  # the decay had not begun
+        ((6, 0), 6, (12, 0), 0),
+        ((6, 4), 4, (6, 4), 0),
+        ((12, 4), 9, (10, 4), -2 / 4),  # fewer steps: lower, which needs no warning
+    ],
+)
+def test_a_rate_that_rises_on_resume_is_said_with_the_flags_that_continue(
+    capsys, old, step, now, change
+):
+    def cfg(num_steps, decay, lr=1e-3):
+        out = crash_test.tiny_config("data", "run")
+        out.num_steps = num_steps
+        out.optim = dataclasses.replace(out.optim, decay_steps=decay, lr=lr, warmup_steps=1)
+        return out
+
+    saved = {"step": step, "config": to_dict(cfg(*old))}
+    then, rate = optim.rates_at_resume(saved, cfg(*now).optim, now[0])
+    assert rate - then == pytest.approx(change * 1e-3, abs=1e-9)
+    run._warn_of_higher_rate(cfg(*now), saved, [1, 2, step])
+    said = capsys.readouterr().out
+    assert bool(said) == (change > 0)
+    if said:
+        assert "after step 2" in said
+        lr, decay = re.search(r"lr=(\S+) --config.optim.decay_steps=(\d+)", said).groups()
+        offered = cfg(now[0], int(decay), float(lr))
+        assert run._rate_change(saved, offered) == 0
+        schedule = optim.schedule(offered.optim, offered.num_steps)
+        rates = [float(schedule(s)) for s in range(step, now[0] + 1)]
+        assert rates[0] == pytest.approx(then) and rates[-1] == 0
+        assert rates == sorted(rates, reverse=True)
 
 
 def test_what_stands_in_the_way_of_a_workdir_is_named(tmp_path):
@@ -463,7 +504,7 @@ def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
 def test_the_watchdog_dumps_stacks_only_when_no_step_ends():
     code = """
 import sys, time
-from janusflow_jax.training import health, metrics
+from janusflow_jax.training import health, metrics, optim, run
 dog = health.Watchdog(0.5, exit=True)
 time.sleep(0.8)  # compiling: the first step has not ended
 for _ in range(4):

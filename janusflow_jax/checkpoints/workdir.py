@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config import TrainConfig, fields, files, lock
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.parallel import processes
@@ -62,8 +62,8 @@ def explained(workdir: epath.Path) -> Iterator[None]:
         raise CheckpointError(explain(error, workdir)) from error
 
 
-def check(workdir: epath.Path, cfg: TrainConfig) -> None:
-    """Checks that the run in a folder has this config, apart from what may change.
+def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ()) -> None:
+    """Checks that the run in a folder has this config, apart from MAY_CHANGE and `may_change`.
 
     Raises:
       CheckpointError: it has another config (lists every difference).
@@ -73,13 +73,23 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
         return
     # Fields that the run's version did not have get their defaults.
     then = config_lib.from_dict(TrainConfig, _stored_config(file))
-    changes = fields.differences(config_lib.to_dict(then), config_lib.to_dict(cfg), MAY_CHANGE)
+    may_change = (*MAY_CHANGE, *may_change)
+    changes = fields.differences(config_lib.to_dict(then), config_lib.to_dict(cfg), may_change)
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise CheckpointError(
             f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
             "(--config.workdir=...), or the old config to resume it"
         )
+
+
+def newest_run(workdir: epath.Path) -> dict[str, Any]:
+    """The newest `run.json` that is whole; {} where there is none."""
+    for step in reversed(model_folder.committed_steps(workdir)):
+        folder = workdir / "checkpoints" / str(step)
+        if not checksums.damage(folder, ("run.json",)):
+            return model_folder.read_json(folder / "run.json")
+    return {}
 
 
 def _stored_config(file: epath.Path) -> dict[str, Any]:
@@ -89,23 +99,17 @@ def _stored_config(file: epath.Path) -> dict[str, Any]:
       CheckpointError: neither can be read.
     """
     try:
-        return _as_dict(model_folder.read_json(file), file)
+        config = model_folder.read_json(file)
+        if isinstance(config, dict):
+            return config
+        raise CheckpointError(f"{file}: expected names and values; got {config!r:.40}")
     except CheckpointError as error:
-        for step in reversed(model_folder.committed_steps(file.parent)):
-            copy = file.parent / "checkpoints" / str(step) / "run.json"
-            with contextlib.suppress(CheckpointError, KeyError):
-                config = _as_dict(_as_dict(model_folder.read_json(copy), copy)["config"], copy)
-                processes.log(f"WARNING: {error}; the config is read from {copy}")
-                return config
+        if run := newest_run(file.parent):
+            processes.log(f"WARNING: {error}; the config of the newest checkpoint replaces it")
+            return run["config"]
         raise CheckpointError(
             f"{error}; no checkpoint has a copy of it: remove {file} to start this run again"
         ) from error
-
-
-def _as_dict(value: Any, file: epath.Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected names and values; got {value!r:.40}")
-    return value
 
 
 def base_meta(workdir: epath.Path) -> dict[str, Any]:
