@@ -229,6 +229,17 @@ def test_clusters_are_detected(env, kind):
     assert distributed.cluster(env) == kind
 
 
+@pytest.mark.parametrize("env", [{}, {"SLURM_PROCID": "0"}, {"SLURM_STEP_ID": "4294967290"}])
+@pytest.mark.parametrize("tasks", ["1", "4"])
+def test_in_a_job_of_slurm_that_srun_did_not_start_a_process_is_alone(env, tasks, capsys):
+    """`ssh` to a node of the job (job variables only), and sbatch's script without srun."""
+    env = {**env, "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": tasks}
+    distributed.initialize("auto", env)
+    assert ("srun" in capsys.readouterr().err) == (tasks == "4")
+    with pytest.raises(c.ConfigError, match="expected a cluster"):
+        distributed.initialize("on", env)
+
+
 def test_clusters_that_cannot_be_joined():
     distributed.initialize("off", {**BY_HAND})
     distributed.initialize("auto", {})

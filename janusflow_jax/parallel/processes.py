@@ -65,6 +65,12 @@ def initialize(mode: str = "auto", env: Mapping[str, str] = os.environ) -> None:
             f"{', '.join(VARIABLES)} set for every process; got neither"
         )
     if not kind:
+        if (tasks := env.get("SLURM_NTASKS", "1")) != "1":
+            print(
+                f"Slurm's job has {tasks} tasks, but srun did not start this process: it trains "
+                "alone. To train with all of them, start it with srun (launch/slurm.sh)",
+                file=sys.stderr,
+            )
         return
     options: dict[str, Any] = {}
     if kind == "environment":
