@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from janusflow_jax.config import files
 
 _BUSY_S = 2.0
-_advice = ""
+_advice, _ending = "", False
 
 
 def end_on_signals(advice: str = "") -> None:
@@ -40,8 +40,11 @@ def end_on_signals(advice: str = "") -> None:
 
 def end(number: int, _: Any = None) -> NoReturn:
     """The handler: removes files and folders that are not whole, ends workers and the process."""
+    global _ending
+    _ending = True
     text = f"\nstopped by {signal.Signals(number).name}" + (_advice and f"; {_advice}")
-    os.write(2, f"{text}\n".encode())
+    with contextlib.suppress(OSError):  # whoever read it may be gone
+        os.write(2, f"{text}\n".encode())
     if "multiprocessing" in sys.modules:
         for child in sys.modules["multiprocessing"].active_children():
             child.kill()
@@ -61,4 +64,5 @@ def _end_if_busy(read: int) -> None:
         number = received[0]
         if signal.getsignal(number) is end:
             time.sleep(_BUSY_S)
-            end(number)
+            if not _ending:
+                end(number)

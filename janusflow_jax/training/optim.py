@@ -40,8 +40,9 @@ def rates_at_resume(run: dict[str, Any], cfg: OptimConfig, num_steps: int) -> tu
     Args: run: a checkpoint's `run.json`.
     """
     step, then = run["step"], from_dict(OptimConfig, run["config"]["optim"])
-    before = schedule(then, run["config"]["num_steps"])
-    return float(before(step)) or float(before(step - 1)), float(schedule(cfg, num_steps)(step))
+    before, now = schedule(then, run["config"]["num_steps"]), schedule(cfg, num_steps)
+    rates = [float(jnp.asarray(rate)) for rate in (before(step), before(step - 1), now(step))]
+    return rates[0] or rates[1], rates[2]
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
