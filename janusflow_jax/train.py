@@ -65,6 +65,8 @@ def train(cfg: TrainConfig) -> str:
         stack.enter_context(jax.set_mesh(run.mesh))
         if run.first_step:
             processes.log(f"resumed from step {run.first_step}")
+        if run.first_step > cfg.num_steps:
+            processes.log(f"num_steps is {cfg.num_steps}: nothing is left to train")
         with processes.together("opening the workdir"), workdir_lib.explained(workdir):
             last_line = run.first_step if run.saved else -1  # a new run also writes step 0
             writer = metrics.Writer(workdir, resume_step=last_line, tensorboard=cfg.tensorboard)
