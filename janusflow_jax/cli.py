@@ -6,7 +6,9 @@ Imports neither JAX nor the pipeline until they are needed: tools that prepare d
 from __future__ import annotations
 
 import argparse
+import logging
 import pathlib
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -35,37 +37,53 @@ def run(
         worth a message.
       error_code: exit status after an error.
     """
+    # After the first error of a save, Orbax leaves those of its other writes to asyncio.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         if rerun:
             log(f"\nstopped; {rerun}")
         sys.exit(130)
-    except (JanusFlowError, OSError, ImportError) as error:
-        log(f"error: {error}" + (f"; {rerun}" if rerun and isinstance(error, OSError) else ""))
-        sys.exit(error_code)
-    except RuntimeError as error:
-        import jax
+    except Exception as error:
+        message, in_a_job = explain(error, out_of_memory), False
+        if type(error).__name__ == "JaxRuntimeError":
+            from janusflow_jax.parallel import processes
 
-        from janusflow_jax.parallel import processes
-
-        if not isinstance(error, jax.errors.JaxRuntimeError):
+            in_a_job = processes.count() > 1
+            message = message or (processes.lost_peer(error) if in_a_job else "")
+        if not message:
             raise
-        several = processes.count() > 1
-        if "RESOURCE_EXHAUSTED" in str(error):
-            message = f"error: out of memory on the device: {out_of_memory}\n{_first_line(error)}"
-        elif several:
-            message = processes.lost_peer(error)
-        else:
-            raise
-        log(message)
-        if several:
+        log(f"error: {message}" + (f"; {rerun}" if rerun and isinstance(error, OSError) else ""))
+        if in_a_job:
             processes.exit_without_peers()
         sys.exit(error_code)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+_FOREIGN: tuple[tuple[type[Exception], str, str], ...] = (
+    (MemoryError, "", "this machine has too little memory: use fewer or smaller inputs"),
+    (Exception, "No space left on device|Disk quota exceeded", "the disk is full: free some space"),
+    (RuntimeError, "RESOURCE_EXHAUSTED|[Oo]ut of memory", "out of memory on the device: {advice}"),
+    (ValueError, "did not converge|Singular matrix", "numbers that are not finite, or too large"),
+    (
+        ValueError,  # TensorStore's, which reads and writes arrays
+        "^(ABORTED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|NOT_FOUND|OUT_OF_RANGE|"
+        "PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN): ",
+        "a file cannot be read or written: check the disk, the network and your permissions",
+    ),
+)
+"""Errors of other libraries that users can fix: type, pattern in the message, what it means."""
+
+
+def explain(error: Exception, out_of_memory: str) -> str:
+    """The message for an error that users can fix; '' for any other."""
+    if isinstance(error, (JanusFlowError, ImportError)):
+        return str(error)
+    for kind, pattern, meaning in _FOREIGN:
+        if isinstance(error, kind) and re.search(pattern, str(error)):
+            first_line = (str(error).splitlines() or [""])[0][:400]
+            return f"{meaning.format(advice=out_of_memory)}\n{first_line}".rstrip()
+    return str(error) if isinstance(error, OSError) else ""
 
 
 def log(text: str) -> None:

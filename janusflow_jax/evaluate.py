@@ -10,6 +10,11 @@ Suite `losses`, for any model: the held-out losses that a training run of `--con
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from janusflow_jax.config import signals
+
+    signals.end_on_signals()
+
 import argparse
 import json
 import pathlib
@@ -22,6 +27,7 @@ from janusflow_jax import cli, config as config_lib, pipeline
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import flags as config_flags
 from janusflow_jax.config.errors import JanusFlowError
+from janusflow_jax.config.files import naming
 from janusflow_jax.eval import losses as losses_lib, provenance
 from janusflow_jax.openmoji import judge as judge_lib, prompts, suite
 from janusflow_jax.sampling import inputs
@@ -78,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     report = losses(args, folder) if args.suite == "losses" else emoji(args, folder, out)
     report["seconds"] = round(time.time() - began, 1)
-    out.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    with naming(out):
+        out.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
 
 

@@ -4,6 +4,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from janusflow_jax.config import signals
+
+    signals.end_on_signals()
+
 import argparse
 import json
 import pathlib
@@ -14,6 +19,7 @@ import jax
 
 from janusflow_jax import cli, pipeline
 from janusflow_jax.config.errors import JanusFlowError
+from janusflow_jax.config.files import naming
 from janusflow_jax.eval import provenance, sheet
 from janusflow_jax.sampling import inputs
 
@@ -109,14 +115,16 @@ def main(argv: list[str] | None = None) -> None:
         if out.is_dir():
             for n in range(begin, len(images)):
                 files.append(str(out / f"{n:04d}.png"))
-                images[n].save(files[n])
+                with naming(files[n]):
+                    images[n].save(files[n])
         progress = f"{len(images)} of {len(labels)} images, {time.time() - start_time:.1f} s"
         cli.log(progress + (" (with compilation)" if not begin else ""))
     seconds = time.time() - start_time
     if not files:
         files = [str(out)]
         image = images[0] if len(images) == 1 else sheet.image_grid(images, labels)
-        image.save(out)
+        with naming(out):
+            image.save(out)
     if args.json:
         records = [
             {"prompt": p, "seed": s, "file": files[min(n, len(files) - 1)]}
@@ -138,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
             "pictures": records,
         }
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        pathlib.Path(args.json).write_text(text, encoding="utf-8")
+        with naming(args.json):
+            pathlib.Path(args.json).write_text(text, encoding="utf-8")
     print(files[0] if len(files) == 1 else f"{files[0]} .. {files[-1]}")
 
 

@@ -1,13 +1,18 @@
 """Trains JanusFlow: `python -m janusflow_jax.train --config=configs/emoji.py`.
 
-Run the same command again to resume. Ctrl-C and SIGTERM save a checkpoint and stop. Any field of
-the config can be set: `--config.optim.lr=3e-4`.
+Run the same command again to resume. Ctrl-C and SIGTERM save a checkpoint and stop; before the
+first step they stop at once, because there is nothing to save. Any field of the config can be set:
+`--config.optim.lr=3e-4`.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from janusflow_jax.config import signals
+
+    signals.end_on_signals()
+
 import contextlib
-import logging as python_logging
 import sys
 import time
 from collections.abc import Callable
@@ -62,7 +67,7 @@ def train(cfg: TrainConfig, branch_from: str = "") -> str:
     with contextlib.ExitStack() as stack:
         with processes.together("opening the workdir"):
             if processes.is_main():
-                lock = stack.enter_context(workdir_lib.Lock(workdir))
+                lock = stack.enter_context(workdir_lib.reserve(workdir))
                 if branch_from:
                     workdir_lib.branch(workdir, cfg, branch_from)
         run = open_run(cfg, lock)
@@ -71,6 +76,8 @@ def train(cfg: TrainConfig, branch_from: str = "") -> str:
         stack.enter_context(jax.set_mesh(run.mesh))
         if run.first_step:
             processes.log(f"resumed from step {run.first_step}")
+        if run.first_step > cfg.num_steps:
+            processes.log(f"num_steps is {cfg.num_steps}: nothing is left to train")
         with processes.together("opening the workdir"), workdir_lib.explained(workdir):
             last_line = run.first_step if run.saved else -1  # a new run also writes step 0
             writer = metrics.Writer(workdir, resume_step=last_line, tensorboard=cfg.tensorboard)
@@ -158,6 +165,7 @@ def train_steps(
                 compiled_step = train_step.jit_train_step(cfg, run.mesh, run.state, batch)
             run.state, out = compiled_step(run.state, batch)
         step += 1
+        stop.listen()
         log.add(step, out, report, work, waited)  # writes the step before: this one still runs
         watchdog.restart()
         if run.heldout.due(step):
@@ -254,9 +262,6 @@ class StepLog:
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # silences Orbax's line for every step of a save
-    # When a save fails, Orbax leaves the errors of its other writes to asyncio, which would log
-    # each with a traceback. The first error is reported by us.
-    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config=FILE[:ARG]")
     cfg = _CONFIG.value

@@ -122,6 +122,44 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, capsys, harm, part
     assert ckpts.steps() == [1] and (folder / run_checkpoints.DAMAGED).exists()
 
 
+def loop(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file.name)
+
+
+@pytest.mark.parametrize("harm", ["loop", "sums loop", "sums null", "read error"])
+@pytest.mark.parametrize("steps", [[2], [1, 2]])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+    tmp_path, capsys, monkeypatch, harm, steps
+):
+    ckpts, files = filled(tmp_path, [1, 2]), []
+    for step in steps:
+        folder = tmp_path / "checkpoints" / str(step)
+        file = folder / "checksums.json" if harm.startswith("sums") else largest(folder / "params")
+        files.append(file)
+        if harm.endswith("loop"):
+            loop(file)
+        elif harm == "sums null":
+            file.write_text("null")
+    if harm == "read error":
+        read = checksums.file_sha256
+
+        def failing(path):
+            if Path(path) in files:
+                raise OSError(5, "Input/output error")
+            return read(path)
+
+        monkeypatch.setattr(checksums, "file_sha256", failing)
+    if 1 in steps:
+        with pytest.raises(CheckpointError, match="no older checkpoint"):
+            ckpts.restore_newest(abstract())
+        return
+    got, run = ckpts.restore_newest(abstract())
+    said = capsys.readouterr().out
+    assert run["step"] == 1 and said.count("WARNING") == 2 and files[0].name in said
+    jax.tree.map(np.testing.assert_array_equal, got, trees(1))
+
+
 def test_nothing_whole_left_is_an_error_and_not_a_new_run(tmp_path):
     ckpts = filled(tmp_path, [1])
     flip(largest(tmp_path / "checkpoints" / "1"))

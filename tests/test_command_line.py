@@ -108,7 +108,15 @@ def test_check_writable_leaves_a_file_as_it_was(tmp_path):
     assert file.read_text() == "old"
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), ValueError("ours"), RuntimeError("ours")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError(),
+        ValueError("ours"),
+        RuntimeError("ours"),
+        jax.errors.JaxRuntimeError("INVALID_ARGUMENT: ours"),
+    ],
+)
 def test_our_own_mistakes_keep_their_traceback(error):
     def main():
         raise error
@@ -123,7 +131,15 @@ def test_our_own_mistakes_keep_their_traceback(error):
         (ConfigError("lr: expected > 0"), "error: lr"),
         (OSError("disk full"), "error: disk full"),
         (ImportError("install tensorboardX"), "error: install"),
+        (OSError(28, "No space left on device", "out/a"), "error: the disk is full"),
+        (RuntimeError("write() failed: No space left on device; writing d/x"), "error: the disk"),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device"), "error: the di"),
+        (OSError(122, "Disk quota exceeded"), "error: the disk is full"),
+        (ValueError("DATA_LOSS: Error reading d/manifest.ocdbt"), "error: a file cannot be read"),
+        (MemoryError(), "error: this machine has too little memory"),
+        (np.linalg.LinAlgError("SVD did not converge"), "error: numbers that are not finite"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 30G\nallocations"), "error: out of mem"),
+        (jax.errors.JaxRuntimeError("INTERNAL: Error: Out of memory 8"), "error: out of memory on"),
     ],
 )
 def test_errors_that_users_can_fix_are_one_message(error, message, capsys):
@@ -194,6 +210,10 @@ def test_the_cache_keeps_programs_and_can_be_turned_off(monkeypatch, tmp_path):
         assert compile_cache.enable() == str(tmp_path / "cache")
         jax.jit(lambda x: x * 3 + 1).lower(np.ones(7)).compile()
         assert list((tmp_path / "cache").glob("jit_*"))
+        jax.config.update("jax_compilation_cache_dir", None)
+        with monkeypatch.context() as full, pytest.warns(UserWarning, match="disk is full"):
+            full.setattr(compile_cache, "MIN_FREE_BYTES", 2**62)
+            assert compile_cache.enable() is None
         jax.config.update("jax_compilation_cache_dir", None)
         blocked = tmp_path / "file"
         blocked.write_text("")

@@ -33,6 +33,7 @@ HUB = "tests/data/golden/tiny/janusflow"
 EXPECTED = json.loads((ROOT / FOLDER / "expected.json").read_text())
 GENERATE = {"prompts": "a red disc", "seed": 0, "num_steps": 3, "output": "latent"}
 QUESTION = "What is in the image?"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 IMAGE = str(ROOT / FOLDER / "images" / "00.png")
 
 
@@ -44,7 +45,7 @@ def in_root(monkeypatch):
 @pytest.fixture
 def tool(monkeypatch):
     """Runs a script of tools/ as its command line does; returns its exit status."""
-    before, verbosity = signal.getsignal(signal.SIGTERM), logging.get_verbosity()
+    before, verbosity = [signal.getsignal(n) for n in SIGNALS], logging.get_verbosity()
 
     def run(name: str, *args: object) -> Any:
         monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, args)])
@@ -55,7 +56,9 @@ def tool(monkeypatch):
         return 0
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    signal.set_wakeup_fd(-1)
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
     logging.set_verbosity(verbosity)
 
 

@@ -18,7 +18,7 @@ import pytest
 from etils import epath
 from helpers import scenes
 
-from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.errors import DataError, JanusFlowError
 from janusflow_jax.data import chat_format, images, packing, sources
 from janusflow_jax.data.prepare import (
     build,
@@ -160,6 +160,23 @@ def test_a_stopped_run_resumes_with_the_missing_shards(folder, tmp_path):
     report = run(opts, out, third)
     assert not third.ran and report.num_records == 40
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_process_on_one_folder_is_refused(folder, tmp_path, overwrite):
+    """While the first has made nothing, and when it has made half."""
+    out, second = tmp_path / "out", []
+
+    def engine(function, jobs):
+        for job in jobs:
+            with pytest.raises(JanusFlowError, match=f"process {os.getpid()} on .*another `out`"):
+                run(options(folder), out, overwrite=overwrite)
+            second.append(job)
+            yield function(job)
+
+    run(options(folder), out, engine)
+    assert len(second) > 2 and contents(out).keys() > {"dataset_info.json", "report.json"}
+    assert "lock" not in contents(out) and len(stored(out)) == 40
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 import time
 
 import numpy as np
@@ -228,6 +229,17 @@ def test_clusters_are_detected(env, kind):
     assert distributed.cluster(env) == kind
 
 
+@pytest.mark.parametrize("env", [{}, {"SLURM_PROCID": "0"}, {"SLURM_STEP_ID": "4294967290"}])
+@pytest.mark.parametrize("tasks", ["1", "4"])
+def test_in_a_job_of_slurm_that_srun_did_not_start_a_process_is_alone(env, tasks, capsys):
+    """`ssh` to a node of the job (job variables only), and sbatch's script without srun."""
+    env = {**env, "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": tasks}
+    distributed.initialize("auto", env)
+    assert ("srun" in capsys.readouterr().err) == (tasks == "4")
+    with pytest.raises(c.ConfigError, match="expected a cluster"):
+        distributed.initialize("on", env)
+
+
 def test_clusters_that_cannot_be_joined():
     distributed.initialize("off", {**BY_HAND})
     distributed.initialize("auto", {})
@@ -239,6 +251,41 @@ def test_clusters_that_cannot_be_joined():
         distributed.initialize("auto", {**BY_HAND, "JAX_NUM_PROCESSES": "two"})
     with pytest.raises(c.ConfigError, match="expected one of auto, on, off; got 'yes'"):
         distributed.initialize("yes", {})
+
+
+@pytest.mark.parametrize("env", [BY_HAND, SLURM])
+@pytest.mark.parametrize("others_come", [True, False])
+def test_a_process_says_for_whom_it_waits_and_not_for_ever(env, others_come, monkeypatch, capfd):
+    ended = threading.Event()
+
+    def initialize(**options):
+        assert options["initialization_timeout"] > distributed.WAIT_LIMIT_S  # ours comes first
+        ended.wait(0.25 if others_come else 30)
+        raise RuntimeError("joined, or JAX's own limit")
+
+    monkeypatch.setattr(distributed.os, "_exit", lambda _: ended.set())
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(distributed, "WAIT_REPORT_S", 0.1)
+    monkeypatch.setattr(distributed, "WAIT_LIMIT_S", 20 if others_come else 0.35)
+    with pytest.raises(c.ConfigError):
+        distributed.initialize("auto", env)
+    time.sleep(0.2)
+    said = capfd.readouterr().err
+    assert ended.is_set() != others_come and ("did not come" in said) != others_come
+    assert said.count("waits for the others") > 1
+    assert ("srun" in said) == (env is SLURM)
+
+
+@pytest.mark.slow
+def test_a_process_whose_peers_never_come_ends_by_itself(data, tmp_path):
+    patch = (
+        "from janusflow_jax.parallel import processes as p; p.WAIT_REPORT_S, p.WAIT_LIMIT_S = 1, 3"
+    )
+    job = jobs.start(data, tmp_path / "run", "num_steps=1", processes=2, patch=patch)
+    job[1].kill()
+    (status, said), _ = jobs.finish(job)
+    assert status == 1 and "process 0 of 2 waits for the others at 127.0.0.1:" in said, said
+    assert "did not come" in said and "Traceback" not in said and "stack" not in said, said
 
 
 def test_an_error_waits_until_all_know():

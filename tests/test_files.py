@@ -115,3 +115,24 @@ def test_what_a_killed_process_left_is_removed(tmp_path, moment):
     write(path, "second")
     assert {*os.listdir(tmp_path)} == {"folder", *running}
     assert (path / "file").read_text() == "second"
+
+
+def test_an_error_that_names_no_file_gets_the_name(tmp_path):
+    """A full disk: write() answers with a number only. A name that is there stays."""
+    for error, name in ((OSError(28, "full"), "folder"), (OSError(2, "none", "other"), "other")):
+        with pytest.raises(OSError, match=name), files.replacing(tmp_path / "folder"):
+            raise error
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_unfinished_can_be_removed_by_a_process_about_to_exit(tmp_path):
+    write(tmp_path / "folder", "first")
+    with pytest.raises(OSError), files.replacing(tmp_path / "folder") as part:
+        part.mkdir()
+        with files.replacing(tmp_path / "file") as other:
+            other.write_text("half")
+            files.remove_unfinished()
+            assert os.listdir(tmp_path) == ["folder"]
+    assert (tmp_path / "folder" / "file").read_text() == "first"
+    files.remove_unfinished()  # nothing is left to do
+    assert os.listdir(tmp_path) == ["folder"]

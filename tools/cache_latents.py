@@ -25,6 +25,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from janusflow_jax.config import signals
+
+    signals.end_on_signals("run the same command again to resume")
+
 import jax
 
 from janusflow_jax import cli

@@ -12,6 +12,11 @@ the tensors that do not fit.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from janusflow_jax.config import signals
+
+    signals.end_on_signals()
+
 import argparse
 import signal
 import sys

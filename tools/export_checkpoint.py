@@ -9,9 +9,12 @@ A converted model comes back bit for bit. What the published format cannot hold 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from janusflow_jax.config import signals
+
+    signals.end_on_signals()
+
 import argparse
-import signal
-import sys
 
 from absl import logging
 
@@ -41,7 +44,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = p.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a partial folder is removed
     if args.adapter_only:
         if args.dtype or args.license or args.overwrite:
             p.error("--adapter-only: expected no --dtype, --license or --overwrite")

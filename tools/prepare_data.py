@@ -26,11 +26,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from janusflow_jax.config import signals
+
+    signals.end_on_signals("run the same command again to resume")
+
 from etils import epath
 from PIL import Image
 
 from janusflow_jax import cli
-from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.errors import DataError, JanusFlowError
 from janusflow_jax.data import chat_format
 from janusflow_jax.data.prepare import build, engines, parquet, report
 from janusflow_jax.data.prepare.records import KINDS, Options
@@ -167,8 +172,8 @@ def main() -> int:
         if args.dry_run:
             return dry_run(options, args.dry_run)
         result = build.prepare(options, args.out, _engine(args), progress(start), args.overwrite)
-    except DataError as e:
-        raise DataError(_with_flags(str(e), args)) from e
+    except JanusFlowError as e:
+        raise type(e)(_with_flags(str(e), args)) from e
     print(_with_flags(result.table(), args))
     print(f"{args.out}: {options.kind}, in {time.time() - start:.1f} s; report in report.json")
     return 0

@@ -97,7 +97,9 @@ def _share_file(process: int) -> str:
 def damage(
     folder: epath.Path, parts: Sequence[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> str:
-    """Names missing and changed files of a folder; '' if it is undamaged.
+    """Names missing, changed and unreadable files of a folder; '' if it is undamaged.
+
+    A dying disk does not change files, it fails to read them: that is damage too.
 
     Args:
       parts: verify only these names directly below the folder; None: all.
@@ -108,12 +110,28 @@ def damage(
         names = [n for n in _names(folder) if parts is None or n.split("/")[0] in parts]
     except (CheckpointError, OSError) as error:
         return str(error)
+    if not isinstance(sums, dict):
+        return f"{folder / SUMS_FILE}: expected the checksum of each file; got {sums!r:.40}"
     expected = {n for n in sums if parts is None or n.split("/")[0] in parts}
     missing = sorted(expected - set(names))
-    present = sorted(expected & set(names), key=lambda n: (-(folder / n).stat().length, n))
-    mine = present[share[0] :: share[1]]
-    changed = sorted(n for n, value in _sums(folder, mine).items() if value != sums[n])
-    return f"missing {missing}, changed {changed}" if missing or changed else ""
+    present = sorted(expected & set(names), key=lambda n: (-_length(folder / n), n))
+    changed, unreadable = [], []
+    for name in sorted(present[share[0] :: share[1]]):
+        try:
+            if file_sha256(folder / name) != sums[name]:
+                changed.append(name)
+        except OSError as error:
+            unreadable.append(f"{name} ({error.strerror or error})")
+    found = {"missing": missing, "changed": changed, "unreadable": unreadable}
+    return ", ".join(f"{what} {files}" for what, files in found.items() if files)
+
+
+def _length(file: epath.Path) -> int:
+    """Bytes of a file; 0 where it cannot be read, which `damage` finds out on its own."""
+    try:
+        return file.stat().length
+    except OSError:
+        return 0
 
 
 def verify_sums(folder: epath.Path, parts: Sequence[str] | None = None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,14 +29,6 @@ DAMAGED = "DAMAGED"
 """Replaces the marker of a damaged checkpoint."""
 BARRIER_S = 1200
 """Timeout of a barrier at the end of a save, in seconds."""
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax logs the tracebacks of errors in its threads, and raises the errors too."""
-    return "_SignalingThread.run() raised" not in record.getMessage()
-
-
-logging.getLogger("absl").addFilter(_is_news)
 
 
 class RunCheckpoints:
@@ -187,7 +178,8 @@ class RunCheckpoints:
                 )
             processes.log(f"WARNING: {message}\nWARNING: trying the checkpoint before it")
             if processes.is_main() and self._writes:
-                (self.folder / str(step) / MARKER).rename(self.folder / str(step) / DAMAGED)
+                with contextlib.suppress(OSError):  # a disk that fails: the next start warns again
+                    (self.folder / str(step) / MARKER).rename(self.folder / str(step) / DAMAGED)
         return None
 
     def _damage(self, step: int) -> str:

@@ -1,93 +1,35 @@
-"""A run's folder: its lock, its config, and what is written before the first step."""
+"""A run's folder: its lock and config, and what is written before the first step."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
-import os
-import socket
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import TrainConfig, fields, files
+from janusflow_jax.checkpoints import checksums, model_folder
+from janusflow_jax.config import TrainConfig, fields, files, lock
 from janusflow_jax.config.errors import CheckpointError, ConfigError
 from janusflow_jax.config.run import MAY_CHANGE, MAY_CHANGE_IN_BRANCH
 from janusflow_jax.parallel import processes
 
-LOCK = "lock"
 BRANCH = "branch.json"
 """In a run that began as a branch: which checkpoint of which run it began from."""
 
 
-class Lock:
-    """Reserves a workdir for this run, until `release` or the end of the process.
+def reserve(workdir: epath.Path) -> lock.Lock:
+    """Locks a workdir for this run.
 
-    On a disk it is an advisory lock (`flock`), which the kernel frees however the process ends.
-    Buckets have no locks: there the last run to start owns the folder, and an earlier run ends
-    before its next write (`check`).
+    Raises:
+      JanusFlowError: another run holds it.
+      CheckpointError: it cannot be written.
     """
-
-    def __init__(self, workdir: epath.Path):
-        """Raises CheckpointError: another run holds the folder, or it cannot be written."""
-        self._path, self._file = workdir / LOCK, None
-        self._me = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "id": uuid.uuid4().hex,
-        }
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if "://" not in str(workdir):
-                self._file = open(os.fspath(self._path), "a+")
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{workdir}: another run is writing here: {self._holder()}. Wait for it or stop "
-                "it, or use another folder (--config.workdir=...)"
-            ) from error
-        except OSError as error:
-            if self._file is None or error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise CheckpointError(explain(error, workdir)) from error
-            print(f"{workdir}: this file system has no locks; never start two runs in it")
-        try:
-            self._path.write_text(json.dumps(self._me))
-        except OSError as error:
-            raise CheckpointError(explain(error, workdir)) from error
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.release()
-
-    def _holder(self) -> str:
-        try:
-            held = json.loads(self._path.read_text())
-            return f"process {held['pid']} on {held['host']}, since {held['since']}"
-        except (OSError, ValueError, KeyError):
-            return "a process that has not written its name"
-
-    def check(self) -> None:
-        """Raises CheckpointError if another run has taken the folder (buckets only)."""
-        held = model_folder.read_json(self._path)
-        if held["id"] != self._me["id"]:
-            raise CheckpointError(
-                f"{self._path.parent}: taken over by {self._holder()}; this run ends"
-            )
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    with explained(workdir):
+        return lock.Lock(workdir, "use another folder (--config.workdir=...)")
 
 
 def explain(error: OSError, workdir: Any) -> str:
@@ -98,9 +40,13 @@ def explain(error: OSError, workdir: Any) -> str:
         errno.EROFS: "it is mounted read-only; use another --config.workdir",
         errno.EACCES: "make it writable for this user, or use another --config.workdir",
     }.get(error.errno or 0, "check the disk or the network")
+    where = workdir
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP):
+        where = error.filename or workdir
+        advice = "it is in the way: remove it, or use another --config.workdir"
     steps = model_folder.committed_steps(workdir)
     safe = f"; finished checkpoints: {steps}" if steps else ""
-    return f"{workdir}: cannot be written: {error.strerror or error}: {advice}{safe}"
+    return f"{where}: cannot be written: {error.strerror or error}: {advice}{safe}"
 
 
 @contextlib.contextmanager
@@ -122,7 +68,7 @@ def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ())
     if not file.exists():
         return
     # Fields that the run's version did not have get their defaults.
-    then = config_lib.from_dict(TrainConfig, model_folder.read_json(file))
+    then = config_lib.from_dict(TrainConfig, _stored_config(file))
     may_change = (*MAY_CHANGE, *may_change)
     changes = fields.differences(config_lib.to_dict(then), config_lib.to_dict(cfg), may_change)
     if changes:
@@ -198,6 +144,35 @@ def _check_rows_before(checkpoint: epath.Path, cfg: TrainConfig) -> None:
             "numbered anew, so some samples come again and others do not. To change it from here "
             f"on, set data.change_row={row} and the weight_after of the sources"
         )
+
+
+def newest_run(workdir: epath.Path) -> dict[str, Any]:
+    """The newest `run.json` that is whole; {} where there is none."""
+    for step in reversed(model_folder.committed_steps(workdir)):
+        folder = workdir / "checkpoints" / str(step)
+        if not checksums.damage(folder, ("run.json",)):
+            return model_folder.read_json(folder / "run.json")
+    return {}
+
+
+def _stored_config(file: epath.Path) -> dict[str, Any]:
+    """`config.json`; where it cannot be read, the config that the newest checkpoint repeats.
+
+    Raises:
+      CheckpointError: neither can be read.
+    """
+    try:
+        config = model_folder.read_json(file)
+        if isinstance(config, dict):
+            return config
+        raise CheckpointError(f"{file}: expected names and values; got {config!r:.40}")
+    except CheckpointError as error:
+        if run := newest_run(file.parent):
+            processes.log(f"WARNING: {error}; the config of the newest checkpoint replaces it")
+            return run["config"]
+        raise CheckpointError(
+            f"{error}; no checkpoint has a copy of it: remove {file} to start this run again"
+        ) from error
 
 
 def base_meta(workdir: epath.Path) -> dict[str, Any]:

@@ -6,8 +6,14 @@ import os
 import pathlib
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from janusflow_jax.config import lock
+
+_unfinished: dict[Any, Any] = {}
+"""Temporary paths of `replacing`, and the paths that they will replace."""
 
 
 def problem_of_out(
@@ -19,7 +25,8 @@ def problem_of_out(
 ) -> str:
     """Why a command must not write the folder `out`; '' if it may.
 
-    A new or empty folder is free. Another is replaced only if the same command wrote all of it.
+    A new folder, or one that holds nothing but a lock, is free. Another is replaced only if the
+    same command wrote all of it.
 
     Args:
       mark: a name that only a folder of this command has, and a text in that file ('': any).
@@ -33,7 +40,7 @@ def problem_of_out(
                 f"{out}: expected a folder apart from what is read; it is, holds or lies in "
                 f"{source}: choose another"
             )
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and all(p.name == lock.FILE for p in out.iterdir())):
         return ""
     name, text = mark
     if not (out / name).exists() or (text and text.encode() not in (out / name).read_bytes()):
@@ -79,8 +86,10 @@ def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]
         if not suffix:
             _remove_leftovers(path, prefix)
         remove(part)
+        _unfinished[part] = path
     try:
-        yield part
+        with naming(path):
+            yield part
         if active:
             if os.path.isdir(path):  # a rename replaces a file, but not a folder
                 os.rename(path, old)
@@ -91,10 +100,38 @@ def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]
                 remove(old)
     except BaseException:
         if active:
-            if os.path.isdir(old) and not os.path.exists(path):
-                os.rename(old, path)
-            remove(part)
+            _undo(path, part)
         raise
+    finally:
+        _unfinished.pop(part, None)
+
+
+@contextlib.contextmanager
+def naming(path: Any) -> Iterator[None]:
+    """Adds the path to an OSError that names none: a write to a full disk does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+def remove_unfinished() -> None:
+    """Undoes every `replacing` of this process that has not ended; for a process about to exit."""
+    for part, path in list(_unfinished.items()):
+        for _ in range(5):  # other threads may still write into the folder
+            with contextlib.suppress(OSError):
+                _undo(path, part)
+                break
+            time.sleep(0.1)
+
+
+def _undo(path: Any, part: Any) -> None:
+    old = part.parent / f"{part.name}-old"
+    if os.path.isdir(old) and not os.path.exists(path):
+        os.rename(old, path)
+    remove(part)
 
 
 def _remove_leftovers(path: Any, prefix: str) -> None:
@@ -137,3 +174,11 @@ def copy(source: Any, target: Any) -> None:
             copy(entry, target / entry.name)
         else:
             entry.copy(target / entry.name)
+
+
+def set_aside(path: Any, error: Exception) -> None:
+    """Renames a file that cannot be used, so that it blocks nothing, and prints a warning."""
+    aside = path.parent / f"{path.name}.unreadable"
+    remove(aside)
+    path.rename(aside)
+    print(f"WARNING: {path}: cannot be used ({error}); renamed to {aside.name}", flush=True)

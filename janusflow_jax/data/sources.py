@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from absl import logging
 from etils import epath
 
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 
 T = TypeVar("T")
@@ -220,7 +221,8 @@ def write_whole(path: epath.Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     part = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    part.write_bytes(data)
+    with files.naming(path):
+        part.write_bytes(data)
     part.replace(path)
 
 

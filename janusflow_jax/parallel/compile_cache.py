@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import tempfile
 import warnings
 
@@ -13,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 VARIABLE = "JANUSFLOW_COMPILATION_CACHE"
 MAX_BYTES = 4 << 30
+MIN_FREE_BYTES = 16 << 20
 MIN_SECONDS = 0.5
 """Programs that compile faster are not cached."""
 
@@ -40,6 +42,8 @@ def enable() -> str | None:
                 raise OSError(f"{folder}: this user has no home")
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
+            if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
+                raise OSError(f"{folder}: its disk is full")
         else:
             epath.Path(folder).mkdir(parents=True, exist_ok=True)
     except Exception as error:  # noqa: BLE001 - each store has errors of its own

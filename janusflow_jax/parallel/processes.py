@@ -10,12 +10,16 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # the address that JAX found has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
@@ -26,6 +30,14 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Environment variables for clusters that JAX does not detect."""
 CONTINUE, STOP, FAILED = 0, 1, 2
 """The status of a process before a step; the most severe status wins."""
+WAIT_REPORT_S, WAIT_LIMIT_S = 15, 300
+CAUSES = {
+    "Slurm": "Were they started? `srun --pty` gives a shell to one task only: start the training "
+    "itself with srun, or train with this process alone (--distributed=off)",
+    "environment": f"Were they started, each with its own {VARIABLES[2]}, and does that address "
+    "reach process 0? --distributed=off trains with this process alone",
+}
+"""Why the other processes of a kind of cluster may not come."""
 TEXT_BYTES = 4096
 """Size of a message between processes; longer ones are cut."""
 
@@ -53,6 +65,12 @@ def initialize(mode: str = "auto", env: Mapping[str, str] = os.environ) -> None:
             f"{', '.join(VARIABLES)} set for every process; got neither"
         )
     if not kind:
+        if (tasks := env.get("SLURM_NTASKS", "1")) != "1":
+            print(
+                f"Slurm's job has {tasks} tasks, but srun did not start this process: it trains "
+                "alone. To train with all of them, start it with srun (launch/slurm.sh)",
+                file=sys.stderr,
+            )
         return
     options: dict[str, Any] = {}
     if kind == "environment":
@@ -66,18 +84,49 @@ def initialize(mode: str = "auto", env: Mapping[str, str] = os.environ) -> None:
             raise ConfigError(
                 f"--distributed: expected whole numbers in {VARIABLES[1:]}; {error}"
             ) from error
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        jax.distributed.initialize(**options)
+        with _limited_wait(kind):
+            # JAX ends the process with a stack after its own limit.
+            jax.distributed.initialize(**options, initialization_timeout=WAIT_LIMIT_S + 60)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"--distributed: cannot join the job ({kind}): {error}. --distributed=off trains "
             "with this process alone"
         ) from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # JAX's preemption service, unused here, takes it
     if jax.default_backend() == "cpu":
         # Programs from the cache run their collectives in a different order in each process. Gloo
         # then confuses them and aborts or hangs: 15 of 16 jobs of two processes did, and none of
         # the 16 that compiled.
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+@contextlib.contextmanager
+def _limited_wait(kind: str) -> Iterator[None]:
+    """Reports every 15 s that this process waits for the others; ends it at the limit."""
+    joined, began = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not joined.wait(WAIT_REPORT_S):
+            waited = time.monotonic() - began
+            job = distributed.global_state
+            print(
+                f"process {job.process_id} of {job.num_processes} waits for the others at "
+                f"{job.coordinator_address}, for {waited:.0f} of {WAIT_LIMIT_S} s. "
+                + CAUSES.get(kind, "Are all of them started?"),
+                file=sys.stderr,
+                flush=True,
+            )
+            if waited >= WAIT_LIMIT_S:
+                print("error: --distributed: the other processes did not come", file=sys.stderr)
+                exit_without_peers()
+
+    threading.Thread(target=watch, name="waiting for processes", daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
 
 
 def cluster(env: Mapping[str, str]) -> str:
@@ -225,7 +274,7 @@ def exit_without_peers() -> NoReturn:
 def lost_peer(error: Exception) -> str:
     """The message for a computation with other processes that failed."""
     return (
-        f"error: process {index()} of {count()}: a computation with the other processes failed; "
+        f"process {index()} of {count()}: a computation with the other processes failed; "
         "most likely one of them has died (see their logs). Start all processes again: the run "
         f"resumes from its newest checkpoint. JAX reports: {str(error).splitlines()[0]}"
     )

@@ -18,6 +18,7 @@ from etils import epath
 
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import files
+from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import loader
 from janusflow_jax.parallel import processes
 from janusflow_jax.training import metrics
@@ -75,14 +76,25 @@ class Attempts:
         self._file, self._clock = epath.Path(workdir) / ATTEMPTS_FILE, clock
         clock.update()
         began = time.time() - sum(clock.seconds.values())
-        earlier = checksums.read_json(self._file) if self._file.exists() else []
-        for attempt in earlier:
-            lost_since = max(saved_at or 0.0, attempt["began"])
-            if not attempt["ended"] and attempt["alive"] > lost_since:
-                attempt["lost"] = round(attempt["alive"] - lost_since, 3)
-        self._earlier = earlier
         self._this = {"began": round(began, 3), "first_step": first_step, "lost": 0.0}
+        self._earlier: list[dict[str, Any]] = []
+        if self._file.exists():
+            self._read_earlier(saved_at)
         self.write(first_step)
+
+    def _read_earlier(self, saved_at: float | None) -> None:
+        """Sets a file aside that cannot be used: statistics never stop a run from resuming."""
+        try:
+            self._earlier = checksums.read_json(self._file)
+            for attempt in self._earlier:
+                lost_since = max(saved_at or 0.0, attempt["began"])
+                if not attempt["ended"] and attempt["alive"] > lost_since:
+                    attempt["lost"] = round(attempt["alive"] - lost_since, 3)
+            self.totals()
+        except (CheckpointError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            self._earlier = []
+            if processes.is_main():
+                files.set_aside(self._file, error)
 
     def write(self, step: int, ended: bool = False) -> None:
         """Updates the file. ended: the run has saved and stops, so nothing is lost."""
@@ -135,7 +147,7 @@ class BadSteps:
         self._in_a_row = 0
         self._last: dict[str, Any] = {}
         if processes.is_main() and self._file.exists():
-            self._file.write_text(metrics.lines_up_to(self._file.read_text(), resume_step))
+            self._file.write_text(metrics.lines_up_to(self._file, resume_step))
 
     def count(self, step: int, out: Mapping[str, Any], report: loader.Report) -> None:
         """Args: out: metrics of the step: ok, loss, grad_norm, mean_grad_norm."""
@@ -218,24 +230,32 @@ class Watchdog:
 class StopSignal:
     """Records SIGTERM (a cluster reclaims the machine) or Ctrl-C; a second one stops at once.
 
-    One process of a job is enough: the loop lets all of them agree (`processes.Agreement`).
+    A context manager, which listens from the first step on (`listen`): before it there is nothing
+    to save, and the process ends as it would without this class. One process of a job is enough:
+    the loop lets all of them agree (`processes.Agreement`).
     """
 
     def __init__(self) -> None:
         self.received = False
-        self._handlers: dict[int, Any] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._handle)
         return self
 
+    def listen(self) -> None:
+        if not self._before:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._handlers.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if self.received:
+            before = self._before[number]
+            if callable(before):
+                before(number, frame)
             raise KeyboardInterrupt
         self.received = True
         # print() is not safe here: the signal may arrive while its buffer is in use.

@@ -7,7 +7,6 @@ has no NaN: `{"loss": null, "non_finite": {"loss": "nan"}}`.
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import math
 import os
@@ -51,7 +50,7 @@ class Writer:
         board = _summary_writer() if tensorboard else None
         target = self._local = epath.Path(workdir) / FILE
         target.parent.mkdir(parents=True, exist_ok=True)
-        lines = lines_up_to(target.read_text(), resume_step) if target.exists() else ""
+        lines = lines_up_to(target, resume_step)
         if "://" in str(workdir):
             self._local = epath.Path(tempfile.mkdtemp(prefix="metrics-")) / FILE
             self._remote = target
@@ -164,13 +163,29 @@ def json_line(step: int, values: Mapping[str, float], now: float) -> str:
     return json.dumps(line, allow_nan=False) + "\n"
 
 
-def lines_up_to(text: str, last_step: int) -> str:
-    """The lines up to `last_step`, without a line that a crash cut short."""
-    lines = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= last_step:
-                lines.append(line + "\n")
+def lines_up_to(file: epath.Path, last_step: int) -> str:
+    """The lines of a file of JSON lines up to `last_step`.
+
+    Lines that a crash spoiled are left out, and a file that cannot be read is set aside, with a
+    warning: neither may stop a run from resuming.
+    """
+    if not file.exists():
+        return ""
+    try:
+        content = file.read_bytes().splitlines()
+    except OSError as error:
+        files.set_aside(file, error)
+        return ""
+    lines, spoiled = [], 0
+    for line in content:
+        try:
+            text = line.decode()
+            if json.loads(text)["step"] <= last_step:
+                lines.append(text + "\n")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            spoiled += 1
+    if spoiled:
+        print(f"WARNING: {file}: lines removed that no step wrote: {spoiled}", flush=True)
     return "".join(lines)
 
 

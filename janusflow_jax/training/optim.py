@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from janusflow_jax.config import OptimConfig
+from janusflow_jax.config import OptimConfig, from_dict
 from janusflow_jax.parallel import trees
 
 Tree = dict[str, Any]
@@ -30,6 +30,19 @@ def schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
         parts.append(optax.linear_schedule(cfg.lr, 0.0, cfg.decay_steps))
         bounds.append(max(num_steps - cfg.decay_steps, cfg.warmup_steps))
     return optax.join_schedules(parts, bounds)
+
+
+def rates_at_resume(run: dict[str, Any], cfg: OptimConfig, num_steps: int) -> tuple[float, float]:
+    """The learning rate with which a run went on after its last step, and the one that it has now.
+
+    Where its decay is over, the first is that of its last step.
+
+    Args: run: a checkpoint's `run.json`.
+    """
+    step, then = run["step"], from_dict(OptimConfig, run["config"]["optim"])
+    before, now = schedule(then, run["config"]["num_steps"]), schedule(cfg, num_steps)
+    rates = [float(jnp.asarray(rate)) for rate in (before(step), before(step - 1), now(step))]
+    return rates[0] or rates[1], rates[2]
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:

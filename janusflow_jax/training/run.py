@@ -16,10 +16,17 @@ from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import run as run_checkpoints, workdir as workdir_lib
 from janusflow_jax.config import TrainConfig, checks as config_checks
 from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.lock import Lock
 from janusflow_jax.data import chat_format, loader
 from janusflow_jax.models import attention
 from janusflow_jax.parallel import processes, sharding
-from janusflow_jax.training import encode_cache, heldout, init as initialization, step as train_step
+from janusflow_jax.training import (
+    encode_cache,
+    heldout,
+    init as initialization,
+    optim,
+    step as train_step,
+)
 
 
 @dataclasses.dataclass
@@ -87,7 +94,7 @@ def workdir_of(cfg: TrainConfig) -> epath.Path:
     return epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
 
 
-def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: bool = True) -> Run:
+def open_run(cfg: TrainConfig, lock: Lock | None = None, writes: bool = True) -> Run:
     """Reads everything that a run needs onto the devices.
 
     What can be wrong is checked before anything slow: no run should find after ten minutes that its
@@ -97,7 +104,8 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     """
     workdir = workdir_of(cfg)
     with processes.together("opening the run"):
-        workdir_lib.check(workdir, cfg)
+        before = workdir_lib.newest_run(workdir)
+        workdir_lib.check(workdir, cfg, _RATE if before and not _rate_change(before, cfg) else ())
         started, resumed = initialization.resolve_start(cfg, workdir)
         initialization.check_files(started)
     start = initialization.find_start(started, resumed)
@@ -141,4 +149,42 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         held = heldout.Heldout(cfg, mesh, chat, saved.get("heldout", {}))
     if cfg.evaluate.sources:
         processes.log(held.summary())
+    if saved:
+        _warn_of_higher_rate(cfg, saved, checkpoints.steps())
     return Run(cfg, workdir, mesh, data, chat, checkpoints, state, saved, held)
+
+
+_RATE = ("optim.lr", "optim.decay_steps")
+"""Fields that a resumed run may change together if its learning rate goes on from where it was."""
+
+
+def _rate_change(saved: dict[str, Any], cfg: TrainConfig) -> float:
+    """The change of the learning rate at a checkpoint, as a share of it; below 1 %: 0."""
+    old = saved["config"]
+    if (old["optim"], old["num_steps"]) == (config_lib.to_dict(cfg.optim), cfg.num_steps):
+        return 0.0
+    then, now = optim.rates_at_resume(saved, cfg.optim, cfg.num_steps)
+    change = now / then - 1 if then else 0.0
+    return change if abs(change) > 0.01 else 0.0
+
+
+def _warn_of_higher_rate(cfg: TrainConfig, saved: dict[str, Any], steps: list[int]) -> None:
+    """More steps move the decay to the new last steps: the rate is high again before it."""
+    if _rate_change(saved, cfg) <= 0:
+        return
+    step, old = saved["step"], saved["config"]
+    then, now = optim.rates_at_resume(saved, cfg.optim, cfg.num_steps)
+    left = cfg.num_steps - step
+    began = old["num_steps"] - old["optim"]["decay_steps"]
+    whole = [s for s in steps if s <= began]
+    processes.log(
+        f"WARNING: at step {step} the learning rate rises from {then:.3g} to {now:.3g}, because "
+        f"num_steps is {cfg.num_steps} instead of {old['num_steps']} and the decay moves to the "
+        "last steps. To continue at the rate that the run had, falling to 0 at the last step, use "
+        f"--config.optim.lr={then:.6g} --config.optim.decay_steps={left}"
+        + (
+            f". To continue from before the decay, remove the checkpoints after step {whole[-1]}"
+            if whole
+            else f" (no checkpoint from before the decay, which began at step {began}, is left)"
+        )
+    )

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from janusflow_jax.config import files as config_files
+from janusflow_jax.config import files as config_files, lock
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, packing, samples
 from janusflow_jax.data.prepare import (
@@ -91,8 +91,32 @@ def prepare(
       DataError: `out` holds something else, or no record can be used.
     """
     path = epath.Path(out)
+    # before the lock: another folder gets no file of ours
     _check_out(path, overwrite, options.inputs)
     _chat(options.tokenizer)  # fails before the work if it cannot be loaded
+    is_new = not path.exists()
+    with lock.Lock(path, "choose another `out`"):
+        try:
+            # Again: the process that held it may have just finished.
+            _check_out(path, overwrite, options.inputs)
+            for entry in path.iterdir() if overwrite else ():
+                if entry.is_dir():
+                    entry.rmtree()
+                elif entry.name != lock.FILE:
+                    entry.unlink()
+            return _prepare(options, path, engine, progress)
+        finally:
+            (path / lock.FILE).unlink(missing_ok=True)
+            if is_new and path.exists() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _prepare(
+    options: Options,
+    path: epath.Path,
+    engine: engines.Engine,
+    progress: Callable[[int, int, int, int], None],
+) -> Report:
     jobs = _jobs(options, path)
     todo = [job for job in jobs if not job.file(".json").exists()]
     done, num_records, num_skipped = len(jobs) - len(todo), 0, 0
@@ -194,19 +218,17 @@ def _chat(tokenizer: str) -> Any:
 
 
 def _check_out(out: epath.Path, overwrite: bool, inputs: Sequence[str]) -> None:
-    """Raises DataError unless `out` is free or holds our unfinished run; `overwrite` empties it."""
+    """Raises DataError unless `out` is free or holds our unfinished run."""
     work = out / WORK_FOLDER
     is_whole = (out / "dataset_info.json").exists()
     if work.exists() and not is_whole and not overwrite:
         return
     mark = ("dataset_info.json", files.MODULE_NAME) if is_whole else (WORK_FOLDER, "")
-    made = "*.json", "*.array_record*", "lengths", "lock", WORK_FOLDER
+    made = "*.json", "*.array_record*", "lengths", lock.FILE, WORK_FOLDER
     if problem := config_files.problem_of_out(out, overwrite, mark, made, inputs):
         if work.exists() and not overwrite:  # stopped between the data set and the clean-up
             work.rmtree()
         raise DataError(problem)
-    if out.exists():
-        config_files.remove(out)
 
 
 def _jobs(options: Options, out: epath.Path) -> list[Job]:
