@@ -56,7 +56,8 @@ def wrong_values(kind):
         return (None, {}, 1)
     item, *_ = typing.get_args(kind)
     if dataclasses.is_dataclass(item) or typing.get_origin(item) is tuple:
-        return (None, "a", 1, [], (1,), (("a",),), ((1, 2),))
+        pair = (1, 2) if str in typing.get_args(item) else ("a", "b")
+        return (None, "a", 1, [], (1,), (("a",),), (pair,))
     # a mean may be negative
     items = [x for x in WRONG[item] if not (item is float and x == -2)]
     return (None, "a", 1, [], *((x,) for x in items))
