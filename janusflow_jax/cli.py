@@ -6,12 +6,13 @@ Imports neither JAX nor the pipeline until they are needed: tools that prepare d
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from etils import epath
+
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import JanusFlowError
 
 if TYPE_CHECKING:
@@ -120,19 +121,20 @@ def load(args: argparse.Namespace) -> pipeline.Pipeline:
     return model
 
 
-def check_writable(path: str, option: str) -> pathlib.Path:
+def check_writable(path: str, option: str) -> epath.Path:
     """The file that an option names, its folder created. Call it before the work, not after.
 
     Raises:
       JanusFlowError: it is a folder, or cannot be written.
     """
-    file = pathlib.Path(path)
+    file = files.resolve(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if not file.exists():  # an empty file, for a moment
+            file.write_bytes(b"")
+            file.unlink()
+        elif not files.is_remote(file):  # a bucket cannot append
             file.open("ab").close()
-        else:
-            tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise JanusFlowError(
             f"{option}: expected a file that can be written; got {path!r} "

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import time
 from typing import Any
 
@@ -20,7 +19,7 @@ from etils import epath
 
 from janusflow_jax import cli, config as config_lib, pipeline
 from janusflow_jax.checkpoints import checksums
-from janusflow_jax.config import flags as config_flags
+from janusflow_jax.config import files, flags as config_flags
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import losses as losses_lib, provenance
 from janusflow_jax.openmoji import judge as judge_lib, prompts, suite
@@ -78,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     report = losses(args, folder) if args.suite == "losses" else emoji(args, folder, out)
     report["seconds"] = round(time.time() - began, 1)
-    out.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    out.write_text(text, encoding="utf-8")
     print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
 
 
@@ -95,7 +95,7 @@ def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
     print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
     names = ("suite", "config", "weights", "dtype", "adapter")
     # the description of the data, not its records: they may be terabytes
-    infos = {s.path: epath.Path(s.path) / "dataset_info.json" for s in cfg.evaluate.sources}
+    infos = {s.path: files.resolve(s.path) / "dataset_info.json" for s in cfg.evaluate.sources}
     return {
         "settings": {**{n: getattr(args, n) for n in names}, "model": str(folder)},
         "evaluate": config_lib.to_dict(cfg.evaluate),
@@ -106,7 +106,7 @@ def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
     }
 
 
-def emoji(args: argparse.Namespace, folder: epath.Path, out: pathlib.Path) -> dict[str, Any]:
+def emoji(args: argparse.Namespace, folder: epath.Path, out: epath.Path) -> dict[str, Any]:
     """The report of suite `emoji`. The sheet goes beside `out`.
 
     Raises:

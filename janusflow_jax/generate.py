@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import time
 from typing import Any
 
 import jax
+from etils import epath
 
 from janusflow_jax import cli, pipeline
+from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import provenance, sheet
 from janusflow_jax.sampling import inputs
@@ -65,7 +66,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, then those of the file."""
     prompts = list(args.prompt)
     if args.prompts:
-        lines = pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        lines = config_files.resolve(args.prompts).read_text(encoding="utf-8").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise JanusFlowError(
@@ -74,9 +75,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def check_out(path: str) -> pathlib.Path:
+def check_out(path: str) -> epath.Path:
     """The output path, which must be a .png or a folder."""
-    out = pathlib.Path(path)
+    out = config_files.resolve(path)
     if out.suffix and out.suffix.lower() != ".png" and not out.is_dir():
         raise JanusFlowError(f"--out: expected a .png file or a folder; got {path}")
     return out
@@ -109,14 +110,14 @@ def main(argv: list[str] | None = None) -> None:
         if out.is_dir():
             for n in range(begin, len(images)):
                 files.append(str(out / f"{n:04d}.png"))
-                images[n].save(files[n])
+                sheet.save(images[n], out / f"{n:04d}.png")
         progress = f"{len(images)} of {len(labels)} images, {time.time() - start_time:.1f} s"
         cli.log(progress + (" (with compilation)" if not begin else ""))
     seconds = time.time() - start_time
     if not files:
         files = [str(out)]
         image = images[0] if len(images) == 1 else sheet.image_grid(images, labels)
-        image.save(out)
+        sheet.save(image, out)
     if args.json:
         records = [
             {"prompt": p, "seed": s, "file": files[min(n, len(files) - 1)]}
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
             "pictures": records,
         }
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        pathlib.Path(args.json).write_text(text, encoding="utf-8")
+        config_files.resolve(args.json).write_text(text, encoding="utf-8")
     print(files[0] if len(files) == 1 else f"{files[0]} .. {files[-1]}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import CheckpointError
 
 SUMS_FILE, MARKER = "checksums.json", "COMMITTED"
@@ -110,7 +111,7 @@ def damage(
         return str(error)
     expected = {n for n in sums if parts is None or n.split("/")[0] in parts}
     missing = sorted(expected - set(names))
-    present = sorted(expected & set(names), key=lambda n: (-(folder / n).stat().length, n))
+    present = sorted(expected & set(names), key=lambda n: (-files.size(folder / n), n))
     mine = present[share[0] :: share[1]]
     changed = sorted(n for n, value in _sums(folder, mine).items() if value != sums[n])
     return f"missing {missing}, changed {changed}" if missing or changed else ""

@@ -51,9 +51,24 @@ class LoadedModel:
         return sorted(self.params or {}) + (["vae"] if self.vae is not None else [])
 
 
+def resolve(path: Any) -> epath.Path:
+    """`files.resolve` for what Orbax reads and writes.
+
+    Raises:
+      CheckpointError: a store that Orbax cannot open.
+    """
+    folder = files.resolve(path)
+    if files.is_remote(folder) and not str(folder).startswith("gs://"):
+        raise CheckpointError(
+            f"{folder}: expected a local folder or a gs:// URL, because Orbax opens no other "
+            "store: mount the store as a folder, or copy the model"
+        )
+    return folder
+
+
 def is_model(path: Any) -> bool:
     """Whether a path holds something that `load_model` accepts; reads no weights."""
-    folder = epath.Path(path)
+    folder = resolve(path)
     marks = (folder / MODEL_FILE, folder / MARKER)
     return any(m.exists() for m in marks) or bool(committed_steps(folder))
 
@@ -81,7 +96,7 @@ def save_model(
     Raises:
       CheckpointError: `path` exists and `overwrite` is not set.
     """
-    out = epath.Path(path).resolve()
+    out = resolve(path)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists; choose another path or pass --overwrite")
     pairs: Any = params.items() if isinstance(params, Mapping) else params or ()
@@ -132,7 +147,7 @@ def load_model(path: Any, weights: str = "ema", merged: bool = True) -> LoadedMo
     """
     if weights not in ("ema", "params"):
         raise CheckpointError(f"weights: expected 'ema' or 'params'; got {weights!r}")
-    folder = epath.Path(path).resolve()
+    folder = resolve(path)
     if not folder.exists():
         raise CheckpointError(
             f"{folder}: no such folder; expected a model folder (with {MODEL_FILE}), a training "
@@ -231,7 +246,7 @@ def _save_tree(path: epath.Path, tree: Any) -> None:
 
 def load_tree(path: Any) -> Any:
     """Every array of an Orbax folder, as numpy arrays: a device may not have room for all."""
-    path = epath.Path(path).resolve()  # Orbax accepts absolute paths only
+    path = resolve(path)  # Orbax accepts absolute paths only
     shapes = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), ocp.metadata(path).metadata)
     return ocp.load(path, shapes)
 

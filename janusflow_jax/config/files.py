@@ -1,10 +1,70 @@
-"""Files and folders that are written as a whole or not at all."""
+"""Paths that a user names, and files and folders that are written whole or not at all."""
 
 import contextlib
+import functools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
+
+from etils import epath
+
+from janusflow_jax.config.errors import ConfigError
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
+"""Scheme of a bucket's URL -> the package that opens it."""
+_URL = re.compile(r"([A-Za-z][\w+.-]*):/+(.*)")  # `pathlib` makes one slash of two
+
+
+def resolve(path: Any) -> epath.Path:
+    """A path that a user named: absolute, `~` expanded. The URL of a bucket stays a URL.
+
+    Raises:
+      ConfigError: a URL of another kind, or a bucket that cannot be opened.
+    """
+    name = os.fspath(path)
+    url = _URL.fullmatch(name)
+    if url is None:
+        return epath.Path(os.path.abspath(os.path.expanduser(name)))
+    scheme, rest = url.groups()
+    if scheme not in PACKAGES:
+        raise ConfigError(
+            f"{name}: expected a path, or a URL that begins with gs://, s3:// or az://; got "
+            f"{scheme}://: download it, or mount it as a folder"
+        )
+    _check_opens(scheme, rest.partition("/")[0])
+    return epath.Path(f"{scheme}://{rest}")
+
+
+@functools.cache
+def _check_opens(scheme: str, bucket: str) -> None:
+    """Raises ConfigError: the bucket cannot be opened."""
+    import fsspec
+
+    # Other processes and Orbax's own writer add files, which a cached listing would lack.
+    for name in (scheme, "gcs"):
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    try:
+        epath.Path(f"{scheme}://{bucket}/any").stat()
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # each store has errors of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{scheme}://{bucket}: the bucket cannot be opened: {reason}. Expected the package "
+            f"{PACKAGES[scheme]} (pip install {PACKAGES[scheme]}), credentials, and the network"
+        ) from error
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path of `resolve` is in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def size(path: Any) -> int:
+    """Bytes of a file. `epath`'s own `stat` fails where a file's owner has no name."""
+    return path.stat().length if is_remote(path) else os.stat(path).st_size
 
 
 @contextlib.contextmanager

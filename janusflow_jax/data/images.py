@@ -10,10 +10,10 @@ import math
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -147,7 +147,7 @@ def read(image: Any) -> np.ndarray:
         return np.asarray(_rgb(_upright(image)))
     if isinstance(image, bytes):
         return decode(image)
-    path = epath.Path(image)
+    path = files.resolve(image)
     if not path.is_file():
         raise DataError(f"image {path}: no such file")
     try:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from absl import logging
 from etils import epath
 
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 
 T = TypeVar("T")
@@ -46,12 +47,11 @@ class TfdsSource:
 
         self.path, self.split = str(path), split
         self.fields: Fields = ()  # see `mapped`
-        folder = epath.Path(path)
-        scheme = str(folder).partition("://")[0]
-        if scheme not in (str(folder), "gs"):  # array_record reads no other store
+        folder = files.resolve(path)
+        if files.is_remote(folder) and not str(folder).startswith("gs://"):
             raise DataError(
-                f"{folder}: expected a local path or gs://; got {scheme}://: mount the store as a "
-                "folder, or copy the data set"
+                f"{folder}: expected a local path or a gs:// URL, because array_record reads no "
+                "other store: mount the store as a folder, or copy the data set"
             )
         if not (folder / "dataset_info.json").exists():
             raise DataError(
@@ -216,7 +216,7 @@ def retry(read: Callable[[], T], what: str) -> T:
 
 def write_whole(path: epath.Path, data: bytes) -> None:
     """Writes a file that appears complete, or not at all."""
-    if "://" in str(path):  # an object of a bucket appears when it is complete
+    if files.is_remote(path):  # an object of a bucket appears when it is complete
         path.write_bytes(data)
         return
     part = path.parent / f".{path.name}.{uuid.uuid4().hex}"

@@ -56,7 +56,7 @@ def export(
       ConvertError: what the published format cannot hold, or parts that are missing.
       CheckpointError: no model that loads, or `out` exists.
     """
-    folder = epath.Path(out).resolve()
+    folder = files.resolve(out)
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder}: exists; choose another path, or overwrite it")
     loaded = model_folder.load_model(model, weights=weights)

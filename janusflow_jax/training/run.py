@@ -13,7 +13,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints import run as run_checkpoints, workdir as workdir_lib
+from janusflow_jax.checkpoints import (
+    model_folder,
+    run as run_checkpoints,
+    workdir as workdir_lib,
+)
 from janusflow_jax.config import TrainConfig, checks as config_checks
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, loader
@@ -81,7 +85,7 @@ def workdir_of(cfg: TrainConfig) -> epath.Path:
       ConfigError: the config cannot work (every problem in one message).
     """
     config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
-    return epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
+    return model_folder.resolve(cfg.workdir or f"runs/{cfg.name}")
 
 
 def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: bool = True) -> Run:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, packing, samples
 from janusflow_jax.data.prepare import (
@@ -89,7 +90,7 @@ def prepare(
     Raises:
       DataError: `out` holds something else, or no record can be used.
     """
-    path = epath.Path(out)
+    path = config_files.resolve(out)
     _check_out(path, overwrite)
     _chat(options.tokenizer)  # fails before the work if it cannot be loaded
     jobs = _jobs(options, path)
@@ -237,7 +238,7 @@ def _jobs(options: Options, out: epath.Path) -> list[Job]:
 
 def _size(name: str) -> int:
     path = epath.Path(name)
-    return path.stat().length if path.exists() else -1
+    return config_files.size(path) if path.exists() else -1
 
 
 def _assemble(options: Options, out: epath.Path, jobs: list[Job], engine: engines.Engine) -> Report:
