@@ -149,11 +149,11 @@ def read(image: Any) -> np.ndarray:
         return decode(image)
     path = files.resolve(image)
     if not path.is_file():
-        raise DataError(f"image {path}: no such file")
+        raise DataError(f"image {image}: no such file")
     try:
         return decode(path.read_bytes())
     except DataError as error:
-        raise DataError(f"image {path}: {error}") from error
+        raise DataError(f"image {image}: {error}") from error
 
 
 def for_understanding(

@@ -50,7 +50,7 @@ def image_grid(
     return sheet
 
 
-def save(image: Image.Image, path: epath.Path) -> None:
+def save(image: Image.Image, path: epath.PathLike) -> None:
     """Writes a PNG file, on a disk or in a bucket."""
-    with path.open("wb") as file:
+    with epath.Path(path).open("wb") as file:
         image.save(file, "PNG")

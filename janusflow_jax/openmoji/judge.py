@@ -192,10 +192,9 @@ def load(path: Any) -> LoadedJudge:
         text_width=sizes["text_width"],
         width=sizes["width"],
     )
+    weights = safetensors_io.local(folder / WEIGHTS)
     try:
-        with safetensors.safe_open(
-            safetensors_io.local(folder / WEIGHTS), framework="numpy"
-        ) as file:
+        with safetensors.safe_open(weights, framework="numpy") as file:
             leaves = {n: file.get_tensor(n).astype(np.float32) for n in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise CheckpointError(

@@ -66,7 +66,7 @@ def score_generation(
     guidance_scale: float,
     num_steps: int,
     seed: int,
-    sheet_file: epath.Path,
+    sheet_file: epath.PathLike,
 ) -> dict[str, Any]:
     """Generates the sheet and `count` more trained pairs, and scores both.
 
