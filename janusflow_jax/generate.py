@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     model = cli.load(args)
     # The digest of the adapter before generation, in case the file changes meanwhile.
     adapter = provenance.of_adapter(args.adapter) if args.adapter else ""
-    (out.parent if out.suffix and not out.is_dir() else out).mkdir(parents=True, exist_ok=True)
+    is_folder = out.is_dir() or not out.suffix  # asked once: a bucket has no empty folders
+    (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
     start_time = time.time()
     images: list[Any] = []
     files: list[str] = []
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             num_steps=args.steps,
             seed=seeds[batch],
         )
-        if out.is_dir():
+        if is_folder:
             for n in range(begin, len(images)):
                 files.append(str(out / f"{n:04d}.png"))
                 sheet.save(images[n], out / f"{n:04d}.png")
