@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import pathlib
+import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ def enable_compilation_cache() -> str | None:
     (`JAX_COMPILATION_CACHE_DIR`) stays. The folder may be deleted at any time.
 
     Returns:
-      the folder; None if the cache is off or cannot be written.
+      the folder; None if the cache is off, or cannot be written (warns).
     """
     if folder := getattr(jax.config, "jax_compilation_cache_dir", None):
         return str(folder)
@@ -104,19 +105,25 @@ def enable_compilation_cache() -> str | None:
     if setting.lower() in ("off", "0", "no", "none"):
         return None
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = pathlib.Path(setting or f"{base}/janusflow_jax").expanduser()
+    folder = os.path.expanduser(setting or f"{base}/janusflow_jax")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        if folder.startswith("~"):
+            raise OSError(f"{folder}: this user has no home")
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        warnings.warn(
+            f"compiled programs are not kept ({error}); {CACHE_VARIABLE}=FOLDER names a folder "
+            "for them, off ends this warning",
+            stacklevel=2,
+        )
         return None
-    if not os.access(folder, os.W_OK):
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_MIN_SECONDS)
     if importlib.util.find_spec("filelock"):  # JAX needs it to delete the least used programs
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     compilation_cache.reset_cache()  # a compilation before this call has switched it off
-    return str(folder)
+    return folder
 
 
 class Pipeline:

@@ -37,6 +37,11 @@ _REPLAY = flags.DEFINE_string(
     "ROW or FIRST:END: print the losses and gradient norms of single rows with the newest "
     "checkpoint's parameters, and train nothing (bad_steps.jsonl in the workdir lists rows)",
 )
+_ACCEPT_DATA = flags.DEFINE_bool(
+    "accept_data",
+    False,
+    "resume although a data set holds something else than before; attempts.json records it",
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -46,15 +51,18 @@ _DISTRIBUTED = flags.DEFINE_enum(
 )
 
 
-def train(cfg: TrainConfig) -> str:
-    """Trains to the config's last step, or until a signal stops it. Returns the workdir."""
+def train(cfg: TrainConfig, accept_data: bool = False) -> str:
+    """Trains to the config's last step, or until a signal stops it. Returns the workdir.
+
+    Args: accept_data: resume although the data hold something else than before.
+    """
     clock = health.Clock()
     workdir, lock = workdir_of(cfg), None
     with contextlib.ExitStack() as stack:
         with processes.together("opening the workdir"):
             if processes.is_main():
                 lock = stack.enter_context(workdir_lib.Lock(workdir))
-        run = open_run(cfg, lock)
+        run = open_run(cfg, lock, accept_data=accept_data)
         stop = stack.enter_context(health.StopSignal())
         watchdog = stack.enter_context(health.Watchdog(cfg.watchdog_s, cfg.watchdog_exit))
         stack.enter_context(jax.set_mesh(run.mesh))
@@ -64,7 +72,9 @@ def train(cfg: TrainConfig) -> str:
             last_line = run.first_step if run.saved else -1  # a new run also writes step 0
             writer = metrics.Writer(workdir, resume_step=last_line, tensorboard=cfg.tensorboard)
             stack.callback(workdir_lib.explained(workdir)(writer.close))
-            attempts = health.Attempts(workdir, clock, run.first_step, run.saved.get("time"))
+            attempts = health.Attempts(
+                workdir, clock, run.first_step, run.saved.get("time"), run.changed_data
+            )
         step = train_steps(run, writer, attempts, clock, stop, watchdog)
         stopped = any(processes.gather("stopped" if stop.received else ""))
         done = step == cfg.num_steps and not stopped
@@ -250,7 +260,7 @@ def main(argv: list[str]) -> None:
     processes.initialize(_DISTRIBUTED.value)
     if _REPLAY.value:
         sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
-    train(cfg)
+    train(cfg, _ACCEPT_DATA.value)
 
 
 def run() -> None:

@@ -2,7 +2,7 @@
 
 import io
 import json
-import pathlib
+import os
 import re
 import sys
 
@@ -199,8 +199,15 @@ def test_the_cache_keeps_programs_and_can_be_turned_off(monkeypatch, tmp_path):
         jax.config.update("jax_compilation_cache_dir", None)
         blocked = tmp_path / "file"
         blocked.write_text("")
-        monkeypatch.setenv(pipeline.CACHE_VARIABLE, str(pathlib.Path(blocked) / "cache"))
-        assert pipeline.enable_compilation_cache() is None
+        for setting in (str(blocked / "cache"), "/proc/cache", "~nobody-here/cache"):
+            monkeypatch.setenv(pipeline.CACHE_VARIABLE, setting)
+            with pytest.warns(UserWarning, match=pipeline.CACHE_VARIABLE):
+                assert pipeline.enable_compilation_cache() is None
+        monkeypatch.delenv(pipeline.CACHE_VARIABLE)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, no passwd entry
+        with pytest.warns(UserWarning, match="no home"):
+            assert pipeline.enable_compilation_cache() is None
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

@@ -1,11 +1,19 @@
-"""Files and folders that are written as a whole or not at all."""
+"""Paths, sizes, and files and folders that are written whole or not at all."""
 
+import grp
 import os
 import pathlib
+import pwd
+import re
 
 import pytest
+from etils import epath
 
+from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import files
+from janusflow_jax.data.prepare import build, records, text
+
+PACKAGE = pathlib.Path(files.__file__).parents[1]
 
 
 def write(path, text):
@@ -33,3 +41,41 @@ def test_after_an_error_the_old_folder_is_there(tmp_path, monkeypatch, failing):
         write(tmp_path / "folder", "second")
     assert (tmp_path / "folder" / "file").read_text() == "first"
     assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A file of seven bytes whose owner and group have no name, as in many containers."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(grp, "getgrgid", unknown)
+    file = epath.Path(tmp_path / "a.txt")
+    file.write_text("a text\n")
+    with pytest.raises(KeyError):
+        file.stat()
+    return file
+
+
+def test_a_file_whose_owner_has_no_name_has_a_size(file):
+    assert files.size(file) == files.size(str(file)) == build._size(str(file)) == 7
+    (shard,) = text.plan(records.Options("text", (str(file),), kind="text"), file.parent / "slices")
+    assert (shard["begin"], shard["end"]) == (0, 7)
+    checksums.write_sums(file.parent)
+    assert checksums.damage(file.parent) == ""
+    file.write_text("another\n")
+    assert "a.txt" in checksums.damage(file.parent)
+
+
+def test_nothing_asks_epath_for_an_owner_or_resolves_a_url():
+    """`epath`'s stat fails without a name of the owner, and its resolve makes a URL a folder."""
+    trap = re.compile(r"\.stat\(\)|Path\([^()]*\)\.(resolve|absolute|expanduser)\(\)")
+    wrong = [
+        f"{path.relative_to(PACKAGE)}: {line.strip()}"
+        for path in PACKAGE.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if trap.search(line) and path != pathlib.Path(files.__file__)
+    ]
+    assert not wrong, "\n".join(wrong)

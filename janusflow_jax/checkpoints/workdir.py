@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -30,6 +31,7 @@ MAY_CHANGE = tuple(
 """Fields that a resumed run may change. Any other change makes it another run."""
 
 LOCK = "lock"
+DATA_FILE, DATA_KEYS = "data.json", ("name", "records", "content", "cache")
 
 
 class Lock:
@@ -128,13 +130,52 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
         return
     # Fields that the run's version did not have get their defaults.
     then = config_lib.from_dict(TrainConfig, model_folder.read_json(file))
-    changes = fields.differences(config_lib.to_dict(then), config_lib.to_dict(cfg), MAY_CHANGE)
+    values = [config_lib.to_dict(then), config_lib.to_dict(cfg)]
+    if recorded_data(workdir):  # what the data are is known; where they lie may change
+        for source in itertools.chain(*(x["data"]["sources"] for x in values)):
+            source |= {"path": "", "cache": bool(source["cache"])}
+    changes = fields.differences(*values, MAY_CHANGE)
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise CheckpointError(
             f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
             "(--config.workdir=...), or the old config to resume it"
         )
+
+
+def recorded_data(workdir: epath.Path) -> list[dict[str, Any]]:
+    """What the run's sources held at its last start (`rows.Source.identity`); [] where there is no
+    such record, or a damaged one."""
+    file = workdir / DATA_FILE
+    try:
+        recorded = model_folder.read_json(file) if file.exists() else []
+        return [{name: source[name] for name in DATA_KEYS} for source in recorded]
+    except (CheckpointError, KeyError, TypeError) as error:
+        processes.log(f"{file}: cannot be read, and is written anew ({error})")
+        return []
+
+
+def check_data(
+    workdir: epath.Path, then: list[dict[str, Any]], now: list[dict[str, Any]], accept: bool
+) -> list[str]:
+    """Compares what the sources hold with what they held; one line for each that changed.
+
+    Raises:
+      CheckpointError: some changed, and `accept` is not set.
+    """
+    changed = []
+    for i, (old, new) in enumerate(zip(then, now, strict=False)):
+        if what := [n for n in ("content", "cache") if old[n] != new[n]]:
+            counts = f"{old['records']} records then, {new['records']} now"
+            line = f"data.sources[{i}] ({new['name']}): other {' and '.join(what)}; {counts}"
+            changed.append(line)
+    if changed and not accept:
+        listed = "\n".join(f"  - {line}" for line in changed)
+        raise CheckpointError(
+            f"{workdir}: the data changed under the run:\n{listed}\nRestore them, start a new run "
+            "(--config.workdir=...), or pass --accept_data to continue with the new data"
+        )
+    return changed
 
 
 def base_meta(workdir: epath.Path) -> dict[str, Any]:
@@ -151,18 +192,23 @@ def create(
     vae: Any,
     hub: Any,
     about: dict[str, Any],
+    data: list[dict[str, Any]],
 ) -> None:
-    """Writes `config.json` and `base/`, once. All processes of a job call it; the first writes.
+    """Writes `config.json`, `data.json` and `base/`. All processes of a job call it; the first
+    writes.
 
     Args:
       params: what the checkpoints will not repeat; None: nothing.
       about: JSON values for the base's `model.json`.
+      data: what the sources are (`rows.Source.identity`).
     """
     with explained(workdir):
         # The config first: `check` then compares even if the run ends before the base is whole.
         if processes.is_main():
             with files.replacing(workdir / "config.json", "tmp") as part:
                 part.write_text(json.dumps(config_lib.to_dict(cfg), indent=1))
+            with files.replacing(workdir / DATA_FILE, "tmp") as part:
+                part.write_text(json.dumps(data, indent=1))
         if not processes.from_main("exists" if base_meta(workdir) else ""):
             model_folder.save_model(
                 workdir / "base",

@@ -49,6 +49,12 @@ class Lengths(NamedTuple):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for column in self:
+            total.update(np.ascontiguousarray(column))
+        return total.hexdigest()
+
 
 def measure_lengths(source: Any, task: str, form: str, chat: chat_format.ChatFormat) -> Lengths:
     """Lengths of the units of each record, in a task and form."""

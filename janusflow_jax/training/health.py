@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -64,12 +64,18 @@ class Attempts:
     """
 
     def __init__(
-        self, workdir: epath.PathLike, clock: Clock, first_step: int, saved_at: float | None
+        self,
+        workdir: epath.PathLike,
+        clock: Clock,
+        first_step: int,
+        saved_at: float | None,
+        changed_data: Sequence[str] = (),
     ):
         """Reads the earlier attempts and works out what they lost.
 
         Args:
           saved_at: when the restored checkpoint was saved (Unix time); None: there is none.
+          changed_data: sources with other content than before.
         """
         self._file, self._clock = epath.Path(workdir) / ATTEMPTS_FILE, clock
         clock.update()
@@ -81,6 +87,8 @@ class Attempts:
                 attempt["lost"] = round(attempt["alive"] - lost_since, 3)
         self._earlier = earlier
         self._this = {"began": round(began, 3), "first_step": first_step, "lost": 0.0}
+        if changed_data:
+            self._this["changed_data"] = list(changed_data)
         self.write(first_step)
 
     def write(self, step: int, ended: bool = False) -> None:

@@ -18,7 +18,7 @@ from janusflow_jax.checkpoints import (
     run as run_checkpoints,
     workdir as workdir_lib,
 )
-from janusflow_jax.config import TrainConfig, checks as config_checks
+from janusflow_jax.config import DataConfig, TrainConfig, checks as config_checks
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, loader
 from janusflow_jax.parallel import processes, sharding
@@ -38,6 +38,7 @@ class Run:
     state: train_step.State
     saved: dict[str, Any]  # `run.json` of the checkpoint it resumes from; {}: a new run
     heldout: heldout.Heldout
+    changed_data: list[str]  # sources with other content than before, which the user accepted
     write_error: CheckpointError | None = None  # this process could not write into the workdir
 
     @property
@@ -88,13 +89,21 @@ def workdir_of(cfg: TrainConfig) -> epath.Path:
     return model_folder.resolve(cfg.workdir or f"runs/{cfg.name}")
 
 
-def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: bool = True) -> Run:
+def open_run(
+    cfg: TrainConfig,
+    lock: workdir_lib.Lock | None = None,
+    writes: bool = True,
+    accept_data: bool = False,
+) -> Run:
     """Reads everything that a run needs onto the devices.
 
     What can be wrong is checked before anything slow: no run should find after ten minutes that its
     data is missing.
 
-    Args: lock: holds the workdir, on the first process. writes: False: only reads.
+    Args:
+      lock: holds the workdir, on the first process.
+      writes: False: only reads.
+      accept_data: resume although the data hold something else than before.
     """
     workdir = workdir_of(cfg)
     with processes.together("opening the run"):
@@ -108,12 +117,18 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     with processes.together("opening the data"):
         chat = chat_format.ChatFormat.load(hub, num_image_tokens=cfg.model.num_image_tokens)
         chat.check_vocab(cfg.model.llm.vocab_size)
-        data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
+        then = workdir_lib.recorded_data(workdir) if resumed else []
+        mixture = _with_names(cfg.data, then)
+        data = loader.Loader(mixture, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
+        now = [source.identity() for source in data.rows.sources] if processes.is_main() else []
+        changed = workdir_lib.check_data(workdir, then, now, accept_data)
         digests = workdir_lib.base_meta(workdir).get("encoders", {})
         if not resumed:
             digests = encode_cache.digests(cfg, data.rows, params)
         encode_cache.check(cfg, data.rows, digests, vae_params)
     processes.log(data.summary())
+    for line in changed:
+        processes.log(f"accepted: {line}")
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_rows(cfg.batch_rows, cfg.optim.accum_steps, mesh)
     of = f" of {processes.count()} processes" if processes.count() > 1 else ""
@@ -123,7 +138,9 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     if writes:
         base = None if resumed else initialization.base_params(cfg, params)
         about = {"made_by": "train", "encoders": digests}
-        workdir_lib.create(workdir, cfg, params=base, vae=vae_params, hub=hub, about=about)
+        workdir_lib.create(
+            workdir, cfg, params=base, vae=vae_params, hub=hub, about=about, data=now
+        )
     checkpoints = run_checkpoints.RunCheckpoints(
         workdir,
         cfg.keep_checkpoints,
@@ -140,4 +157,14 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
         held = heldout.Heldout(cfg, mesh, chat, saved.get("heldout", {}))
     if cfg.evaluate.sources:
         processes.log(held.summary())
-    return Run(cfg, workdir, mesh, data, chat, checkpoints, state, saved, held)
+    return Run(cfg, workdir, mesh, data, chat, checkpoints, state, saved, held, changed)
+
+
+def _with_names(cfg: DataConfig, then: list[dict[str, Any]]) -> DataConfig:
+    """The mixture with the names that its sources had: they seed the order of the rows, and one
+    that no config names is called by its path, which may have changed."""
+    named = (
+        dataclasses.replace(source, name=old["name"])
+        for source, old in zip(cfg.sources, then, strict=False)
+    )
+    return dataclasses.replace(cfg, sources=tuple(named)) if then else cfg
