@@ -11,7 +11,7 @@ from etils import epath
 
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import files
-from janusflow_jax.data.prepare import build, records, text
+from janusflow_jax.data.prepare import build, records, text as texts
 
 PACKAGE = pathlib.Path(files.__file__).parents[1]
 
@@ -61,7 +61,7 @@ def file(tmp_path, monkeypatch):
 
 def test_a_file_whose_owner_has_no_name_has_a_size(file):
     assert files.size(file) == files.size(str(file)) == build._size(str(file)) == 7
-    (shard,) = text.plan(records.Options("text", (str(file),), kind="text"), file.parent / "slices")
+    (shard,) = texts.plan(records.Options("text", (str(file),), kind="text"), file.parent / "slices")
     assert (shard["begin"], shard["end"]) == (0, 7)
     checksums.write_sums(file.parent)
     assert checksums.damage(file.parent) == ""
