@@ -61,7 +61,8 @@ def file(tmp_path, monkeypatch):
 
 def test_a_file_whose_owner_has_no_name_has_a_size(file):
     assert files.size(file) == files.size(str(file)) == build._size(str(file)) == 7
-    (shard,) = texts.plan(records.Options("text", (str(file),), kind="text"), file.parent / "slices")
+    options = records.Options("text", (str(file),), kind="text")
+    (shard,) = texts.plan(options, file.parent / "slices")
     assert (shard["begin"], shard["end"]) == (0, 7)
     checksums.write_sums(file.parent)
     assert checksums.damage(file.parent) == ""
