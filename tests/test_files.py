@@ -43,6 +43,18 @@ def test_after_an_error_the_old_folder_is_there(tmp_path, monkeypatch, failing):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize(
+    ("path", "ours"),
+    [("starts/emoji_vae", True), ("starts/emoji_llm/hub", True), ("starts/no", False)],
+)
+def test_the_projects_starts_are_there_from_any_folder(path, ours, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = PACKAGE.parent if ours else tmp_path
+    assert files.resolve(path) == epath.Path(root / path)
+    (tmp_path / path).mkdir(parents=True)  # the user's own come first
+    assert files.resolve(path) == epath.Path(tmp_path / path)
+
+
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     """A file of seven bytes whose owner and group have no name, as in many containers."""

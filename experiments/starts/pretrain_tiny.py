@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.starts import notice, tokenizer
 from janusflow_jax import cli, config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import files
 from janusflow_jax.data import chat_format
 from janusflow_jax.eval import previews
 
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--overwrite", action="store_true")
     args = p.parse_args(argv)
     began = time.time()
-    hub = epath.Path(args.workdir).resolve() / "tokenizer"
+    hub = files.resolve(args.workdir) / "tokenizer"
     if not (hub / "tokenizer.json").exists():
         model = c.model_config("emoji")
         tokenizer.train_tokenizer(

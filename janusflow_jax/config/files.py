@@ -14,11 +14,15 @@ from janusflow_jax.config.errors import ConfigError
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 """Scheme of a bucket's URL -> the package that opens it."""
+PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+"""The folder of the project, which may be read-only and need not be the current one."""
 _URL = re.compile(r"([A-Za-z][\w+.-]*):/+(.*)")  # `pathlib` makes one slash of two
 
 
 def resolve(path: Any) -> epath.Path:
     """A path that a user named: absolute, `~` expanded. The URL of a bucket stays a URL.
+
+    `starts/...` is the project's own where the current folder has none.
 
     Raises:
       ConfigError: a URL of another kind, or a bucket that cannot be opened.
@@ -26,7 +30,11 @@ def resolve(path: Any) -> epath.Path:
     name = os.fspath(path)
     url = _URL.fullmatch(name)
     if url is None:
-        return epath.Path(os.path.abspath(os.path.expanduser(name)))
+        local = os.path.abspath(os.path.expanduser(name))
+        shipped = os.path.join(PROJECT, name)
+        if name.startswith("starts/") and not os.path.exists(local) and os.path.exists(shipped):
+            return epath.Path(shipped)
+        return epath.Path(local)
     scheme, rest = url.groups()
     if scheme not in PACKAGES:
         raise ConfigError(
