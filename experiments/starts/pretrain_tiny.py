@@ -21,7 +21,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
