@@ -8,8 +8,9 @@
 
 `--dry-run` shows ten samples as the model will see them; it writes a sheet of their images and
 nothing else. Run the same command again to resume a run that was killed. What was skipped and why
-is printed and stored in OUT/report.json. Inputs and --out may be gs:// and s3:// paths (with gcsfs,
-s3fs). For more than one machine, use --engine beam or ray: see docs/data_at_scale.md.
+is printed and stored in OUT/report.json. Inputs and --out may be gs:// and s3:// paths (extras gcs,
+s3: see docs/file_systems.md). For more than one machine, use --engine beam or ray: see
+docs/data_at_scale.md.
 """
 
 from __future__ import annotations
