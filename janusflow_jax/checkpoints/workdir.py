@@ -130,11 +130,11 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
         return
     # Fields that the run's version did not have get their defaults.
     then = config_lib.from_dict(TrainConfig, model_folder.read_json(file))
-    values = [config_lib.to_dict(then), config_lib.to_dict(cfg)]
+    old, new = config_lib.to_dict(then), config_lib.to_dict(cfg)
     if recorded_data(workdir):  # what the data are is known; where they lie may change
-        for source in itertools.chain(*(x["data"]["sources"] for x in values)):
+        for source in itertools.chain(old["data"]["sources"], new["data"]["sources"]):
             source |= {"path": "", "cache": bool(source["cache"])}
-    changes = fields.differences(*values, MAY_CHANGE)
+    changes = fields.differences(old, new, MAY_CHANGE)
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise CheckpointError(

@@ -48,11 +48,11 @@ def resolve(path: Any) -> epath.Path:
 @functools.cache
 def _check_opens(scheme: str, bucket: str) -> None:
     """Raises ConfigError: the bucket cannot be opened."""
-    import fsspec
+    from fsspec import config as fsspec_config
 
     # Other processes and Orbax's own writer add files, which a cached listing would lack.
     for name in (scheme, "gcs"):
-        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+        fsspec_config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     try:
         epath.Path(f"{scheme}://{bucket}/any").stat()
     except FileNotFoundError:

@@ -52,7 +52,7 @@ class Lengths(NamedTuple):
     def digest(self) -> str:
         total = hashlib.sha256()
         for column in self:
-            total.update(np.ascontiguousarray(column))
+            total.update(np.ascontiguousarray(column).data)
         return total.hexdigest()
 
 
