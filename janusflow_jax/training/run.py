@@ -120,12 +120,12 @@ def open_run(
         then = workdir_lib.recorded_data(workdir) if resumed else []
         mixture = _with_names(cfg.data, then)
         data = loader.Loader(mixture, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
-        now = [source.identity() for source in data.rows.sources] if processes.is_main() else []
-        changed = workdir_lib.check_data(workdir, then, now, accept_data)
         digests = workdir_lib.base_meta(workdir).get("encoders", {})
         if not resumed:
             digests = encode_cache.digests(cfg, data.rows, params)
         encode_cache.check(cfg, data.rows, digests, vae_params)
+        now = [source.identity() for source in data.rows.sources] if processes.is_main() else []
+        changed = workdir_lib.check_data(workdir, then, now, accept_data)
     processes.log(data.summary())
     for line in changed:
         processes.log(f"accepted: {line}")
