@@ -113,6 +113,8 @@ def load(args: argparse.Namespace) -> pipeline.Pipeline:
     """Loads the model of the options; logs its name, image size, device and dtype."""
     from janusflow_jax import pipeline
 
+    if args.adapter:
+        files.resolve(args.adapter)  # a bucket that cannot be opened ends the command here
     model = pipeline.load(
         args.model, dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
     )

@@ -129,6 +129,7 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: epath.Path) -> dict
         )
     if not args.suite:
         _check_is_emoji(folder)
+    files.resolve(args.data)  # a bucket that cannot be opened ends the command here
     judge = judge_lib.load(args.judge) if args.judge and args.prompts else None
     model = pipeline.load(
         str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter

@@ -104,16 +104,24 @@ UNOPENED = {
     "prepare": lambda url: prepare_data.options_of(
         prepare_data.parser().parse_args(["text", f"{url}/*.txt", "--out", "x"])
     ),
+    "adapter": lambda url: generate.main(["--model=m", "--prompt=x", f"--adapter={url}/a"]),
+    "evaluate, data": lambda url: evaluate.main(
+        ["--model=m", "--suite=emoji", "--judge=", f"--data={url}/d"]
+    ),
+    "cache, out": lambda url: cache_latents.main(["--data=d", "--model=m", "--out", f"{url}/d"]),
     "cache": lambda url: cache_latents.main(["--data", f"{url}/d", "--model=m", "--out", "x"]),
 }
 
 
 @pytest.mark.parametrize("command", UNOPENED)
-def test_a_bucket_that_cannot_be_opened_is_one_error_before_the_work(command, monkeypatch):
+def test_a_bucket_that_cannot_be_opened_is_one_error_before_the_work(
+    command, monkeypatch, tmp_path
+):
     def no_credentials(*_, **__):
         raise RuntimeError("no credentials")  # each package has errors of its own
 
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", no_credentials)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="gs://closed"):
         UNOPENED[command]("gs://closed")
 
