@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pathlib
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from etils import epath
+
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import JanusFlowError
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def load(args: argparse.Namespace) -> pipeline.Pipeline:
     """Loads the model of the options; logs its name, image size, device and dtype."""
     from janusflow_jax import pipeline
 
+    if args.adapter:
+        files.resolve(args.adapter)  # a bucket that cannot be opened ends the command here
     model = pipeline.load(
         args.model, dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
     )
@@ -138,19 +141,20 @@ def load(args: argparse.Namespace) -> pipeline.Pipeline:
     return model
 
 
-def check_writable(path: str, option: str) -> pathlib.Path:
+def check_writable(path: str, option: str) -> epath.Path:
     """The file that an option names, its folder created. Call it before the work, not after.
 
     Raises:
       JanusFlowError: it is a folder, or cannot be written.
     """
-    file = pathlib.Path(path)
+    file = files.resolve(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if not file.exists():  # an empty file, for a moment
+            file.write_bytes(b"")
+            file.unlink()
+        elif not files.is_remote(file):  # a bucket cannot append
             file.open("ab").close()
-        else:
-            tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise JanusFlowError(
             f"{option}: expected a file that can be written; got {path!r} "

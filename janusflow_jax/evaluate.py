@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import argparse
 import json
-import pathlib
 import time
 from typing import Any
 
@@ -25,7 +24,7 @@ from etils import epath
 
 from janusflow_jax import cli, config as config_lib, pipeline
 from janusflow_jax.checkpoints import checksums
-from janusflow_jax.config import flags as config_flags
+from janusflow_jax.config import files, flags as config_flags
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.config.files import naming
 from janusflow_jax.eval import losses as losses_lib, provenance
@@ -84,8 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     report = losses(args, folder) if args.suite == "losses" else emoji(args, folder, out)
     report["seconds"] = round(time.time() - began, 1)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with naming(out):
-        out.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        out.write_text(text, encoding="utf-8")
     print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
 
 
@@ -102,7 +102,7 @@ def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
     print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
     names = ("suite", "config", "weights", "dtype", "adapter")
     # the description of the data, not its records: they may be terabytes
-    infos = {s.path: epath.Path(s.path) / "dataset_info.json" for s in cfg.evaluate.sources}
+    infos = {s.path: files.resolve(s.path) / "dataset_info.json" for s in cfg.evaluate.sources}
     return {
         "settings": {**{n: getattr(args, n) for n in names}, "model": str(folder)},
         "evaluate": config_lib.to_dict(cfg.evaluate),
@@ -113,7 +113,7 @@ def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
     }
 
 
-def emoji(args: argparse.Namespace, folder: epath.Path, out: pathlib.Path) -> dict[str, Any]:
+def emoji(args: argparse.Namespace, folder: epath.Path, out: epath.Path) -> dict[str, Any]:
     """The report of suite `emoji`. The sheet goes beside `out`.
 
     Raises:
@@ -136,6 +136,7 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: pathlib.Path) -> di
         )
     if not args.suite:
         _check_is_emoji(folder)
+    files.resolve(args.data)  # a bucket that cannot be opened ends the command here
     judge = judge_lib.load(args.judge) if args.judge and args.prompts else None
     model = pipeline.load(
         str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter

@@ -11,13 +11,14 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import argparse
 import json
-import pathlib
 import time
 from typing import Any
 
 import jax
+from etils import epath
 
 from janusflow_jax import cli, pipeline
+from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.config.files import naming
 from janusflow_jax.eval import provenance, sheet
@@ -71,7 +72,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, then those of the file."""
     prompts = list(args.prompt)
     if args.prompts:
-        lines = pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        lines = config_files.resolve(args.prompts).read_text(encoding="utf-8").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise JanusFlowError(
@@ -80,9 +81,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def check_out(path: str) -> pathlib.Path:
+def check_out(path: str) -> epath.Path:
     """The output path, which must be a .png or a folder."""
-    out = pathlib.Path(path)
+    out = config_files.resolve(path)
     if out.suffix and out.suffix.lower() != ".png" and not out.is_dir():
         raise JanusFlowError(f"--out: expected a .png file or a folder; got {path}")
     return out
@@ -100,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     model = cli.load(args)
     # The digest of the adapter before generation, in case the file changes meanwhile.
     adapter = provenance.of_adapter(args.adapter) if args.adapter else ""
-    (out.parent if out.suffix and not out.is_dir() else out).mkdir(parents=True, exist_ok=True)
+    is_folder = out.is_dir() or not out.suffix  # asked once: a bucket has no empty folders
+    (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
     start_time = time.time()
     images: list[Any] = []
     files: list[str] = []
@@ -112,11 +114,11 @@ def main(argv: list[str] | None = None) -> None:
             num_steps=args.steps,
             seed=seeds[batch],
         )
-        if out.is_dir():
+        if is_folder:
             for n in range(begin, len(images)):
                 files.append(str(out / f"{n:04d}.png"))
                 with naming(files[n]):
-                    images[n].save(files[n])
+                    sheet.save(images[n], out / f"{n:04d}.png")
         progress = f"{len(images)} of {len(labels)} images, {time.time() - start_time:.1f} s"
         cli.log(progress + (" (with compilation)" if not begin else ""))
     seconds = time.time() - start_time
@@ -124,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         files = [str(out)]
         image = images[0] if len(images) == 1 else sheet.image_grid(images, labels)
         with naming(out):
-            image.save(out)
+            sheet.save(image, out)
     if args.json:
         records = [
             {"prompt": p, "seed": s, "file": files[min(n, len(files) - 1)]}
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         with naming(args.json):
-            pathlib.Path(args.json).write_text(text, encoding="utf-8")
+            config_files.resolve(args.json).write_text(text, encoding="utf-8")
     print(files[0] if len(files) == 1 else f"{files[0]} .. {files[-1]}")
 
 

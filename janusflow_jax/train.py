@@ -48,6 +48,11 @@ _BRANCH_FROM = flags.DEFINE_string(
     "RUN@STEP: begin a new run with the parameters, optimizer state, EMA and data position of this "
     "checkpoint; learning rate, mixture and data.skip_rows may differ (docs/training.md)",
 )
+_ACCEPT_DATA = flags.DEFINE_bool(
+    "accept_data",
+    False,
+    "resume although a data set holds something else than before; attempts.json records it",
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -57,10 +62,12 @@ _DISTRIBUTED = flags.DEFINE_enum(
 )
 
 
-def train(cfg: TrainConfig, branch_from: str = "") -> str:
+def train(cfg: TrainConfig, branch_from: str = "", accept_data: bool = False) -> str:
     """Trains to the config's last step, or until a signal stops it. Returns the workdir.
 
-    Args: branch_from: 'RUN@STEP', where a new run takes its state from.
+    Args:
+      branch_from: 'RUN@STEP', where a new run takes its state from.
+      accept_data: resume although the data hold something else than before.
     """
     clock = health.Clock()
     workdir, lock = workdir_of(cfg), None
@@ -70,7 +77,7 @@ def train(cfg: TrainConfig, branch_from: str = "") -> str:
                 lock = stack.enter_context(workdir_lib.reserve(workdir))
                 if branch_from:
                     workdir_lib.branch(workdir, cfg, branch_from)
-        run = open_run(cfg, lock)
+        run = open_run(cfg, lock, accept_data=accept_data)
         stop = stack.enter_context(health.StopSignal())
         watchdog = stack.enter_context(health.Watchdog(cfg.watchdog_s, cfg.watchdog_exit))
         stack.enter_context(jax.set_mesh(run.mesh))
@@ -82,7 +89,9 @@ def train(cfg: TrainConfig, branch_from: str = "") -> str:
             last_line = run.first_step if run.saved else -1  # a new run also writes step 0
             writer = metrics.Writer(workdir, resume_step=last_line, tensorboard=cfg.tensorboard)
             stack.callback(workdir_lib.explained(workdir)(writer.close))
-            attempts = health.Attempts(workdir, clock, run.first_step, run.saved.get("time"))
+            attempts = health.Attempts(
+                workdir, clock, run.first_step, run.saved.get("time"), run.changed_data
+            )
         step = train_steps(run, writer, attempts, clock, stop, watchdog)
         stopped = any(processes.gather("stopped" if stop.received else ""))
         done = step == cfg.num_steps and not stopped
@@ -269,7 +278,7 @@ def main(argv: list[str]) -> None:
     compile_cache.enable()
     if _REPLAY.value:
         sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
-    train(cfg, _BRANCH_FROM.value)
+    train(cfg, _BRANCH_FROM.value, _ACCEPT_DATA.value)
 
 
 def run() -> None:

@@ -103,7 +103,7 @@ def problems(module: str, source: str) -> list[str]:
                 out.append(f"{module} imports {name}: {package} may not import {rest[0]}")
         elif not allows(ONLY.get(library, ("",)), module):
             out.append(f"{module} imports {library}: allowed in {list(ONLY[library])}")
-        elif package == "config" and module != "config.flags":
+        elif package == "config" and module not in ("config.flags", "config.files"):
             if library not in sys.stdlib_module_names and library != PACKAGE:
                 out.append(f"{module} imports {library}: standard library only")
     return out

@@ -192,7 +192,7 @@ def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
 
     monkeypatch.setattr(type(folder), "write_text", full)
     with pytest.raises(CheckpointError, match="No space left"):
-        workdir.create(folder, runs.config("x"), params=None, vae=None, hub=None, about={})
+        workdir.create(folder, runs.config("x"), params=None, vae=None, hub=None, about={}, data=[])
     assert (folder / "config.json").read_text() == "old"
 
 

@@ -358,6 +358,17 @@ def test_other_rows_begin_anew():
     assert "3.0000 at step 2, now 4.0000" in other.update(3, {A: 4.0, B: 1.0})[0]
 
 
+def test_other_content_at_the_same_path_begins_anew():
+    recorded = {n: {**rows, "content": "x"} for n, rows in ROWS.items()}
+    check = rise_check()  # of a run that did not record it
+    check.update(0, {A: 1.0, B: 1.0})
+    again = resumed(check, recorded)
+    assert len(again.update(1, {A: 2.0, B: 2.0})) == 1 and len(again.risen()) == 2
+    other = resumed(again, {**recorded, "a": {**recorded["a"], "content": "y"}})
+    assert len(other.risen()) == 1
+    assert "content: 'x' then, 'y' now" in other.update(2, {A: 3.0, B: 1.0})[0]
+
+
 def test_what_had_risen_is_known_after_a_restart():
     check = rise_check()
     check.update(0, {A: 1.0, B: 1.0})

@@ -29,15 +29,28 @@ def test_its_commands_are_the_projects():
 
 
 @pytest.mark.slow
-def test_every_cell_runs(tmp_path):
-    """As a script, in order, from the notebook's own folder; the training cell with two steps."""
-    script = tmp_path / "cells.py"
-    script.write_text("\n".join(CODE), encoding="utf-8")
+@pytest.mark.parametrize("place", ["notebooks", "elsewhere"])
+def test_every_cell_runs(place, tmp_path):
+    """As a script, in order; the training cell with two steps.
+
+    From the notebook's own folder, or as on Kaggle: from a folder elsewhere, the project read-only.
+    """
+    script, folder, code = tmp_path / "cells.py", FILE.parent, CODE
     env = {n: x for n, x in os.environ.items() if n not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     env |= {"JANUSFLOW_MODEL": str(tmp_path / "run"), "JANUSFLOW_STEPS": "2"}
+    run = tmp_path / "run"
+    if place == "elsewhere":
+        folder = tmp_path / "working"
+        folder.mkdir()
+        (folder / "project").symlink_to(ROOT)
+        code = ["import os\nos.access = lambda *_: False", *CODE]
+        del env["JANUSFLOW_MODEL"]
+        run = folder / "runs" / "notebook"
+    script.write_text("\n".join(code), encoding="utf-8")
+    before = project_files()
     done = subprocess.run(
         [sys.executable, str(script)],
-        cwd=FILE.parent,
+        cwd=folder,
         env=env,
         capture_output=True,
         text=True,
@@ -46,6 +59,14 @@ def test_every_cell_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1 x cpu (cpu): float32, because there is no accelerator" in done.stdout
     assert "latents (3, 16, 16, 4)" in done.stdout
-    assert (tmp_path / "run" / "checkpoints" / "2").exists()
+    assert (run / "checkpoints" / "2").exists()
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("[")]
     assert said.count("red") == said.count("blue") == said.count("green") == 1, said
+    if place == "elsewhere":
+        assert (folder / "data" / "openmoji").is_dir() and project_files() == before
+
+
+def project_files() -> set[str]:
+    """What is in the project's folder, apart from caches."""
+    names = (str(p.relative_to(ROOT)) for d in ("", "runs", "data") for p in (ROOT / d).glob("*"))
+    return {n for n in names if not n.startswith(".")}

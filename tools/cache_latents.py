@@ -34,6 +34,7 @@ import jax
 
 from janusflow_jax import cli
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import cache as latent_cache, sources
 from janusflow_jax.training import encode_cache
@@ -123,6 +124,8 @@ def load_encoders(args: argparse.Namespace) -> encode_cache.Encoders:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     began = time.time()
+    for path in (args.data, *args.model, args.out):
+        files.resolve(path)  # a bucket that cannot be opened ends the tool here
     if args.distributed:
         jax.distributed.initialize()
         args.process, args.num_processes = jax.process_index(), jax.process_count()

@@ -8,8 +8,9 @@
 
 `--dry-run` shows ten samples as the model will see them; it writes a sheet of their images and
 nothing else. Run the same command again to resume a run that was killed. What was skipped and why
-is printed and stored in OUT/report.json. Inputs and --out may be gs:// and s3:// paths (with gcsfs,
-s3fs). For more than one machine, use --engine beam or ray: see docs/data_at_scale.md.
+is printed and stored in OUT/report.json. Inputs and --out may be gs:// and s3:// paths (extras gcs,
+s3: see docs/file_systems.md). For more than one machine, use --engine beam or ray: see
+docs/data_at_scale.md.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from etils import epath
 from PIL import Image
 
 from janusflow_jax import cli
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError, JanusFlowError
 from janusflow_jax.data import chat_format
 from janusflow_jax.data.prepare import build, engines, parquet, report
@@ -57,12 +59,22 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("format", choices=list(build.FORMATS))
-    p.add_argument("inputs", nargs="+", help="files, quoted patterns with *, or folders")
+    p.add_argument(
+        "inputs",
+        nargs="+",
+        type=os.path.expanduser,
+        help="files, quoted patterns with *, or folders",
+    )
     p.add_argument("--out", required=True, help="folder to make")
     p.add_argument(
         "--overwrite", action="store_true", help="replace a data set that this tool prepared"
     )
-    p.add_argument("--tokenizer", default="", help="folder of a tokenizer; stores lengths for it")
+    p.add_argument(
+        "--tokenizer",
+        type=os.path.expanduser,
+        default="",
+        help="folder of a tokenizer; stores lengths for it",
+    )
     p.add_argument(
         "--lengths",
         nargs="+",
@@ -94,8 +106,18 @@ def parser() -> argparse.ArgumentParser:
         help="show ten samples, and their images in this file; prepare nothing",
     )
     where = p.add_argument_group("where things are")
-    where.add_argument("--images", default="", help="folder that paths of images are relative to")
-    where.add_argument("--rows", default="", help="folder: a .jsonl or .csv file of the images")
+    where.add_argument(
+        "--images",
+        type=os.path.expanduser,
+        default="",
+        help="folder that paths of images are relative to",
+    )
+    where.add_argument(
+        "--rows",
+        type=os.path.expanduser,
+        default="",
+        help="folder: a .jsonl or .csv file of the images",
+    )
     where.add_argument("--image-field", default="", help="field or column of the image")
     where.add_argument("--text-field", default="", help="of the caption, turns or text")
     where.add_argument("--id-field", default="", help="of the id")
@@ -149,6 +171,8 @@ def options_of(args: argparse.Namespace) -> Options:
         raise DataError(f"--rows: expected the format folder; got {args.format}")
     if (args.lengths or args.dry_run) and not args.tokenizer:
         raise DataError("--lengths and --dry-run: expected --tokenizer too; got none")
+    for path in (*args.inputs, args.out, args.images, args.rows, args.classes, args.tokenizer):
+        files.resolve(path)  # a bucket that cannot be opened ends the run here
     names = {field.name for field in dataclasses.fields(Options)}
     values: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
     values |= {"inputs": tuple(args.inputs), "kind": args.kind or kinds[0]}

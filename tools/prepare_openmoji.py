@@ -16,12 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from janusflow_jax import cli
+from janusflow_jax.config import files
+from janusflow_jax.config.errors import DataError
 from janusflow_jax.openmoji import build
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--out", type=Path, default=Path("data/openmoji"), help="folder to create")
+    p.add_argument("--out", default="data/openmoji", help="folder to create, on a disk")
     p.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     p.add_argument(
         "--new-classes",
@@ -30,10 +32,13 @@ def main() -> None:
     )
     p.add_argument("--overwrite", action="store_true", help="replace the data set in --out")
     args = p.parse_args()
-    counts = build.build(args.out, args.size, args.overwrite, args.new_classes)
+    out = files.resolve(args.out)
+    if files.is_remote(out):  # tfds writes array_record to disks only
+        raise DataError(f"--out: expected a folder on a disk; got {out}: make it there and copy it")
+    counts = build.build(Path(out), args.size, args.overwrite, args.new_classes)
     for split, count in counts.items():
-        print(f"{args.out} {split}: {count:,} images")
-    print(f"credits in {args.out / 'CREDITS.txt'}")
+        print(f"{out} {split}: {count:,} images")
+    print(f"credits in {out / 'CREDITS.txt'}")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.starts import notice, tokenizer
 from janusflow_jax import cli, config as c, pipeline, train
 from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.config import files
 from janusflow_jax.data import chat_format
 from janusflow_jax.eval import previews
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     began = time.time()
     model_folder.check_out(args.out, args.overwrite, [args.data])
-    hub = epath.Path(args.workdir).resolve() / "tokenizer"
+    hub = files.resolve(args.workdir) / "tokenizer"
     if not (hub / "tokenizer.json").exists():
         model = c.model_config("emoji")
         tokenizer.train_tokenizer(

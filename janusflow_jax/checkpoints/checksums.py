@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import CheckpointError
 
 SUMS_FILE, MARKER = "checksums.json", "COMMITTED"
@@ -129,7 +130,7 @@ def damage(
 def _length(file: epath.Path) -> int:
     """Bytes of a file; 0 where it cannot be read, which `damage` finds out on its own."""
     try:
-        return file.stat().length
+        return files.size(file)
     except OSError:
         return 0
 

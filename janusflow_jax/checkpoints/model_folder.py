@@ -66,9 +66,24 @@ class LoadedModel:
         return sorted(self.params or {}) + (["vae"] if self.vae is not None else [])
 
 
+def resolve(path: Any) -> epath.Path:
+    """`files.resolve` for what Orbax reads and writes.
+
+    Raises:
+      CheckpointError: a store that Orbax cannot open.
+    """
+    folder = files.resolve(path)
+    if files.is_remote(folder) and not str(folder).startswith("gs://"):
+        raise CheckpointError(
+            f"{folder}: expected a local folder or a gs:// URL, because Orbax opens no other "
+            "store: mount the store as a folder, or copy the model"
+        )
+    return folder
+
+
 def is_model(path: Any) -> bool:
     """Whether a path holds something that `load_model` accepts; reads no weights."""
-    folder = epath.Path(path)
+    folder = resolve(path)
     marks = (folder / MODEL_FILE, folder / MARKER)
     return any(m.exists() for m in marks) or bool(committed_steps(folder))
 
@@ -107,7 +122,7 @@ def save_model(
     Raises:
       CheckpointError: `path` exists and `overwrite` is not set, or it is no model folder.
     """
-    out = epath.Path(path).resolve()
+    out = resolve(path)
     check_out(out, overwrite)
     pairs: Any = params.items() if isinstance(params, Mapping) else params or ()
     names, main = [], processes.is_main()
@@ -244,7 +259,7 @@ def open_model(path: Any, weights: str = "ema", merged: bool = True) -> ModelFil
     """
     if weights not in ("ema", "params"):
         raise CheckpointError(f"weights: expected 'ema' or 'params'; got {weights!r}")
-    folder = epath.Path(path).resolve()
+    folder = resolve(path)
     if not folder.exists():
         raise CheckpointError(
             f"{folder}: no such folder; expected a model folder (with {MODEL_FILE}), a training "
@@ -356,7 +371,7 @@ def load_tree(path: Any, like: Any = None) -> Any:
 
     Args: like: targets of the arrays to read instead, as in `ModelFiles.read`.
     """
-    path = epath.Path(path).resolve()  # Orbax accepts absolute paths only
+    path = resolve(path)  # Orbax accepts absolute paths only
     if like is None:
         like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), ocp.metadata(path).metadata)
     context = ocp.Context()

@@ -49,7 +49,7 @@ class RunCheckpoints:
           before_commit: called before a marker is written; raises if this run may not write.
           writes: False: change nothing in the folder.
         """
-        self.folder = epath.Path(workdir).resolve() / "checkpoints"
+        self.folder = model_folder.resolve(workdir) / "checkpoints"
         self.keep, self.keep_every_steps = max(keep, 1), keep_every_steps
         self._before_commit, self._writes = before_commit, writes
         self._thread: threading.Thread | None = None

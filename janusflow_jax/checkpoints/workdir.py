@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from janusflow_jax.parallel import processes
 
 BRANCH = "branch.json"
 """In a run that began as a branch: which checkpoint of which run it began from."""
+
+DATA_FILE, DATA_KEYS = "data.json", ("name", "records", "content", "cache")
 
 
 def reserve(workdir: epath.Path) -> lock.Lock:
@@ -69,8 +72,11 @@ def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ())
         return
     # Fields that the run's version did not have get their defaults.
     then = config_lib.from_dict(TrainConfig, _stored_config(file))
-    may_change = (*MAY_CHANGE, *may_change)
-    changes = fields.differences(config_lib.to_dict(then), config_lib.to_dict(cfg), may_change)
+    old, new = config_lib.to_dict(then), config_lib.to_dict(cfg)
+    if recorded_data(workdir):  # what the data are is known; where they lie may change
+        for source in itertools.chain(old["data"]["sources"], new["data"]["sources"]):
+            source |= {"path": "", "cache": bool(source["cache"])}
+    changes = fields.differences(old, new, (*MAY_CHANGE, *may_change))
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise CheckpointError(
@@ -93,7 +99,7 @@ def branch(workdir: epath.Path, cfg: TrainConfig, source: str) -> None:
     run, _, step = source.rpartition("@")
     if not (run and step.isdigit()):
         raise ConfigError(f"--branch-from: expected RUN@STEP, such as runs/a@5000; got {source!r}")
-    origin = epath.Path(run).resolve()
+    origin = model_folder.resolve(run)
     about, mark = {"run": str(origin), "step": int(step)}, workdir / BRANCH
     begun = mark.exists() and model_folder.read_json(mark) == about
     present = [n for n in ("config.json", "base", "checkpoints") if (workdir / n).exists()]
@@ -111,24 +117,27 @@ def branch(workdir: epath.Path, cfg: TrainConfig, source: str) -> None:
             f"{steps or 'none'}"
         )
     check(origin, cfg, MAY_CHANGE_IN_BRANCH)
-    _check_rows_before(origin / "checkpoints" / step, cfg)
+    saved = model_folder.read_json(origin / "checkpoints" / step / "run.json")
+    then = config_lib.from_dict(TrainConfig, saved["config"])
+    _check_rows_before(int(step), then, cfg)
     with explained(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         mark.write_text(json.dumps(about))
         for name in ("base", f"checkpoints/{step}"):
             files.remove(workdir / name)  # of an interrupted copy
             files.copy(origin / name, workdir / name)
+        same_sources = len(then.data.sources) == len(cfg.data.sources)
+        if same_sources and (origin / DATA_FILE).exists():
+            (origin / DATA_FILE).copy(workdir / DATA_FILE, overwrite=True)
 
 
-def _check_rows_before(checkpoint: epath.Path, cfg: TrainConfig) -> None:
-    """Checks that a branch counts the rows before its checkpoint as the other run did.
+def _check_rows_before(step: int, then: TrainConfig, cfg: TrainConfig) -> None:
+    """Checks that a branch counts the rows before its first step as the other run did.
 
     Raises:
       ConfigError: it leaves out rows that were trained on, so that other rows would be left out.
     """
-    run = model_folder.read_json(checkpoint / "run.json")
-    then = config_lib.from_dict(TrainConfig, run["config"])
-    row = then.data.row_at(run["step"] * then.batch_rows)
+    row = then.data.row_at(step * then.batch_rows)
 
     def before(values: Sequence[Any]) -> list[Any]:
         return [x for x in values if x[0] < row]
@@ -175,6 +184,41 @@ def _stored_config(file: epath.Path) -> dict[str, Any]:
         ) from error
 
 
+def recorded_data(workdir: epath.Path) -> list[dict[str, Any]]:
+    """What the run's sources held at its last start (`rows.Source.identity`); [] where there is no
+    such record, or a damaged one."""
+    file = workdir / DATA_FILE
+    try:
+        recorded = model_folder.read_json(file) if file.exists() else []
+        return [{name: source[name] for name in DATA_KEYS} for source in recorded]
+    except (CheckpointError, KeyError, TypeError) as error:
+        processes.log(f"{file}: cannot be read, and is written anew ({error})")
+        return []
+
+
+def check_data(
+    workdir: epath.Path, then: list[dict[str, Any]], now: list[dict[str, Any]], accept: bool
+) -> list[str]:
+    """Compares what the sources hold with what they held; one line for each that changed.
+
+    Raises:
+      CheckpointError: some changed, and `accept` is not set.
+    """
+    changed = []
+    for i, (old, new) in enumerate(zip(then, now, strict=False)):
+        if what := [n for n in ("content", "cache") if old[n] != new[n]]:
+            counts = f"{old['records']} records then, {new['records']} now"
+            line = f"data.sources[{i}] ({new['name']}): other {' and '.join(what)}; {counts}"
+            changed.append(line)
+    if changed and not accept:
+        listed = "\n".join(f"  - {line}" for line in changed)
+        raise CheckpointError(
+            f"{workdir}: the data changed under the run:\n{listed}\nRestore them, start a new run "
+            "(--config.workdir=...), or pass --accept_data to continue with the new data"
+        )
+    return changed
+
+
 def base_meta(workdir: epath.Path) -> dict[str, Any]:
     """`model.json` of the run's `base/`; {} before it is written."""
     file = workdir / "base" / model_folder.MODEL_FILE
@@ -189,18 +233,23 @@ def create(
     vae: Any,
     hub: Any,
     about: dict[str, Any],
+    data: list[dict[str, Any]],
 ) -> None:
-    """Writes `config.json` and `base/`, once. All processes of a job call it; the first writes.
+    """Writes `config.json`, `data.json` and `base/`. All processes of a job call it; the first
+    writes.
 
     Args:
       params: what the checkpoints will not repeat; None: nothing.
       about: JSON values for the base's `model.json`.
+      data: what the sources are (`rows.Source.identity`).
     """
     with explained(workdir):
         # The config first: `check` then compares even if the run ends before the base is whole.
         if processes.is_main():
             with files.replacing(workdir / "config.json", "tmp") as part:
                 part.write_text(json.dumps(config_lib.to_dict(cfg), indent=1))
+            with files.replacing(workdir / DATA_FILE, "tmp") as part:
+                part.write_text(json.dumps(data, indent=1))
         if not processes.from_main("exists" if base_meta(workdir) else ""):
             model_folder.save_model(
                 workdir / "base",

@@ -1,19 +1,85 @@
-"""Files and folders that are written as a whole or not at all."""
+"""Paths that a user names, and files and folders that are written whole or not at all."""
 
 import contextlib
 import fnmatch
+import functools
 import os
 import pathlib
+import re
 import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from janusflow_jax.config import lock
+from etils import epath
 
+from janusflow_jax.config import lock
+from janusflow_jax.config.errors import ConfigError
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
+"""Scheme of a bucket's URL -> the package that opens it."""
+PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+"""The folder of the project, which may be read-only and need not be the current one."""
+_URL = re.compile(r"([A-Za-z][\w+.-]*):/+(.*)")  # `pathlib` makes one slash of two
 _unfinished: dict[Any, Any] = {}
 """Temporary paths of `replacing`, and the paths that they will replace."""
+
+
+def resolve(path: Any) -> epath.Path:
+    """A path that a user named: absolute, `~` expanded. The URL of a bucket stays a URL.
+
+    `starts/...` is the project's own where the current folder has none.
+
+    Raises:
+      ConfigError: a URL of another kind, or a bucket that cannot be opened.
+    """
+    name = os.fspath(path)
+    url = _URL.fullmatch(name)
+    if url is None:
+        local = os.path.abspath(os.path.expanduser(name))
+        shipped = os.path.join(PROJECT, name)
+        if name.startswith("starts/") and not os.path.exists(local) and os.path.exists(shipped):
+            return epath.Path(shipped)
+        return epath.Path(local)
+    scheme, rest = url.groups()
+    if scheme not in PACKAGES:
+        raise ConfigError(
+            f"{name}: expected a path, or a URL that begins with gs://, s3:// or az://; got "
+            f"{scheme}://: download it, or mount it as a folder"
+        )
+    _check_opens(scheme, rest.partition("/")[0])
+    return epath.Path(f"{scheme}://{rest}")
+
+
+@functools.cache
+def _check_opens(scheme: str, bucket: str) -> None:
+    """Raises ConfigError: the bucket cannot be opened."""
+    from fsspec import config as fsspec_config
+
+    # Other processes and Orbax's own writer add files, which a cached listing would lack.
+    for name in (scheme, "gcs"):
+        fsspec_config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    try:
+        epath.Path(f"{scheme}://{bucket}/any").stat()
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # each store has errors of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{scheme}://{bucket}: the bucket cannot be opened: {reason}. Expected the package "
+            f"{PACKAGES[scheme]} (pip install {PACKAGES[scheme]}), credentials, and the network"
+        ) from error
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path of `resolve` is in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def size(path: Any) -> int:
+    """Bytes of a file. `epath`'s own `stat` fails where a file's owner has no name."""
+    return path.stat().length if is_remote(path) else os.stat(path).st_size
 
 
 def problem_of_out(
@@ -63,7 +129,7 @@ def problem_of_out(
 def _real(path: Any) -> pathlib.PurePath:
     """Where a path leads, links followed; a bucket's is what it is."""
     name = os.fspath(path)
-    return pathlib.PurePosixPath(name if "://" in name else os.path.realpath(name))
+    return pathlib.PurePosixPath(name if is_remote(name) else os.path.realpath(name))
 
 
 @contextlib.contextmanager

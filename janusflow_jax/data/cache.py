@@ -31,6 +31,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.config.fields import differences
 from janusflow_jax.data import images, samples, sources
@@ -85,7 +86,7 @@ class Manifest:
         return range(k * self.shard_records, min((k + 1) * self.shard_records, self.records))
 
     def shard_path(self, folder: epath.PathLike, kind: str, k: int) -> epath.Path:
-        return epath.Path(folder) / f"{kind}-{k:05}-of-{self.num_shards:05}.array_record"
+        return files.resolve(folder) / f"{kind}-{k:05}-of-{self.num_shards:05}.array_record"
 
 
 def fingerprint(records: Any) -> str:
@@ -111,7 +112,7 @@ def create(folder: epath.PathLike, manifest: Manifest) -> None:
     Raises:
       DataError: it holds another cache (lists every difference).
     """
-    folder = epath.Path(folder)
+    folder = files.resolve(folder)
     if (folder / FILE).exists():
         stored = dataclasses.asdict(read_manifest(folder))
         if differ := differences(stored, dataclasses.asdict(manifest)):
@@ -138,23 +139,24 @@ def shard_writers(folder: epath.PathLike, manifest: Manifest, k: int) -> Iterato
     """
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-    remote = "://" in str(folder)
+    folder = files.resolve(folder)
+    remote = files.is_remote(folder)
     parent = None if remote else str(folder)
-    for left in epath.Path(folder).glob(f".shard-{k:05}-*"):  # by a process that was killed
+    for left in folder.glob(f".shard-{k:05}-*"):  # by a process that was killed
         left.rmtree()
     with tempfile.TemporaryDirectory(prefix=f".shard-{k:05}-", dir=parent) as work:
-        files = {kind: os.path.join(work, f"{kind}.array_record") for kind in manifest.shapes}
+        parts = {kind: os.path.join(work, f"{kind}.array_record") for kind in manifest.shapes}
         # The values do not compress. Groups of one make every entry addressable.
         writers = {
             kind: array_record_module.ArrayRecordWriter(file, "group_size:1,uncompressed")
-            for kind, file in files.items()
+            for kind, file in parts.items()
         }
         try:
             yield writers
         finally:
             for writer in writers.values():
                 writer.close()
-        for kind, file in files.items():
+        for kind, file in parts.items():
             target = manifest.shard_path(folder, kind, k)
             if remote:
                 epath.Path(file).copy(target, overwrite=True)
@@ -200,7 +202,7 @@ class _Shard(NamedTuple):
 
 def read_manifest(folder: epath.PathLike) -> Manifest:
     """Raises DataError: there is none, or it is of another version."""
-    file = epath.Path(folder) / FILE
+    file = files.resolve(folder) / FILE
     if not file.exists():
         raise DataError(
             f"{folder}: expected a cache (a folder with {FILE}); got none: "
@@ -224,9 +226,10 @@ class Cache:
         """Raises DataError: no cache there, or shards are missing."""
         from array_record.python import array_record_data_source
 
+        folder = files.resolve(folder)
         self.folder = str(folder)
         self.manifest = m = read_manifest(folder)
-        names = {p.name for p in epath.Path(folder).iterdir()}
+        names = {p.name for p in folder.iterdir()}
         self._shards = {}
         for kind in m.shapes:
             paths = [m.shard_path(folder, kind, k) for k in range(m.num_shards)]

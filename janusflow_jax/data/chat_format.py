@@ -17,6 +17,7 @@ import tokenizers
 from etils import epath
 from jaxtyping import Int
 
+from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import DataError
 
 SYSTEM_PROMPT = (
@@ -98,7 +99,7 @@ class ChatFormat:
         Raises:
           DataError: a file is missing or cannot be read, or a token is missing.
         """
-        path = epath.Path(folder)
+        path = config_files.resolve(folder)
         files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).exists()}
         missing = [n for n in TOKENIZER_FILES[:2] if n not in files]
         if missing:

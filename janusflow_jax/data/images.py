@@ -10,10 +10,10 @@ import math
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -147,13 +147,13 @@ def read(image: Any) -> np.ndarray:
         return np.asarray(_rgb(_upright(image)))
     if isinstance(image, bytes):
         return decode(image)
-    path = epath.Path(image)
+    path = files.resolve(image)
     if not path.is_file():
-        raise DataError(f"image {path}: no such file")
+        raise DataError(f"image {image}: no such file")
     try:
         return decode(path.read_bytes())
     except DataError as error:
-        raise DataError(f"image {path}: {error}") from error
+        raise DataError(f"image {image}: {error}") from error
 
 
 def for_understanding(

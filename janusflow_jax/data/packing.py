@@ -21,6 +21,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import Bool
 
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, samples as samples_lib, sources
 from janusflow_jax.data.sources import Fields
@@ -47,6 +48,12 @@ class Lengths(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for column in self:
+            total.update(np.ascontiguousarray(column).data)
+        return total.hexdigest()
 
 
 def measure_lengths(source: Any, task: str, form: str, chat: chat_format.ChatFormat) -> Lengths:
@@ -105,7 +112,7 @@ def lengths_path(
     """The file with the lengths of a split, for a task, form, tokenizer and choice of fields."""
     chosen = f"-{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}" if fields else ""
     name = f"{split}-{task}-{form}-{_lengths_key(chat)[:16]}{chosen}.npz"
-    return epath.Path(path) / "lengths" / name
+    return files.resolve(path) / "lengths" / name
 
 
 def _lengths_key(chat: chat_format.ChatFormat) -> str:

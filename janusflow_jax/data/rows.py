@@ -15,6 +15,8 @@ alone. So the same row comes out on any host, with any number of threads, after 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import zlib
 from typing import Any
 
@@ -60,6 +62,7 @@ class Source:
     bins: packing.Bins
     left_out: int  # units that no row can hold
     cache: latent_cache.Cache | None
+    lengths: str  # digest of the lengths of all records
 
     @property
     def name(self) -> str:
@@ -73,6 +76,17 @@ class Source:
     def key(self) -> int:
         """Seeds the permutations of the source's bins."""
         return zlib.crc32(f"{self.name}:{self.cfg.task}".encode())
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that say what the source holds, wherever it lies."""
+        content = f"{sources.digest(self.records)} {self.lengths}"
+        cache = json.dumps(dataclasses.asdict(self.cache.manifest)) if self.cache else ""
+        return {
+            "name": self.name,
+            "records": len(self.records),
+            "content": hashlib.sha256(content.encode()).hexdigest(),
+            "cache": hashlib.sha256(cache.encode()).hexdigest() if cache else "",
+        }
 
 
 class Rows:
@@ -275,7 +289,7 @@ class Rows:
             )
         bins = packing.pack(divided, row_len, slots)
         cache = latent_cache.Cache(cfg.cache) if cfg.cache else None
-        return Source(cfg, index, records, bins, left_out, cache)
+        return Source(cfg, index, records, bins, left_out, cache, lengths.digest())
 
 
 def _bad_sample(row: int, source: Source, record: int, error: DataError) -> BadSample:

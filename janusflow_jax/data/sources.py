@@ -8,11 +8,14 @@ TensorFlow is not needed.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -34,6 +37,8 @@ Fields = tuple[tuple[str, str], ...]
 
 RETRY_SECONDS = (0.1, 1.0, 5.0)
 """Waits between attempts at a read that fails; after the last the run stops."""
+PROBES = 64
+"""Records that `digest` reads, spread over the data set."""
 UNREADABLE = "store unreadable"
 """`reason` of the DataError that `retry` raises: the store fails, the record may be good."""
 
@@ -47,12 +52,11 @@ class TfdsSource:
 
         self.path, self.split = str(path), split
         self.fields: Fields = ()  # see `mapped`
-        folder = epath.Path(path)
-        scheme = str(folder).partition("://")[0]
-        if scheme not in (str(folder), "gs"):  # array_record reads no other store
+        folder = files.resolve(path)
+        if files.is_remote(folder) and not str(folder).startswith("gs://"):
             raise DataError(
-                f"{folder}: expected a local path or gs://; got {scheme}://: mount the store as a "
-                "folder, or copy the data set"
+                f"{folder}: expected a local path or a gs:// URL, because array_record reads no "
+                "other store: mount the store as a folder, or copy the data set"
             )
         if not (folder / "dataset_info.json").exists():
             raise DataError(
@@ -86,6 +90,7 @@ class TfdsSource:
             if isinstance(feature, image) or isinstance(getattr(feature, "feature", None), image)
         }
         self.features = builder.info.features
+        self.num_bytes = builder.info.splits[split].num_bytes
         self._encoded = frozenset(decoders)
         self._records = builder.as_data_source(split=split, decoders=decoders)
 
@@ -113,6 +118,20 @@ class TfdsSource:
 
 
 open_source = TfdsSource
+
+
+def digest(records: Any) -> str:
+    """SHA-256 of what an open source holds, wherever it lies: the number of its records, their
+    bytes in all, and PROBES of the records. With the lengths of all records (`packing`), this shows
+    that a data set was made anew without reading all of it.
+    """
+    total = hashlib.sha256(f"{len(records)} {getattr(records, 'num_bytes', 0)}".encode())
+    places = np.linspace(0, max(len(records) - 1, 0), min(PROBES, len(records)))
+    for i in places.astype(np.int64).tolist():
+        # `default` gets images, as bytes or arrays
+        text = json.dumps(records[i], sort_keys=True, default=lambda x: bytes(x).hex())
+        total.update(text.encode("utf-8", "surrogatepass"))
+    return total.hexdigest()
 
 
 def mapped(source: Any, fields: Fields, task: str) -> Any:
@@ -217,7 +236,7 @@ def retry(read: Callable[[], T], what: str) -> T:
 
 def write_whole(path: epath.Path, data: bytes) -> None:
     """Writes a file that appears complete, or not at all."""
-    if "://" in str(path):  # an object of a bucket appears when it is complete
+    if files.is_remote(path):  # an object of a bucket appears when it is complete
         path.write_bytes(data)
         return
     part = path.parent / f".{path.name}.{uuid.uuid4().hex}"

@@ -86,7 +86,7 @@ def _write_sheet(
     )
     path = folder / f"sheet_{step:06d}.png"
     grid = sheet.image_grid(generated, list(cfg.prompts))
-    _save_png(grid, path)
+    sheet.save(grid, path)
     print(f"step {step}: images for {len(cfg.prompts)} prompts in {path}", flush=True)
     writer.image(step, "sheet", grid)
 
@@ -109,14 +109,9 @@ def _write_captions(
     if not lines:
         return
     grid = sheet.image_grid(shown, labels)
-    _save_png(grid, folder / f"captions_{step:06d}.png")
+    sheet.save(grid, folder / f"captions_{step:06d}.png")
     writer.image(step, "captions", grid)
     num_exact = sum(line["answer"] in line["captions"] for line in lines)
     path = folder / f"captions_{step:06d}.jsonl"
     path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
     print(f"step {step}: {num_exact} of {len(lines)} held-out captions exact, {path}", flush=True)
-
-
-def _save_png(image: Image.Image, path: epath.Path) -> None:
-    with path.open("wb") as f:
-        image.save(f, "PNG")

@@ -10,13 +10,14 @@ import jax
 from etils import epath
 
 from janusflow_jax.checkpoints import checksums, model_folder
+from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.hub import adapters, safetensors as safetensors_io
 
 
 def resolve(path: Any) -> epath.Path:
     """The folder that will be loaded. Of a run it is the newest checkpoint, which never changes."""
-    folder = epath.Path(path)
+    folder = model_folder.resolve(path)
     if (folder / model_folder.MODEL_FILE).exists() or not (folder / "checkpoints").exists():
         return folder
     steps = model_folder.committed_steps(folder)
@@ -30,7 +31,7 @@ def of(path: Any, adapter: Any = "") -> dict[str, str]:
     their configs; `base/checksums.json` covers what a checkpoint uses from its run's `base/` (VAE,
     tokenizer, frozen parts); `adapter` is an adapter's config and weights.
     """
-    folder = epath.Path(path).resolve()
+    folder = model_folder.resolve(path)
     out = {}
     for name in (checksums.SUMS_FILE, model_folder.MODEL_FILE, "run.json"):
         if (folder / name).exists():
@@ -48,7 +49,7 @@ def of_adapter(path: Any) -> str:
       ConvertError: no adapter's weights.
       OSError: a file is missing.
     """
-    folder = epath.Path(path)
+    folder = config_files.resolve(path)
     weights = safetensors_io.weight_files(folder, (adapters.WEIGHTS,))
     return _hash([folder / adapters.CONFIG, *weights])
 
@@ -59,7 +60,7 @@ def of_data(path: Any) -> dict[str, str]:
     Raises:
       JanusFlowError: no such folder.
     """
-    folder = epath.Path(path)
+    folder = config_files.resolve(path)
     if not folder.is_dir():
         raise JanusFlowError(
             f"--data: expected a folder of tools/prepare_openmoji.py; there is no {str(path)!r}"

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 _FONT_SIZE = 13
@@ -47,3 +48,9 @@ def image_grid(
             place, "\n".join(lines), "black", font, anchor="ma", align="center", spacing=3
         )
     return sheet
+
+
+def save(image: Image.Image, path: epath.PathLike) -> None:
+    """Writes a PNG file, on a disk or in a bucket."""
+    with epath.Path(path).open("wb") as file:
+        image.save(file, "PNG")

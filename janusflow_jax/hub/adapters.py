@@ -24,7 +24,7 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums, model_folder
-from janusflow_jax.config import LORA_TARGETS, TrainConfig, parts as parts_lib
+from janusflow_jax.config import LORA_TARGETS, TrainConfig, files, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.hub import names
 from janusflow_jax.hub.safetensors import LazyTensor, open_folder, write_folder
@@ -61,7 +61,7 @@ def save_adapter(run: Any, out: Any, weights: str = "ema") -> str:
       ConvertError: the run has no adapters, or has trained more than them.
       CheckpointError: no checkpoint that loads, or `out` exists.
     """
-    folder = epath.Path(out).resolve()
+    folder = files.resolve(out)
     if folder.exists():
         raise CheckpointError(f"{folder}: exists; choose another path")
     loaded = model_folder.load_model(run, weights=weights, merged=False)
@@ -120,7 +120,7 @@ def apply(llm: dict[str, Any] | None, path: Any) -> dict[str, Any]:
         them), or another base.
       CheckpointError: a config file that cannot be read.
     """
-    folder = epath.Path(path).resolve()
+    folder = files.resolve(path)
     if llm is None:
         raise ConvertError(f"{folder}: expected a model with a language model; this one has none")
     if not (folder / CONFIG).exists():

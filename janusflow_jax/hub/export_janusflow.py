@@ -63,7 +63,7 @@ def export(
       CheckpointError: no model that loads, `out` exists and `overwrite` is not set, or it is no
         exported folder or not apart from the model.
     """
-    folder = epath.Path(out).resolve()
+    folder = files.resolve(out)
     mark = "README.md", "library_name: janusflow_jax"
     if problem := files.problem_of_out(folder, overwrite, mark, _WRITTEN, [model]):
         raise CheckpointError(problem)

@@ -8,11 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from etils import epath
 from huggingface_hub import metadata_load
 
 from janusflow_jax.checkpoints import checksums, model_folder
-from janusflow_jax.config import ModelConfig, VaeConfig
+from janusflow_jax.config import ModelConfig, VaeConfig, files
 from janusflow_jax.config.errors import ConvertError, JanusFlowError
 from janusflow_jax.hub import names, safetensors as safetensors_io
 
@@ -31,7 +30,7 @@ class Source:
     """
 
     def __init__(self, path: Any, weights: Sequence[str] = safetensors_io.WEIGHT_NAMES) -> None:
-        self.folder = epath.Path(path)
+        self.folder = files.resolve(path)
         self.files = safetensors_io.weight_files(self.folder, weights)
         self.tensors = safetensors_io.open_folder(self.folder, weights)
 

@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums
-from janusflow_jax.config import SiglipConfig
+from janusflow_jax.config import SiglipConfig, files
 from janusflow_jax.config.errors import CheckpointError, JanusFlowError
+from janusflow_jax.hub import safetensors as safetensors_io
 from janusflow_jax.models import encode, layers, siglip
 from janusflow_jax.openmoji import stats
 from janusflow_jax.openmoji.scores import Label
@@ -176,7 +177,7 @@ def load(path: Any) -> LoadedJudge:
     Raises:
       CheckpointError: no judge.
     """
-    folder = epath.Path(path)
+    folder = files.resolve(path)
     if not (folder / FILE).exists():
         raise CheckpointError(
             f"{folder}: expected a judge ({FILE}); got none: use {START}, or train one with "
@@ -191,8 +192,9 @@ def load(path: Any) -> LoadedJudge:
         text_width=sizes["text_width"],
         width=sizes["width"],
     )
+    weights = safetensors_io.local(folder / WEIGHTS)
     try:
-        with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
+        with safetensors.safe_open(weights, framework="numpy") as file:
             leaves = {n: file.get_tensor(n).astype(np.float32) for n in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise CheckpointError(

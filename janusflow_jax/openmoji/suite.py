@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from janusflow_jax import pipeline
 from janusflow_jax.config import SourceConfig
@@ -66,7 +66,7 @@ def score_generation(
     guidance_scale: float,
     num_steps: int,
     seed: int,
-    sheet_file: pathlib.Path,
+    sheet_file: epath.PathLike,
 ) -> dict[str, Any]:
     """Generates the sheet and `count` more trained pairs, and scores both.
 
@@ -90,7 +90,7 @@ def score_generation(
         return list(model.generate(texts, seed=seed, **settings))
 
     images = generate(of_sheet, seed)
-    sheet.image_grid(images, prompts.PROMPTS).save(sheet_file)
+    sheet.save(sheet.image_grid(images, prompts.PROMPTS), sheet_file)
     print(f"the sheet: {sheet_file}", flush=True)
     more_images = generate(more, seed + MORE_SEED)
     out = {

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -66,12 +66,18 @@ class Attempts:
     """
 
     def __init__(
-        self, workdir: epath.PathLike, clock: Clock, first_step: int, saved_at: float | None
+        self,
+        workdir: epath.PathLike,
+        clock: Clock,
+        first_step: int,
+        saved_at: float | None,
+        changed_data: Sequence[str] = (),
     ):
         """Reads the earlier attempts and works out what they lost.
 
         Args:
           saved_at: when the restored checkpoint was saved (Unix time); None: there is none.
+          changed_data: sources with other content than before.
         """
         self._file, self._clock = epath.Path(workdir) / ATTEMPTS_FILE, clock
         clock.update()
@@ -80,6 +86,8 @@ class Attempts:
         self._earlier: list[dict[str, Any]] = []
         if self._file.exists():
             self._read_earlier(saved_at)
+        if changed_data:
+            self._this["changed_data"] = list(changed_data)
         self.write(first_step)
 
     def _read_earlier(self, saved_at: float | None) -> None:

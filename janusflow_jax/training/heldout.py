@@ -164,6 +164,7 @@ class _Source:
         self._all_rows = self._num_rows == len(packed.bins)
         bins = [packed.bins[rows.locate(row)[2]] for row in range(self._num_rows)]
         self._num_records = len(packed.records)
+        self._content = packed.identity()["content"]
         self._num_samples = sum(map(len, bins))
         self._num_images = sum(sample.images for b in bins for sample in b)
         split = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -175,7 +176,8 @@ class _Source:
         """What the rows follow from: values of equal identity can be compared."""
         fields = config_lib.to_dict(self.cfg)
         out = {n: fields[n] for n in ("path", "split", "task", "format", "fields")}
-        return out | {"seed": self._seed, "rows": self._num_rows, "samples": self._num_samples}
+        out |= {"seed": self._seed, "rows": self._num_rows, "samples": self._num_samples}
+        return out | {"content": self._content}
 
     def describe(self, name: str) -> str:
         """What the losses of the source rest on, with a warning where that is little."""
@@ -352,7 +354,9 @@ class RiseCheck:
     def _changes(self, source: str) -> list[str]:
         """How a source's rows differ from those of its first values."""
         now = self._rows[source]
-        return differences(self._rows_measured.get(source, now), now)
+        then = self._rows_measured.get(source, now)
+        older = {"content": now.get("content")}  # runs of 0.1 did not record it
+        return differences(older | then, now)
 
 
 def _listed(lines: list[str]) -> str:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import model_folder, run as run_checkpoints
-from janusflow_jax.config import ModelConfig, TrainConfig, parts as parts_lib
+from janusflow_jax.config import ModelConfig, TrainConfig, files, parts as parts_lib
 from janusflow_jax.config.errors import ConfigError, DataError
 from janusflow_jax.config.fields import differences
 from janusflow_jax.data import sources
@@ -209,7 +209,7 @@ def check_files(cfg: TrainConfig) -> None:
             sources.mapped(sources.open_source(s.path, s.split), s.fields, s.task)
         except DataError as error:
             problems.append(str(error))
-    if cfg.tokenizer and not epath.Path(cfg.tokenizer).exists():
+    if cfg.tokenizer and not files.resolve(cfg.tokenizer).exists():
         problems.append(f"{cfg.tokenizer}: expected a tokenizer folder; found none")
     if problems:
         listed = "\n".join(f"  - {p}" for p in dict.fromkeys(problems))

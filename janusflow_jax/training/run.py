@@ -13,8 +13,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from janusflow_jax import config as config_lib
-from janusflow_jax.checkpoints import run as run_checkpoints, workdir as workdir_lib
-from janusflow_jax.config import TrainConfig, checks as config_checks
+from janusflow_jax.checkpoints import (
+    model_folder,
+    run as run_checkpoints,
+    workdir as workdir_lib,
+)
+from janusflow_jax.config import DataConfig, TrainConfig, checks as config_checks
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.config.lock import Lock
 from janusflow_jax.data import chat_format, loader
@@ -42,6 +46,7 @@ class Run:
     state: train_step.State
     saved: dict[str, Any]  # `run.json` of the checkpoint it resumes from; {}: a new run
     heldout: heldout.Heldout
+    changed_data: list[str]  # sources with other content than before, which the user accepted
     write_error: CheckpointError | None = None  # this process could not write into the workdir
 
     @property
@@ -91,16 +96,21 @@ def workdir_of(cfg: TrainConfig) -> epath.Path:
     """
     config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
     attention.check_platform(cfg.attention, jax.default_backend())
-    return epath.Path(cfg.workdir or f"runs/{cfg.name}").resolve()
+    return model_folder.resolve(cfg.workdir or f"runs/{cfg.name}")
 
 
-def open_run(cfg: TrainConfig, lock: Lock | None = None, writes: bool = True) -> Run:
+def open_run(
+    cfg: TrainConfig, lock: Lock | None = None, writes: bool = True, accept_data: bool = False
+) -> Run:
     """Reads everything that a run needs onto the devices.
 
     What can be wrong is checked before anything slow: no run should find after ten minutes that its
     data is missing.
 
-    Args: lock: holds the workdir, on the first process. writes: False: only reads.
+    Args:
+      lock: holds the workdir, on the first process.
+      writes: False: only reads.
+      accept_data: resume although the data hold something else than before.
     """
     workdir = workdir_of(cfg)
     with processes.together("opening the run"):
@@ -116,12 +126,18 @@ def open_run(cfg: TrainConfig, lock: Lock | None = None, writes: bool = True) ->
     with processes.together("opening the data"):
         chat = chat_format.ChatFormat.load(start.hub, num_image_tokens=cfg.model.num_image_tokens)
         chat.check_vocab(cfg.model.llm.vocab_size)
-        data = loader.Loader(cfg.data, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
+        then = workdir_lib.recorded_data(workdir) if resumed else []
+        mixture = _with_names(cfg.data, then)
+        data = loader.Loader(mixture, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
         digests = workdir_lib.base_meta(workdir).get("encoders", {})
+        now = [source.identity() for source in data.rows.sources] if processes.is_main() else []
+        changed = workdir_lib.check_data(workdir, then, now, accept_data)
     if not resumed:
         digests = encode_cache.digests(cfg, data.rows, start.whole)
     encode_cache.check(cfg, data.rows, digests, start.vae)
     processes.log(data.summary())
+    for line in changed:
+        processes.log(f"accepted: {line}")
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_rows(cfg.batch_rows, cfg.optim.accum_steps, mesh)
     of = f" of {processes.count()} processes" if processes.count() > 1 else ""
@@ -132,7 +148,9 @@ def open_run(cfg: TrainConfig, lock: Lock | None = None, writes: bool = True) ->
     if writes:
         base = params if cfg.lora.rank else None  # checkpoints do not repeat it
         about = {"made_by": "train", "encoders": digests}
-        workdir_lib.create(workdir, cfg, params=base, vae=start.vae, hub=start.hub, about=about)
+        workdir_lib.create(
+            workdir, cfg, params=base, vae=start.vae, hub=start.hub, about=about, data=now
+        )
     checkpoints = run_checkpoints.RunCheckpoints(
         workdir,
         cfg.keep_checkpoints,
@@ -151,7 +169,7 @@ def open_run(cfg: TrainConfig, lock: Lock | None = None, writes: bool = True) ->
         processes.log(held.summary())
     if saved:
         _warn_of_higher_rate(cfg, saved, checkpoints.steps())
-    return Run(cfg, workdir, mesh, data, chat, checkpoints, state, saved, held)
+    return Run(cfg, workdir, mesh, data, chat, checkpoints, state, saved, held, changed)
 
 
 _RATE = ("optim.lr", "optim.decay_steps")
@@ -188,3 +206,13 @@ def _warn_of_higher_rate(cfg: TrainConfig, saved: dict[str, Any], steps: list[in
             else f" (no checkpoint from before the decay, which began at step {began}, is left)"
         )
     )
+
+
+def _with_names(cfg: DataConfig, then: list[dict[str, Any]]) -> DataConfig:
+    """The mixture with the names that its sources had: they seed the order of the rows, and one
+    that no config names is called by its path, which may have changed."""
+    named = (
+        dataclasses.replace(source, name=old["name"])
+        for source, old in zip(cfg.sources, then, strict=False)
+    )
+    return dataclasses.replace(cfg, sources=tuple(named)) if then else cfg

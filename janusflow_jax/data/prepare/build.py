@@ -90,7 +90,7 @@ def prepare(
     Raises:
       DataError: `out` holds something else, or no record can be used.
     """
-    path = epath.Path(out)
+    path = config_files.resolve(out)
     # before the lock: another folder gets no file of ours
     _check_out(path, overwrite, options.inputs)
     _chat(options.tokenizer)  # fails before the work if it cannot be loaded
@@ -259,7 +259,7 @@ def _jobs(options: Options, out: epath.Path) -> list[Job]:
 
 def _size(name: str) -> int:
     path = epath.Path(name)
-    return path.stat().length if path.exists() else -1
+    return config_files.size(path) if path.exists() else -1
 
 
 def _assemble(options: Options, out: epath.Path, jobs: list[Job], engine: engines.Engine) -> Report:

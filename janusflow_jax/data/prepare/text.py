@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from janusflow_jax.config import files
 from janusflow_jax.data.prepare import inputs
 from janusflow_jax.data.prepare.inputs import Row
 from janusflow_jax.data.prepare.records import Options
@@ -27,7 +28,7 @@ def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
         if name.endswith(".gz"):
             yield shard | {"begin": 0, "end": -1}
             continue
-        size, step = path.stat().length, options.shard_bytes
+        size, step = files.size(path), options.shard_bytes
         for begin in range(0, max(size, 1), step):
             yield shard | {"begin": begin, "end": min(begin + step, size)}
 
