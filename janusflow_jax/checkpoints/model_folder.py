@@ -95,7 +95,7 @@ def check_out(out: Any, overwrite: bool, inputs: Sequence[Any] = ()) -> None:
     """
     made = (MODEL_FILE, SUMS_FILE, "params", "vae", "hub", "README.md")
     mark = MODEL_FILE, '"parts"'
-    if problem := files.problem_of_out(epath.Path(out), overwrite, mark, made, inputs):
+    if problem := files.problem_of_out(resolve(out), overwrite, mark, made, inputs):
         raise CheckpointError(problem)
 
 
