@@ -23,7 +23,7 @@ from janusflow_jax.config import TrainConfig, flags as flag_parser, parts as par
 from janusflow_jax.config.errors import CheckpointError, DivergedError
 from janusflow_jax.data import loader
 from janusflow_jax.eval import previews
-from janusflow_jax.parallel import chips, processes, sharding
+from janusflow_jax.parallel import chips, numerics, processes, sharding
 from janusflow_jax.training import flops, health, metrics, step as train_step
 from janusflow_jax.training.replay import replay
 from janusflow_jax.training.run import Run, open_run, workdir_of
@@ -46,6 +46,7 @@ _DISTRIBUTED = flags.DEFINE_enum(
 )
 
 
+@numerics.fixed()
 def train(cfg: TrainConfig) -> str:
     """Trains to the config's last step, or until a signal stops it. Returns the workdir."""
     clock = health.Clock()

@@ -197,7 +197,8 @@ def test_a_new_prompt_compiles_nothing(model):
 
 def test_the_key_value_buffer_is_donated(model):
     many, pictures = conversations()
-    state = model._prefill(many, pictures, 24, 0)
+    prompts, pictures, _ = model._prompts(many, pictures, 24, 0.0, 1.0, 0)
+    state = model._prefill(prompts, pictures, 24, 0)
     args = (model.model, model.params, state, jnp.float32(0), jnp.float32(1))
     programs.decode(*args, num_tokens=pipeline.CHUNK_TOKENS, eos_id=model.text.eos_id)
     buffers = jax.tree.leaves(state["cache"])
@@ -247,7 +248,7 @@ def test_decoding_stops_at_eos(model, monkeypatch):
     state, _ = advance(
         model.model,
         model.params,
-        model._prefill([turns], [paths], 512, 0),
+        model._prefill(model._prompts(turns, paths, 512, 0.0, 1.0, 0)[0], [paths], 512, 0),
         jnp.float32(0),
         jnp.float32(1),
         num_tokens=16,

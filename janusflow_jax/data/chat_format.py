@@ -36,6 +36,8 @@ DEFAULT_TAGS = {
     "image_end_tag": "<image_end>",
 }
 """Key of processor_config.json -> tag, in the order in which missing tags get new ids."""
+MAX_LENGTH = 16384
+"""Positions of the published model; tokenizer_config.json may name fewer."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -68,7 +70,8 @@ class _Span:
 class ChatFormat:
     """A tokenizer folder, loaded. Use `ChatFormat.load`. Safe to share between threads.
 
-    `tokenizer` parses special strings in text, `text_tokenizer` treats them as text.
+    `tokenizer` parses special strings in text, `text_tokenizer` treats them as text. `max_length`:
+    positions that the model knows.
     """
 
     folder: str
@@ -86,6 +89,7 @@ class ChatFormat:
     num_image_tokens: int
     added_tags: tuple[str, ...]
     hash: str
+    max_length: int
 
     @classmethod
     def load(cls, folder: epath.PathLike, num_image_tokens: int = 0) -> ChatFormat:
@@ -152,6 +156,7 @@ class ChatFormat:
             num_image_tokens=num_image_tokens,
             added_tags=tuple(added),
             hash=_digest(files),
+            max_length=_max_length(config.get("model_max_length")),
         )
 
     @property
@@ -293,6 +298,11 @@ class ChatFormat:
 def _content(token: str | dict[str, Any] | None) -> str:
     """The text of a special token, which config files write as a string or as a dict."""
     return (token["content"] if isinstance(token, dict) else token) or ""
+
+
+def _max_length(length: Any) -> int:
+    """Without a limit of its own, a tokenizer has none or a huge one."""
+    return length if isinstance(length, int) and 0 < length < MAX_LENGTH else MAX_LENGTH
 
 
 def _id(tokenizer: tokenizers.Tokenizer, token: str) -> int:

@@ -24,7 +24,7 @@ from janusflow_jax.config.errors import ConfigError, DataError
 from janusflow_jax.config.fields import differences
 from janusflow_jax.data import sources
 from janusflow_jax.models import janusflow, vae
-from janusflow_jax.parallel import processes, sharding, trees
+from janusflow_jax.parallel import numerics, processes, sharding, trees
 from janusflow_jax.training import optim, step as train_step
 
 Tree = dict[str, Any]
@@ -79,7 +79,7 @@ def initial_params(
     params = {**janusflow.param_shapes(cfg.model), "vae": vae.param_shapes(cfg.model.vae)}
     problems, hub = _unknown_paths(cfg, params), cfg.tokenizer
     with _on_host():
-        key = jax.random.key(cfg.seed)
+        key = numerics.key(cfg.seed)
         fresh = tuple(p for p in cfg.model.parts if origins[p] == "fresh" and not resumed)
         if fresh:
             params |= _to_host(_fresh_parts(cfg.model, fresh, key))
