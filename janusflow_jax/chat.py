@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     images = [images_lib.read(path) for path in args.image]  # a wrong path fails before loading
     options = {n: getattr(args, n) for n in ("max_new_tokens", "temperature", "top_p", "seed")}
-    inputs.check_chat(args.max_new_tokens, args.temperature, args.top_p)
+    inputs.check_chat(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     conversation = Conversation(cli.load(args), images, args.system, options)
     if args.prompt is not None:
         conversation.ask(args.prompt)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,6 +15,10 @@ from janusflow_jax.config.errors import JanusFlowError
 
 if TYPE_CHECKING:
     from janusflow_jax import pipeline
+
+
+PROBE_BYTES = 1 << 16
+"""A full disk still has room for an empty file."""
 
 
 def run(
@@ -131,8 +134,11 @@ def check_writable(path: str, option: str) -> pathlib.Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             file.open("ab").close()
-        else:
-            tempfile.TemporaryFile(dir=file.parent).close()
+            return file
+        try:
+            file.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            file.unlink(missing_ok=True)
     except OSError as error:
         raise JanusFlowError(
             f"{option}: expected a file that can be written; got {path!r} "

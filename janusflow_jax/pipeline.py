@@ -45,7 +45,7 @@ CACHE_MIN_SECONDS = 0.5
 ImageLike = Any
 """What `data.images.read` reads: a path, bytes, a file, a PIL image, or uint8[H, W, 3]."""
 
-_NOT_FINITE = "use sound weights, an adapter of this model, a lower guidance scale or dtype float32"
+NOT_FINITE = "use sound weights, an adapter of this model, a lower guidance scale or dtype float32"
 
 
 def load(
@@ -376,7 +376,7 @@ class Pipeline:
             if not (finite := np.asarray(state["finite"])[: len(prompts)]).all():
                 raise DivergedError(
                     f"chat: expected finite logits; got others in {(~finite).sum()} of "
-                    f"{len(prompts)} conversations: {_NOT_FINITE}"
+                    f"{len(prompts)} conversations: {NOT_FINITE}"
                 )
             out = np.concatenate([out, np.asarray(tokens)[: len(prompts)]], axis=1)
             out = out[:, :max_new_tokens]
@@ -460,7 +460,7 @@ def _check_finite(what: str, latents: np.ndarray, finite: Any = True, images: An
     images = latents if images is None else images
     raise DivergedError(
         f"{what}: expected finite images; got others at {np.flatnonzero(~finite).tolist()} of "
-        f"{len(finite)}: {_NOT_FINITE}",
+        f"{len(finite)}: {NOT_FINITE}",
         [x if ok else None for x, ok in zip(images, finite, strict=True)],
     )
 

@@ -34,3 +34,9 @@ def fixed() -> Iterator[None]:
         jax.default_prng_impl(GENERATOR),
     ):
         yield
+
+
+def described() -> dict[str, str]:
+    """The generator and the precision of matrix products, for reports."""
+    precision = jax.config.jax_default_matmul_precision
+    return {"random_generator": GENERATOR, "matmul_precision": str(precision or "default")}

@@ -244,10 +244,15 @@ def batch_bucket(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def batch_shape(ids: Sequence[Any]) -> tuple[int, int]:
+    """Rows and positions of the batch that a program computes for these prompts."""
+    return batch_bucket(len(ids)), length_bucket(max(map(len, ids)))
+
+
 def pad(ids: Sequence[Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded int32[B, P] with P of `length_bucket`, and lengths int32[B]."""
     lengths = np.asarray([len(x) for x in ids], np.int32)
-    tokens = np.full((len(ids), length_bucket(int(lengths.max()))), pad_id, np.int32)
+    tokens = np.full((len(ids), batch_shape(ids)[1]), pad_id, np.int32)
     for row, x in zip(tokens, ids, strict=True):
         row[: len(x)] = x
     return tokens, lengths
