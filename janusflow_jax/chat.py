@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import Any
 
 from janusflow_jax import cli
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import images as images_lib
 from janusflow_jax.sampling import inputs
 
@@ -29,6 +31,11 @@ in a conversation:
 
 Images of the command line go with the first message, before its text. To place them yourself, write
 <image_placeholder> once for each image. Every other tag is plain text."""
+
+
+OUT_OF_MEMORY = (
+    "use a shorter text, fewer images, a smaller --max-new-tokens, --dtype bfloat16 or --int8"
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -90,8 +97,18 @@ class Conversation:
                     self.ask(line)
                 elif not self.command(line):
                     return
-            except (ValueError, OSError) as error:  # one bad line does not end the conversation
-                cli.log(f"error: {error}")
+            except Exception as error:  # noqa: BLE001  no message ends the conversation
+                cli.log(f"error: {_explained(error)}")
+
+
+def _explained(error: Exception) -> str:
+    """One line of an error. JAX words a lack of memory in several ways."""
+    if isinstance(error, (JanusFlowError, OSError)):
+        return str(error)
+    first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+    if re.search("MemoryError|RESOURCE_EXHAUSTED|out of memory", first_line, re.IGNORECASE):
+        return f"out of memory: {OUT_OF_MEMORY}, or start a new conversation (/new)\n{first_line}"
+    return first_line
 
 
 def _read_line() -> str:
@@ -115,4 +132,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, out_of_memory=OUT_OF_MEMORY)

@@ -164,4 +164,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        out_of_memory="use shorter prompts, fewer of them, --dtype bfloat16 or --int8",
+    )

@@ -77,6 +77,37 @@ def test_chat_answers_and_talks(loaded, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("odd"), "ValueError: odd"),
+        (TypeError("odd"), "TypeError: odd"),
+        (OSError("odd"), "error: odd"),
+        (MemoryError(), "out of memory: use a shorter text"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 30G"), "out of memory: use a shorter"),
+        (jax.errors.JaxRuntimeError("INTERNAL: x: Out of memory"), "out of memory: use a shorter"),
+        (None, "expected Unicode text"),
+    ],
+)
+def test_no_message_ends_a_conversation(error, says, loaded, monkeypatch, capsys):
+    seen, stream = [], type(loaded).stream
+
+    def answer(self, turns, images, **options):
+        seen.append(turns)
+        if len(seen) == 2 and error:
+            raise error
+        return stream(self, turns, images, **options) if len(seen) == 2 else iter(("yes",))
+
+    monkeypatch.setattr(type(loaded), "stream", answer)
+    second = "Two?" if error else "\udce4?"  # a byte that is not UTF-8
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"One?\n{second}\nThree?"))
+    chat.main(["--model", "m"])
+    written = capsys.readouterr()
+    assert written.out == "yes\n" * 2 and says in written.err
+    said = [turn["content"] for turn in seen[2] if turn["role"] == "User"]
+    assert said == ["One?", "Three?"]
+
+
+@pytest.mark.parametrize(
     ("module", "args", "says"),
     [
         (generate, "--prompt x --model /no/where", "error: /no/where: no such folder; expected"),
