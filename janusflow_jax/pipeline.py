@@ -175,7 +175,8 @@ class Pipeline:
         Args:
           guidance_scale: of classifier-free guidance; 1 runs the conditional branch only.
           num_steps: Euler steps.
-          seed: image n of the output gets seed + n; a list has the first seed of each prompt.
+          seed: image n of the output gets seed + n; a list has the first seed of each prompt. In
+            batches of one shape (`inputs.batch_shape`) the other prompts change no bit of an image.
           images_per_prompt: number of images of each prompt.
           noise: float32[B, h, w, C], instead of noise drawn from the seeds.
           output: 'pil'; 'numpy' uint8[B, H, W, 3]; 'latent' float32[B, h, w, C], scaled;

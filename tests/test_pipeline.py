@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import golden, runs
 from PIL import Image
 
 import janusflow_jax
@@ -110,6 +110,32 @@ def test_a_picture_is_its_prompts_alone_with_its_seed(model):
     assert np.abs(together[0] - together[1]).max() > 0.1
     back = model.generate(PROMPTS[::-1], seed=[9, 8, 7], **QUICK)
     close(back[::-1], together)
+
+
+@pytest.mark.parametrize("dtype", pipeline.DTYPES)
+def test_at_one_shape_neighbors_and_places_change_no_bit(dtype):
+    """Four rows, 32 positions, a model of 60,000 parameters. At other shapes rounding differs."""
+    cfg = runs.tiny_config("").model
+    params, vae_params = jax.tree.map(lambda x: x + 0.02, runs.fresh_params(cfg, jax.random.key(0)))
+    text = chat_format.ChatFormat.load(runs.HUB, cfg.num_image_tokens)
+    model = pipeline.Pipeline(cfg, params, vae_params, text, dtype=dtype)
+    prompts, seeds = [*PROMPTS, "a blue whale"], [7, 8, 9, 10]
+    others = [["x"] * 4, ["an umbrella", PROMPTS[1], "a frog on a stone", "Why?"]]
+
+    def images(prompts, seeds):
+        return model.generate(prompts, seed=seeds, num_steps=2, output="numpy")
+
+    want = images(prompts, seeds)
+    assert len({x.tobytes() for x in want}) == 4
+    np.testing.assert_array_equal(images(prompts[::-1], seeds[::-1])[::-1], want)
+    np.testing.assert_array_equal(images(prompts[:3], seeds[:3]), want[:3])  # three fill four rows
+    for place, neighbors in enumerate(others, start=1):
+        neighbors[place] = prompts[0]
+        row = images(neighbors, [seeds[0]] * 4)[place]
+        np.testing.assert_array_equal(row, want[0])
+    answers = model.chat(prompts, max_new_tokens=16)
+    assert model.chat(prompts[::-1], max_new_tokens=16)[::-1] == answers
+    assert model.chat([prompts[0], *others[0][:3]], max_new_tokens=16)[0] == answers[0]
 
 
 @pytest.mark.slow
