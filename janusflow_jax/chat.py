@@ -40,7 +40,12 @@ OUT_OF_MEMORY = (
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = cli.parser("chat", DESCRIPTION, EPILOG)
-    p.add_argument("--image", action="append", default=[], help="a JPEG, PNG or WebP file, not a URL; repeatable")
+    p.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        help="a JPEG, PNG or WebP file, not a URL; repeatable",
+    )
     p.add_argument("--prompt", help="the question; without it a conversation starts")
     p.add_argument("--system", help="replaces the model's system prompt; '' for none")
     p.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default 512")

@@ -17,7 +17,7 @@ PROMPTS = ["a red fox", "a tree", "a blue whale"]
 NAN, INF = float("nan"), float("inf")
 
 
-def changed(model, part, value, index=...):
+def changed(model, part, value, index):
     """The model with `value` at an index of one of its arrays, `vae` or `params/...`."""
     out = copy.copy(model)
     out.params, out.vae = copy.deepcopy((model.params, model.vae))

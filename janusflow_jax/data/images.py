@@ -128,7 +128,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # PIL's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):  # in memory only: no file that we read has these modes
-        low, high = image.getextrema()
+        low, high = np.asarray(image.getextrema(), np.float64)
         if not 0 <= low <= high <= 255 or 0 < high <= 1:
             raise DataError(
                 f"image of mode {image.mode}: expected values from 0 to 255; got {low} to {high}: "

@@ -38,5 +38,5 @@ def fixed() -> Iterator[None]:
 
 def described() -> dict[str, str]:
     """The generator and the precision of matrix products, for reports."""
-    precision = jax.config.jax_default_matmul_precision
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
     return {"random_generator": GENERATOR, "matmul_precision": str(precision or "default")}

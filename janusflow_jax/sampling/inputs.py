@@ -99,16 +99,16 @@ def image_seeds(seed: Any, num_prompts: int, per_prompt: int) -> list[int]:
         out of range.
     """
     if (first := _integer(seed)) is not None:
-        seeds: list[Any] = [first + n for n in range(num_prompts * per_prompt)]
+        seeds = [first + n for n in range(num_prompts * per_prompt)]
     else:
-        firsts = list(seed) if np.iterable(seed) and not isinstance(seed, str) else [None]
-        if None in [_integer(s) for s in firsts]:
+        firsts: list[Any] = [_integer(s) for s in seed] if np.iterable(seed) else [None]
+        if None in firsts:
             raise JanusFlowError(f"seed: expected an integer, or one for each prompt; got {seed!r}")
         if len(firsts) != num_prompts:
             raise JanusFlowError(
                 f"seed: expected one or {num_prompts} (one a prompt); got {len(firsts)}"
             )
-        seeds = [operator.index(s) + j for s in firsts for j in range(per_prompt)]
+        seeds = [s + j for s in firsts for j in range(per_prompt)]
     if seeds and not 0 <= min(seeds) <= max(seeds) < SEED_LIMIT:
         raise JanusFlowError(f"seed: expected 0 to 2**32 - 1; got {min(seeds)}..{max(seeds)}")
     return seeds
