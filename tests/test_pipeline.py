@@ -363,7 +363,7 @@ def test_a_mesh_changes_nothing(golden_folder, model):
         (lambda m: m.chat("a b" * 20000), "conversation 0: expected at most 16384 positions"),
         (lambda m: m.chat("a", max_new_tokens=10**9), "conversation 0: expected at most"),
         (lambda m: m.chat(["a"] * 20 + ["a b" * 20000]), "conversation 20: expected at most"),
-        (lambda m: m.generate("a", guidance_scale=np.inf), "guidance_scale: expected finite"),
+        (lambda m: m.generate("a", guidance_scale=np.inf), "guidance_scale: expected a finite"),
         (lambda m: m.chat(["a", "b"], seed=2**32 - 1), "seed: expected 0 to"),
         (lambda m: m.chat("a", max_new_tokens=0, top_p=2.0), "max_new_tokens.*top_p"),
         (lambda m: m.chat("<image_placeholder>"), "0 images; got 1"),

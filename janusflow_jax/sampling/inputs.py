@@ -40,7 +40,7 @@ def check_generate(
             problems += _text_problems(f"prompt {i}", prompt)
     problems += _count_problems("num_steps", num_steps)
     problems += _count_problems("images_per_prompt", per_prompt)
-    problems += _number_problems("guidance_scale", guidance_scale, "finite", -FLOAT_MAX)
+    problems += _number_problems("guidance_scale", guidance_scale, "a finite number", -FLOAT_MAX)
     problems += [] if output in OUTPUTS else [f"output: expected one of {OUTPUTS}; got {output!r}"]
     if problems:
         raise JanusFlowError("generate: " + "; ".join(problems))
@@ -49,7 +49,9 @@ def check_generate(
 def check_chat(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any = 0) -> None:
     """Raises JanusFlowError with every option that is out of range."""
     problems = _count_problems("max_new_tokens", max_new_tokens)
-    problems += _number_problems("temperature", temperature, "finite and >= 0 (0 is greedy)", 0.0)
+    problems += _number_problems(
+        "temperature", temperature, "a finite number >= 0 (0 is greedy)", 0.0
+    )
     problems += _number_problems("top_p", top_p, "above 0 and at most 1", TINY, 1.0)
     if problems:
         raise JanusFlowError("chat: " + "; ".join(problems))
