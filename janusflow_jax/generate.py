@@ -30,6 +30,7 @@ Image n of the output uses seed + n; with a seed for each prompt, image j of pro
 j. In batches of one shape, which --json records (rows and prompt positions), an image does not
 depend on the others. At another shape its pixels differ by rounding: on a CPU by up to 3 of 255 in
 bfloat16, and not at all in float32.
+Images that are not finite are named and not written, and the exit status is 1.
 The first image waits for compilation; compiled programs are cached in ~/.cache/janusflow_jax
 (JANUSFLOW_COMPILATION_CACHE=FOLDER or off)."""
 

@@ -189,7 +189,9 @@ class Pipeline:
         """
         if cfg_weight is not None:  # the name of 0.1; remove in 0.3
             guidance_scale = cfg_weight
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        prompts = list(prompts) if np.iterable(prompts) else []
         inputs.check_generate(prompts, num_steps, images_per_prompt, output, guidance_scale)
         guidance_scale, num_steps = float(guidance_scale), int(num_steps)
         decodes = output in ("pil", "numpy")
@@ -240,8 +242,9 @@ class Pipeline:
         for i, x in enumerate(ids):
             if len(x) + more > limit:
                 raise JanusFlowError(
-                    f"{what} {i}: expected at most {limit} positions; got {len(x)} of text and "
-                    f"images and {more} to generate: shorten it"
+                    f"{what} {i}: expected at most {limit} positions (model_max_length of "
+                    f"tokenizer_config.json); got {len(x)} of text and images and {more} to "
+                    "generate: shorten it or generate less"
                 )
 
     def decode_latents(self, latents: Any, output: str = "pil") -> Any:
