@@ -31,9 +31,19 @@ Images of the command line go with the first message, before its text. To place 
 <image_placeholder> once for each image. Every other tag is plain text."""
 
 
+OUT_OF_MEMORY = (
+    "use a shorter text, fewer images, a smaller --max-new-tokens, --dtype bfloat16 or --int8"
+)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = cli.parser("chat", DESCRIPTION, EPILOG)
-    p.add_argument("--image", action="append", default=[], help="an image file; repeatable")
+    p.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        help="a JPEG, PNG or WebP file, not a URL; repeatable",
+    )
     p.add_argument("--prompt", help="the question; without it a conversation starts")
     p.add_argument("--system", help="replaces the model's system prompt; '' for none")
     p.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default 512")
@@ -90,8 +100,10 @@ class Conversation:
                     self.ask(line)
                 elif not self.command(line):
                     return
-            except (ValueError, OSError) as error:  # one bad line does not end the conversation
-                cli.log(f"error: {error}")
+            except Exception as error:  # noqa: BLE001  no message ends the conversation
+                advice = f"{OUT_OF_MEMORY}, or start a new conversation (/new)"
+                reason = cli.explain(error, advice) or f"{type(error).__name__}: {error}"
+                cli.log(f"error: {reason}")
 
 
 def _read_line() -> str:
@@ -105,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     images = [images_lib.read(path) for path in args.image]  # a wrong path fails before loading
     options = {n: getattr(args, n) for n in ("max_new_tokens", "temperature", "top_p", "seed")}
-    inputs.check_chat(args.max_new_tokens, args.temperature, args.top_p)
+    inputs.check_chat(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     conversation = Conversation(cli.load(args), images, args.system, options)
     if args.prompt is not None:
         conversation.ask(args.prompt)
@@ -115,4 +127,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, out_of_memory=OUT_OF_MEMORY)

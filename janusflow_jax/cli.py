@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from janusflow_jax import pipeline
 
 
+PROBE_BYTES = 1 << 16
+"""A full disk still has room for an empty file."""
+
+
 def run(
     main: Callable[[], Any],
     *,
@@ -150,11 +154,14 @@ def check_writable(path: str, option: str) -> epath.Path:
     file = files.resolve(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():  # an empty file, for a moment
-            file.write_bytes(b"")
-            file.unlink()
-        elif not files.is_remote(file):  # a bucket cannot append
-            file.open("ab").close()
+        if file.exists():
+            if not files.is_remote(file):  # a bucket cannot append
+                file.open("ab").close()
+            return file
+        try:
+            file.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            file.unlink(missing_ok=True)
     except OSError as error:
         raise JanusFlowError(
             f"{option}: expected a file that can be written; got {path!r} "

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import argparse
 import json
+import math
 import time
 from typing import Any
 
@@ -25,10 +26,11 @@ from etils import epath
 from janusflow_jax import cli, config as config_lib, pipeline
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import files, flags as config_flags
-from janusflow_jax.config.errors import JanusFlowError
+from janusflow_jax.config.errors import DivergedError, JanusFlowError
 from janusflow_jax.config.files import naming
 from janusflow_jax.eval import losses as losses_lib, provenance
 from janusflow_jax.openmoji import judge as judge_lib, prompts, suite
+from janusflow_jax.parallel import numerics
 from janusflow_jax.sampling import inputs
 
 SUITES = ("emoji", "losses")
@@ -47,7 +49,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--config", default="", help="suite losses: the training config with held-out sources"
     )
     p.add_argument("--data", default="data/openmoji", help="from tools/prepare_openmoji.py")
-    p.add_argument("--out", default="eval.json", help="the report; the sheet goes beside it (.png)")
+    p.add_argument(
+        "--out",
+        help="the report; the sheet goes beside it (.png); default eval.json, if there is none yet",
+    )
     p.add_argument(
         "--judge",
         default=judge_lib.START,
@@ -76,13 +81,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+@numerics.fixed()
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder = provenance.resolve(args.model)
+    if args.out is None and epath.Path("eval.json").exists():
+        raise JanusFlowError("eval.json exists: name the report with --out (it may be the same)")
+    args.out = args.out or "eval.json"
     out = cli.check_writable(args.out, "--out")
     began = time.time()
     report = losses(args, folder) if args.suite == "losses" else emoji(args, folder, out)
     report["seconds"] = round(time.time() - began, 1)
+    report["numerics"] = numerics.described()
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with naming(out):
         out.write_text(text, encoding="utf-8")
@@ -99,6 +109,8 @@ def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
         raise JanusFlowError("--suite losses: expected --config and no --int8")
     cfg = config_flags.read_config(args.config)
     result = losses_lib.measure(str(folder), cfg, args.weights, args.dtype, args.adapter)
+    if bad := [name for name, value in result.items() if not math.isfinite(value)]:
+        raise DivergedError(f"{args.model}: expected finite held-out losses; got others: {bad}")
     print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
     names = ("suite", "config", "weights", "dtype", "adapter")
     # the description of the data, not its records: they may be terabytes
@@ -127,6 +139,7 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: epath.Path) -> dict
         )
     if not (args.prompts or args.captions):
         raise JanusFlowError("--prompts, --captions: got 0 and 0: nothing to score")
+    inputs.check_generate(["any"], args.steps, 1, guidance_scale=args.cfg)
     for first in (args.seed, args.seed + suite.MORE_SEED):
         inputs.image_seeds(first, max(args.prompts, len(prompts.PROMPTS)), 1)
     sheet_file = out.with_suffix(".png")

@@ -19,9 +19,10 @@ from etils import epath
 
 from janusflow_jax import cli, pipeline
 from janusflow_jax.config import files as config_files
-from janusflow_jax.config.errors import JanusFlowError
+from janusflow_jax.config.errors import DivergedError, JanusFlowError
 from janusflow_jax.config.files import naming
 from janusflow_jax.eval import provenance, sheet
+from janusflow_jax.parallel import numerics
 from janusflow_jax.sampling import inputs
 
 DESCRIPTION = "Generates images for prompts."
@@ -33,7 +34,10 @@ examples:
   many, one file each:    --model runs/emoji --prompts prompts.txt --out images --json report.json
 
 Image n of the output uses seed + n; with a seed for each prompt, image j of prompt i uses seed[i] +
-j. An image does not depend on the others of its batch, so the seeds of --json reproduce it.
+j. In batches of one shape, which --json records (rows and prompt positions), an image does not
+depend on the others. At another shape its pixels differ by rounding: on a CPU by up to 3 of 255 in
+bfloat16, and not at all in float32.
+Images that are not finite are named and not written, and the exit status is 1.
 The first image waits for compilation; compiled programs are cached in ~/.cache/janusflow_jax
 (JANUSFLOW_COMPILATION_CACHE=FOLDER or off)."""
 
@@ -95,43 +99,53 @@ def main(argv: list[str] | None = None) -> None:
     one_seed = args.seed[0] if len(args.seed) == 1 else args.seed
     seeds = inputs.image_seeds(one_seed, len(prompts), args.images_per_prompt)
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
-    inputs.check_generate(prompts, args.steps, args.images_per_prompt, "pil")
+    inputs.check_generate(
+        prompts, args.steps, args.images_per_prompt, guidance_scale=args.guidance_scale
+    )
+    is_folder = out.is_dir() or not out.suffix
+    cli.check_writable(str(out / "0000.png" if is_folder else out), "--out")
     if args.json:
         cli.check_writable(args.json, "--json")
     model = cli.load(args)
+    ids = model.prompt_ids(labels)  # a prompt that is too long fails before the first image
     # The digest of the adapter before generation, in case the file changes meanwhile.
     adapter = provenance.of_adapter(args.adapter) if args.adapter else ""
-    is_folder = out.is_dir() or not out.suffix  # asked once: a bucket has no empty folders
-    (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
     start_time = time.time()
     images: list[Any] = []
-    files: list[str] = []
+    shapes: list[dict[str, int]] = []
+    files = [str(out / f"{n:04d}.png" if is_folder else out) for n in range(len(labels))]
     for begin in range(0, len(labels), pipeline.MAX_BATCH):
         batch = slice(begin, begin + pipeline.MAX_BATCH)
-        images += model.generate(
-            labels[batch],
-            guidance_scale=args.guidance_scale,
-            num_steps=args.steps,
-            seed=seeds[batch],
-        )
-        if is_folder:
-            for n in range(begin, len(images)):
-                files.append(str(out / f"{n:04d}.png"))
+        try:
+            images += model.generate(
+                labels[batch],
+                guidance_scale=args.guidance_scale,
+                num_steps=args.steps,
+                seed=seeds[batch],
+            )
+        except DivergedError as error:  # reported at the end, with the other batches' images
+            images += error.images
+        rows, positions = inputs.batch_shape(ids[batch])
+        shapes += [{"rows": rows, "positions": positions}] * len(ids[batch])
+        for n in range(begin, len(images)):
+            if is_folder and images[n] is not None:
                 with naming(files[n]):
-                    sheet.save(images[n], out / f"{n:04d}.png")
+                    sheet.save(images[n], files[n])
         progress = f"{len(images)} of {len(labels)} images, {time.time() - start_time:.1f} s"
         cli.log(progress + (" (with compilation)" if not begin else ""))
     seconds = time.time() - start_time
-    if not files:
-        files = [str(out)]
+    bad = [n for n, image in enumerate(images) if image is None]
+    if not is_folder and not bad:
         image = images[0] if len(images) == 1 else sheet.image_grid(images, labels)
         with naming(out):
             sheet.save(image, out)
     if args.json:
         records = [
-            {"prompt": p, "seed": s, "file": files[min(n, len(files) - 1)]}
-            for n, (p, s) in enumerate(zip(labels, seeds, strict=True))
+            {"prompt": labels[n], "seed": seeds[n], "file": files[n], **shapes[n]}
+            for n in range(len(images))
         ]
+        for n in bad if is_folder else range(len(images) if bad else 0):
+            records[n]["file"] = None
         about = {"path": model.source, "name": model.cfg.name, "weights": args.weights}
         if args.adapter:
             about |= {"adapter": {"path": args.adapter, "sha256": adapter}}
@@ -144,14 +158,24 @@ def main(argv: list[str] | None = None) -> None:
                 "int8": args.int8,
             },
             "software": {"jax": jax.__version__, "device": cli.accelerator()},
+            "numerics": numerics.described(),
             "seconds": round(seconds, 2),
             "pictures": records,
         }
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         with naming(args.json):
             config_files.resolve(args.json).write_text(text, encoding="utf-8")
-    print(files[0] if len(files) == 1 else f"{files[0]} .. {files[-1]}")
+    if bad:
+        names = ", ".join(f"{n} ({labels[n]!r}, seed {seeds[n]})" for n in bad[:5])
+        raise DivergedError(
+            f"expected finite images; got {len(bad)} of {len(images)} others, which were not "
+            f"written: {names}{', ...' if len(bad) > 5 else ''}: {pipeline.NOT_FINITE}"
+        )
+    print(files[0] if len({*files}) == 1 else f"{files[0]} .. {files[-1]}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        out_of_memory="use shorter prompts, fewer of them, --dtype bfloat16 or --int8",
+    )

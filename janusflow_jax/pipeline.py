@@ -22,11 +22,11 @@ from PIL import Image
 
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import UNDERSTAND, ModelConfig, parts as parts_lib
-from janusflow_jax.config.errors import CheckpointError, JanusFlowError
+from janusflow_jax.config.errors import CheckpointError, DivergedError, JanusFlowError
 from janusflow_jax.data import chat_format, images as images_lib
 from janusflow_jax.hub import adapters
 from janusflow_jax.models import int8 as int8_lib, janusflow, llama
-from janusflow_jax.parallel import compile_cache, sharding
+from janusflow_jax.parallel import compile_cache, numerics, sharding
 from janusflow_jax.sampling import inputs, programs
 
 CHUNK_TOKENS = 16
@@ -34,7 +34,9 @@ MAX_BATCH = programs.IMAGES_AT_ONCE
 DTYPES = ("float32", "bfloat16")
 
 ImageLike = Any
-"""A path, a PIL image, encoded bytes, or uint8[H, W, 3]."""
+"""What `data.images.read` reads: a path, bytes, a file, a PIL image, or uint8[H, W, 3]."""
+
+NOT_FINITE = "use sound weights, an adapter of this model, a lower guidance scale or dtype float32"
 
 
 def load(
@@ -134,31 +136,36 @@ class Pipeline:
         Args:
           guidance_scale: of classifier-free guidance; 1 runs the conditional branch only.
           num_steps: Euler steps.
-          seed: image n of the output gets seed + n; a list has the first seed of each prompt.
+          seed: image n of the output gets seed + n; a list has the first seed of each prompt. In
+            batches of one shape (`inputs.batch_shape`) the other prompts change no bit of an image.
           images_per_prompt: number of images of each prompt.
           noise: float32[B, h, w, C], instead of noise drawn from the seeds.
           output: 'pil'; 'numpy' uint8[B, H, W, 3]; 'latent' float32[B, h, w, C], scaled;
             'trajectory' float32[N + 1, B, h, w, C], the noise first.
         Raises:
-          JanusFlowError: an empty prompt, a wrong noise shape, a seed out of range or an unknown
-            output.
+          JanusFlowError: an empty or too long prompt, a number out of range, a wrong noise shape or
+            an unknown output.
           CheckpointError: the model lacks parts that generation needs.
+          DivergedError: some images are non-finite; its `images` are the others.
         """
         if cfg_weight is not None:  # the name of 0.1; remove in 0.3
             guidance_scale = cfg_weight
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        inputs.check_generate(prompts, num_steps, images_per_prompt, output)
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        prompts = list(prompts) if np.iterable(prompts) else []
+        inputs.check_generate(prompts, num_steps, images_per_prompt, output, guidance_scale)
+        guidance_scale, num_steps = float(guidance_scale), int(num_steps)
         decodes = output in ("pil", "numpy")
         self._require(
             "generating", *parts_lib.needed_for("generate", self.cfg), *(["vae"] if decodes else [])
         )
+        ids = [x for x in self.prompt_ids(prompts) for _ in range(images_per_prompt)]
         if noise is None:
             noise = self._noise(inputs.image_seeds(seed, len(prompts), images_per_prompt))
         noise = np.asarray(noise, np.float32)
         shape = (len(prompts) * images_per_prompt, *self.cfg.latent_shape)
         if noise.shape != shape:
             raise JanusFlowError(f"noise: expected shape {shape} (one an image); got {noise.shape}")
-        ids = [self.text.generation_ids(p) for p in prompts for _ in range(images_per_prompt)]
         tokens, lengths = inputs.pad(ids, self.text.pad_id)
 
         def sample(tokens: Any, lengths: Any, noise: Any) -> Any:
@@ -176,7 +183,30 @@ class Pipeline:
 
         axis = int(output == "trajectory")
         latents = self._batched(sample, tokens, lengths, noise, axis=axis)
-        return self.decode_latents(latents, output) if decodes else latents
+        if decodes:
+            return self.decode_latents(latents, output)
+        _check_finite("generate", latents[-1] if axis else latents)
+        return latents
+
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts for `generate`.
+
+        Raises: JanusFlowError: a prompt and its image are longer than the model's positions.
+        """
+        ids = [self.text.generation_ids(p) for p in prompts]
+        self._check_lengths("prompt", ids, self.cfg.slot_len)
+        return ids
+
+    def _check_lengths(self, what: str, ids: Sequence[Any], more: int) -> None:
+        """Raises JanusFlowError where ids and `more` positions behind them are too many."""
+        limit = self.text.max_length
+        for i, x in enumerate(ids):
+            if len(x) + more > limit:
+                raise JanusFlowError(
+                    f"{what} {i}: expected at most {limit} positions (model_max_length of "
+                    f"tokenizer_config.json); got {len(x)} of text and images and {more} to "
+                    "generate: shorten it or generate less"
+                )
 
     def decode_latents(self, latents: Any, output: str = "pil") -> Any:
         """Scaled latents float32[B, h, w, C] -> images, 'pil' or 'numpy' uint8[B, H, W, 3]."""
@@ -189,8 +219,10 @@ class Pipeline:
         if output not in ("pil", "numpy"):
             raise JanusFlowError(f"output: expected 'pil' or 'numpy'; got {output!r}")
         decode = functools.partial(programs.latents_to_pixels, self.cfg, self.dtype, self.vae)
-        pixels = self._batched(decode, latents)
-        return [Image.fromarray(p) for p in pixels] if output == "pil" else pixels
+        pixels, finite = self._batched(decode, latents)
+        images = [Image.fromarray(p) for p in pixels] if output == "pil" else pixels
+        _check_finite("generate", latents, finite, images)
+        return images
 
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
         """Images, cropped to squares -> scaled latents float32[B, h, w, C] (posterior mean)."""
@@ -201,7 +233,9 @@ class Pipeline:
         size = self.cfg.image_size
         pixels = np.stack([images_lib.for_generation(images_lib.read(x), size) for x in many])
         encode = functools.partial(programs.pixels_to_latents, self.cfg, self.dtype, self.vae)
-        return self._batched(encode, pixels)
+        latents = self._batched(encode, pixels)
+        _check_finite("encode_image", latents)
+        return latents
 
     def chat(
         self,
@@ -217,25 +251,26 @@ class Pipeline:
 
         Args:
           conversation: a question, or turns {'role': 'System' | 'User' | 'Assistant', 'content':
-            ...}. `<image_placeholder>` marks the place of an image; a question without it gets its
-            images in front. A first System turn replaces the default prompt; a last Assistant turn
-            with text is continued.
-          images: in order; for several conversations a list of lists.
+            ...}; a User turn may have 'images'. `<image_placeholder>` marks the place of an image;
+            a question without it gets its images in front. A first System turn replaces the default
+            prompt; a last Assistant turn with text is continued.
+          images: in order; for several conversations a list of lists. None if the turns have them.
           max_new_tokens: longest answer.
           temperature: 0 is greedy.
           top_p: share of probability of nucleus sampling.
           seed: conversation n samples with seed + n.
         Raises:
-          JanusFlowError: lists, turns, tags or options that do not fit.
+          JanusFlowError: lists, turns, tags or options that do not fit; too many positions.
           CheckpointError: the model lacks parts that answering needs.
+          DivergedError: the logits are non-finite.
         """
         options = (max_new_tokens, temperature, top_p)
-        many, images, single = self._conversations(conversation, images, options)
+        prompts, images, single = self._prompts(conversation, images, *options, seed)
         answers: list[str] = []
-        for begin in range(0, len(many), MAX_BATCH):
+        for begin in range(0, len(prompts), MAX_BATCH):
             rows = slice(begin, begin + MAX_BATCH)
             texts = [""]
-            for texts in self._stream(many[rows], images[rows], *options, seed + begin):  # noqa: B007
+            for texts in self._stream(prompts[rows], images[rows], *options, seed + begin):  # noqa: B007
                 pass
             answers += [text.strip() for text in texts]
         return answers[0] if single else answers
@@ -253,31 +288,45 @@ class Pipeline:
         """`chat` for one conversation, in pieces as they are generated; joined, they are the answer
         of `chat`."""
         options = (max_new_tokens, temperature, top_p)
-        many, images, single = self._conversations(conversation, images, options)
+        prompts, images, single = self._prompts(conversation, images, *options, seed)
         if not single:
             raise JanusFlowError("stream: expected one conversation; got a list of them: use chat")
-        return text_pieces(text for (text,) in self._stream(many, images, *options, seed))
+        return text_pieces(text for (text,) in self._stream(prompts, images, *options, seed))
 
-    def _conversations(
-        self, conversation: Any, images: Any, options: tuple[int, float, float]
-    ) -> tuple[list, list, bool]:
-        inputs.check_chat(*options)
+    def _prompts(
+        self,
+        conversation: Any,
+        images: Any,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+    ) -> tuple[list[chat_format.Encoded], list[list[Any]], bool]:
+        """Prompts and images of `chat`, everything checked; whether there is a single one."""
+        inputs.check_chat(max_new_tokens, temperature, top_p)
         self._require("answering", "llm")
-        return inputs.conversations(conversation, images, self.text.image_tag)
+        many, images, single = inputs.conversations(conversation, images, self.text.image_tag)
+        inputs.image_seeds(seed, 1, len(many))
+        prompts = [
+            self.text.conversation(turns, len(own), closed=False, system=system)
+            for (system, turns), own in zip(map(inputs.split_system, many), images, strict=True)
+        ]
+        self._check_lengths("conversation", [p.ids for p in prompts], max_new_tokens)
+        return prompts, images, single
 
     def _stream(
         self,
-        many: list,
-        images: list,
+        prompts: list[chat_format.Encoded],
+        images: list[list[Any]],
         max_new_tokens: int,
         temperature: float,
         top_p: float,
         seed: int,
     ) -> Iterator[list[str]]:
         """The whole text so far of every conversation, after each compiled chunk of tokens."""
-        state = self._prefill(many, images, max_new_tokens, seed)
+        state = self._prefill(prompts, images, max_new_tokens, seed)
         eos = self.text.eos_id
-        out = np.zeros((len(many), 0), np.int32)
+        out = np.zeros((len(prompts), 0), np.int32)
         while out.shape[1] < max_new_tokens:
             state, tokens = self._run(
                 programs.decode,
@@ -289,19 +338,22 @@ class Pipeline:
                 num_tokens=CHUNK_TOKENS,
                 eos_id=eos,
             )
-            out = np.concatenate([out, np.asarray(tokens)[: len(many)]], axis=1)
+            if not (finite := np.asarray(state["finite"])[: len(prompts)]).all():
+                raise DivergedError(
+                    f"chat: expected finite logits; got others in {(~finite).sum()} of "
+                    f"{len(prompts)} conversations: {NOT_FINITE}"
+                )
+            out = np.concatenate([out, np.asarray(tokens)[: len(prompts)]], axis=1)
             out = out[:, :max_new_tokens]
             yield [self.text.decode(inputs.before_eos(row, eos)) for row in out]
             if (out == eos).any(1).all():
                 return
 
-    def _prefill(self, many: list, images: list, max_new: int, seed: int) -> Any:
-        """Encodes the prompts of conversations with their images."""
-        prompts = [
-            self.text.conversation(turns, len(own), closed=False, system=system)
-            for (system, turns), own in zip(map(inputs.split_system, many), images, strict=True)
-        ]
-        rows = inputs.batch_bucket(len(many))
+    def _prefill(
+        self, prompts: list[chat_format.Encoded], images: list[list[Any]], max_new: int, seed: int
+    ) -> Any:
+        """The state of decoding after prompts with their images."""
+        rows = inputs.batch_bucket(len(prompts))
         most = max(len(own) for own in images)
         shape = (rows, inputs.batch_bucket(most) if most else 0)
         start, task, index = (np.zeros(shape, np.int32) for _ in range(3))
@@ -328,7 +380,8 @@ class Pipeline:
     def _noise(self, seeds: list[int]) -> np.ndarray:
         """float32[B, h, w, C], each row from its own seed alone."""
         padded = inputs.fill(np.asarray(seeds, np.uint32), inputs.batch_bucket(len(seeds)))
-        return np.asarray(programs.draw_noise(padded, self.cfg.latent_shape))[: len(seeds)]
+        noise = self._run(programs.draw_noise, padded, self.cfg.latent_shape)
+        return np.asarray(noise)[: len(seeds)]
 
     def _require(self, what: str, *parts: str) -> None:
         has = set(self.params) | ({"vae"} if self.vae else set())
@@ -338,15 +391,16 @@ class Pipeline:
                 f"{self.source or 'this one'} lacks {missing}: load another model"
             )
 
-    def _batched(self, fn: Any, *arrays: np.ndarray, axis: int = 0) -> np.ndarray:
+    def _batched(self, fn: Any, *arrays: np.ndarray, axis: int = 0) -> Any:
         """Runs `fn` on at most MAX_BATCH rows at a time, in few sizes; joins along `axis`."""
         parts = []
         for begin in range(0, len(arrays[0]), MAX_BATCH):
             rows = [x[begin : begin + MAX_BATCH] for x in arrays]
             size = inputs.batch_bucket(len(rows[0]))
             out = self._run(fn, *(self._place(inputs.fill(x, size)) for x in rows))
-            parts.append(np.take(np.asarray(out), np.arange(len(rows[0])), axis=axis))
-        return np.concatenate(parts, axis=axis)
+            real = np.arange(len(rows[0]))
+            parts.append(jax.tree.map(lambda x: np.take(np.asarray(x), real, axis=axis), out))  # noqa: B023
+        return jax.tree.map(lambda *xs: np.concatenate(xs, axis=axis), *parts)
 
     def _place(self, x: np.ndarray) -> Any:
         """On a mesh: rows over the devices, if they divide."""
@@ -355,11 +409,25 @@ class Pipeline:
         spec = PartitionSpec(sharding.BATCH, *[None] * (x.ndim - 1))
         return jax.device_put(x, NamedSharding(self.mesh, sharding.fit(spec, x.shape, self.mesh)))
 
+    @numerics.fixed()
     def _run(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         if self.mesh is None:
             return fn(*args, **kwargs)
         with jax.set_mesh(self.mesh):
             return fn(*args, **kwargs)
+
+
+def _check_finite(what: str, latents: np.ndarray, finite: Any = True, images: Any = None) -> None:
+    """Raises DivergedError that names the rows of latents [B, h, w, C] or images that are not."""
+    finite = np.isfinite(latents).all((1, 2, 3)) & finite
+    if finite.all():
+        return
+    images = latents if images is None else images
+    raise DivergedError(
+        f"{what}: expected finite images; got others at {np.flatnonzero(~finite).tolist()} of "
+        f"{len(finite)}: {NOT_FINITE}",
+        [x if ok else None for x, ok in zip(images, finite, strict=True)],
+    )
 
 
 def text_pieces(texts: Iterator[str]) -> Iterator[str]:

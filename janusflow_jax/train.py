@@ -28,7 +28,7 @@ from janusflow_jax.config import TrainConfig, flags as flag_parser, parts as par
 from janusflow_jax.config.errors import CheckpointError, DivergedError
 from janusflow_jax.data import loader
 from janusflow_jax.eval import previews
-from janusflow_jax.parallel import chips, compile_cache, processes, sharding
+from janusflow_jax.parallel import chips, compile_cache, numerics, processes, sharding
 from janusflow_jax.training import flops, health, metrics, step as train_step
 from janusflow_jax.training.replay import replay
 from janusflow_jax.training.run import Run, open_run, workdir_of
@@ -62,6 +62,7 @@ _DISTRIBUTED = flags.DEFINE_enum(
 )
 
 
+@numerics.fixed()
 def train(cfg: TrainConfig, branch_from: str = "", accept_data: bool = False) -> str:
     """Trains to the config's last step, or until a signal stops it. Returns the workdir.
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pathlib
 import re
 import sys
 
@@ -39,6 +40,8 @@ def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
     ]
     want = {"cfg_weight": 2.0, "num_steps": 2, "dtype": "float32", "int8": False}
     assert said["settings"] == want
+    assert {(x["rows"], x["positions"]) for x in said["pictures"]} == {(4, 32)}
+    assert said["numerics"]["random_generator"] == "threefry2x32"
     again = loaded.generate("Two yellow taxis", seed=9, num_steps=2, output="numpy")[0]
     saved = np.asarray(Image.open(said["pictures"][2]["file"])).astype(int)
     assert np.abs(saved - again).max() <= 1
@@ -75,16 +78,60 @@ def test_chat_answers_and_talks(loaded, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("odd"), "ValueError: odd"),
+        (TypeError("odd"), "TypeError: odd"),
+        (OSError("odd"), "error: odd"),
+        (MemoryError(), "out of memory: use a shorter text"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 30G"), "out of memory: use a shorter"),
+        (jax.errors.JaxRuntimeError("INTERNAL: x: Out of memory"), "out of memory: use a shorter"),
+        (None, "expected Unicode text"),
+    ],
+)
+def test_no_message_ends_a_conversation(error, says, loaded, monkeypatch, capsys):
+    seen, stream = [], type(loaded).stream
+
+    def answer(self, turns, images, **options):
+        seen.append(turns)
+        if len(seen) == 2 and error:
+            raise error
+        return stream(self, turns, images, **options) if len(seen) == 2 else iter(("yes",))
+
+    monkeypatch.setattr(type(loaded), "stream", answer)
+    second = "Two?" if error else "\udce4?"  # a byte that is not UTF-8
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"One?\n{second}\nThree?"))
+    chat.main(["--model", "m"])
+    written = capsys.readouterr()
+    assert written.out == "yes\n" * 2 and says in written.err
+    said = [turn["content"] for turn in seen[2] if turn["role"] == "User"]
+    assert said == ["One?", "Three?"]
+
+
+@pytest.mark.parametrize(
     ("module", "args", "says"),
     [
         (generate, "--prompt x --model /no/where", "error: /no/where: no such folder; expected"),
         (generate, "--model m", "error: expected --prompt TEXT or --prompts FILE"),
         (generate, "--model m --prompts /no/file", "error: .*No such file"),
         (generate, "--model m --prompt x --out a.jpg", "error: --out: expected a .png file or a"),
-        (generate, "--model m --prompt x --steps 0", "error: generate: num_steps: expected >= 1"),
+        (
+            generate,
+            "--model m --prompt x --steps 0",
+            "error: generate: num_steps: expected an integer",
+        ),
         (chat, "--model m --image no.png --prompt x", "error: image no.png: no such file"),
-        (chat, "--model m --temperature -1", "error: chat: temperature: expected >= 0"),
+        (chat, "--model m --temperature -1", "error: chat: temperature: expected a finite"),
         (generate, "--model m --prompt x --json .", "error: --json: expected a file that can be"),
+        (generate, "--model m --prompt x --cfg nan", "error: generate: guidance_scale: expected"),
+        (generate, "--model m --prompt x --cfg 1e300", "error: generate: guidance_scale: expected"),
+        (generate, "--model m --prompt x --out /dev/null/x.png", "error: --out: expected a file"),
+        (generate, "--model m --prompt x --out /dev/null/images", "error: --out: expected a file"),
+        (chat, "--model m --temperature inf", "error: chat: temperature: expected a finite"),
+        (chat, "--model m --seed -1", "error: seed: expected 0 to"),
+        (chat, "--model m --image http://x/y.png", "error: image http://x/y.png: expected a local"),
+        (evaluate, "--model m --steps 0", "error: generate: num_steps: expected an int"),
+        (evaluate, "--model m --guidance-scale inf", "error: generate: guidance_scale: expected"),
         (evaluate, "--model m --prompts 1", "error: --prompts, --captions: expected"),
         (evaluate, "--model m --out .", r"error: --out: expected a .*'\.' \(Is a directory\)"),
         (evaluate, "--model m --out /dev/null/x.json", "error: --out: expected a file that can"),
@@ -97,6 +144,28 @@ def test_bad_input_is_one_message(module, args, says, monkeypatch, tmp_path, cap
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: module.main(args.split()))
     assert end.value.code == 1 and re.match(says, capsys.readouterr().err)
+
+
+def test_a_report_is_not_overwritten_unasked(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("eval.json").write_text("of another model")
+    with pytest.raises(SystemExit):
+        cli.run(lambda: evaluate.main(["--model", "m"]))
+    assert "error: eval.json exists" in capsys.readouterr().err
+    assert pathlib.Path("eval.json").read_text() == "of another model"
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_met_before_the_work(monkeypatch, tmp_path, capsys):
+    write = pathlib.Path.write_bytes
+    monkeypatch.setattr(
+        pathlib.Path, "write_bytes", lambda self, data: write(pathlib.Path("/dev/full"), data)
+    )
+    for args in (["--out", "x.png"], ["--out", "images"], ["--json", "x.json"]):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit):
+            cli.run(lambda: generate.main(["--model", "m", "--prompt", "x", *args]))  # noqa: B023
+        assert "No space left" in capsys.readouterr().err
 
 
 def test_check_writable_leaves_a_file_as_it_was(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors import numpy as safetensors
 
 from janusflow_jax.config.errors import DataError
@@ -79,14 +79,100 @@ def test_exif_turns_the_image():
     np.testing.assert_array_equal(got, np.rot90(noise(), -1))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_an_open_image_is_read_as_its_file(mode):
-    """As CMYK it cannot be written as PNG; its EXIF orientation counts."""
+def turned(mode: str, kind: str) -> bytes:
+    """A file whose EXIF orientation turns it by 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encode(Image.fromarray(noise()).convert(mode), "JPEG", exif=exif)
-    got = images.read(Image.open(io.BytesIO(data)))
-    np.testing.assert_array_equal(got, images.decode(data))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = Image.fromarray(noise())
+    if mode == "I;16":
+        image = Image.fromarray(noise()[..., 0].astype(np.uint16) * 257)
+    elif mode != "RGB":
+        image = image.convert(mode)
+    return encode(image, kind, exif=exif, **options)
+
+
+FILES = [
+    ("RGB", "JPEG"),
+    ("RGB", "WEBP"),
+    ("RGB", "PNG"),
+    ("L", "JPEG"),
+    ("CMYK", "JPEG"),
+    ("YCbCr", "JPEG"),
+    ("1", "PNG"),
+    ("P", "PNG"),
+    ("LA", "PNG"),
+    ("RGBA", "PNG"),
+    ("I;16", "PNG"),
+]
+
+
+@pytest.mark.parametrize(("mode", "kind"), FILES)
+def test_an_image_in_memory_is_read_as_its_file(mode, kind, tmp_path):
+    data = turned(mode, kind)
+    (tmp_path / "x").write_bytes(data)
+    want = images.read(tmp_path / "x")
+    assert want.shape == (30, 20, 3)
+    saved = io.BytesIO()
+    saved.write(data)  # its position is at the end, as after PIL's `save`
+    with (tmp_path / "x").open("rb") as file:
+        for way in (
+            str(tmp_path / "x"),
+            data,
+            bytearray(data),
+            memoryview(data),
+            saved,
+            file,
+            file,  # again, as in the next turn of a conversation
+            Image.open(io.BytesIO(data)),
+            Image.open(io.BytesIO(data)).copy(),
+            want,
+        ):
+            np.testing.assert_array_equal(images.read(way), want, err_msg=str(type(way)))
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "RGBX", "HSV", "LAB", "YCbCr", "La", "F", "I"])
+def test_modes_that_only_memory_has_become_rgb(mode):
+    color = (200, 60, 40)
+    image = Image.new("RGB", (4, 3), color)
+    gray = image.convert("L").getpixel((0, 0))
+    if mode == "LAB":
+        to_lab = ImageCms.buildTransform(*map(ImageCms.createProfile, ("sRGB", "LAB")), "RGB", mode)
+        image = ImageCms.applyTransform(image, to_lab)
+    else:
+        image = image.convert({"RGBa": "RGBA", "La": "LA"}.get(mode, mode)).convert(mode)
+    want = (gray,) * 3 if mode in ("La", "F", "I") else color
+    assert np.abs(images.read(image).astype(int) - want).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "https://example.org/cat.jpg",
+        "ftp://example.org/cat.jpg",
+        "data:image/png;base64,iVBORw0KGgo=",
+        "no.png",
+        "",
+        None,
+        3,
+        [1, 2],
+        b"",
+        io.BytesIO(),
+        io.StringIO("text"),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+        Image.new("RGB", (0, 4)),
+        Image.fromarray(np.full((3, 4), 0.5, np.float32)),
+        Image.fromarray(np.full((3, 4), np.nan, np.float32)),
+        Image.fromarray(np.full((3, 4), 65535, np.int32)),
+        Image.open(io.BytesIO(turned("RGB", "PNG")[:-900])),
+    ],
+)
+def test_what_is_no_image_is_one_error(what):
+    with pytest.raises(DataError):
+        images.read(what)
 
 
 def test_truncated_broken_and_foreign_bytes():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import golden, runs
 from PIL import Image
 
 import janusflow_jax
@@ -112,6 +112,44 @@ def test_a_picture_is_its_prompts_alone_with_its_seed(model):
     close(back[::-1], together)
 
 
+def tiny_model(dtype):
+    """A model of 60,000 parameters."""
+    cfg = runs.tiny_config("").model
+    params, vae_params = jax.device_get(runs.fresh_params(cfg, jax.random.key(0)))
+    params, vae_params = jax.tree.map(lambda x: x + np.float32(0.02), (params, vae_params))
+    text = chat_format.ChatFormat.load(runs.HUB, cfg.num_image_tokens)
+    return pipeline.Pipeline(cfg, params, vae_params, text, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", pipeline.DTYPES)
+def test_at_one_shape_neighbors_and_places_change_no_bit(dtype):
+    """Four rows, 32 positions. At other shapes rounding differs."""
+    model = tiny_model(dtype)
+    prompts, seeds = [*PROMPTS, "a blue whale"], [7, 8, 9, 10]
+    others = [["x"] * 4, ["an umbrella", PROMPTS[1], "a frog on a stone", "Why?"]]
+
+    def images(prompts, seeds):
+        return model.generate(prompts, seed=seeds, num_steps=2, output="numpy")
+
+    want = images(prompts, seeds)
+    assert len({x.tobytes() for x in want}) == 4
+    np.testing.assert_array_equal(images(prompts[::-1], seeds[::-1])[::-1], want)
+    np.testing.assert_array_equal(images(prompts[:3], seeds[:3]), want[:3])  # three fill four rows
+    for place, neighbors in enumerate(others, start=1):
+        neighbors[place] = prompts[0]
+        row = images(neighbors, [seeds[0]] * 4)[place]
+        np.testing.assert_array_equal(row, want[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", pipeline.DTYPES)
+def test_at_one_shape_neighbors_and_places_change_no_answer(dtype):
+    model, prompts = tiny_model(dtype), [*PROMPTS, "a blue whale"]
+    answers = model.chat(prompts, max_new_tokens=16)
+    assert model.chat(prompts[::-1], max_new_tokens=16)[::-1] == answers
+    assert model.chat(["x", "y", "z", prompts[0]], max_new_tokens=16)[3] == answers[0]
+
+
 @pytest.mark.slow
 def test_seeds_buckets_and_groups_change_nothing(model, monkeypatch):
     prompts = [PROMPTS[0], LONG]  # another bucket of prompt lengths
@@ -197,7 +235,8 @@ def test_a_new_prompt_compiles_nothing(model):
 
 def test_the_key_value_buffer_is_donated(model):
     many, pictures = conversations()
-    state = model._prefill(many, pictures, 24, 0)
+    prompts, pictures, _ = model._prompts(many, pictures, 24, 0.0, 1.0, 0)
+    state = model._prefill(prompts, pictures, 24, 0)
     args = (model.model, model.params, state, jnp.float32(0), jnp.float32(1))
     programs.decode(*args, num_tokens=pipeline.CHUNK_TOKENS, eos_id=model.text.eos_id)
     buffers = jax.tree.leaves(state["cache"])
@@ -247,7 +286,7 @@ def test_decoding_stops_at_eos(model, monkeypatch):
     state, _ = advance(
         model.model,
         model.params,
-        model._prefill([turns], [paths], 512, 0),
+        model._prefill(model._prompts(turns, paths, 512, 0.0, 1.0, 0)[0], [paths], 512, 0),
         jnp.float32(0),
         jnp.float32(1),
         num_tokens=16,
@@ -320,6 +359,12 @@ def test_a_mesh_changes_nothing(golden_folder, model):
         (lambda m: m.decode_latents(np.zeros((8, 8, 4))), "latents: expected shape"),
         (lambda m: m.encode_image([]), "at least one image"),
         (lambda m: m.encode_image(["no.png"]), "no.png: no such file"),
+        (lambda m: m.generate(["a", "a b" * 20000]), "prompt 1: expected at most 16384 positions"),
+        (lambda m: m.chat("a b" * 20000), "conversation 0: expected at most 16384 positions"),
+        (lambda m: m.chat("a", max_new_tokens=10**9), "conversation 0: expected at most"),
+        (lambda m: m.chat(["a"] * 20 + ["a b" * 20000]), "conversation 20: expected at most"),
+        (lambda m: m.generate("a", guidance_scale=np.inf), "guidance_scale: expected a finite"),
+        (lambda m: m.chat(["a", "b"], seed=2**32 - 1), "seed: expected 0 to"),
         (lambda m: m.chat("a", max_new_tokens=0, top_p=2.0), "max_new_tokens.*top_p"),
         (lambda m: m.chat("<image_placeholder>"), "0 images; got 1"),
         (lambda m: m.chat(["a", "b"], images=["x.png"]), "a list of images for each"),

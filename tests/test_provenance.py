@@ -143,6 +143,7 @@ def test_the_report_of_images_names_the_adapter(golden_folder, tmp_path, monkeyp
         source="m",
         cfg=config("x").model,
         dtype="float32",
+        prompt_ids=lambda prompts: [[1]] * len(prompts),
         generate=lambda *_, **__: [Image.new("RGB", (8, 8))],
     )
     monkeypatch.setattr(cli, "load", lambda args: model)

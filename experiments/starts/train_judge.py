@@ -34,6 +34,7 @@ from janusflow_jax.data import images, sources
 from janusflow_jax.models import encode, vae
 from janusflow_jax.openmoji import judge, prompts
 from janusflow_jax.openmoji.scores import Label
+from janusflow_jax.parallel import numerics
 from janusflow_jax.training import optim
 
 EMA = 0.995
@@ -118,7 +119,7 @@ def train(
     classes, colors = judge.label_indices(cfg, cfg.labels)
     own_class, own_color = judge.label_indices(cfg, labels)
     targets = own_class * len(cfg.colors) + own_color
-    key = jax.random.key(args.seed)
+    key = numerics.key(args.seed)
     params = judge.init_params(cfg, key)
     options = c.OptimConfig(
         name="muon",

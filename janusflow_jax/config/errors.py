@@ -4,6 +4,9 @@ A message has what was expected, what was there instead, and what to do. Command
 line instead of a traceback.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class JanusFlowError(ValueError):
     """Base of the errors below."""
@@ -33,4 +36,11 @@ class ConvertError(JanusFlowError):
 
 
 class DivergedError(JanusFlowError):
-    """A run that was stopped because its losses were non-finite or rose too far."""
+    """Losses that are non-finite or rose too far; images or answers that are non-finite.
+
+    `images` holds what `Pipeline.generate` made: None in place of an image that is non-finite.
+    """
+
+    def __init__(self, message: str, images: Sequence[Any] = ()):
+        super().__init__(message)
+        self.images = list(images)

@@ -37,6 +37,8 @@ DEFAULT_TAGS = {
     "image_end_tag": "<image_end>",
 }
 """Key of processor_config.json -> tag, in the order in which missing tags get new ids."""
+MAX_LENGTH = 16384
+"""Positions of the published model; tokenizer_config.json may name fewer."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -69,7 +71,8 @@ class _Span:
 class ChatFormat:
     """A tokenizer folder, loaded. Use `ChatFormat.load`. Safe to share between threads.
 
-    `tokenizer` parses special strings in text, `text_tokenizer` treats them as text.
+    `tokenizer` parses special strings in text, `text_tokenizer` treats them as text. `max_length`:
+    positions that the model knows.
     """
 
     folder: str
@@ -87,6 +90,7 @@ class ChatFormat:
     num_image_tokens: int
     added_tags: tuple[str, ...]
     hash: str
+    max_length: int
 
     @classmethod
     def load(cls, folder: epath.PathLike, num_image_tokens: int = 0) -> ChatFormat:
@@ -156,6 +160,7 @@ class ChatFormat:
             hash=_digest(
                 files | ({} if add_bos or config.get("add_bos_token") is False else {"bos": b"no"})
             ),
+            max_length=_max_length(config.get("model_max_length")),
         )
 
     @property
@@ -313,6 +318,11 @@ def _adds_bos(config: dict[str, Any], tokenizer: tokenizers.Tokenizer, bos: str)
     if "Llama" in str(config.get("tokenizer_class")):
         return True
     return bool(bos) and tokenizer.encode("").tokens[:1] == [bos]
+
+
+def _max_length(length: Any) -> int:
+    """Without a limit of its own, a tokenizer has none or a huge one."""
+    return length if isinstance(length, int) and 0 < length < MAX_LENGTH else MAX_LENGTH
 
 
 def _id(tokenizer: tokenizers.Tokenizer, token: str) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from janusflow_jax.config import files
-from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.errors import ConfigError, DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
@@ -124,9 +125,17 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit gray: PIL's own conversion clips at 255
-        gray = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(np.clip(gray >> 8, 0, 255).astype(np.uint8))
+    if image.mode.startswith("I;16"):  # PIL's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):  # in memory only: no file that we read has these modes
+        low, high = np.asarray(image.getextrema(), np.float64)
+        if not 0 <= low <= high <= 255 or 0 < high <= 1:
+            raise DataError(
+                f"image of mode {image.mode}: expected values from 0 to 255; got {low} to {high}: "
+                "scale them and convert the image to mode L"
+            )
+    if image.mode == "La":  # PIL converts it to nothing else
+        image = image.convert("LA")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -135,19 +144,46 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def read(image: Any) -> np.ndarray:
-    """A path, PIL image, encoded bytes or array -> uint8[H, W, 3].
+    """A path, encoded bytes, an open file, a PIL image or an array -> uint8[H, W, 3].
 
+    However an image comes, its pixels are those of its file.
+
+    Args:
+      image: a path; bytes, bytearray or memoryview; a binary file, which is read from its start; a
+        PIL image of any mode; or uint8[H, W, 3].
     Raises: DataError: not an image that can be read; the message names the path.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(f"image array: expected uint8[H, W, 3]; got {image.dtype}{image.shape}")
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise DataError(
+                f"image array: expected uint8[H, W, 3]; got {image.dtype}{list(image.shape)}"
+            )
         return image
     if isinstance(image, Image.Image):
-        return np.asarray(_rgb(_upright(image)))
-    if isinstance(image, bytes):
-        return decode(image)
-    path = files.resolve(image)
+        try:
+            pixels = np.asarray(_rgb(_upright(image)))
+        except (OSError, SyntaxError) as error:  # a file that PIL opened and has not decoded yet
+            raise DataError(f"image: truncated or broken: {error}") from error
+        return read(pixels)  # which refuses an image without a pixel
+    if hasattr(image, "read"):
+        if image.seekable():  # its position is behind the image if PIL has just saved it
+            image.seek(0)
+        image = image.read()
+        if isinstance(image, str):
+            raise DataError("image: expected a file opened in mode 'rb'; got one opened for text")
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return decode(bytes(image))
+    if not isinstance(image, (str, os.PathLike)):
+        raise DataError(
+            "image: expected a path, bytes, a binary file, a PIL image or uint8[H, W, 3]; got "
+            f"{type(image).__name__}"
+        )
+    if str(image).startswith("data:"):
+        raise DataError("image: expected a path or bytes; got a data: URL: decode its base64 text")
+    try:
+        path = files.resolve(image)
+    except ConfigError as error:
+        raise DataError(f"image {error}") from error
     if not path.is_file():
         raise DataError(f"image {image}: no such file")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 
 from janusflow_jax import pipeline
 from janusflow_jax.config import MeshConfig, SourceConfig, TrainConfig
+from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.data import chat_format, images, samples, sources
 from janusflow_jax.eval import sheet
 from janusflow_jax.parallel import processes, sharding, trees
@@ -69,9 +71,20 @@ def write(
     one = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(one) if processes.count() > 1 else contextlib.nullcontext():
         if cfg.prompts and cfg.data.gen_slots:
-            _write_sheet(cfg, folder, step, model, writer)
+            with _reported(step, "no sheet"):
+                _write_sheet(cfg, folder, step, model, writer)
         if cfg.heldout:
-            _write_captions(cfg, folder, step, model, writer)
+            with _reported(step, "no captions"):
+                _write_captions(cfg, folder, step, model, writer)
+
+
+@contextlib.contextmanager
+def _reported(step: int, what: str) -> Iterator[None]:
+    """Prints that a preview is non-finite: only its losses may end a run."""
+    try:
+        yield
+    except DivergedError as error:
+        print(f"step {step}: {what}: {error}", flush=True)
 
 
 def _write_sheet(

@@ -34,6 +34,7 @@ from janusflow_jax.hub.source import (
     save_converted,
 )
 from janusflow_jax.models import janusflow
+from janusflow_jax.parallel import numerics
 
 VOCAB_UNIT = 128
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -228,7 +229,7 @@ def initialize(
         params = janusflow.init_params(cfg, key)
         return {part: params[part] for part in new}
 
-    for part, tree in init(jax.random.key(seed)).items():
+    for part, tree in init(numerics.key(seed)).items():
         yield part, jax.tree.map(lambda x: np.asarray(x).astype(dtype or x.dtype), tree)
 
 

@@ -26,9 +26,9 @@ def add(llm: Tree, cfg: LoraConfig, key: jax.Array) -> Tree:
         part = LORA_TARGETS[target]
         kernel = block[part][target]["kernel"]
         layers, width, out = kernel.shape
-        a = jax.random.normal(jax.random.fold_in(key, i), (layers, width, cfg.rank)) * width**-0.5
+        a = jax.random.normal(jax.random.fold_in(key, i), (layers, width, cfg.rank), jnp.float32)
         adapter = {
-            "lora_a": a,
+            "lora_a": a * width**-0.5,
             "lora_b": jnp.zeros((layers, cfg.rank, out)),
             parts.LORA_SCALE: jnp.full((layers,), cfg.alpha / cfg.rank),
         }

@@ -24,9 +24,9 @@ def sample_time(key: Array, kind: str = "logit_normal", shift: float = 1.0) -> F
     `shift` s maps t to t / (t + s*(1-t)): s > 1 gives more weight to noise, 1 changes nothing.
     """
     if kind == "uniform":
-        t = jax.random.uniform(key)
+        t = jax.random.uniform(key, dtype=jnp.float32)
     elif kind == "logit_normal":
-        t = jax.nn.sigmoid(jax.random.normal(key))
+        t = jax.nn.sigmoid(jax.random.normal(key, dtype=jnp.float32))
     else:
         raise ValueError(f"time: expected logit_normal or uniform; got {kind!r}")
     return t / (t + shift * (1 - t))

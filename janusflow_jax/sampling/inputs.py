@@ -6,6 +6,7 @@ prompt seldom compiles anything. What is added is masked.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,51 +19,98 @@ Turns = list[dict[str, str]]
 OUTPUTS = ("pil", "numpy", "latent", "trajectory")
 PROMPT_BUCKET = 32
 SEED_LIMIT = 2**32
+FLOAT_MAX, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+"""The programs compute in float32."""
 _ROLES = ("system", "user", "assistant")
 
 
-def check_generate(prompts: Sequence[Any], num_steps: int, per_prompt: int, output: str) -> None:
+def check_generate(
+    prompts: Sequence[Any],
+    num_steps: Any,
+    per_prompt: Any,
+    output: str = "pil",
+    guidance_scale: Any = 2.0,
+) -> None:
     """Raises JanusFlowError with every problem of a request for images."""
     problems = [] if prompts else ["no prompt"]
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            problems.append(f"prompt {i}: expected text; got {type(prompt).__name__}")
-        elif not prompt.strip():
+        if isinstance(prompt, str) and not prompt.strip():
             problems.append(f"prompt {i} is empty")
-    problems += [] if num_steps >= 1 else [f"num_steps: expected >= 1; got {num_steps}"]
-    problems += [] if per_prompt >= 1 else [f"images_per_prompt: expected >= 1; got {per_prompt}"]
+        else:
+            problems += _text_problems(f"prompt {i}", prompt)
+    problems += _count_problems("num_steps", num_steps)
+    problems += _count_problems("images_per_prompt", per_prompt)
+    problems += _number_problems("guidance_scale", guidance_scale, "a finite number", -FLOAT_MAX)
     problems += [] if output in OUTPUTS else [f"output: expected one of {OUTPUTS}; got {output!r}"]
     if problems:
         raise JanusFlowError("generate: " + "; ".join(problems))
 
 
-def check_chat(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_chat(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any = 0) -> None:
     """Raises JanusFlowError with every option that is out of range."""
-    problems = []
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens: expected >= 1; got {max_new_tokens}")
-    if not temperature >= 0:
-        problems.append(f"temperature: expected >= 0 (0 is greedy); got {temperature}")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p: expected above 0 and at most 1; got {top_p}")
+    problems = _count_problems("max_new_tokens", max_new_tokens)
+    problems += _number_problems(
+        "temperature", temperature, "a finite number >= 0 (0 is greedy)", 0.0
+    )
+    problems += _number_problems("top_p", top_p, "above 0 and at most 1", TINY, 1.0)
     if problems:
         raise JanusFlowError("chat: " + "; ".join(problems))
+    image_seeds(seed, 1, 1)
 
 
-def image_seeds(seed: int | Sequence[int], num_prompts: int, per_prompt: int) -> list[int]:
+def _count_problems(name: str, value: Any) -> list[str]:
+    number = _integer(value)
+    return [] if number and number >= 1 else [f"{name}: expected an integer >= 1; got {value!r}"]
+
+
+def _number_problems(
+    name: str, value: Any, expected: str, low: float, high: float = FLOAT_MAX
+) -> list[str]:
+    try:
+        ok = not isinstance(value, str) and low <= float(value) <= high  # NaN is not
+    except (TypeError, ValueError, OverflowError):
+        ok = False
+    return [] if ok else [f"{name}: expected {expected}; got {value!r}"]
+
+
+def _text_problems(name: str, text: Any) -> list[str]:
+    if not isinstance(text, str):
+        return [f"{name}: expected text; got {type(text).__name__}"]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8
+        return [f"{name}: expected Unicode text; got {text[error.start]!r} at {error.start}"]
+    return []
+
+
+def _integer(value: Any) -> int | None:
+    """An integer of Python, NumPy or JAX as an int; None for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def image_seeds(seed: Any, num_prompts: int, per_prompt: int) -> list[int]:
     """The seed of every image of the output.
 
     Args:
       seed: image n gets seed + n. A list: image j of prompt i gets seed[i] + j.
     Raises:
-      JanusFlowError: the number of seeds is not that of the prompts, or one is out of range.
+      JanusFlowError: the number of seeds is not that of the prompts, or one is not an integer or
+        out of range.
     """
-    if isinstance(seed, (int, np.integer)):
-        seeds = [int(seed) + n for n in range(num_prompts * per_prompt)]
-    elif len(seed) != num_prompts:
-        raise JanusFlowError(f"seed: expected one or {num_prompts} (one a prompt); got {len(seed)}")
+    if (first := _integer(seed)) is not None:
+        seeds = [first + n for n in range(num_prompts * per_prompt)]
     else:
-        seeds = [int(s) + j for s in seed for j in range(per_prompt)]
+        firsts: list[Any] = [_integer(s) for s in seed] if np.iterable(seed) else [None]
+        if None in firsts:
+            raise JanusFlowError(f"seed: expected an integer, or one for each prompt; got {seed!r}")
+        if len(firsts) != num_prompts:
+            raise JanusFlowError(
+                f"seed: expected one or {num_prompts} (one a prompt); got {len(firsts)}"
+            )
+        seeds = [s + j for s in firsts for j in range(per_prompt)]
     if seeds and not 0 <= min(seeds) <= max(seeds) < SEED_LIMIT:
         raise JanusFlowError(f"seed: expected 0 to 2**32 - 1; got {min(seeds)}..{max(seeds)}")
     return seeds
@@ -74,54 +122,104 @@ def conversations(
     """Brings the arguments of `Pipeline.chat` into one form.
 
     Args:
-      conversation: a question, turns {'role', 'content'}, or a list of those.
-      images: a list; for a list of conversations, a list of lists.
+      conversation: a question, turns {'role', 'content', 'images'}, or a list of those.
+      images: a list; for a list of conversations, a list of lists. None in the turns then.
       tag: marks an image in a text. A question without tags gets them in front.
     Returns:
       turns and images of every conversation; whether there was a single one.
     Raises:
       JanusFlowError: lists that do not match, or malformed turns.
     """
-    single = isinstance(conversation, str) or (
-        isinstance(conversation, (list, tuple))
-        and len(conversation) > 0
-        and all(isinstance(turn, dict) for turn in conversation)
-    )
-    many = [conversation] if single else list(conversation)
+    if not isinstance(conversation, (str, list, tuple)) or conversation in ([], ()):
+        raise JanusFlowError(
+            "chat: expected a question, a list of turns, or a list of questions or of such lists; "
+            f"got {conversation!r:.80}"
+        )
+    single = isinstance(conversation, str) or all(isinstance(turn, dict) for turn in conversation)
+    many: Any = [conversation] if single else conversation
     if single:
-        images = [list(images) if isinstance(images, (list, tuple)) else [images]]
-    elif not all(isinstance(x, (list, tuple)) for x in images):
+        images = [_listed(images)]
+    elif not isinstance(images, (list, tuple)) or not all(
+        isinstance(x, (list, tuple)) for x in images
+    ):
         raise JanusFlowError(
             "chat: expected a list of images for each conversation, [[...], ...]; got "
-            f"{[type(x).__name__ for x in images]}"
+            f"{images!r:.80}"
         )
     else:
         images = [list(x) for x in images] or [[] for _ in many]
-    if not many or len(images) != len(many):
+    if len(images) != len(many):
         raise JanusFlowError(
             f"chat: expected one list of images a conversation; got {len(many)} conversations "
             f"and {len(images)} lists"
         )
-    turns = [_turns(x, len(own), tag) for x, own in zip(many, images, strict=True)]
-    return turns, images, single
+    pairs = [_turns(x, own, tag) for x, own in zip(many, images, strict=True)]
+    return [turns for turns, _ in pairs], [own for _, own in pairs], single
 
 
-def _turns(conversation: Any, num_images: int, tag: str) -> Turns:
+def _listed(images: Any) -> list[Any]:
+    """Images as a caller may write them: a list, a single one, or None."""
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    return [] if images is None else [images]
+
+
+def _turns(conversation: Any, images: list[Any], tag: str) -> tuple[Turns, list[Any]]:
+    """The turns of one conversation with the tags of their images, and all of its images.
+
+    A turn may hold its own images, as in the published code; then no others are given.
+    """
     if isinstance(conversation, str):
-        return [{"role": "User", "content": with_tags(conversation, num_images, tag)}]
+        conversation = [{"role": "User", "content": with_tags(conversation, len(images), tag)}]
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise JanusFlowError(
+            f"chat: expected a question or a list of turns; got {conversation!r:.80}"
+        )
+    turns: Turns = []
+    inside: list[Any] = []
     for i, turn in enumerate(conversation):
-        role, content = (turn.get(k) for k in ("role", "content"))
+        if not isinstance(turn, dict) or turn.keys() - {"role", "content", "images"}:
+            raise JanusFlowError(
+                f"chat: turn {i}: expected {{'role', 'content', 'images'}} (images are optional); "
+                f"got {turn if not isinstance(turn, dict) else list(turn)!r:.80}"
+            )
+        role, content, own = turn.get("role"), turn.get("content"), _listed(turn.get("images"))
         if str(role).lower() not in _ROLES or not isinstance(content, str):
             raise JanusFlowError(
                 f"chat: turn {i}: expected {{'role': 'User' | 'Assistant', 'content': text}} (the "
                 f"first may be System); got role {role!r}, content {content!r:.40}"
             )
-    return list(conversation)
+        if problems := _text_problems(f"turn {i}", content):
+            raise JanusFlowError("chat: " + problems[0])
+        if own:
+            content = with_tags(content, len(own), tag)
+            if str(role).lower() != "user" or content.count(tag) != len(own):
+                raise JanusFlowError(
+                    f"chat: turn {i}: expected images in a User turn, and one {tag} in its text "
+                    f"for each or none; got {role}, {len(own)} images, {content.count(tag)} tags"
+                )
+        turns.append({"role": str(role), "content": content})
+        inside += own
+    if inside and images:
+        raise JanusFlowError(
+            "chat: expected images either in the turns or beside them; got both: keep one"
+        )
+    return turns, inside or images
 
 
 def with_tags(question: str, num_images: int, tag: str) -> str:
-    """A question with the tags of its images in front, unless it places them itself."""
-    return question if tag in question else f"{tag}\n" * num_images + question
+    """A question with the tags of its images in front, unless it places them itself.
+
+    Raises: JanusFlowError: it places them by the tag of other models.
+    """
+    if tag in question:
+        return question
+    if num_images and "<image>" in question:
+        raise JanusFlowError(
+            f"chat: expected {tag} in the place of an image; got <image>, which is plain text: "
+            "replace it"
+        )
+    return f"{tag}\n" * num_images + question
 
 
 def split_system(turns: Turns) -> tuple[str, Turns]:
@@ -148,10 +246,15 @@ def batch_bucket(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def batch_shape(ids: Sequence[Any]) -> tuple[int, int]:
+    """Rows and positions of the batch that a program computes for these prompts."""
+    return batch_bucket(len(ids)), length_bucket(max(map(len, ids)))
+
+
 def pad(ids: Sequence[Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded int32[B, P] with P of `length_bucket`, and lengths int32[B]."""
     lengths = np.asarray([len(x) for x in ids], np.int32)
-    tokens = np.full((len(ids), length_bucket(int(lengths.max()))), pad_id, np.int32)
+    tokens = np.full((len(ids), batch_shape(ids)[1]), pad_id, np.int32)
     for row, x in zip(tokens, ids, strict=True):
         row[: len(x)] = x
     return tokens, lengths

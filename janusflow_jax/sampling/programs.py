@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from janusflow_jax.config import ModelConfig
 from janusflow_jax.models import encode, janusflow, vae
+from janusflow_jax.parallel import numerics
 from janusflow_jax.sampling import image, text
 
 IMAGES_AT_ONCE = 16
@@ -63,7 +64,7 @@ def prefill(
     """
     slots = None if slots is None else jnp.take(slots, image_index, axis=0)
     x = text.embed_prompt(model, params, tokens, slots, slot_start, slot_task)
-    return text.prefill(model, params, x, lengths, jax.vmap(jax.random.key)(seeds), max_new)
+    return text.prefill(model, params, x, lengths, jax.vmap(numerics.key)(seeds), max_new)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,17 +77,21 @@ def encode_images(model: janusflow.JanusFlow, params: Any, vae_params: Any, pixe
 @functools.partial(jax.jit, static_argnums=1)
 def draw_noise(seeds: Array, shape: tuple[int, ...]) -> Array:
     """float32[B, *shape], each row from its own seed alone."""
-    return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
+    return jax.vmap(lambda s: jax.random.normal(numerics.key(s), shape, jnp.float32))(seeds)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def latents_to_pixels(cfg: ModelConfig, dtype: str, vae_params: Any, latents: Array) -> Array:
-    """Scaled latents float32[B, h, w, C] -> uint8[B, H, W, 3]."""
+def latents_to_pixels(
+    cfg: ModelConfig, dtype: str, vae_params: Any, latents: Array
+) -> tuple[Array, Array]:
+    """Scaled latents float32[B, h, w, C] -> uint8[B, H, W, 3], and bool[B]: whether each image was
+    finite before it became uint8."""
     module = vae.Vae(cfg.vae, jnp.dtype(dtype))
     unscaled = latents / cfg.vae.scaling_factor
     x = module.apply({"params": vae_params}, unscaled, method="decode")
     # NOTE(parity): rounded; the published demo truncates.
-    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+    pixels = jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+    return pixels, jnp.isfinite(x).all((1, 2, 3))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -72,9 +72,11 @@ def prefill(
         run, x, positions, mask, cache=buffer, index=0, keep="kv", method="run_llm"
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    logits = model.apply(run, last[:, 0], method="logits")
     return {
         "cache": cache,
-        "logits": model.apply(run, last[:, 0], method="logits"),
+        "logits": logits,
+        "finite": jnp.isfinite(logits).all(-1),
         "lengths": lengths,
         "prompt_len": jnp.int32(size),
         "step": jnp.int32(0),
@@ -114,7 +116,8 @@ def decode(
     """Generates up to `num_tokens` more tokens; stops once every row has reached EOS.
 
     Returns:
-      the state, and the tokens; EOS after the end of a row.
+      the state, whose `finite` bool[B] tells whether the logits of a row were finite so far; and
+      the tokens, EOS after the end of a row.
     """
     run = {"params": params}
     batch = len(state["lengths"])
@@ -147,7 +150,9 @@ def decode(
         )
         logits = model.apply(run, hidden[:, 0], method="logits")
         done = s["done"] | (token == eos_id)
-        s = {**s, "cache": cache, "logits": logits, "step": s["step"] + 1, "done": done}
+        finite = s["finite"] & (done | jnp.isfinite(logits).all(-1))
+        s = {**s, "cache": cache, "logits": logits, "finite": finite}
+        s = {**s, "step": s["step"] + 1, "done": done}
         return i + 1, s, out
 
     _, state, tokens = lax.while_loop(unfinished, step, (jnp.int32(0), state, tokens))

@@ -23,7 +23,7 @@ from janusflow_jax.config import SourceConfig, TrainConfig
 from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.config.fields import differences
 from janusflow_jax.data import chat_format, rows as rows_lib
-from janusflow_jax.parallel import processes, sharding, trees
+from janusflow_jax.parallel import numerics, processes, sharding, trees
 from janusflow_jax.training import losses, metrics, step as train_step
 
 RAW, EMA = "eval", "eval_ema"
@@ -218,7 +218,7 @@ def _jit_sums(cfg: TrainConfig, task: str, mesh: Mesh) -> Callable[..., dict[str
     model = train_step.make_model(cfg)
 
     def sums_and_counts(trained: Any, frozen: Any, vae: Any, batch: losses.Batch) -> dict[str, Any]:
-        draws = losses.draw(jax.random.key(cfg.evaluate.seed), batch, cfg.model, loss, num_gen)
+        draws = losses.draw(numerics.key(cfg.evaluate.seed), batch, cfg.model, loss, num_gen)
         sums, extras = losses.loss_sums(
             trees.merge(frozen, trained),
             vae,

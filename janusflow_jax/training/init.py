@@ -25,7 +25,7 @@ from janusflow_jax.config.errors import ConfigError, DataError
 from janusflow_jax.config.fields import differences
 from janusflow_jax.data import sources
 from janusflow_jax.models import janusflow, vae
-from janusflow_jax.parallel import processes, sharding, trees
+from janusflow_jax.parallel import numerics, processes, sharding, trees
 from janusflow_jax.training import optim, step as train_step
 
 Tree = dict[str, Any]
@@ -154,7 +154,7 @@ def _fresh_vae(cfg: TrainConfig) -> Tree:
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         host = contextlib.nullcontext()
     with host:
-        key = jax.random.key(cfg.seed)
+        key = numerics.key(cfg.seed)
         return jax.device_get(jax.jit(vae.init_params, static_argnums=0)(cfg.model.vae, key))
 
 
@@ -274,7 +274,7 @@ def fresh_params(cfg: TrainConfig, like: Tree) -> Tree:
         return jax.tree.map(lambda x, y: x.astype(y.dtype), {p: params[p] for p in like}, like)
 
     where = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(init, out_shardings=where)(jax.random.key(cfg.seed))
+    return jax.jit(init, out_shardings=where)(numerics.key(cfg.seed))
 
 
 def create_state(cfg: TrainConfig, mesh: Mesh, params: Tree, vae_params: Tree) -> train_step.State:

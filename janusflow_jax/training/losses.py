@@ -43,8 +43,8 @@ def draw(key: Array, batch: Batch, cfg: ModelConfig, loss: LossConfig, num_gen: 
         keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, row), slot), 3)
         return {
             "t": flow.sample_time(keys[0], loss.time, loss.time_shift),
-            "noise": jax.random.normal(keys[1], cfg.latent_shape),
-            "posterior": jax.random.normal(keys[2], cfg.latent_shape),
+            "noise": jax.random.normal(keys[1], cfg.latent_shape, jnp.float32),
+            "posterior": jax.random.normal(keys[2], cfg.latent_shape, jnp.float32),
         }
 
     slots = jnp.arange(num_gen)

@@ -11,11 +11,12 @@ import numpy as np
 
 from janusflow_jax.config import TrainConfig
 from janusflow_jax.config.errors import ConfigError
-from janusflow_jax.parallel import processes, sharding
+from janusflow_jax.parallel import numerics, processes, sharding
 from janusflow_jax.training import step as train_step
 from janusflow_jax.training.run import open_run
 
 
+@numerics.fixed()
 def replay(cfg: TrainConfig, rows: str) -> bool:
     """Prints every row's records, losses and gradient norm, and what of these is not finite; trains
     and writes nothing.

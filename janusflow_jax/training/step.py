@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from janusflow_jax.config import OptimConfig, TrainConfig, parts as parts_lib
 from janusflow_jax.models import attention, janusflow, lora
-from janusflow_jax.parallel import sharding, trees
+from janusflow_jax.parallel import numerics, sharding, trees
 from janusflow_jax.training import losses, optim
 
 State = dict[str, Any]
@@ -40,7 +40,7 @@ def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
     Adds the adapters of `cfg.lora`; frozen parts get the type `cfg.frozen_dtype`.
     """
     if cfg.lora.rank:
-        params = {**params, "llm": lora.add(params["llm"], cfg.lora, jax.random.key(cfg.seed))}
+        params = {**params, "llm": lora.add(params["llm"], cfg.lora, numerics.key(cfg.seed))}
     train, frozen = trees.split(params, parts_lib.trained_paths(cfg))
     frozen, vae_params = (
         jax.tree.map(lambda x: x.astype(cfg.frozen_dtype), t) for t in (frozen, vae_params)
@@ -82,7 +82,7 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
 
     def loss_fn(params: Any, state: State, batch: Any, weights: Any) -> tuple[Any, Any]:
         # The key is made inside: a step that is compiled ahead of time has no device for it.
-        draws = losses.draw(jax.random.key(cfg.seed), batch, cfg.model, cfg.loss, num_gen)
+        draws = losses.draw(numerics.key(cfg.seed), batch, cfg.model, cfg.loss, num_gen)
         sums, extras = losses.loss_sums(
             trees.merge(state["frozen"], params),
             state["vae"],

@@ -1,0 +1,147 @@
+"""Requests: numbers, seeds, texts and turns. Each is read, or is one error."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from janusflow_jax.config.errors import JanusFlowError
+from janusflow_jax.sampling import inputs
+
+TAG = "<image_placeholder>"
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        ("num_steps", [1, np.int64(30), jnp.int32(2)], [0, -1, 2.0, 2.5, "2", None, NAN, INF]),
+        ("per_prompt", [1, np.uint8(4)], [0, -3, 1.0, "1", None]),
+        (
+            "guidance_scale",
+            [1, 2.5, -1.0, np.float32(3), jnp.float32(2)],
+            [NAN, INF, -INF, 1e300, "2", None, 10**400, [2.0]],
+        ),
+        ("output", ["pil", "latent"], ["jpeg", ""]),
+        ("prompts", [["a"], ("ä 🦊",)], [[], [""], [" \n"], ["a", None], [b"a"], ["a \udce4"]]),
+    ],
+)
+def test_what_generate_accepts(option, good, bad):
+    request = {"prompts": ["a"], "num_steps": 1, "per_prompt": 1}
+    for value in good:
+        inputs.check_generate(**{**request, option: value})
+    for value in bad:
+        with pytest.raises(JanusFlowError, match="generate: "):
+            inputs.check_generate(**{**request, option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        ("max_new_tokens", [1, np.int32(512)], [0, -1, 2.5, "8", None, NAN]),
+        ("temperature", [0, 0.7, 100, np.float32(1)], [-1, NAN, INF, 1e300, "1", None]),
+        ("top_p", [1, 0.1, 1e-6], [0, -0.1, 1.01, NAN, INF, 1e-300, None]),
+        ("seed", [0, 2**32 - 1, np.int64(3), jnp.int32(3)], [-1, 2**32, 3.0, NAN, None, "3"]),
+    ],
+)
+def test_what_chat_accepts(option, good, bad):
+    request = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+    for value in good:
+        inputs.check_chat(**{**request, option: value})
+    for value in bad:
+        with pytest.raises(JanusFlowError, match=option):
+            inputs.check_chat(**{**request, option: value})
+
+
+@pytest.mark.parametrize(
+    ("seed", "want"),
+    [
+        (7, [7, 8, 9, 10]),
+        (jnp.int32(7), [7, 8, 9, 10]),
+        ([5, 9], [5, 6, 9, 10]),
+        (np.asarray([5, 9]), [5, 6, 9, 10]),
+        (2**32 - 4, [*range(2**32 - 4, 2**32)]),
+    ],
+)
+def test_seeds_of_images(seed, want):
+    assert inputs.image_seeds(seed, 2, 2) == want
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 3, [1], [1, 2, 3], [1, 2.0], [1, None], "12", 1.0])
+def test_bad_seeds(seed):
+    with pytest.raises(JanusFlowError, match="seed: expected"):
+        inputs.image_seeds(seed, 2, 2)
+
+
+def user(content, **more):
+    return {"role": "User", "content": content, **more}
+
+
+ANSWER = {"role": "Assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    ("conversation", "images", "contents", "read"),
+    [
+        ("Who?", (), ["Who?"], []),
+        ("Who?", None, ["Who?"], []),
+        ("Who?", "a", [f"{TAG}\nWho?"], ["a"]),
+        ("Who?", ["a", "b"], [f"{TAG}\n{TAG}\nWho?"], ["a", "b"]),
+        (f"Who {TAG}?", ["a"], [f"Who {TAG}?"], ["a"]),
+        ("An <image> tag", (), ["An <image> tag"], []),
+        # the published form: images in their turn
+        ([user(f"{TAG}\nWho?", images=["a"]), ANSWER], (), [f"{TAG}\nWho?", ""], ["a"]),
+        ([user("Who?", images=["a"])], (), [f"{TAG}\nWho?"], ["a"]),
+        ([user("Who?", images="a")], (), [f"{TAG}\nWho?"], ["a"]),
+        ([user("Who?", images=[])], (), ["Who?"], []),
+        ([user("1", images=["a"]), ANSWER, user("2", images=["b"])], (), None, ["a", "b"]),
+        ([user(f"{TAG} 1"), ANSWER, user(f"{TAG} 2")], ["a", "b"], None, ["a", "b"]),
+        ([{"role": "system", "content": "Hm."}, user("Who?")], (), ["Hm.", "Who?"], []),
+    ],
+)
+def test_turns_and_their_images(conversation, images, contents, read):
+    (turns,), (own,), single = inputs.conversations(conversation, images, TAG)
+    assert single and own == read
+    assert contents is None or [t["content"] for t in turns] == contents
+    assert sum(t["content"].count(TAG) for t in turns) == len(read)
+
+
+def test_several_conversations():
+    many = ["Who?", [user("What?", images=["b"])], [user("Why?")]]
+    turns, own, single = inputs.conversations(many, [["a"], [], []], TAG)
+    assert not single and own == [["a"], ["b"], []] and len(turns) == 3
+
+
+@pytest.mark.parametrize(
+    ("conversation", "images"),
+    [
+        (None, ()),
+        ([], ()),
+        (3, ()),
+        (user("a"), ()),
+        ([[]], ()),
+        ([None], ()),
+        ([user("a"), "b"], ()),
+        (["a", "b"], ["x", "y"]),
+        (["a", "b"], "x"),
+        (["a", "b"], [["x"]]),
+        ("<image>\nWho?", ["x"]),
+        ("a \udce4", ()),
+        ([user("a", image="x")], ()),
+        ([user("a", video="x")], ()),
+        ([user("a", images=["x"])], ["y"]),
+        ([user(f"{TAG} a", images=["x", "y"])], ()),
+        ([user(f"{TAG} {TAG} a", images=["x"]), user("b", images=["y"])], ()),
+        ([user("<image> a", images=["x"])], ()),
+        ([user("a"), {"role": "Assistant", "content": "b", "images": ["x"]}], ()),
+        ([user("a \udce4")], ()),
+        ([user(None)], ()),
+        ([user([{"type": "text", "text": "a"}])], ()),
+        ([{"role": "User"}], ()),
+        ([{"content": "a"}], ()),
+        ([{"role": "<|User|>", "content": "a"}], ()),
+        ([{"from": "human", "value": "a"}], ()),
+    ],
+)
+def test_what_is_no_conversation_is_one_error(conversation, images):
+    with pytest.raises(JanusFlowError, match="chat: "):
+        inputs.conversations(conversation, images, TAG)
