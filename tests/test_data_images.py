@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 from safetensors import numpy as safetensors
 
-from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.errors import ConfigError, DataError
 from janusflow_jax.data import images
 from janusflow_jax.models import encode as encode_lib
 
@@ -171,7 +171,7 @@ def test_modes_that_only_memory_has_become_rgb(mode):
     ],
 )
 def test_what_is_no_image_is_one_error(what):
-    with pytest.raises(DataError):
+    with pytest.raises((DataError, ConfigError)):
         images.read(what)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from janusflow_jax.config import files
-from janusflow_jax.config.errors import ConfigError, DataError
+from janusflow_jax.config.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
@@ -151,7 +151,9 @@ def read(image: Any) -> np.ndarray:
     Args:
       image: a path; bytes, bytearray or memoryview; a binary file, which is read from its start; a
         PIL image of any mode; or uint8[H, W, 3].
-    Raises: DataError: not an image that can be read; the message names the path.
+    Raises:
+      DataError: not an image that can be read; the message names the path.
+      ConfigError: a URL that is no bucket's, or a bucket that cannot be opened.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -180,10 +182,7 @@ def read(image: Any) -> np.ndarray:
         )
     if str(image).startswith("data:"):
         raise DataError("image: expected a path or bytes; got a data: URL: decode its base64 text")
-    try:
-        path = files.resolve(image)
-    except ConfigError as error:
-        raise DataError(f"image {error}") from error
+    path = files.resolve(image)
     if not path.is_file():
         raise DataError(f"image {image}: no such file")
     try:
