@@ -19,14 +19,14 @@ def samples(lengths: np.ndarray, images: np.ndarray) -> packing.Samples:
 def test_pack_loses_and_overlaps_nothing(slots, count):
     lengths = np.random.default_rng(count).integers(1, 101, count)
     bins = packing.pack(samples(lengths, np.ones(count, int)), 100, slots)
-    assert sorted(bins.samples.record.tolist()) == list(range(count))
-    np.testing.assert_array_equal(bins.samples.length, lengths[bins.samples.record])
+    held = [placed.record for b in range(len(bins)) for placed in bins.bin(b)]
+    assert sorted(held) == list(range(count))
     for b in range(len(bins)):
         end = 0
-        for placed in bins[b]:
-            assert placed.offset == end
+        for placed in bins.bin(b):
+            assert placed.length == lengths[placed.record]
             end += placed.length
-        assert 1 <= len(bins[b]) <= slots and end <= 100
+        assert 1 <= len(bins.bin(b)) <= slots and end <= 100
 
 
 @pytest.mark.parametrize("most", [1, 5])
@@ -36,14 +36,14 @@ def test_pack_is_first_fit_decreasing_in_positions_and_images(most):
     images = np.ones(500, int) if most == 1 else rng.integers(0, most, 500)
     bins = packing.pack(samples(lengths, images), 100, 4)
     plain: list[list[int]] = []
-    for i in np.argsort(-lengths, kind="stable"):
+    for i in np.lexsort((-images, -lengths)):
         for b in plain:
             if images[b].sum() + images[i] <= 4 and lengths[b].sum() + lengths[i] <= 100:
                 b.append(i)
                 break
         else:
             plain.append([i])
-    assert [[placed.record for placed in bins[b]] for b in range(len(bins))] == plain
+    assert [[placed.record for placed in bins.bin(b)] for b in range(len(bins))] == plain
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000])
@@ -98,14 +98,15 @@ def test_row_shares_give_shares_of_positions():
 @pytest.mark.parametrize("fill", [0.95, 0.6])
 @pytest.mark.parametrize("weights", [(14, 80, 6), (30, 50, 20), (1, 0.001, 3)])
 def test_text_fills_what_images_leave(weights, fill):
-    shares, filler = mixture.row_shares(weights, [fill, fill, 1.0], [False, False, True])
+    fills = np.array([fill, fill, 0.98])
+    shares, filler = mixture.row_shares(weights, fills, [False, False, True])
     rows = np.array(shares) / mixture.SHARE_UNITS
     assert abs(rows.sum() - 1) < 1e-9 and 0 < filler <= 1
-    positions = rows * [fill, fill, 1]
-    positions[2] += filler * (rows[:2] * (1 - fill)).sum()
+    own, tails = rows * fills, filler * (rows[:2] * (1 - fill)).sum()
+    positions = own + [0, 0, tails]
     want = np.array(weights) / np.sum(weights)
     np.testing.assert_allclose(positions / positions.sum(), want, atol=1e-5)
-    if rows[2]:
-        assert filler == 1  # no row of its own while a tail is free
+    assert own[2] > tails - 1e-5  # at least half of the text in rows of its own
+    assert filler == 1 or abs(own[2] - tails) < 1e-5  # and no tail is free without need
     counts = np.bincount([mixture.interleave(r, shares)[0] for r in range(2000)], minlength=3)
     np.testing.assert_allclose(counts / 2000, rows, atol=2e-3)

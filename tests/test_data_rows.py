@@ -78,8 +78,8 @@ def test_an_epoch_holds_every_sample_once(stores, chat, mix):
     made = rows.Rows(data_config(sources=mix), MODEL, chat)
     done: dict[tuple[int, int], list[int]] = {}
     for r in range(400):
-        which, epoch, b = made.locate(r)
-        numbers = [placed.record for placed in made.sources[which].bins[b]]  # one sample each
+        which, epoch, _ = made.locate(r)
+        _, numbers = made.records(r)  # one sample each
         done.setdefault((which, epoch), []).extend(numbers)
     for which, opened in enumerate(made.sources):
         for epoch in range(3):
@@ -146,11 +146,10 @@ def test_text_follows_the_images_and_moves_nothing(stores, chat):
     filled = 0
     for r in range(60):
         row, _ = mixed.row(r)
-        which, _, b = mixed.locate(r)
-        count = len(mixed.sources[which].bins[b])
-        for where in [w for w in segments(row) if row["segment_ids"][w[0]] > count]:
+        drawn_from, placed = mixed.samples(r)
+        for where in [w for w in segments(row) if row["segment_ids"][w[0]] > len(placed)]:
             filled += 1
-            assert mixed.sources[which].cfg.task != "text"
+            assert drawn_from.cfg.task != "text"
             np.testing.assert_array_equal(where, where[0] + np.arange(len(where)))
             np.testing.assert_array_equal(row["positions"][where], np.arange(len(where)))
             assert row["target_mask"][where].tolist() == [True] * (len(where) - 1) + [False]
@@ -165,8 +164,8 @@ def test_shares_with_text_come_out_in_the_rows(stores, chat):
     got = np.zeros(3)
     for r in range(150):
         row, _ = made.row(r)
-        which, _, b = made.locate(r)
-        text = row["segment_ids"] > len(made.sources[which].bins[b])
+        which, _, _ = made.locate(r)
+        text = row["segment_ids"] > len(made.samples(r)[1])
         got[2] += text.sum()
         got[which] += ((row["segment_ids"] > 0) & ~text).sum()
     want = made.shares(made.mixtures[0])
@@ -224,12 +223,15 @@ def test_a_bad_record_is_named_and_nothing_shifts(stores, chat, damage):
             continue
         hit += 1
         assert len(bad) == 1 and "und record 5" in str(bad[0])
-        gone = set(np.unique(want[r]["segment_ids"])) - set(np.unique(row["segment_ids"]))
+        count = len(made.samples(r)[1])
+        gone = set(range(1, count + 1)) - set(np.unique(row["segment_ids"]))
         assert len(gone) == 1
-        lost = want[r]["segment_ids"] == gone.pop()
-        for name in ("tokens", "segment_ids", "positions", "target_mask"):
-            np.testing.assert_array_equal(row[name][~lost], want[r][name][~lost])
-        assert not row["segment_ids"][lost].any() and not row["target_mask"][lost].any()
+        for segment in set(range(1, count + 1)) - gone:
+            for name in ("tokens", "positions", "target_mask"):
+                np.testing.assert_array_equal(
+                    *(x[name][x["segment_ids"] == segment] for x in (row, want[r]))
+                )
+        assert not row["target_mask"][row["segment_ids"] == 0].any()
         slot = np.flatnonzero(row["slot_task"] != want[r]["slot_task"])
         assert len(slot) == 1 and row["slot_task"][slot[0]] == NONE
     assert hit
@@ -301,18 +303,22 @@ def test_a_tokenizer_or_a_row_length_that_does_not_fit_is_an_error(stores, chat)
 
 def test_lengths_are_stored_for_one_tokenizer(stores, chat, monkeypatch):
     def load():
-        return packing.load_lengths(stores["a"], "a", "train", "generate", "chat", chat)
+        path = ("a", "train", "generate", "chat")
+        chunks = packing.load_lengths(stores["a"], *path, chat)
+        return packing.join_lengths([(x, np.ones(len(x), bool)) for x in chunks])
 
     first = load()
     file = packing.lengths_path("a", "train", "generate", "chat", chat)
     assert file.exists()
     monkeypatch.setattr(packing, "measure_lengths", None)  # not measured a second time
-    for name, stored in load()._asdict().items():
-        np.testing.assert_array_equal(stored, getattr(first, name), err_msg=name)
+    for chunk in (1, 7, packing.CHUNK):
+        monkeypatch.setattr(packing, "CHUNK", chunk)
+        for name, stored in load()._asdict().items():
+            np.testing.assert_array_equal(stored, getattr(first, name), err_msg=name)
     other = chat_format.ChatFormat.load(HUB.parent / "tokenizer_bos_by_config", 16)
     monkeypatch.setattr(packing, "SMALL", 10)
     with pytest.raises(DataError, match=r"too many.*\n  python tools/measure_lengths"):
-        packing.load_lengths(stores["a"], "a", "train", "generate", "chat", other)
+        list(packing.load_lengths(stores["a"], "a", "train", "generate", "chat", other))
     stores["a"].append(record(99))
     with pytest.raises(DataError, match="made again"):
         load()

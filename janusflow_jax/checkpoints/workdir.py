@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -117,17 +118,22 @@ def explained(workdir: epath.Path) -> Iterator[None]:
         raise CheckpointError(explain(error, workdir)) from error
 
 
-def check(workdir: epath.Path, cfg: TrainConfig) -> None:
+def check(workdir: epath.Path, cfg: TrainConfig) -> TrainConfig:
     """Checks that the run in a folder has this config, apart from what may change.
 
+    Returns:
+      The config, with the packing that the run began with.
     Raises:
       CheckpointError: it has another config (lists every difference).
     """
     file = workdir / "config.json"
     if not file.exists():
-        return
-    # Fields that the run's version did not have get their defaults.
-    then = config_lib.from_dict(TrainConfig, model_folder.read_json(file))
+        return cfg
+    values = model_folder.read_json(file)
+    values["data"].setdefault("packing", 1)
+    # Other fields that the run's version did not have get their defaults.
+    then = config_lib.from_dict(TrainConfig, values)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, packing=then.data.packing))
     changes = fields.differences(config_lib.to_dict(then), config_lib.to_dict(cfg), MAY_CHANGE)
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
@@ -135,6 +141,7 @@ def check(workdir: epath.Path, cfg: TrainConfig) -> None:
             f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
             "(--config.workdir=...), or the old config to resume it"
         )
+    return cfg
 
 
 def base_meta(workdir: epath.Path) -> dict[str, Any]:

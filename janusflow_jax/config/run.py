@@ -43,6 +43,8 @@ class DataConfig:
     seed: int = 0
     num_threads: int = 2
     max_bad_share: float = 0.01  # of samples; above it (and above 20 bad ones) the run stops
+    # How samples become rows. A resumed run keeps its own: 1 if it began before there was a 2.
+    packing: int = limited(2, lambda version: version in (1, 2), "1 or 2")
     cached_features: bool = True  # REPA reads them where caches have them; off: SigLIP runs
 
     @property

@@ -94,7 +94,7 @@ def open_run(cfg: TrainConfig, lock: workdir_lib.Lock | None = None, writes: boo
     """
     workdir = workdir_of(cfg)
     with processes.together("opening the run"):
-        workdir_lib.check(workdir, cfg)
+        cfg = workdir_lib.check(workdir, cfg)
         started, resumed = initialization.resolve_start(cfg, workdir)
         initialization.check_files(started)
     params, vae_params, hub, origins = initialization.initial_params(started, resumed)
