@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers.records import HUB, MIX, MODEL, data_config, record, source, take
+from helpers.records import HUB, MIX, MODEL, Store, data_config, record, source, take
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import NONE
@@ -171,6 +171,80 @@ def test_shares_with_text_come_out_in_the_rows(stores, chat):
     want = made.shares(made.mixtures[0])
     np.testing.assert_allclose(want, [0.5, 0.3, 0.2], atol=0.02)
     np.testing.assert_allclose(got / got.sum(), want, atol=0.05)
+
+
+@pytest.mark.parametrize("mix", [MIX[:1], MIX[1:2], MIX[2:]])
+def test_a_short_caption_leaves_no_gap_and_changes_no_sample(stores, chat, mix, monkeypatch):
+    made = rows.Rows(data_config(sources=mix, drop_prompt=0.0), MODEL, chat)
+    spare = 0
+    for r in range(30):
+        row, _ = made.row(r)
+        source, bin_samples = made.samples(r)
+        used = np.flatnonzero(row["segment_ids"])
+        np.testing.assert_array_equal(used, np.arange(len(used)))
+        spare += sum(placed.length for placed in bin_samples) - len(used)
+        for segment, placed in enumerate(bin_samples, start=1):
+            where = np.flatnonzero(row["segment_ids"] == segment)
+            assert len(where) <= placed.length
+            record = source.records[placed.record]
+            texts = [record["text"]] if mix == MIX[2:] else record["captions"]
+            held = chat.decode(row["tokens"][where])
+            assert any(text in held for text in texts)
+    assert (spare > 0) == (mix != MIX[2:])
+
+
+def test_a_run_begun_before_keeps_its_rows(stores, chat):
+    """Samples in the order of their records, each at its measured place."""
+    made = rows.Rows(data_config(sources=MIX[:1], packing=1), MODEL, chat)
+    for r in range(20):
+        _, bin_samples = made.samples(r)
+        assert bin_samples == made.sources[0].bins.bin(made.locate(r)[2])
+        row, _ = made.row(r)
+        begins = np.cumsum([0, *(placed.length for placed in bin_samples)])[:-1]
+        assert (row["positions"][begins] == 0).all() and row["segment_ids"][begins].all()
+    with pytest.raises(DataError, match=r"data\.packing"):
+        rows.Rows(data_config(packing=1), MODEL, chat)  # text
+
+
+@pytest.mark.parametrize("weights", [((30, 50, 20), (14, 80, 6)), ((1, 1, 30), (40, 50, 1))])
+def test_text_has_rows_of_its_own_for_half_of_its_share_in_every_phase(stores, chat, weights):
+    before, after = weights
+    mix = tuple(
+        dataclasses.replace(s, weight=float(a), weight_after=float(b))
+        for s, a, b in zip((MIX[1], MIX[0], MIX[2]), before, after, strict=True)
+    )
+    change = 3000
+    made = rows.Rows(data_config(sources=mix, change_row=change), MODEL, chat)
+    for first, shares in ((0, before), (change, after)):
+        which = [made.locate(r)[0] for r in range(first, first + change)]
+        positions = np.bincount(which, minlength=3) * made.fill
+        assert positions[2] / positions.sum() > 0.49 * shares[2] / sum(shares)
+
+
+def test_text_behind_images_is_drawn_by_length_and_tokenized_in_part(stores, chat, monkeypatch):
+    stores["c"] = Store({"id": str(i), "text": f"{i} is short."} for i in range(10))
+    stores["c"].append({"id": "long", "text": "so it rains " * 2000})
+    mix = (MIX[0], dataclasses.replace(MIX[2], path="c", weight=0.2))
+    made = rows.Rows(data_config(sources=mix), MODEL, chat)
+    tokenized, plain_text = [], chat_format.ChatFormat.plain_text
+
+    def spy(self, text):
+        tokenized.append(text)
+        return plain_text(self, text)
+
+    monkeypatch.setattr(chat_format.ChatFormat, "plain_text", spy)
+    ends = []
+    for r in range(120):
+        source, bin_samples = made.samples(r)
+        if source.cfg.task == "text":
+            continue
+        row, bad = made.row(r)
+        assert not bad
+        tail = row["tokens"][row["segment_ids"] > len(bin_samples)]
+        ends += [chat.eos_id in tail] * bool(len(tail))
+    assert max(map(len, tokenized)) < 16 * 256  # a row's tail, not the document
+    assert np.mean(["rains" in text for text in tokenized]) > 0.97
+    assert len(ends) > 20 and np.mean(ends) < 0.2  # a stretch of a text that goes on has no eos
 
 
 def test_targets_of_understanding_are_a_caption_and_eos(stores, chat):
