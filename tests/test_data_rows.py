@@ -234,7 +234,7 @@ def test_text_behind_images_is_drawn_by_length_and_tokenized_in_part(stores, cha
 
     monkeypatch.setattr(chat_format.ChatFormat, "plain_text", spy)
     ends = []
-    for r in range(120):
+    for r in range(90):
         source, bin_samples = made.samples(r)
         if source.cfg.task == "text":
             continue
@@ -244,7 +244,7 @@ def test_text_behind_images_is_drawn_by_length_and_tokenized_in_part(stores, cha
         ends += [chat.eos_id in tail] * bool(len(tail))
     assert max(map(len, tokenized)) < 16 * 256  # a row's tail, not the document
     assert np.mean(["rains" in text for text in tokenized]) > 0.97
-    assert len(ends) > 20 and np.mean(ends) < 0.2  # a stretch of a text that goes on has no eos
+    assert len(ends) > 15 and np.mean(ends) < 0.2  # a stretch of a text that goes on has no eos
 
 
 def test_targets_of_understanding_are_a_caption_and_eos(stores, chat):

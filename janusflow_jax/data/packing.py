@@ -30,7 +30,7 @@ from janusflow_jax.data.sources import Fields
 
 SMALL = 100_000
 """A run measures up to this many records itself; more need tools/measure_lengths.py."""
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Records or samples that are taken at a time: memory then holds little beside the result."""
 
 
@@ -209,7 +209,7 @@ def _read_lengths(file: epath.Path) -> Iterator[Any]:
 
 
 class Samples(NamedTuple):
-    """Samples of a source, in columns of the smallest integers that hold their values.
+    """Samples of a source, in columns of unsigned integers.
 
     Each is a stretch of one record. `begin` and `end` count units of the record, or tokens after
     BOS of a text-only record (see `samples.encode`).
@@ -237,7 +237,9 @@ def divide(
     Returns:
       (samples, number of units that no row can hold).
     """
-    columns: list[list[np.ndarray]] = [[] for _ in Samples._fields]
+    # Buffers that grow in place: a list of arrays would be in memory twice when it is joined.
+    columns = [bytearray() for _ in Samples._fields]
+    kinds = (*3 * [np.uint32], np.min_scalar_type(row_len), np.min_scalar_type(slots))
     num_records = left_out = 0
     for lengths in chunks:
         text = _divide_text(lengths, np.flatnonzero(lengths.text), row_len, head)
@@ -246,19 +248,17 @@ def divide(
         text.record[:] += num_records
         rest.record[:] += num_records
         num_records, left_out = num_records + len(lengths), left_out + lost
-        for column, pair in zip(columns, zip(text, rest, strict=True), strict=True):
-            values = np.concatenate(pair)
-            column.append(values.astype(np.min_scalar_type(values.max(initial=0))))
-    return Samples(*map(_join, columns)), left_out
+        for column, kind, *values in zip(columns, kinds, text, rest, strict=True):
+            column += np.concatenate(values).astype(kind).tobytes()
+    return Samples(*map(_column, columns, kinds)), left_out
 
 
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    """Joins arrays and lets go of them. A value that all share takes no memory."""
-    joined = np.concatenate(parts)
-    parts.clear()
-    if len(joined) and joined.min() == joined.max():
-        return np.broadcast_to(joined[0].copy(), joined.shape)
-    return joined
+def _column(data: bytearray, kind: Any) -> np.ndarray:
+    """A buffer as an array. A value that all samples share takes no memory."""
+    values = np.frombuffer(data, kind)
+    if len(values) and values.min() == values.max():
+        return np.broadcast_to(values[0].copy(), values.shape)
+    return values
 
 
 def _divide_text(lengths: Lengths, records: np.ndarray, row_len: int, head: int) -> Samples:
