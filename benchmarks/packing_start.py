@@ -1,4 +1,4 @@
-"""Time and memory to pack a huge source at the start of a run: `python benchmarks/packing_start.py`.
+"""Time and memory to pack a huge source at the start of a run: `benchmarks/packing_start.py`.
 
 Makes up the stored lengths of a data set (no records) and packs them in a process of its own, as
 every process of a run does at its start. Prints seconds, the peak of memory, and the bins.
