@@ -302,9 +302,8 @@ def test_a_bad_record_is_named_and_nothing_shifts(stores, chat, damage):
         assert len(gone) == 1
         for segment in set(range(1, count + 1)) - gone:
             for name in ("tokens", "positions", "target_mask"):
-                np.testing.assert_array_equal(
-                    *(x[name][x["segment_ids"] == segment] for x in (row, want[r]))
-                )
+                got, wanted = (x[name][x["segment_ids"] == segment] for x in (row, want[r]))
+                np.testing.assert_array_equal(got, wanted)
         assert not row["target_mask"][row["segment_ids"] == 0].any()
         slot = np.flatnonzero(row["slot_task"] != want[r]["slot_task"])
         assert len(slot) == 1 and row["slot_task"][slot[0]] == NONE

@@ -80,11 +80,11 @@ def row_shares(
     want = np.asarray(weights, np.float64) / np.sum(weights)
     is_text = np.asarray(text, bool)
     rows = want / np.asarray(fill, np.float64)
-    text, tails = float(want[is_text].sum()), float((rows - want)[~is_text].sum())
+    text_want, tails = float(want[is_text].sum()), float((rows - want)[~is_text].sum())
     filler = 0.0
-    if text > 0 and tails > 0:
-        filler = min(text / 2 / tails, 1.0)
-        rows[is_text] *= 1 - filler * tails / text
+    if text_want > 0 and tails > 0:
+        filler = min(text_want / 2 / tails, 1.0)
+        rows[is_text] *= 1 - filler * tails / text_want
     shares = np.round(rows / rows.sum() * SHARE_UNITS).astype(int)
     shares[rows > 0] = np.maximum(shares[rows > 0], 1)
     shares[int(np.argmax(shares))] += SHARE_UNITS - int(shares.sum())

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import io
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -177,7 +177,7 @@ def load_lengths(
     )
 
 
-def _read_lengths(file: epath.Path) -> Iterator[Any]:
+def _read_lengths(file: epath.Path) -> Generator[Any, None, None]:
     """The number of records, then the lengths of CHUNK records at a time."""
     with contextlib.ExitStack() as stack:
         archive = zipfile.ZipFile(stack.enter_context(file.open("rb")))
