@@ -87,7 +87,7 @@ def main() -> None:
         print(f"{'text tokens':12}" + "".join(f"{f'<{e}':>8}" for e in edges[1:]) + "    mean")
         for source in packed.sources:
             samples = source.bins.samples
-            text = samples.length - samples.images * packed.model.slot_len
+            text = samples.length - np.multiply(samples.images, packed.model.slot_len, dtype=int)
             share = np.histogram(text, edges)[0] / len(text)
             cells = "".join(f"{x:8.1%}" for x in share)
             print(f"{source.name:12}{cells}  {text.mean():6.0f}")

@@ -106,7 +106,7 @@ def test_report_lengths_and_splits(folder, tmp_path):
         source = sources.open_source(out, split)
         for task, form in (("generate", "chat"), ("understand", "plain")):
             assert packing.lengths_path(out, split, task, form, chat).exists()
-            got = packing.load_lengths(source, str(out), split, task, form, chat)
+            (got,) = packing.load_lengths(source, str(out), split, task, form, chat)
             want = packing.measure_lengths(source, task, form, chat)
             for a, b in zip(got, want, strict=True):
                 np.testing.assert_array_equal(a, b)
@@ -297,7 +297,9 @@ def test_duplicates_across_shards_leave_the_first(tmp_path):
     assert report.skipped["id: duplicate"]["count"] == 20
     chat = chat_format.ChatFormat.load(HUB)
     source = sources.open_source(tmp_path / "out", "train")
-    measured = packing.load_lengths(source, str(tmp_path / "out"), "train", "text", "plain", chat)
+    (measured,) = packing.load_lengths(
+        source, str(tmp_path / "out"), "train", "text", "plain", chat
+    )
     for a, b in zip(measured, packing.measure_lengths(source, "text", "plain", chat), strict=True):
         np.testing.assert_array_equal(a, b)
     again = Options("text", (str(file),), kind="text", shard_bytes=200, ids="place")

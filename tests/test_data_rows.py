@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers.records import HUB, MIX, MODEL, data_config, record, source, take
+from helpers.records import HUB, MIX, MODEL, Store, data_config, record, source, take
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.config import NONE
@@ -78,8 +78,8 @@ def test_an_epoch_holds_every_sample_once(stores, chat, mix):
     made = rows.Rows(data_config(sources=mix), MODEL, chat)
     done: dict[tuple[int, int], list[int]] = {}
     for r in range(400):
-        which, epoch, b = made.locate(r)
-        numbers = [placed.record for placed in made.sources[which].bins[b]]  # one sample each
+        which, epoch, _ = made.locate(r)
+        _, numbers = made.records(r)  # one sample each
         done.setdefault((which, epoch), []).extend(numbers)
     for which, opened in enumerate(made.sources):
         for epoch in range(3):
@@ -148,11 +148,10 @@ def test_text_follows_the_images_and_moves_nothing(stores, chat):
     filled = 0
     for r in range(60):
         row, _ = mixed.row(r)
-        which, _, b = mixed.locate(r)
-        count = len(mixed.sources[which].bins[b])
-        for where in [w for w in segments(row) if row["segment_ids"][w[0]] > count]:
+        drawn_from, placed = mixed.samples(r)
+        for where in [w for w in segments(row) if row["segment_ids"][w[0]] > len(placed)]:
             filled += 1
-            assert mixed.sources[which].cfg.task != "text"
+            assert drawn_from.cfg.task != "text"
             assert {mixed.sources[i].cfg.task for i in row["source_ids"][where]} == {"text"}
             np.testing.assert_array_equal(where, where[0] + np.arange(len(where)))
             np.testing.assert_array_equal(row["positions"][where], np.arange(len(where)))
@@ -168,13 +167,87 @@ def test_shares_with_text_come_out_in_the_rows(stores, chat):
     got = np.zeros(3)
     for r in range(150):
         row, _ = made.row(r)
-        which, _, b = made.locate(r)
-        text = row["segment_ids"] > len(made.sources[which].bins[b])
+        which, _, _ = made.locate(r)
+        text = row["segment_ids"] > len(made.samples(r)[1])
         got[2] += text.sum()
         got[which] += ((row["segment_ids"] > 0) & ~text).sum()
     want = made.shares(made.mixtures[0])
     np.testing.assert_allclose(want, [0.5, 0.3, 0.2], atol=0.02)
     np.testing.assert_allclose(got / got.sum(), want, atol=0.05)
+
+
+@pytest.mark.parametrize("mix", [MIX[:1], MIX[1:2], MIX[2:]])
+def test_a_short_caption_leaves_no_gap_and_changes_no_sample(stores, chat, mix, monkeypatch):
+    made = rows.Rows(data_config(sources=mix, drop_prompt=0.0), MODEL, chat)
+    spare = 0
+    for r in range(30):
+        row, _ = made.row(r)
+        source, bin_samples = made.samples(r)
+        used = np.flatnonzero(row["segment_ids"])
+        np.testing.assert_array_equal(used, np.arange(len(used)))
+        spare += sum(placed.length for placed in bin_samples) - len(used)
+        for segment, placed in enumerate(bin_samples, start=1):
+            where = np.flatnonzero(row["segment_ids"] == segment)
+            assert len(where) <= placed.length
+            record = source.records[placed.record]
+            texts = [record["text"]] if mix == MIX[2:] else record["captions"]
+            held = chat.decode(row["tokens"][where])
+            assert any(text in held for text in texts)
+    assert (spare > 0) == (mix != MIX[2:])
+
+
+def test_a_run_begun_before_keeps_its_rows(stores, chat):
+    """Samples in the order of their records, each at its measured place."""
+    made = rows.Rows(data_config(sources=MIX[:1], packing=1), MODEL, chat)
+    for r in range(20):
+        _, bin_samples = made.samples(r)
+        assert bin_samples == made.sources[0].bins.bin(made.locate(r)[2])
+        row, _ = made.row(r)
+        begins = np.cumsum([0, *(placed.length for placed in bin_samples)])[:-1]
+        assert (row["positions"][begins] == 0).all() and row["segment_ids"][begins].all()
+    with pytest.raises(DataError, match=r"data\.packing"):
+        rows.Rows(data_config(packing=1), MODEL, chat)  # text
+
+
+@pytest.mark.parametrize("weights", [((30, 50, 20), (14, 80, 6)), ((1, 1, 30), (40, 50, 1))])
+def test_text_has_rows_of_its_own_for_half_of_its_share_in_every_phase(stores, chat, weights):
+    before, after = weights
+    mix = tuple(
+        dataclasses.replace(s, weight=float(a), weight_after=float(b))
+        for s, a, b in zip((MIX[1], MIX[0], MIX[2]), before, after, strict=True)
+    )
+    change = 3000
+    made = rows.Rows(data_config(sources=mix, change_row=change), MODEL, chat)
+    for first, shares in ((0, before), (change, after)):
+        which = [made.locate(r)[0] for r in range(first, first + change)]
+        positions = np.bincount(which, minlength=3) * made.fill
+        assert positions[2] / positions.sum() > 0.49 * shares[2] / sum(shares)
+
+
+def test_text_behind_images_is_drawn_by_length_and_tokenized_in_part(stores, chat, monkeypatch):
+    stores["c"] = Store({"id": str(i), "text": f"{i} is short."} for i in range(10))
+    stores["c"].append({"id": "long", "text": "so it rains " * 2000})
+    mix = (MIX[0], dataclasses.replace(MIX[2], path="c", weight=0.2))
+    made = rows.Rows(data_config(sources=mix), MODEL, chat)
+    tokenized, plain_text = [], chat_format.ChatFormat.plain_text
+
+    def spy(self, text):
+        tokenized.append(text)
+        return plain_text(self, text)
+
+    monkeypatch.setattr(chat_format.ChatFormat, "plain_text", spy)
+    ends = []
+    for r in range(90):
+        source, bin_samples = made.samples(r)
+        if source.cfg.task == "text":
+            continue
+        row, bad = made.row(r)
+        assert not bad
+        tail = row["tokens"][row["segment_ids"] > len(bin_samples)]
+        ends += [chat.eos_id in tail] * bool(len(tail))
+    assert max(map(len, tokenized)) < 16 * 256  # a row's tail, not the document
+    assert np.mean(["rains" in text for text in tokenized]) > 0.97
+    assert len(ends) > 15 and np.mean(ends) < 0.2  # a stretch of a text that goes on has no eos
 
 
 def test_targets_of_understanding_are_a_caption_and_eos(stores, chat):
@@ -227,12 +300,14 @@ def test_a_bad_record_is_named_and_nothing_shifts(stores, chat, damage):
             continue
         hit += 1
         assert len(bad) == 1 and "und record 5" in str(bad[0])
-        gone = set(np.unique(want[r]["segment_ids"])) - set(np.unique(row["segment_ids"]))
+        count = len(made.samples(r)[1])
+        gone = set(range(1, count + 1)) - set(np.unique(row["segment_ids"]))
         assert len(gone) == 1
-        lost = want[r]["segment_ids"] == gone.pop()
-        for name in ("tokens", "segment_ids", "positions", "target_mask"):
-            np.testing.assert_array_equal(row[name][~lost], want[r][name][~lost])
-        assert not row["segment_ids"][lost].any() and not row["target_mask"][lost].any()
+        for segment in set(range(1, count + 1)) - gone:
+            for name in ("tokens", "positions", "target_mask"):
+                got, wanted = (x[name][x["segment_ids"] == segment] for x in (row, want[r]))
+                np.testing.assert_array_equal(got, wanted)
+        assert not row["target_mask"][row["segment_ids"] == 0].any()
         slot = np.flatnonzero(row["slot_task"] != want[r]["slot_task"])
         assert len(slot) == 1 and row["slot_task"][slot[0]] == NONE
     assert hit
@@ -304,18 +379,22 @@ def test_a_tokenizer_or_a_row_length_that_does_not_fit_is_an_error(stores, chat)
 
 def test_lengths_are_stored_for_one_tokenizer(stores, chat, monkeypatch):
     def load():
-        return packing.load_lengths(stores["a"], "a", "train", "generate", "chat", chat)
+        path = ("a", "train", "generate", "chat")
+        chunks = packing.load_lengths(stores["a"], *path, chat)
+        return packing.join_lengths([(x, np.ones(len(x), bool)) for x in chunks])
 
     first = load()
     file = packing.lengths_path("a", "train", "generate", "chat", chat)
     assert file.exists()
     monkeypatch.setattr(packing, "measure_lengths", None)  # not measured a second time
-    for name, stored in load()._asdict().items():
-        np.testing.assert_array_equal(stored, getattr(first, name), err_msg=name)
+    for chunk in (1, 7, packing.CHUNK):
+        monkeypatch.setattr(packing, "CHUNK", chunk)
+        for name, stored in load()._asdict().items():
+            np.testing.assert_array_equal(stored, getattr(first, name), err_msg=name)
     other = chat_format.ChatFormat.load(HUB.parent / "tokenizer_bos_by_config", 16)
     monkeypatch.setattr(packing, "SMALL", 10)
     with pytest.raises(DataError, match=r"too many.*\n  python tools/measure_lengths"):
-        packing.load_lengths(stores["a"], "a", "train", "generate", "chat", other)
+        list(packing.load_lengths(stores["a"], "a", "train", "generate", "chat", other))
     stores["a"].append(record(99))
     with pytest.raises(DataError, match="made again"):
         load()

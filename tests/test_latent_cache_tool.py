@@ -146,7 +146,10 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     for source in given["data"]["sources"]:
         del source["cache"]
     (tmp_path / "config.json").write_text(json.dumps(given))
-    workdir.check(epath.Path(tmp_path), cfg)
+    assert workdir.check(epath.Path(tmp_path), cfg).data.packing == cfg.data.packing
+    del given["data"]["packing"]  # its rows were made in another way, and stay so
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    assert workdir.check(epath.Path(tmp_path), cfg).data.packing == 1
     cfg.data.sources[0].cache = "elsewhere"
     with pytest.raises(CheckpointError, match="data.sources"):
         workdir.check(epath.Path(tmp_path), cfg)

@@ -108,6 +108,32 @@ def test_a_packed_row_trains_as_its_samples_do(made, task):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", [1, 2])
+def test_a_compacted_row_has_the_losses_of_one_with_gaps(stores, chat, monkeypatch, task):
+    spread, dense = (
+        rows.Rows(
+            data_config(
+                sources=MIX[:2], row_len=192, gen_slots=GEN, und_slots=UND, packing=packing
+            ),
+            MODEL,
+            chat,
+        )
+        for packing in (1, 2)
+    )
+    monkeypatch.setattr(dense, "samples", spread.samples)
+    _, params, vae_params = golden.model()
+    total = jax.jit(lambda batch: sums(params, vae_params, batch)[0])
+    for r in range(40):
+        a, b = spread.row(r)[0], dense.row(r)[0]
+        if task in a["slot_task"] and (a["slot_start"] != b["slot_start"]).any():
+            got, want = total(stack([b])), total(stack([a]))
+            for name in losses.TASKS:
+                np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
+            return
+    pytest.fail("no row has a gap")
+
+
+@pytest.mark.slow
 def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(made):
     def wanted(row):
         return (row["slot_task"] == 1).sum() >= 2 and any(

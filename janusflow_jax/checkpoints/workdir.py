@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -61,17 +62,21 @@ def explained(workdir: epath.Path) -> Iterator[None]:
         raise CheckpointError(explain(error, workdir)) from error
 
 
-def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ()) -> None:
+def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ()) -> TrainConfig:
     """Checks that the run in a folder has this config, apart from MAY_CHANGE and `may_change`.
 
+    Returns:
+      The config, with the packing that the run began with.
     Raises:
       CheckpointError: it has another config (lists every difference).
     """
     file = workdir / "config.json"
     if not file.exists():
-        return
+        return _with_packing(cfg, newest_run(workdir).get("config"))  # of a branch that begins
+    values = _stored_config(file)
+    cfg = _with_packing(cfg, values)
     # Fields that the run's version did not have get their defaults.
-    then = config_lib.from_dict(TrainConfig, _stored_config(file))
+    then = _with_packing(config_lib.from_dict(TrainConfig, values), values)
     old, new = config_lib.to_dict(then), config_lib.to_dict(cfg)
     if recorded_data(workdir):  # what the data are is known; where they lie may change
         for source in itertools.chain(old["data"]["sources"], new["data"]["sources"]):
@@ -83,6 +88,15 @@ def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ())
             f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
             "(--config.workdir=...), or the old config to resume it"
         )
+    return cfg
+
+
+def _with_packing(cfg: TrainConfig, stored: dict[str, Any] | None) -> TrainConfig:
+    """A config with the packing of a stored one, which is 1 if it is older than that field."""
+    if not stored:
+        return cfg
+    packing = stored.get("data", {}).get("packing", 1)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, packing=packing))
 
 
 def branch(workdir: epath.Path, cfg: TrainConfig, source: str) -> None:

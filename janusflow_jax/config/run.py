@@ -73,6 +73,8 @@ class DataConfig:
     num_threads: int = zero_or_more(2)
     # of samples; above it (and above 20 bad ones) the run stops
     max_bad_share: float = between(0.01, 0, 1)
+    # How samples become rows. A resumed run keeps its own: 1 if it began before there was a 2.
+    packing: int = limited(2, lambda version: version in (1, 2), "1 or 2")
     cached_features: bool = True  # REPA reads them where caches have them; off: SigLIP runs
 
     @property

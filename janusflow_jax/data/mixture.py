@@ -67,7 +67,8 @@ def row_shares(
 ) -> tuple[list[int], float]:
     """Shares of rows that give the wanted shares of positions.
 
-    Text-only data fills what images leave free; what it still lacks it gets as rows of its own.
+    Text-only data fills what images leave free, up to half of its share, and gets the rest as rows
+    of its own: in the tails it is read in short stretches only.
 
     Args:
       weights: wanted shares of positions, any scale.
@@ -79,15 +80,11 @@ def row_shares(
     want = np.asarray(weights, np.float64) / np.sum(weights)
     is_text = np.asarray(text, bool)
     rows = want / np.asarray(fill, np.float64)
-    text_want, image_rows = float(want[is_text].sum()), float(rows[~is_text].sum())
+    text_want, tails = float(want[is_text].sum()), float((rows - want)[~is_text].sum())
     filler = 0.0
-    if text_want and image_rows:
-        if image_rows < 1:  # every free tail is filled, and text has rows of its own
-            filler = 1.0
-            rows[is_text] = (1 - image_rows) * want[is_text] / text_want
-        else:
-            filler = text_want / (image_rows - 1 + text_want)
-            rows[is_text] = 0
+    if text_want > 0 and tails > 0:
+        filler = min(text_want / 2 / tails, 1.0)
+        rows[is_text] *= 1 - filler * tails / text_want
     shares = np.round(rows / rows.sum() * SHARE_UNITS).astype(int)
     shares[rows > 0] = np.maximum(shares[rows > 0], 1)
     shares[int(np.argmax(shares))] += SHARE_UNITS - int(shares.sum())

@@ -4,16 +4,19 @@
     samples  `divide`        stretches of records, none longer than a row
     bins     `pack`          samples that fill a row together
 
-This is done once, when a run opens the source. A unit and a sample are defined in `samples`; which
-bin a row holds is arithmetic (`mixture`).
+This is done once, when a run opens the source, without a loop over records or samples: there may be
+hundreds of millions. A unit and a sample are defined in `samples`; which bin a row holds is
+arithmetic (`mixture`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +26,13 @@ from jaxtyping import Bool
 
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
-from janusflow_jax.data import chat_format, samples as samples_lib, sources
+from janusflow_jax.data import chat_format, mixture, samples as samples_lib, sources
 from janusflow_jax.data.sources import Fields
 
 SMALL = 100_000
 """A run measures up to this many records itself; more need tools/measure_lengths.py."""
+CHUNK = 1 << 20
+"""Records or samples that are taken at a time: memory then holds little beside the result."""
 
 
 # --- lengths of records, in tokens
@@ -137,8 +142,9 @@ def store_lengths(file: epath.Path, lengths: Lengths, chat: chat_format.ChatForm
 
 def load_lengths(
     source: Any, path: str, split: str, task: str, form: str, chat: chat_format.ChatFormat
-) -> Lengths:
-    """The stored lengths. A small data set that has none is measured, and its lengths are stored.
+) -> Iterator[Lengths]:
+    """The stored lengths, of CHUNK records at a time. A small data set that has none is measured,
+    and its lengths are stored.
 
     Args:
       source: the open split.
@@ -152,18 +158,20 @@ def load_lengths(
     fields = getattr(source, "fields", ())
     file = lengths_path(path, split, task, form, chat, fields)
     if file.exists():
-        with np.load(io.BytesIO(file.read_bytes())) as stored:
-            lengths = Lengths(*(stored[name] for name in Lengths._fields))
-        if len(lengths) == len(source):
-            return lengths
-        problem = f"expected {len(source)} lengths; got {len(lengths)}: the data set was made again"
+        with contextlib.closing(_read_lengths(file)) as chunks:
+            count = next(chunks)
+            if count == len(source):
+                yield from chunks
+                return
+        problem = f"expected {len(source)} lengths; got {count}: the data set was made again"
     elif len(source) <= SMALL:
         lengths = measure_lengths(source, task, form, chat)
         try:
             store_lengths(file, lengths, chat)
         except OSError as e:
             logging.warning("%s: cannot store lengths for the next run (%s)", file, e)
-        return lengths
+        yield lengths
+        return
     else:
         problem = (
             f"expected stored lengths; got none, and {len(source):,} records are too many to "
@@ -176,49 +184,94 @@ def load_lengths(
     )
 
 
+def _read_lengths(file: epath.Path) -> Generator[Any, None, None]:
+    """The number of records, then the lengths of CHUNK records at a time."""
+    with contextlib.ExitStack() as stack:
+        archive = zipfile.ZipFile(stack.enter_context(file.open("rb")))
+        streams, sizes, dtypes = {}, {}, {}
+        for name in Lengths._fields:
+            streams[name] = stack.enter_context(archive.open(f"{name}.npy"))
+            np.lib.format.read_magic(streams[name])
+            (sizes[name],), _, dtypes[name] = np.lib.format.read_array_header_1_0(streams[name])
+
+        def read(name: str, count: int) -> np.ndarray:
+            data = streams[name].read(count * dtypes[name].itemsize)
+            return np.frombuffer(data, dtypes[name])
+
+        left = sizes["offsets"] - 1
+        yield left
+        offsets = read("offsets", 1)
+        while True:
+            count = min(left, CHUNK)
+            offsets = np.concatenate([offsets[-1:], read("offsets", count)])
+            units = int(offsets[-1] - offsets[0])
+            columns = [read(name, units) for name in ("first", "more", "images")]
+            yield Lengths(offsets - offsets[0], read("text", count), *columns)
+            left -= count
+            if not left:
+                return
+
+
 # --- samples that fit a row
 
 
 class Samples(NamedTuple):
-    """Samples of a source. Each is a stretch of one record.
+    """Samples of a source, in columns of unsigned integers.
 
-    `begin` and `end` count units of the record, or tokens after BOS of a text-only record (see
-    `samples.encode`).
+    Each is a stretch of one record. `begin` and `end` count units of the record, or tokens after
+    BOS of a text-only record (see `samples.encode`).
     """
 
-    record: np.ndarray  # int64[n]
-    begin: np.ndarray  # int64[n]
-    end: np.ndarray  # int64[n]
-    length: np.ndarray  # int64[n], positions in the row
-    images: np.ndarray  # int64[n]
+    record: np.ndarray  # [n]
+    begin: np.ndarray  # [n]
+    end: np.ndarray  # [n]
+    length: np.ndarray  # [n], positions in the row
+    images: np.ndarray  # [n]
 
 
 def divide(
-    lengths: Lengths, slot_len: int, row_len: int, slots: int, head: int
+    chunks: Iterable[Lengths], slot_len: int, row_len: int, slots: int, head: int
 ) -> tuple[Samples, int]:
     """Divides every record into as few samples as its units allow.
 
     Conversations are divided between turns, documents in front of images, text anywhere.
 
     Args:
-      lengths: of the records, in tokens.
+      chunks: lengths of the records, in tokens, in one piece or several.
       slot_len: positions of an image.
       row_len, slots: positions and images of a row.
       head: tokens in front of every sample (BOS).
     Returns:
-      (samples in the order of their records, number of units that no row can hold).
+      (samples, number of units that no row can hold).
     """
-    text = _divide_text(lengths, np.flatnonzero(lengths.text), row_len, head)
-    rest, left_out = _divide_units(lengths, np.flatnonzero(~lengths.text), slot_len, row_len, slots)
-    columns = [np.concatenate(pair) for pair in zip(text, rest, strict=True)]
-    order = np.argsort(columns[0], kind="stable")
-    return Samples(*(column[order] for column in columns)), left_out
+    # Buffers that grow in place: a list of arrays would be in memory twice when it is joined.
+    columns = [bytearray() for _ in Samples._fields]
+    kinds = (*3 * [np.uint32], np.min_scalar_type(row_len), np.min_scalar_type(slots))
+    num_records = left_out = 0
+    for lengths in chunks:
+        text = _divide_text(lengths, np.flatnonzero(lengths.text), row_len, head)
+        records = np.flatnonzero(~lengths.text)
+        rest, lost = _divide_units(lengths, records, slot_len, row_len, slots)
+        text.record[:] += num_records
+        rest.record[:] += num_records
+        num_records, left_out = num_records + len(lengths), left_out + lost
+        for column, kind, *values in zip(columns, kinds, text, rest, strict=True):
+            column += np.concatenate(values).astype(kind).tobytes()
+    return Samples(*map(_column, columns, kinds)), left_out
+
+
+def _column(data: bytearray, kind: Any) -> np.ndarray:
+    """A buffer as an array. A value that all samples share takes no memory."""
+    values = np.frombuffer(data, kind)
+    if len(values) and values.min() == values.max():
+        return np.broadcast_to(values[0].copy(), values.shape)
+    return values
 
 
 def _divide_text(lengths: Lengths, records: np.ndarray, row_len: int, head: int) -> Samples:
     """Samples of a record have equal lengths, to within one token, so that none is tiny."""
-    size = lengths.first[lengths.offsets[records]].astype(np.int64) - head
-    count = np.maximum(-(-size // (row_len - head)), 1)
+    size = np.maximum(lengths.first[lengths.offsets[records]].astype(np.int64) - head, 1)
+    count = -(-size // (row_len - head))
     first = np.repeat(np.cumsum(count) - count, count)
     place = np.arange(len(first)) - first
     record, size, count = (np.repeat(x, count) for x in (records, size, count))
@@ -229,108 +282,189 @@ def _divide_text(lengths: Lengths, records: np.ndarray, row_len: int, head: int)
 def _divide_units(
     lengths: Lengths, records: np.ndarray, slot_len: int, row_len: int, slots: int
 ) -> tuple[Samples, int]:
-    """Takes the units of each record in order, as many to a sample as fit."""
+    """Takes the units of each record in order, as many to a sample as fit.
+
+    All records take their first unit together, then those that have one their second, and so on.
+    """
     images = lengths.images.astype(np.int64)
     # A record that makes no sample has length 0. It is packed, so that it is reported when its
     # turn comes.
     first = np.maximum(lengths.first + images * slot_len, 1)
     more = lengths.more + images * slot_len
-    starts, ends = lengths.offsets[records], lengths.offsets[records + 1]
-    if (ends - starts == 1).all():  # images with captions, without a loop: there may be millions
-        fits = (first[starts] <= row_len) & (images[starts] <= slots)
-        at, zero = starts[fits], np.zeros(int(fits.sum()), np.int64)
-        samples = Samples(records[fits], zero, zero + 1, first[at], images[at])
-        return samples, int((~fits).sum())
-    out: list[tuple[int, int, int, int, int]] = []
-    left_out = 0
-    for record, a, b in zip(records.tolist(), starts.tolist(), ends.tolist(), strict=True):
-        begin, length, held = a, 0, 0  # of the open sample; length 0: none is open
-        for unit in range(a, b):
-            fits = length + more[unit] <= row_len and held + images[unit] <= slots
-            if length and fits:
-                length, held = length + int(more[unit]), held + int(images[unit])
-                continue
-            if length:
-                out.append((record, begin - a, unit - a, length, held))
-            begin, length, held = unit, int(first[unit]), int(images[unit])
-            if length > row_len or held > slots:
-                length, left_out = 0, left_out + 1
-        if length:
-            out.append((record, begin - a, b - a, length, held))
-    return Samples(*np.array(out, np.int64).reshape(-1, 5).T), left_out
+    count = np.diff(lengths.offsets)[records]
+    order = np.argsort(-count, kind="stable")
+    records, count = records[order], count[order]
+    # The open sample of each record; length 0: none is open.
+    begin, length, held = np.zeros((3, len(records)), np.int64)
+    closed, left_out = [], 0
+    for i in range(int(count.max(initial=0))):
+        n = int(np.searchsorted(-count, -i))  # records with more than i units
+        unit = lengths.offsets[records[:n]] + i
+        is_open = length[:n] > 0
+        fits = (length[:n] + more[unit] <= row_len) & (held[:n] + images[unit] <= slots)
+        ends = np.flatnonzero(is_open & ~fits)
+        closed.append((records[ends], begin[ends], 0 * ends + i, length[ends], held[ends]))
+        joins = is_open & fits
+        begin[:n] = np.where(joins, begin[:n], i)
+        held[:n] = np.where(joins, held[:n], 0) + images[unit]
+        length[:n] = np.where(joins, length[:n] + more[unit], first[unit])
+        too_long = (length[:n] > row_len) | (held[:n] > slots)
+        length[:n][too_long] = 0
+        left_out += int(too_long.sum())
+    ends = np.flatnonzero(length)
+    closed.append((records[ends], begin[ends], count[ends], length[ends], held[ends]))
+    return Samples(*(np.concatenate(column) for column in zip(*closed, strict=True))), left_out
 
 
 # --- bins
 
 
 class Placed(NamedTuple):
-    """A sample of a bin: a row of `Samples`, and its first position in the bin."""
+    """A sample of a bin: a row of `Samples`."""
 
     record: int
     begin: int
     end: int
     length: int
     images: int
-    offset: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """Samples packed into rows: bin b holds samples [starts[b], starts[b + 1])."""
+    """Samples packed into rows.
 
-    starts: np.ndarray  # int64[num_bins + 1]
-    samples: Samples  # in the order of the bins
-    offsets: np.ndarray  # int64[num_samples], first position of each in its bin
+    Samples of equal length and number of images are a *class*; they can replace each other. Bins
+    that take the same numbers from the same classes are a *group*, and all of its bins are one
+    entry here. Which samples of a class a bin holds is drawn anew for each epoch.
+    """
+
+    samples: Samples
+    order: np.ndarray  # int32[num_samples], numbers of samples, class after class
+    class_starts: np.ndarray  # int64[num_classes + 1], places in `order`
+    class_length: np.ndarray  # int64[num_classes], positions of a sample
+    group_starts: np.ndarray  # int64[num_groups + 1], bins
+    groups: list[list[tuple[int, int, int]]]
+    """Of a group: (class, first, count). Its bin j holds `count` samples of the class, numbers
+    first + j * count on."""
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return int(self.group_starts[-1])
 
-    def __getitem__(self, b: int) -> list[Placed]:
-        inside = slice(self.starts[b], self.starts[b + 1])
-        columns = (column[inside].tolist() for column in (*self.samples, self.offsets))
-        return [Placed(*values) for values in zip(*columns, strict=True)]
+    @property
+    def num_positions(self) -> int:
+        """Positions of all samples."""
+        return int(np.diff(self.class_starts) @ self.class_length)
+
+    def bin(self, b: int, key: tuple[int, ...] = ()) -> list[Placed]:
+        """The samples of a bin, longest first.
+
+        Args: key: chooses which samples of a class the bins hold; (): those of the first records
+          are in the first bins.
+        """
+        group = int(np.searchsorted(self.group_starts, b, side="right")) - 1
+        j = b - int(self.group_starts[group])
+        out = []
+        for c, first, count in self.groups[group]:
+            start, end = self.class_starts[c : c + 2].tolist()
+            for place in range(first + j * count, first + (j + 1) * count):
+                if key:
+                    place = mixture.permute(place, end - start, (*key, c))
+                out.append(self._sample(start + place))
+        return out
+
+    def at_position(self, position: int) -> Placed:
+        """The sample that holds a position, counted over all samples (see `num_positions`)."""
+        sizes = np.diff(self.class_starts) * self.class_length
+        ends = np.cumsum(sizes)
+        c = int(np.searchsorted(ends, position, side="right"))
+        place = (position - (ends[c] - sizes[c])) // self.class_length[c]
+        return self._sample(int(self.class_starts[c] + place))
+
+    def _sample(self, place: int) -> Placed:
+        number = self.order[place]
+        return Placed(*(int(column[number]) for column in self.samples))
 
 
 def pack(samples: Samples, row_len: int, slots: int) -> Bins:
     """First-fit decreasing: each sample, longest first, goes to the first bin that has room.
+
+    All samples of a class are placed at once.
 
     Args:
       samples: with lengths from 1 to row_len, and at most `slots` images.
       row_len: positions of a bin.
       slots: images that fit into a bin.
     """
-    order = np.argsort(-samples.length, kind="stable")
-    # Two binary trees. A leaf holds the room and the free slots of a bin, a node above it the
-    # maximum of what is below. There are never more bins than samples.
-    num_leaves = 1 << max(len(order) - 1, 0).bit_length()
-    room, free = [row_len] * (2 * num_leaves), [slots] * (2 * num_leaves)
-    bins, offsets = np.zeros(len(order), np.int64), np.zeros(len(order), np.int64)
-    sizes = zip(samples.length[order].tolist(), samples.images[order].tolist(), strict=True)
-    for i, (length, images) in enumerate(sizes):
-        node = _first_fit(room, free, length, images)
-        bins[i], offsets[i] = node - num_leaves, row_len - room[node]
-        room[node] -= length
-        free[node] -= images
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
-            free[node] = max(free[2 * node], free[2 * node + 1])
-    by_bin = np.argsort(bins, kind="stable")
+    order, counts = _sort(samples, row_len, slots)
+    keys = np.flatnonzero(counts)
+    class_length, class_images = row_len - keys // (slots + 1), slots - keys % (slots + 1)
+    # Groups in the order of their bins: room, free slots, number of bins. The last group is empty
+    # and never runs out.
+    state = np.array([[row_len], [slots], [len(order) + 1]])
+    groups: list[list[tuple[int, int, int]]] = [[]]
+    classes = zip(class_length.tolist(), class_images.tolist(), counts[keys].tolist(), strict=True)
+    for c, (length, images, count) in enumerate(classes):
+        room, free, size = state
+        fit = room // length  # samples that fit each bin of a group
+        if images:
+            fit = np.minimum(fit, free // images)
+        ends = np.cumsum(fit * size)
+        split = int(np.searchsorted(ends, count, side="right"))  # the groups in front are filled
+        for g in np.flatnonzero(fit[:split]).tolist():
+            groups[g].append((c, int(ends[g] - fit[g] * size[g]), int(fit[g])))
+        room[:split] -= fit[:split] * length
+        free[:split] -= fit[:split] * images
+        first = int(ends[split - 1]) if split else 0
+        if first == count:
+            continue
+        # The next group falls apart: bins that are filled, one with what is left, untouched ones.
+        filled, rest = divmod(count - first, int(fit[split]))
+        parts = [(filled, int(fit[split])), (min(rest, 1), rest)]
+        parts.append((int(size[split]) - sum(bins for bins, _ in parts), 0))
+        columns, pieces, before = [], [], 0
+        for bins, held in parts:
+            if bins:
+                columns.append((room[split] - held * length, free[split] - held * images, bins))
+                pieces.append([(k, at + before * n, n) for k, at, n in groups[split]])
+            if held and bins:
+                pieces[-1].append((c, first, held))
+            first, before = first + bins * held, before + bins
+        groups[split : split + 1] = pieces
+        state = np.concatenate([state[:, :split], np.transpose(columns), state[:, split + 1 :]], 1)
     return Bins(
-        starts=np.concatenate([[0], np.bincount(bins).cumsum()]).astype(np.int64),
-        samples=Samples(*(column[order[by_bin]] for column in samples)),
-        offsets=offsets[by_bin],
+        samples=samples,
+        order=order,
+        class_starts=np.concatenate([[0], np.cumsum(counts[keys])]),
+        class_length=class_length,
+        group_starts=np.concatenate([[0], np.cumsum(state[2, :-1])]),
+        groups=groups[:-1],
     )
 
 
-def _first_fit(room: list[int], free: list[int], length: int, images: int) -> int:
-    """The first leaf with enough room and free slots."""
-    num_leaves = len(room) // 2
-    nodes = [1]
-    while True:  # the two maxima of a node may be of different bins: then search further right
-        node = nodes.pop()
-        while room[node] >= length and free[node] >= images:
-            if node >= num_leaves:
-                return node
-            nodes.append(2 * node + 1)
-            node = 2 * node
+def _sort(samples: Samples, row_len: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts samples by length and images, the greatest first; equal ones keep their order.
+
+    Returns:
+      (numbers of the samples, count of each key), key = (row_len - length) * (slots + 1) + slots -
+      images.
+    """
+    num_samples, num_keys = len(samples.length), (row_len + 1) * (slots + 1)
+    chunks = [slice(i, i + CHUNK) for i in range(0, num_samples, CHUNK)]
+
+    def keys(chunk: slice) -> np.ndarray:
+        length = samples.length[chunk].astype(np.int64)
+        key = (row_len - length) * (slots + 1) + slots - samples.images[chunk]
+        return key.astype(np.min_scalar_type(num_keys))  # numpy sorts 16 bits much faster
+
+    counts = np.zeros(num_keys, np.int64)
+    for chunk in chunks:
+        counts += np.bincount(keys(chunk), minlength=num_keys)
+    order = np.empty(num_samples, np.min_scalar_type(num_samples))
+    free = np.cumsum(counts) - counts  # first free place of each key
+    for chunk in chunks:
+        key = keys(chunk)
+        by_key, count = np.argsort(key, kind="stable"), np.bincount(key, minlength=num_keys)
+        shift = free - (np.cumsum(count) - count)
+        order[np.arange(len(key)) + shift[key[by_key]]] = by_key + chunk.start
+        free += count
+    return order, counts

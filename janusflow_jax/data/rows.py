@@ -8,6 +8,8 @@ A *row* is a sequence of `row_len` positions with up to K image *slots*. It hold
     image slots          pixels, or what a cache holds instead (`slots`)
     a free tail          text, where the mixture has some
 
+A caption that is shorter than its record's longest leaves no gap: the next sample follows it.
+
 The bin, the caption, the crop and the dropped prompts follow from the row's number and the seed
 alone. So the same row comes out on any host, with any number of threads, after any restart.
 """
@@ -124,9 +126,7 @@ class Rows:
             for task in ("generate", "understand")
         )
         self.slots = slots_lib.Slots(cfg, model, gen, und, repa)
-        self.fill = [
-            int(s.bins.samples.length.sum()) / (len(s.bins) * cfg.row_len) for s in self.sources
-        ]
+        self.fill = [s.bins.num_positions / (len(s.bins) * cfg.row_len) for s in self.sources]
         is_text = [s.task == NONE for s in self.sources]
         self.mixtures = mixture_lib.mixtures(cfg.phases(), self.fill, is_text)
 
@@ -143,12 +143,12 @@ class Rows:
         Raises:
           DataError: the store cannot be read.
         """
-        which, _, b = self.locate(row)
-        source = self.sources[which]
+        source, bin_samples = self.samples(row)
         out, bad = self._padding(row), []
         slot = self.slots.first(source.task)
         segment = end = 0
-        for segment, placed in enumerate(source.bins[b], start=1):
+        for segment, placed in enumerate(bin_samples, start=1):
+            length = placed.length
             # The caption, the crop and whether the prompt is dropped are drawn by this key.
             key = (self.cfg.seed, row, segment - 1 if source.task == NONE else slot)
             try:
@@ -159,7 +159,9 @@ class Rows:
                         f"as measured; got {len(sample.tokens)} and {len(sample.images)}: measure "
                         "lengths again"
                     )
-                starts = [placed.offset + start for start in sample.slot_starts]
+                if self.cfg.packing > 1:
+                    length = len(sample.tokens)
+                starts = [end + start for start in sample.slot_starts]
                 self.slots.fill(
                     out, source.task, slot, starts, sample.images, source.cache, placed.record
                 )
@@ -169,9 +171,9 @@ class Rows:
                 drop_prompt = source.task == GENERATE and mixture_lib.bernoulli(
                     key, mixture_lib.DROP_PROMPT, self.cfg.drop_prompt
                 )
-                _write(out, sample, source.index, placed.offset, segment, drop_prompt)
+                _write(out, sample, source.index, end, segment, drop_prompt)
             slot += placed.images
-            end = placed.offset + placed.length
+            end += length
         if source.task != NONE:
             bad += self._fill_tail(out, row, end, segment)
         return out, bad
@@ -185,11 +187,17 @@ class Rows:
         key = (self.cfg.seed, source.key, epoch)
         return which, epoch, mixture_lib.permute(place, len(source.bins), key)
 
+    def samples(self, row: int) -> tuple[Source, list[packing.Placed]]:
+        """A row's source, and the samples of its bin, in order."""
+        which, epoch, b = self.locate(row)
+        source = self.sources[which]
+        key = (self.cfg.seed, source.key, epoch) if self.cfg.packing > 1 else ()
+        return source, source.bins.bin(b, key)
+
     def records(self, row: int) -> tuple[str, list[int]]:
         """Name of a row's source, and the numbers of the records in the row, in order."""
-        which, _, b = self.locate(row)
-        source = self.sources[which]
-        return source.name, [placed.record for placed in source.bins[b]]
+        source, bin_samples = self.samples(row)
+        return source.name, [placed.record for placed in bin_samples]
 
     def _mixture(self, row: int) -> mixture_lib.Mixture:
         """The mixture that holds for a row."""
@@ -209,7 +217,7 @@ class Rows:
         }
 
     def _read_sample(
-        self, source: Source, record: int, key: tuple[int, ...], begin: int = 0, end: int = -1
+        self, source: Source, record: int, key: tuple[int, ...], begin: int, end: int
     ) -> samples.Sample:
         """Units [begin, end) of a record, with a caption drawn by `key`."""
 
@@ -226,24 +234,22 @@ class Rows:
         self, out: dict[str, np.ndarray], row: int, end: int, segment: int
     ) -> list[BadSample]:
         """Fills the positions from `end` on with random stretches of text, in the part of the rows
-        that the mixture wants; returns bad records."""
+        that the mixture wants; returns bad records. Every token of a source is as likely."""
         mixture = self._mixture(row)
         if not mixture_lib.bernoulli((self.cfg.seed, row), mixture_lib.FILL_TAIL, mixture.filler):
             return []
         texts = [i for i, s in enumerate(self.sources) if s.task == NONE]
         weights = np.array([mixture.weights[i] for i in texts], np.float64)
         draw = mixture_lib.generator((self.cfg.seed, row, segment), mixture_lib.FILL_TAIL)
-        head = int(self.chat.add_bos)
         while (room := self.cfg.row_len - end) >= _MIN_FILLER:
             source = self.sources[texts[int(draw.choice(len(texts), p=weights / weights.sum()))]]
-            record = int(draw.integers(len(source.records)))
+            placed = source.bins.at_position(int(draw.integers(source.bins.num_positions)))
             try:
-                sample = self._read_sample(source, record, (self.cfg.seed, row, segment))
+                record = source.records[placed.record]
+                unit_range = placed.begin, placed.end
+                sample = samples.excerpt(record, self.chat, unit_range, room, draw.integers)
             except DataError as error:
-                return [_bad_sample(row, source, record, error)]
-            if len(sample.tokens) > room:
-                start = int(draw.integers(len(sample.tokens) - room + 1))
-                sample = sample.cut(start, start + room - head, head)
+                return [_bad_sample(row, source, placed.record, error)]
             segment += 1
             _write(out, sample, source.index, end, segment)
             end += len(sample.tokens)
@@ -266,7 +272,7 @@ class Rows:
         for s, fill, share in zip(self.sources, self.fill, self.shares(mixture), strict=True):
             left_out = f"; {s.left_out} too long, left out" if s.left_out else ""
             lines.append(
-                f"{s.name} ({s.cfg.task}): {len(s.bins.offsets)} samples of {len(s.records)} "
+                f"{s.name} ({s.cfg.task}): {len(s.bins.order)} samples of {len(s.records)} "
                 f"records in {len(s.bins)} bins, {fill:.1%} of positions used, {share:.1%} of the "
                 f"mixture{left_out}"
             )
@@ -286,6 +292,13 @@ class Rows:
             raise DataError(
                 f"{cfg.label}: expected samples that fit data.row_len {row_len} and the slots of "
                 f"task {cfg.task}; none of its {len(records)} records makes one"
+            )
+        many_images = int(divided.images.max()) > int(divided.images.min())
+        if self.cfg.packing == 1 and (cfg.task == "text" or many_images):
+            raise DataError(
+                f"{name}: expected data.packing 2 for text and for several images in a sample; got "
+                "1, as in runs of older versions: start a new run from its checkpoint "
+                "(--config.start=..., another --config.workdir)"
             )
         bins = packing.pack(divided, row_len, slots)
         cache = latent_cache.Cache(cfg.cache) if cfg.cache else None

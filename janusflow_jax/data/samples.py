@@ -29,6 +29,8 @@ from janusflow_jax.data import chat_format
 
 QUESTION = "Describe the picture."
 """What a user asks about an image that has only captions."""
+_CHARACTERS = 4
+"""Of a token, about; see `excerpt`."""
 
 Turns = list[dict[str, str]]
 
@@ -224,6 +226,41 @@ def encode(
         raise DataError(f"expected more than {begin} exchanges, as measured; got {len(images)}")
     inside = slice(sum(images[:begin]), sum(images[:end]))
     return _sample(encode_units(begin, end, True), images_of(record)[inside])
+
+
+def excerpt(
+    record: dict[str, Any],
+    chat: chat_format.ChatFormat,
+    units: tuple[int, int],
+    room: int,
+    draw: Callable[[int], Any],
+) -> Sample:
+    """A random stretch of a text-only record, of at most `room` positions.
+
+    A text is tokenized where it is read only, however long it is.
+
+    Args:
+      units: [begin, end) of a conversation.
+      draw: n -> a random integer below n.
+    Raises:
+      DataError: the record makes no sample.
+    """
+    head = int(chat.add_bos)
+    if kind(record, "text") != "text":
+        sample = encode(record, "text", "chat", chat, lambda n: 0, *units)
+        start = int(draw(max(len(sample.tokens) - room, 0) + 1))
+        size = len(sample.tokens) - head
+        return sample.cut(start, min(start + room - head, size), head)
+    texts = texts_of(record)
+    text = texts[int(draw(len(texts)))]
+    start = int(draw(max(len(text) - _CHARACTERS * room, 0) + 1))
+    if start:  # between two words, where there are words
+        start = max(text.find(" ", start, start + 32), start)
+    end = start + 4 * _CHARACTERS * room
+    sample = _sample(chat.plain_text(text[start:end]), [])
+    is_open = end < len(text)  # the text goes on: no eos
+    size = max(len(sample.tokens) - head - is_open, 1)
+    return sample.cut(0, min(size, room - head), head)
 
 
 def _caption(

@@ -162,7 +162,7 @@ class _Source:
         packed = rows.sources[0]
         self._num_rows = min(cfg.evaluate.rows, len(packed.bins))  # with fewer bins: all, once
         self._all_rows = self._num_rows == len(packed.bins)
-        bins = [packed.bins[rows.locate(row)[2]] for row in range(self._num_rows)]
+        bins = [rows.samples(row)[1] for row in range(self._num_rows)]
         self._num_records = len(packed.records)
         self._content = packed.identity()["content"]
         self._num_samples = sum(map(len, bins))

@@ -115,7 +115,8 @@ def open_run(
     workdir = workdir_of(cfg)
     with processes.together("opening the run"):
         before = workdir_lib.newest_run(workdir)
-        workdir_lib.check(workdir, cfg, _RATE if before and not _rate_change(before, cfg) else ())
+        may_change = _RATE if before and not _rate_change(before, cfg) else ()
+        cfg = workdir_lib.check(workdir, cfg, may_change)
         started, resumed = initialization.resolve_start(cfg, workdir)
         initialization.check_files(started)
     start = initialization.find_start(started, resumed)
