@@ -27,8 +27,6 @@ Costs 50,000 steps of 512 packed rows of 4,096 positions (D 13,000, E 37,000): a
 F. Packed rows are as long as at 384 px and hold 13 images of 256 px instead of 6.
 """
 
-import dataclasses
-
 from janusflow_jax import config as c
 from janusflow_jax.config import stages
 
@@ -59,10 +57,11 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         start=START,
         train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder" or letter == "C"),
         optim=c.OptimConfig(lr=1e-4, warmup_steps=2000),
+        loss=c.LossConfig(norm="mixture"),
         num_steps=steps,
     )
     cfg.data.change_row = change * cfg.batch_rows
-    cfg.loss = dataclasses.replace(cfg.loss, repa_weight=0.0 if letter in "AD" else 1.0)
+    cfg.loss.repa_weight = 0.0 if letter in "AD" else 1.0
     if letter in "BC":
         cfg.model.und_encoder = "shared" if letter == "B" else "own"
         cfg.model.repa_target = "siglip"
@@ -72,4 +71,5 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     if letter == "E":  # no text loss: training the head would only cost memory
         llm = ("llm/embedding", "llm/layers", "llm/norm")
         cfg.train_parts = (*llm, *(p for p in cfg.train_parts if p != "llm"))
+    cfg = stages.long_run(cfg)
     return stages.test_twin(cfg) if "test" in names else cfg

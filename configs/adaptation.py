@@ -25,6 +25,8 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         start=stages.START,
         train_parts=stages.ADAPTED,
         optim=c.OptimConfig(lr=1e-4, warmup_steps=2000),
+        loss=c.LossConfig(norm="mixture"),
         num_steps=10_000,
     )
+    cfg = stages.long_run(cfg)
     return stages.test_twin(cfg) if "test" in names else cfg

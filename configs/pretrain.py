@@ -24,7 +24,9 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         start="-".join(["runs/adaptation", *sorted(names)]),
         train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder"),
         optim=c.OptimConfig(lr=1e-4, warmup_steps=2000),
+        loss=c.LossConfig(norm="mixture"),
         num_steps=390_000,
     )
     cfg.data.change_row = 10_000 * cfg.batch_rows
+    cfg = stages.long_run(cfg)
     return stages.test_twin(cfg) if "test" in names else cfg

@@ -24,7 +24,9 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         start="-".join(["runs/pretrain", *sorted(names)]),
         train_parts=c.MODEL_PARTS,
         optim=c.OptimConfig(lr=2e-5, warmup_steps=1000),
+        loss=c.LossConfig(norm="mixture"),
         batch_rows=256,
         num_steps=26_000,
     )
+    cfg = stages.long_run(cfg)
     return stages.test_twin(cfg) if "test" in names else cfg

@@ -74,11 +74,8 @@ def test_every_length_counts_and_the_bytes_of_the_set():
     assert rows.sources.digest(many) != before
     ones = np.ones(10_000, np.int32)
     other = np.where(np.arange(10_000) == 77, 2, ones)
-    lengths, changed = (
-        rows.packing.Lengths(np.arange(10_001), ones > 1, first, ones, ones)
-        for first in (ones, other)
-    )
-    assert lengths.digest() != changed.digest()
+    before, changed = (rows.packing.Samples(ones, ones, ones, x, ones) for x in (ones, other))
+    assert before.digest() != changed.digest()
 
 
 def save_config(folder, cfg) -> None:

@@ -56,7 +56,7 @@ ABLATIONS = {
     "F": "all",
 }
 """The ablations of the paper's table 5, by letter (configs/ablation.py, configs/emoji.py)."""
-STAGE_PROMPTS = (
+LONG_RUN_PROMPTS = (
     "a red apple on a wooden table",
     "a photo of a cat and a dog",
     "three green bottles on a shelf",
@@ -66,7 +66,7 @@ STAGE_PROMPTS = (
     "a bowl of ramen, top view",
     "a street sign that says STOP",
 )
-"""What the stages generate images for: objects, counts, colors, places, styles, text."""
+"""What a long run generates images for: objects, counts, colors, places, styles, text."""
 DATA = {"understand": "data/understand", "generate": "data/generate", "text": "data/text"}
 
 
@@ -91,8 +91,6 @@ def stage(
 ) -> c.TrainConfig:
     """A 1.3B run on packed rows, with the values that all stages share.
 
-    Every data set needs a split `heldout`: held-out losses are measured every 5,000 steps.
-
     Args:
       names: arguments of the config; '256' changes the size.
       weights: task -> shares of positions (before, after the change; -1: the same).
@@ -110,33 +108,38 @@ def stage(
             row_len=ROW_LEN,
             gen_slots=slots if "generate" in tasks else 0,
             und_slots=slots if "understand" in tasks else 0,
-            num_threads=16,  # they wait for records of a remote store
         ),
-        loss=c.LossConfig(norm="mixture"),
         mesh=c.MeshConfig(data=-1, fsdp=8, tensor=1),
         dtype="bfloat16",
         batch_rows=512,
         log_every_steps=20,
-        save_every_steps=250,
+        save_every_steps=1000,
         keep_checkpoints=3,
-        keep_every_steps=10_000,
-        watchdog_s=600.0,
-        watchdog_exit=True,
-        evaluate=c.EvalConfig(
-            sources=tuple(
-                dataclasses.replace(s, split="heldout", weight=1.0, weight_after=-1.0)
-                for s in mixture
-            ),
-            rows=256,
-            every_steps=5000,
-        ),
-        sheet_every_steps=5000,
-        prompts=STAGE_PROMPTS if "generate" in tasks else (),
-        tensorboard=True,
     )
     for name, value in fields.items():
         setattr(cfg, name, value)
+    return cfg
+
+
+def long_run(cfg: c.TrainConfig) -> c.TrainConfig:
+    """Adds what a run of days needs: held-out losses, images and TensorBoard to watch it,
+    checkpoints to go back to, a watchdog, a guard against spikes, and threads that wait for records
+    of a remote store.
+
+    Every data set needs a split `heldout`.
+    """
+    cfg.data.num_threads = 16
     cfg.optim.max_norm_ratio = 10.0
+    cfg.save_every_steps, cfg.keep_every_steps = 250, 10_000
+    cfg.watchdog_s, cfg.watchdog_exit = 600.0, True
+    held = tuple(
+        dataclasses.replace(s, split="heldout", weight=1.0, weight_after=-1.0, cache="")
+        for s in cfg.data.sources
+    )
+    cfg.evaluate = c.EvalConfig(sources=held, rows=256, every_steps=5000)
+    cfg.sheet_every_steps = 5000
+    cfg.prompts = LONG_RUN_PROMPTS if cfg.data.gen_slots else ()
+    cfg.tensorboard = True
     return cfg
 
 

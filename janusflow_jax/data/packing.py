@@ -54,12 +54,6 @@ class Lengths(NamedTuple):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def digest(self) -> str:
-        total = hashlib.sha256()
-        for column in self:
-            total.update(np.ascontiguousarray(column).data)
-        return total.hexdigest()
-
 
 def measure_lengths(source: Any, task: str, form: str, chat: chat_format.ChatFormat) -> Lengths:
     """Lengths of the units of each record, in a task and form."""
@@ -227,6 +221,13 @@ class Samples(NamedTuple):
     end: np.ndarray  # [n]
     length: np.ndarray  # [n], positions in the row
     images: np.ndarray  # [n]
+
+    def digest(self) -> str:
+        """SHA-256 of all columns."""
+        total = hashlib.sha256()
+        for column in self:
+            total.update(np.ascontiguousarray(column).data)
+        return total.hexdigest()
 
 
 def divide(

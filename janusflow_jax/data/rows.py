@@ -64,7 +64,7 @@ class Source:
     bins: packing.Bins
     left_out: int  # units that no row can hold
     cache: latent_cache.Cache | None
-    lengths: str  # digest of the lengths of all records
+    lengths: str  # digest of its samples and their lengths
 
     @property
     def name(self) -> str:
@@ -296,13 +296,14 @@ class Rows:
         many_images = int(divided.images.max()) > int(divided.images.min())
         if self.cfg.packing == 1 and (cfg.task == "text" or many_images):
             raise DataError(
-                f"{name}: expected data.packing 2 for text and for several images in a sample; got "
-                "1, as in runs of older versions: start a new run from its checkpoint "
+                f"{cfg.label}: expected data.packing 2 for text and for several images in a "
+                "sample; got 1, as in runs of older versions: start a new run from its checkpoint "
                 "(--config.start=..., another --config.workdir)"
             )
+        digest = divided.digest()
         bins = packing.pack(divided, row_len, slots)
         cache = latent_cache.Cache(cfg.cache) if cfg.cache else None
-        return Source(cfg, index, records, bins, left_out, cache, lengths.digest())
+        return Source(cfg, index, records, bins, left_out, cache, digest)
 
 
 def _bad_sample(row: int, source: Source, record: int, error: DataError) -> BadSample:

@@ -243,8 +243,11 @@ def _in_batches(
 
     for count, out in _ahead(begin(), 1):
         host = {kind: np.asarray(x) for kind, x in out.items()}
-        if problems := trees.non_finite(host, "the encoders' values"):
-            raise DataError(f"{problems[0]}: set --compute-dtype float32, or check the model")
+        if names := trees.non_finite(host):
+            raise DataError(
+                f"the encoders' {names[0]}: {trees.NON_FINITE}: set --compute-dtype float32, or "
+                "check the model"
+            )
         for i in range(count):
             yield {kind: x[i] for kind, x in host.items()}
 
