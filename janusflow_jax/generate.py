@@ -14,6 +14,7 @@ import jax
 
 from janusflow_jax import cli, pipeline
 from janusflow_jax.config.errors import JanusFlowError
+from janusflow_jax.config.files import read_lines
 from janusflow_jax.eval import provenance, sheet
 from janusflow_jax.sampling import inputs
 
@@ -65,8 +66,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, then those of the file."""
     prompts = list(args.prompt)
     if args.prompts:
-        lines = pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line for line in read_lines(pathlib.Path(args.prompts)) if line]
     if not prompts:
         raise JanusFlowError(
             "expected --prompt TEXT or --prompts FILE with text in it; got no prompt"

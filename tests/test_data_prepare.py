@@ -230,7 +230,7 @@ def test_a_run_with_other_options_or_inputs_is_refused(tmp_path):
 
 def test_no_good_record_is_an_error_with_the_reasons(tmp_path):
     text = tmp_path / "a.txt"
-    text.write_bytes(b"\xff\xfe\n\0")
+    text.write_bytes(b"\xff\n\0")
     with pytest.raises(DataError, match="(?s)no record.*text: not UTF-8"):
         run(Options("text", (str(text),), kind="text"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset_info.json").exists()

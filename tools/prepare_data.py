@@ -30,6 +30,7 @@ from etils import epath
 from PIL import Image
 
 from janusflow_jax import cli
+from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format
 from janusflow_jax.data.prepare import build, engines, parquet, report
@@ -149,8 +150,7 @@ def options_of(args: argparse.Namespace) -> Options:
     values |= {"inputs": tuple(args.inputs), "kind": args.kind or kinds[0]}
     values |= {"classes": (), "lengths": ()}
     if args.classes:
-        lines = epath.Path(args.classes).read_text(encoding="utf-8").splitlines()
-        values["classes"] = tuple(line.strip() for line in lines)
+        values["classes"] = tuple(files.read_lines(epath.Path(args.classes)))
     if args.format == "parquet" and not args.kind:
         values["kind"] = parquet.guess_kind(args.inputs, args.image_field)
     if args.tokenizer:

@@ -20,6 +20,7 @@ from etils import epath
 from PIL import Image
 
 from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.files import text_encoding
 from janusflow_jax.data import images
 from janusflow_jax.data.prepare import inputs
 from janusflow_jax.data.prepare.inputs import Skipped
@@ -242,7 +243,7 @@ def clean_text(value: Any, what: str, max_chars: int) -> str:
     r"""The text, stripped, with \n at line ends.
 
     Args:
-      value: str, UTF-8 bytes (a byte order mark is dropped), or the path of a file.
+      value: str, bytes (UTF-8, or UTF-16 with a byte order mark), or the path of a file.
       what: its name in reasons: caption, turn, text, id.
       max_chars: longer texts are refused.
     Raises:
@@ -256,7 +257,7 @@ def clean_text(value: Any, what: str, max_chars: int) -> str:
         if len(value) > 4 * max_chars:  # perhaps cut within a character
             raise Skipped(f"{what}: too long", f"more than {4 * max_chars:,} bytes")
         try:
-            value = value.decode("utf-8")
+            value = value.decode(text_encoding(value))
         except UnicodeDecodeError as e:
             near = value[e.start : e.start + 8]
             raise Skipped(f"{what}: not UTF-8", f"byte {e.start}: {near!r}") from e
@@ -321,8 +322,7 @@ def conversation(value: Any, num_images: int, options: Options) -> list[dict[str
 
     Args:
       value: turns {from, value}, {role, content} (content: text, or a list of texts and images) or
-        {user, assistant}; {role: [...], content: [...]}, as datasets and tfds store a list of
-        turns; any of them as JSON text.
+        {user, assistant}; a struct of lists of their fields; any of them as JSON text.
       num_images: the number of images of the record.
       options: limits, image marker and tag.
     Raises:
@@ -330,16 +330,12 @@ def conversation(value: Any, num_images: int, options: Options) -> list[dict[str
     """
     if value is None:
         raise Skipped("conversation: missing")
-    if isinstance(value, str):
+    if isinstance(value, (str, bytes)):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
             raise Skipped("conversation: not a list of turns", str(e)) from e
-    if isinstance(value, dict) and isinstance(value.get("role"), list):  # a struct of lists
-        roles, contents = value["role"], value.get("content")
-        if not isinstance(contents, list) or len(contents) != len(roles):
-            raise Skipped("conversation: not a list of turns", "roles without contents")
-        value = [{"role": r, "content": x} for r, x in zip(roles, contents, strict=True)]
+    value = _unstack(value)
     if not isinstance(value, list):
         raise Skipped("conversation: not a list of turns", type(value).__name__)
     turns: list[dict[str, str]] = []
@@ -372,6 +368,16 @@ def conversation(value: Any, num_images: int, options: Options) -> list[dict[str
     return turns
 
 
+def _unstack(value: Any) -> Any:
+    """A struct of lists, as datasets and tfds store a list of structs, as that list again."""
+    if not isinstance(value, dict) or not value:
+        return value
+    columns = list(value.values())
+    if any(not isinstance(x, list) or len(x) != len(columns[0]) for x in columns):
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def _turn(turn: Any, marker: str) -> tuple[str, Any]:
     """(our role, content) of one turn."""
     if not isinstance(turn, dict):
@@ -384,6 +390,7 @@ def _turn(turn: Any, marker: str) -> tuple[str, Any]:
     name = "user" if role in USER_ROLES else "assistant" if role in ASSISTANT_ROLES else role
     if name not in ("user", "assistant", "system"):
         raise Skipped("conversation: unknown role", role[:40])
+    content = _unstack(content)
     if isinstance(content, list):
         content = "".join(_part(part, marker) for part in content)
     return name, content
