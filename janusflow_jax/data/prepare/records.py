@@ -76,7 +76,7 @@ class Options:
     documents: str = "line"  # format text, .txt: line | file
     image_marker: str = "<image>"
     image_tag: str = "<image_placeholder>"
-    heldout: float = 0.0  # share of the records, chosen by a hash of the id
+    heldout: float = 0.0  # share of the records, chosen by a hash of the id, no image in both
     tokenizer: str = ""
     lengths: tuple[str, ...] = ()  # TASK:FORM
     max_side: int = 0  # pixels; larger images are shrunk; 0: images stay as they are
@@ -162,12 +162,16 @@ def _brief(value: Any) -> str:
 
 
 def split_of(record_id: str, heldout: float) -> str:
-    """train or heldout, by a hash of the id alone: a larger share keeps what was held out."""
+    """train or heldout, by a hash of the id alone: a larger share keeps what was held out.
+
+    Of records that share an image, `build` takes the split of one for all.
+    """
     return SPLITS[int(hash64(record_id, "split") / 2**64 < heldout)]
 
 
-def hash64(text: str, purpose: str) -> int:
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose.encode())
+def hash64(value: str | bytes, purpose: str) -> int:
+    data = value.encode() if isinstance(value, str) else value
+    digest = hashlib.blake2b(data, digest_size=8, person=purpose.encode())
     return int.from_bytes(digest.digest(), "big")
 
 
