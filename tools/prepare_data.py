@@ -36,6 +36,7 @@ from janusflow_jax.data import chat_format
 from janusflow_jax.data.prepare import build, engines, parquet, report
 from janusflow_jax.data.prepare.records import KINDS, Options
 
+_WITH_IMAGES = ("--kind captions", "--kind conversation", "--kind document")
 _BOTH = ("understand:chat", "understand:plain")
 LENGTHS = {
     "captions": (*_BOTH, "generate:chat", "generate:plain"),
@@ -45,6 +46,29 @@ LENGTHS = {
 }
 """The default of --lengths: all that a training config can ask for. The order is a part of
 plan.json, by which an unfinished run resumes."""
+
+
+READ_BY = {
+    "images": ("folder --rows", "llava", "parquet"),
+    "rows": ("folder --rows",),
+    "image_field": ("folder --rows", "webdataset", "parquet", "llava"),
+    "text_field": ("folder --rows", "webdataset", "parquet", "llava", "text"),
+    "id_field": ("folder --rows", "parquet", "llava", "text"),
+    "classes": ("webdataset",),
+    "documents": ("text",),
+    "shard_records": ("folder", "folder --rows", "parquet", "llava", "text --documents file"),
+    "beam": ("--engine beam",),
+    "ray_address": ("--engine ray",),
+    "workers": ("--engine local",),
+    "image_marker": ("--kind conversation", "--kind document"),
+    "max_chars": ("--kind captions", "--kind conversation"),
+    "max_side": _WITH_IMAGES,
+    "min_side": _WITH_IMAGES,
+    "max_aspect": _WITH_IMAGES,
+    "max_pixels": _WITH_IMAGES,
+    "max_bytes": _WITH_IMAGES,
+}
+"""Option -> what reads it; all read the others. Elsewhere it is an error, not silence."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -141,8 +165,6 @@ def options_of(args: argparse.Namespace) -> Options:
         raise DataError(f"--max-side: expected at least --min-side; got {args.max_side}")
     if args.shard_records < 1:
         raise DataError(f"--shard-records: expected at least 1; got {args.shard_records}")
-    if args.rows and args.format != "folder":
-        raise DataError(f"--rows: expected the format folder; got {args.format}")
     if (args.lengths or args.dry_run) and not args.tokenizer:
         raise DataError("--lengths and --dry-run: expected --tokenizer too; got none")
     names = {field.name for field in dataclasses.fields(Options)}
@@ -153,10 +175,28 @@ def options_of(args: argparse.Namespace) -> Options:
         values["classes"] = tuple(files.read_lines(epath.Path(args.classes)))
     if args.format == "parquet" and not args.kind:
         values["kind"] = parquet.guess_kind(args.inputs, args.image_field)
+    _check_read(args, values["kind"])
     if args.tokenizer:
         values["lengths"] = tuple(args.lengths or LENGTHS[values["kind"]])
         values["image_tag"] = chat_format.ChatFormat.load(args.tokenizer, 1).image_tag
     return Options(**values)
+
+
+def _check_read(args: argparse.Namespace, kind: str) -> None:
+    """Raises DataError for an option that this run would not read."""
+    form = "folder --rows" if args.format == "folder" and args.rows else args.format
+    run = [form, f"--engine {args.engine}", f"--kind {kind}"]
+    if args.documents == "file":
+        run.append(f"{form} --documents file")
+    default = parser().get_default
+    for option, readers in READ_BY.items():
+        if getattr(args, option) != default(option) and not set(readers) & set(run):
+            raise DataError(
+                f"`{option}`: expected {' or '.join(readers)}, which read it; got "
+                f"{', '.join(run)}: leave it out"
+            )
+    if args.id_field and args.ids == "place":
+        raise DataError("`id_field`: expected --ids given; got place: leave one out")
 
 
 def main() -> int:

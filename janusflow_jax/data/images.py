@@ -140,7 +140,7 @@ def _name_of(data: bytes) -> str:
     """Another format, or the first bytes."""
     for offset, start, name in _OTHER_FORMATS:
         if data.startswith(start, offset):
-            return f"{name}: convert it (ImageMagick: `magick mogrify -format png FILES`)"
+            return f"{name}: convert it (ImageMagick: `mogrify -format png FILES`)"
     return f"{len(data)} bytes that begin {data[:8]!r}"
 
 
