@@ -478,7 +478,7 @@ def test_the_dry_run_writes_a_sheet_and_nothing_else(folder, tmp_path, monkeypat
         (["text", "x", "--lengths", "text:chat"], "--tokenizer too"),
         (["text", "x", "--tokenizer", "nowhere"], "expected a tokenizer folder"),
         (["text", "x", "--kind", "captions"], "--kind: expected one of text"),
-        (["text", "x", "--rows", "a.csv"], "--rows: expected the format folder"),
+        (["text", "x", "--rows", "a.csv"], "--rows: expected folder"),
         (["text", "x", "--shard-records", "0"], "--shard-records: expected at least 1"),
     ],
 )

@@ -50,13 +50,13 @@ plan.json, by which an unfinished run resumes."""
 
 READ_BY = {
     "images": ("folder --rows", "llava", "parquet"),
-    "rows": ("folder --rows",),
+    "rows": ("folder",),
     "image_field": ("folder --rows", "webdataset", "parquet", "llava"),
     "text_field": ("folder --rows", "webdataset", "parquet", "llava", "text"),
     "id_field": ("folder --rows", "parquet", "llava", "text"),
     "classes": ("webdataset",),
     "documents": ("text",),
-    "shard_records": ("folder", "folder --rows", "parquet", "llava", "text --documents file"),
+    "shard_records": ("folder", "parquet", "llava", "text --documents file"),
     "beam": ("--engine beam",),
     "ray_address": ("--engine ray",),
     "workers": ("--engine local",),
@@ -77,7 +77,11 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("format", choices=list(build.FORMATS))
-    p.add_argument("inputs", nargs="+", help="files, quoted patterns with *, or folders")
+    p.add_argument(
+        "inputs",
+        nargs="+",
+        help="files, quoted patterns with *, or folders; read in natural order (2 before 10)",
+    )
     p.add_argument("--out", required=True, help="folder to make")
     p.add_argument(
         "--overwrite", action="store_true", help="replace a data set that this tool prepared"
@@ -93,7 +97,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--kind", choices=KINDS, help="what a record is; default: by format, or parquet's columns"
     )
-    p.add_argument("--heldout", type=float, default=0.0, help="share that becomes split heldout")
+    p.add_argument(
+        "--heldout",
+        type=float,
+        default=0.0,
+        help="share that becomes split heldout; no image is in both",
+    )
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     p.add_argument("--engine", choices=("local", "beam", "ray"), default="local")
     p.add_argument(
@@ -114,10 +123,17 @@ def parser() -> argparse.ArgumentParser:
         help="show ten samples, and their images in this file; prepare nothing",
     )
     where = p.add_argument_group("where things are")
-    where.add_argument("--images", default="", help="folder that paths of images are relative to")
+    where.add_argument(
+        "--images",
+        default="",
+        help="folder of the images (JPEG, PNG, WebP), which rows name by paths in it; links in it "
+        "are followed",
+    )
     where.add_argument("--rows", default="", help="folder: a .jsonl or .csv file of the images")
-    where.add_argument("--image-field", default="", help="field or column of the image")
-    where.add_argument("--text-field", default="", help="of the caption, turns or text")
+    where.add_argument("--image-field", default="", help="field, column or member of the image")
+    where.add_argument(
+        "--text-field", default="", help="of the caption, turns or text; a/b is b in a"
+    )
     where.add_argument("--id-field", default="", help="of the id")
     where.add_argument(
         "--ids",
@@ -184,10 +200,9 @@ def options_of(args: argparse.Namespace) -> Options:
 
 def _check_read(args: argparse.Namespace, kind: str) -> None:
     """Raises DataError for an option that this run would not read."""
-    form = "folder --rows" if args.format == "folder" and args.rows else args.format
-    run = [form, f"--engine {args.engine}", f"--kind {kind}"]
-    if args.documents == "file":
-        run.append(f"{form} --documents file")
+    run = [args.format, f"--engine {args.engine}", f"--kind {kind}"]
+    run += [f"{args.format} --rows"] if args.rows else []
+    run += [f"{args.format} --documents file"] if args.documents == "file" else []
     default = parser().get_default
     for option, readers in READ_BY.items():
         if getattr(args, option) != default(option) and not set(readers) & set(run):

@@ -18,6 +18,7 @@ from etils import epath
 from jaxtyping import Int
 
 from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.files import LFS_HELP, LFS_POINTER
 
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual "
@@ -112,7 +113,9 @@ class ChatFormat:
             )
             tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as e:  # tokenizers raises plain Exception
-            raise DataError(f"{path}: expected tokenizer files; cannot read them: {e}") from e
+            is_pointer = any(data.startswith(LFS_POINTER) for data in files.values())
+            reason = LFS_HELP if is_pointer else f"cannot read them: {e}"
+            raise DataError(f"{path}: expected tokenizer files; {reason}") from e
         # NOTE(parity): as transformers does, special_tokens_map.json overrides a config that does
         # not list the added tokens itself.
         special = config if "added_tokens_decoder" in config else config | special
