@@ -11,7 +11,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from etils import epath
@@ -230,7 +230,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if profile:
         mode = "L" if is_gray else "CMYK" if image.mode == "CMYK" else "RGB"
         if transform := _to_srgb(profile, mode):
-            return ImageCms.applyTransform(image.convert(mode), transform)
+            return cast(Image.Image, ImageCms.applyTransform(image.convert(mode), transform))
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
@@ -251,11 +251,10 @@ def _to_srgb(profile: bytes, mode: str) -> Any:
         return None
     if mode == "CMYK":
         return transform
-    grid = np.stack(np.meshgrid(*[np.arange(0, 256, 51, np.uint8)] * 3), -1).reshape(1, -1, 3)
-    colors = Image.fromarray(grid).convert(mode)
-    change = np.subtract(
-        ImageCms.applyTransform(colors, transform), colors.convert("RGB"), dtype=int
-    )
+    grid = np.stack(np.meshgrid(*[np.arange(0, 256, 51)] * 3), -1).reshape(1, -1, 3)
+    colors = Image.fromarray(grid.astype(np.uint8)).convert(mode)
+    shown = cast(Image.Image, ImageCms.applyTransform(colors, transform))
+    change = np.asarray(shown).astype(int) - np.asarray(colors.convert("RGB"))
     return transform if np.abs(change).max() > SRGB_TOLERANCE else None
 
 

@@ -146,7 +146,7 @@ def to_record(row: Any, place_id: str, options: Options) -> tuple[dict[str, Any]
             raise Skipped("text: missing", _fields(row))
         return record | {"text": clean_text(content, "text", options.max_document)}, []
     image_field = field_of(row, options.image_field, IMAGE_FIELDS)
-    values = _listed(row.get(image_field))
+    values = _listed(row[image_field]) if image_field else []
     if options.kind == "conversation":
         content = _turns(content)
         values = _images_of_turns(content, values)
@@ -181,7 +181,8 @@ def _content(row: dict[str, Any], options: Options) -> Any:
     """The caption or captions, turns or text; `sentences/raw` is the field raw of sentences."""
     outer, _, inner = options.text_field.partition("/")
     if not inner or options.text_field in row:
-        return row.get(field_of(row, options.text_field, CONTENT_FIELDS[options.kind]))
+        field = field_of(row, options.text_field, CONTENT_FIELDS[options.kind])
+        return row[field] if field else None
     value = row.get(outer)
     if isinstance(value, list):
         return [part.get(inner) for part in value if isinstance(part, dict)]
@@ -473,12 +474,7 @@ def _turns(value: Any) -> Any:
             raise Skipped("conversation: not a list of turns", str(e)) from e
     value = _unstack(value)
     if not (value is None or isinstance(value, list)):
-        detail = (
-            f"{type(value).__name__} {', '.join(map(str, value))[:80]}"
-            if isinstance(value, dict)
-            else type(value).__name__
-        )
-        raise Skipped("conversation: not a list of turns", detail)
+        raise Skipped("conversation: not a list of turns", _brief(value))
     return value
 
 
