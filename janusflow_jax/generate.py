@@ -20,7 +20,7 @@ from etils import epath
 from janusflow_jax import cli, pipeline
 from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import DivergedError, JanusFlowError
-from janusflow_jax.config.files import naming
+from janusflow_jax.config.files import naming, read_lines
 from janusflow_jax.eval import provenance, sheet
 from janusflow_jax.parallel import numerics
 from janusflow_jax.sampling import inputs
@@ -76,8 +76,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, then those of the file."""
     prompts = list(args.prompt)
     if args.prompts:
-        lines = config_files.resolve(args.prompts).read_text(encoding="utf-8").splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line for line in read_lines(config_files.resolve(args.prompts)) if line]
     if not prompts:
         raise JanusFlowError(
             "expected --prompt TEXT or --prompts FILE with text in it; got no prompt"

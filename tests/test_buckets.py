@@ -220,7 +220,7 @@ def test_a_data_set_and_its_cache_in_a_bucket(bucket, tmp_path):
     remote, local = (sources.open_source(x, "train") for x in (f"{fake.URL}/data", "local"))
     assert len(remote) == 5 and [remote[i] for i in range(5)] == [local[i] for i in range(5)]
     chat = chat_format.ChatFormat.load(records.HUB)
-    lengths = packing.load_lengths(remote, remote.path, "train", "generate", "plain", chat)
+    (lengths,) = packing.load_lengths(remote, remote.path, "train", "generate", "plain", chat)
     assert len(lengths) == 5
 
     manifest = latent_cache.Manifest(

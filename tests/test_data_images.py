@@ -45,6 +45,21 @@ def test_lossless_formats_come_back(kind):
     np.testing.assert_array_equal(got, noise())
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        *("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"),
+        *("LAB", "F", "I;16", "I;16B"),
+    ],
+)
+def test_an_open_image_of_every_mode_becomes_rgb(mode):
+    colors = {"CMYK": 0, "YCbCr": (255, 128, 128), "HSV": (0, 0, 255), "LAB": (255, 128, 128)}
+    white = colors.get(mode, 65535 if mode.startswith("I") else "white")
+    image = Image.new("LA" if mode == "PA" else mode, (8, 6), white)
+    got = images.read(image.convert("PA") if mode == "PA" else image)
+    assert got.shape == (6, 8, 3) and got.dtype == np.uint8 and got.min() >= 253
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "I;16"])
 def test_every_mode_becomes_rgb(mode):
     flat = Image.new("RGB", (8, 6), (255, 255, 255))
@@ -75,6 +90,103 @@ def test_transparent_is_white(mode):
 def test_exif_turns_the_image():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to show it
+    got = images.decode(encode(Image.fromarray(noise()), exif=exif))
+    np.testing.assert_array_equal(got, np.rot90(noise(), -1))
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+_swapped = SRGB.replace(b"rXYZ", b"____").replace(b"gXYZ", b"rXYZ").replace(b"____", b"gXYZ")
+"""A color profile whose red is sRGB's green, and its green sRGB's red."""
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    ("profile", "want"),
+    [
+        (None, (60, 200, 40)),
+        (SRGB, (60, 200, 40)),
+        (_swapped, (200, 60, 40)),
+        (_swapped[:200], (60, 200, 40)),
+        (b"no profile", (60, 200, 40)),
+    ],
+)
+def test_a_color_profile_becomes_srgb(kind, profile, want):
+    flat = Image.new("RGB", (16, 16), (60, 200, 40))
+    options: dict = {"PNG": {}, "JPEG": {"quality": 100}, "WEBP": {"lossless": True}}[kind]
+    data = encode(flat, kind, **options, **({"icc_profile": profile} if profile else {}))
+    got = images.decode(data)
+    assert np.abs(got.astype(int) - want).max() <= 2
+    np.testing.assert_array_equal(images.read(Image.open(io.BytesIO(data))), got)
+    if profile == SRGB:  # bit for bit as without one
+        np.testing.assert_array_equal(got, images.decode(encode(flat, kind, **options)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "want"),
+    [("RGBA", (255, 255, 255)), ("P", (200, 60, 40)), ("L", (60, 60, 60)), ("LA", (60, 60, 60))],
+)
+def test_a_color_profile_in_other_modes(mode, want):
+    """Transparent is white in any profile; a profile of RGB means nothing in a gray image."""
+    color = {"RGBA": (60, 200, 40, 0), "L": 60, "LA": (60, 255)}.get(mode)
+    image = Image.new(mode, (8, 8), color) if color else Image.new("RGB", (8, 8), (60, 200, 40))
+    image = image if color else image.quantize(2)
+    got = images.decode(encode(image, icc_profile=_swapped))
+    assert np.abs(got.astype(int) - want).max() <= 2
+
+
+def _chunk(kind: bytes, body: bytes, crc: int | None = None) -> bytes:
+    crc = zlib.crc32(kind + body) if crc is None else crc
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+
+def _segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21))),
+        _chunk(b"zTXt", b"a\0\5b"),
+        _chunk(b"tEXt", b"a\0b", crc=5),
+        _chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**21))),
+        _chunk(b"iCCP", b"a\0\5" + zlib.compress(b"x")),
+        _chunk(b"iCCP", b""),
+        *[_chunk(kind, b"") for kind in (b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"tRNS", b"acTL")],
+        _chunk(b"eXIf", b"none"),
+        _segment(0xE0, b"JFIF"),
+        _segment(0xE1, b"Exif\0\0MM\0*\xff\xff\xff\xff"),
+        _segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff\xfe<"),
+        _segment(0xE2, b"ICC_PROFILE\0"),
+        _segment(0xE2, b"ICC_PROFILE\0\1\1x"),
+        _segment(0xE2, b"MPF\0x"),
+        _segment(0xED, b"Photoshop 3.0\08BIM"),
+        _segment(0xEE, b"Adobe\0"),
+    ],
+)
+def test_broken_metadata_does_not_spoil_an_image(metadata):
+    """Its pixels, and an orientation beside it, are used."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    is_png = metadata[0] != 0xFF
+    kind, begin = ("PNG", 33) if is_png else ("JPEG", 2)
+    image = Image.fromarray(noise())
+    good = encode(image, kind, exif=exif)
+    spoils_exif = b"eXIf" in metadata or b"Exif" in metadata
+    want = images.decode(encode(image, kind) if spoils_exif else good)
+    got = images.decode(good[:begin] + metadata + good[begin:])
+    if not spoils_exif:
+        np.testing.assert_array_equal(got, want)
+    assert sorted(got.shape) == sorted(want.shape)
+
+
+def test_exif_that_cannot_be_written_again_still_turns_the_image():
+    """The camera's name is a number; PIL's exif_transpose fails when it writes the EXIF."""
+    make, orientation = (
+        struct.pack(">HHIf", 0x010F, 11, 1, 1),
+        struct.pack(">HHIHH", 274, 3, 1, 6, 0),
+    )
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + make + orientation + bytes(4)
     got = images.decode(encode(Image.fromarray(noise()), exif=exif))
     np.testing.assert_array_equal(got, np.rot90(noise(), -1))
 
@@ -182,8 +294,11 @@ def test_truncated_broken_and_foreign_bytes():
     png = encode(Image.fromarray(noise()))
     with pytest.raises(DataError, match="truncated or broken"):
         images.decode(png[: len(png) // 2])
-    with pytest.raises(DataError, match="JPEG, PNG, WEBP"):
-        images.decode(encode(Image.fromarray(noise()), "BMP"))
+    for kind in ("BMP", "GIF", "TIFF"):
+        with pytest.raises(DataError, match=f"JPEG, PNG, WEBP; got {kind}"):
+            images.decode(encode(Image.fromarray(noise()), kind))
+    with pytest.raises(DataError, match="git lfs pull"):
+        images.decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(DataError, match="0 bytes"):
         images.decode(b"")
     with pytest.raises(DataError, match="MiB"):
@@ -192,13 +307,9 @@ def test_truncated_broken_and_foreign_bytes():
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_200_megapixels_are_refused_before_decoding():
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + crc
-
     for side in (10_001, 20_000):
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-        data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+        data = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", b"")
         with pytest.raises(DataError, match="megapixels"):
             images.decode(data)
 

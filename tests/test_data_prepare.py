@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import csv
+import itertools
 import json
 import os
 import runpy
@@ -19,7 +20,7 @@ from etils import epath
 from helpers import scenes
 
 from janusflow_jax.config.errors import DataError, JanusFlowError
-from janusflow_jax.data import chat_format, images, packing, sources
+from janusflow_jax.data import chat_format, images, packing, samples, sources
 from janusflow_jax.data.prepare import (
     build,
     engines,
@@ -119,6 +120,79 @@ def test_a_larger_heldout_share_keeps_what_was_held_out():
         {i for i in ids if records.split_of(i, share) == "heldout"} for share in (0.01, 0.1)
     )
     assert small < large and 5 < len(small) < 40 and 150 < len(large) < 250
+
+
+def _captions_of_an_image(folder: Path) -> list[dict]:
+    return [{"image": f"{i % 12}.jpg", "caption": f"caption {i}"} for i in range(60)]
+
+
+def _copies_of_an_image(folder: Path) -> list[dict]:
+    for i in range(12):
+        (folder / f"copy{i}.jpg").write_bytes((folder / f"{i}.jpg").read_bytes())
+    names = [f"{kind}{i}.jpg" for kind in ("", "copy") for i in range(12)]
+    return [{"image": name, "caption": name} for name in names]
+
+
+def _chains_of_images(folder: Path) -> list[dict]:
+    """Each record shares an image with the next of its chain; the first and last share none."""
+    chains = [(0, 1, 2, 3), (4, 5, 6), (7, 8), (9, 10, 11)]
+    turns = [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "Yes."}]
+    links = [(a, b) for chain in chains for a, b in itertools.pairwise(chain)]
+    links = sorted(links, key=lambda x: x[0] % 3)  # a chain lies in several shards
+    return [{"images": [f"{a}.jpg", f"{b}.jpg"], "conversations": turns} for a, b in links]
+
+
+@pytest.mark.parametrize("shard_records", [4, 1000])
+@pytest.mark.parametrize(
+    ("rows_of", "kind", "groups"),
+    [
+        (_captions_of_an_image, "captions", 12),
+        (_copies_of_an_image, "captions", 12),
+        (_chains_of_images, "conversation", 4),
+    ],
+)
+def test_no_image_is_in_two_splits(rows_of, kind, groups, shard_records, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for i in range(12):
+        (source / f"{i}.jpg").write_bytes(scenes.encoded(quality=60 + i))
+    rows = rows_of(source)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    form = "understand:chat"
+    changes = {"rows": str(tmp_path / "rows.jsonl"), "kind": kind, "lengths": (form,)}
+    opts = options(source, heldout=0.5, shard_records=shard_records, **changes)
+    report = run(opts, tmp_path / "out")
+    chat, found = chat_format.ChatFormat.load(HUB), {}
+    for split in ("train", "heldout"):
+        data = sources.open_source(tmp_path / "out", split)
+        assert len(data) == report.records[split]
+        found[split] = [data[i] for i in range(len(data))]
+        stored = packing.load_lengths(
+            data, str(tmp_path / "out"), split, "understand", "chat", chat
+        )
+        (got,) = stored
+            data, str(tmp_path / "out"), split, "understand", "chat", chat
+        )
+        want = packing.measure_lengths(data, "understand", "chat", chat)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+    pictures = {
+        split: {image for record in records_ for image in samples.images_of(record)}
+        for split, records_ in found.items()
+    }
+    assert pictures["train"] and pictures["heldout"]
+    assert not pictures["train"] & pictures["heldout"]
+    assert len(pictures["train"] | pictures["heldout"]) == 12
+    assert len(found["train"]) + len(found["heldout"]) == len(rows) > groups
+
+
+def test_images_of_their_own_leave_the_split_to_the_id(tmp_path):
+    """The data set is that of a division by record, whatever the shards."""
+    source = make_folder(tmp_path / "in", 30)
+    run(options(source, heldout=0.4), tmp_path / "out")
+    for split in ("train", "heldout"):
+        ids = [record["id"] for record in stored(tmp_path / "out", split)]
+        assert ids == [i for i in sorted(ids) if records.split_of(i, 0.4) == split]
 
 
 def command(folder: Path, out: Path, *arguments: str) -> list[str]:
@@ -247,7 +321,7 @@ def test_a_run_with_other_options_or_inputs_is_refused(tmp_path):
 
 def test_no_good_record_is_an_error_with_the_reasons(tmp_path):
     text = tmp_path / "a.txt"
-    text.write_bytes(b"\xff\xfe\n\0")
+    text.write_bytes(b"\xff\n\0")
     with pytest.raises(DataError, match="(?s)no record.*text: not UTF-8"):
         run(Options("text", (str(text),), kind="text"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset_info.json").exists()
@@ -428,7 +502,7 @@ def test_the_dry_run_writes_a_sheet_and_nothing_else(folder, tmp_path, monkeypat
         (["text", "x", "--lengths", "text:chat"], "--tokenizer too"),
         (["text", "x", "--tokenizer", "nowhere"], "expected a tokenizer folder"),
         (["text", "x", "--kind", "captions"], "--kind: expected one of text"),
-        (["text", "x", "--rows", "a.csv"], "--rows: expected the format folder"),
+        (["text", "x", "--rows", "a.csv"], "--rows: expected folder"),
         (["text", "x", "--shard-records", "0"], "--shard-records: expected at least 1"),
     ],
 )

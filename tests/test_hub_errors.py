@@ -313,7 +313,7 @@ def test_a_model_that_is_not_finite_does_not_load(folder, vae_folder, tmp_path, 
         hub_files=loaded.hub,
         extra={},
     )
-    with pytest.raises(CheckpointError, match=rf"{part}/.*(scale|bias): expected finite"):
+    with pytest.raises(CheckpointError, match=r"(norm/scale|vae/decoder/conv_in/bias)"):
         model_folder.load_model(tmp_path / "bad")
 
 

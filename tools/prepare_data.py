@@ -42,6 +42,7 @@ from janusflow_jax.data import chat_format
 from janusflow_jax.data.prepare import build, engines, parquet, report
 from janusflow_jax.data.prepare.records import KINDS, Options
 
+_WITH_IMAGES = ("--kind captions", "--kind conversation", "--kind document")
 _BOTH = ("understand:chat", "understand:plain")
 LENGTHS = {
     "captions": (*_BOTH, "generate:chat", "generate:plain"),
@@ -51,6 +52,29 @@ LENGTHS = {
 }
 """The default of --lengths: all that a training config can ask for. The order is a part of
 plan.json, by which an unfinished run resumes."""
+
+
+READ_BY = {
+    "images": ("folder --rows", "llava", "parquet"),
+    "rows": ("folder",),
+    "image_field": ("folder --rows", "webdataset", "parquet", "llava"),
+    "text_field": ("folder --rows", "webdataset", "parquet", "llava", "text"),
+    "id_field": ("folder --rows", "parquet", "llava", "text"),
+    "classes": ("webdataset",),
+    "documents": ("text",),
+    "shard_records": ("folder", "parquet", "llava", "text --documents file"),
+    "beam": ("--engine beam",),
+    "ray_address": ("--engine ray",),
+    "workers": ("--engine local",),
+    "image_marker": ("--kind conversation", "--kind document"),
+    "max_chars": ("--kind captions", "--kind conversation"),
+    "max_side": _WITH_IMAGES,
+    "min_side": _WITH_IMAGES,
+    "max_aspect": _WITH_IMAGES,
+    "max_pixels": _WITH_IMAGES,
+    "max_bytes": _WITH_IMAGES,
+}
+"""Option -> what reads it; all read the others. Elsewhere it is an error, not silence."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         type=os.path.expanduser,
-        help="files, quoted patterns with *, or folders",
+        help="files, quoted patterns with *, or folders; read in natural order (2 before 10)",
     )
     p.add_argument("--out", required=True, help="folder to make")
     p.add_argument(
@@ -85,7 +109,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--kind", choices=KINDS, help="what a record is; default: by format, or parquet's columns"
     )
-    p.add_argument("--heldout", type=float, default=0.0, help="share that becomes split heldout")
+    p.add_argument(
+        "--heldout",
+        type=float,
+        default=0.0,
+        help="share that becomes split heldout; no image is in both",
+    )
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     p.add_argument("--engine", choices=("local", "beam", "ray"), default="local")
     p.add_argument(
@@ -110,7 +139,8 @@ def parser() -> argparse.ArgumentParser:
         "--images",
         type=os.path.expanduser,
         default="",
-        help="folder that paths of images are relative to",
+        help="folder of the images (JPEG, PNG, WebP), which rows name by paths in it; links in it "
+        "are followed",
     )
     where.add_argument(
         "--rows",
@@ -118,8 +148,10 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="folder: a .jsonl or .csv file of the images",
     )
-    where.add_argument("--image-field", default="", help="field or column of the image")
-    where.add_argument("--text-field", default="", help="of the caption, turns or text")
+    where.add_argument("--image-field", default="", help="field, column or member of the image")
+    where.add_argument(
+        "--text-field", default="", help="of the caption, turns or text; a/b is b in a"
+    )
     where.add_argument("--id-field", default="", help="of the id")
     where.add_argument(
         "--ids",
@@ -167,8 +199,6 @@ def options_of(args: argparse.Namespace) -> Options:
         raise DataError(f"--max-side: expected at least --min-side; got {args.max_side}")
     if args.shard_records < 1:
         raise DataError(f"--shard-records: expected at least 1; got {args.shard_records}")
-    if args.rows and args.format != "folder":
-        raise DataError(f"--rows: expected the format folder; got {args.format}")
     if (args.lengths or args.dry_run) and not args.tokenizer:
         raise DataError("--lengths and --dry-run: expected --tokenizer too; got none")
     for path in (*args.inputs, args.out, args.images, args.rows, args.classes, args.tokenizer):
@@ -178,14 +208,30 @@ def options_of(args: argparse.Namespace) -> Options:
     values |= {"inputs": tuple(args.inputs), "kind": args.kind or kinds[0]}
     values |= {"classes": (), "lengths": ()}
     if args.classes:
-        lines = epath.Path(args.classes).read_text(encoding="utf-8").splitlines()
-        values["classes"] = tuple(line.strip() for line in lines)
+        values["classes"] = tuple(files.read_lines(epath.Path(args.classes)))
     if args.format == "parquet" and not args.kind:
         values["kind"] = parquet.guess_kind(args.inputs, args.image_field)
+    _check_read(args, values["kind"])
     if args.tokenizer:
         values["lengths"] = tuple(args.lengths or LENGTHS[values["kind"]])
         values["image_tag"] = chat_format.ChatFormat.load(args.tokenizer, 1).image_tag
     return Options(**values)
+
+
+def _check_read(args: argparse.Namespace, kind: str) -> None:
+    """Raises DataError for an option that this run would not read."""
+    run = [args.format, f"--engine {args.engine}", f"--kind {kind}"]
+    run += [f"{args.format} --rows"] if args.rows else []
+    run += [f"{args.format} --documents file"] if args.documents == "file" else []
+    default = parser().get_default
+    for option, readers in READ_BY.items():
+        if getattr(args, option) != default(option) and not set(readers) & set(run):
+            raise DataError(
+                f"`{option}`: expected {' or '.join(readers)}, which read it; got "
+                f"{', '.join(run)}: leave it out"
+            )
+    if args.id_field and args.ids == "place":
+        raise DataError("`id_field`: expected --ids given; got place: leave one out")
 
 
 def main() -> int:

@@ -16,15 +16,19 @@ from etils import epath
 
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.files import LFS_HELP, LFS_POINTER
 
 SUMS_FILE, MARKER = "checksums.json", "COMMITTED"
 
 
 def read_json(path: epath.Path) -> Any:
+    data = b""
     try:
-        return json.loads(path.read_text())
+        data = path.read_bytes()
+        return json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected a JSON file; {error}") from error
+        reason = LFS_HELP if data.startswith(LFS_POINTER) else error
+        raise CheckpointError(f"{path}: expected a JSON file; {reason}") from error
 
 
 def file_sha256(path: epath.Path) -> str:

@@ -1,5 +1,6 @@
-"""Paths that a user names, and files and folders that are written whole or not at all."""
+"""Paths of users, their text files, and files and folders that are written whole or not at all."""
 
+import codecs
 import contextlib
 import fnmatch
 import functools
@@ -15,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from janusflow_jax.config import lock
-from janusflow_jax.config.errors import ConfigError
+from janusflow_jax.config.errors import ConfigError, DataError
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 """Scheme of a bucket's URL -> the package that opens it."""
@@ -88,6 +89,7 @@ def problem_of_out(
     mark: tuple[str, str],
     made: Sequence[str],
     inputs: Sequence[Any] = (),
+    may_lie_inside: bool = False,
 ) -> str:
     """Why a command must not write the folder `out`; '' if it may.
 
@@ -98,10 +100,12 @@ def problem_of_out(
       mark: a name that only a folder of this command has, and a text in that file ('': any).
       made: patterns of all names that such a folder has.
       inputs: what the command reads; `out` must be apart from each.
+      may_lie_inside: `out` may be a folder inside an input, of which the command reads other files.
     """
     place = _real(out)
     for source in map(_real, inputs):
-        if place == source or place in source.parents or source in place.parents:
+        lies_inside = source in place.parents and not may_lie_inside
+        if place == source or place in source.parents or lies_inside:
             return (
                 f"{out}: expected a folder apart from what is read; it is, holds or lies in "
                 f"{source}: choose another"
@@ -248,3 +252,44 @@ def set_aside(path: Any, error: Exception) -> None:
     remove(aside)
     path.rename(aside)
     print(f"WARNING: {path}: cannot be used ({error}); renamed to {aside.name}", flush=True)
+
+
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has not downloaded."""
+LFS_HELP = "it is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from"
+_ENCODINGS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def text_encoding(data: bytes) -> str:
+    """The encoding that a byte order mark at the begin of a file names; without one, UTF-8."""
+    return next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8")
+
+
+def read_lines(path: Any) -> list[str]:
+    r"""The lines of a text file, stripped.
+
+    Lines end with \n, \r\n or \r only: `str.splitlines` also divides at characters such as U+2028,
+    which people have inside a line.
+
+    Args: path: a `pathlib.Path` or `epath.Path`.
+    Raises:
+      DataError: the file is neither UTF-8 nor UTF-16 with a byte order mark.
+    """
+    data = path.read_bytes()
+    if data.startswith(LFS_POINTER):
+        raise DataError(f"{path}: {LFS_HELP}")
+    try:
+        text = data.decode(text_encoding(data))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected a text file in UTF-8; got another encoding ({error.reason} at byte "
+            f"{error.start}): save it as UTF-8"
+        ) from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+    return [line.strip() for line in text.split("\n")] if text else []

@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.files import LFS_HELP, LFS_POINTER
 
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual "
@@ -115,7 +116,9 @@ class ChatFormat:
             values = [json.loads(files.get(name, b"{}")) for name in TOKENIZER_FILES[1:]]
             tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as e:  # tokenizers raises plain Exception
-            raise DataError(f"{path}: expected tokenizer files; cannot read them: {e}") from e
+            is_pointer = any(data.startswith(LFS_POINTER) for data in files.values())
+            reason = LFS_HELP if is_pointer else f"cannot read them: {e}"
+            raise DataError(f"{path}: expected tokenizer files; {reason}") from e
         for name, value in zip(TOKENIZER_FILES[1:], values, strict=True):
             if not isinstance(value, dict):
                 raise DataError(f"{path / name}: expected a JSON object; got {value!r:.80}")

@@ -5,17 +5,22 @@ Images stay uint8 until they are on the device (`models.encode.to_float` normali
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
-from typing import Any
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms
 
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.files import LFS_HELP, LFS_POINTER
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
@@ -26,6 +31,30 @@ GAP = 2
 """Training decodes JPEGs at no less than this many times the size that it needs."""
 GRAY = 127
 """Fills the square around an image for understanding."""
+SRGB_TOLERANCE = 2
+"""A color profile that moves no color by more than this (of 255) counts as sRGB."""
+
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_OTHER_FORMATS = (  # offset, bytes there, name
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyp", "HEIC"),
+    (0, b"<svg", "SVG"),
+)
+_TRANSPOSES = {  # of EXIF's orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# PIL warns of what `open_image` handles: large images, and metadata that it cannot read.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(
@@ -34,7 +63,7 @@ def decode(
     """Decodes JPEG, PNG or WebP (the first frame), upright.
 
     Transparent pixels become white, as on the page where the caption's author saw the image.
-    Gray, palette, 16-bit and CMYK images become RGB.
+    Gray, palette, 16-bit and CMYK images become RGB, and a color profile becomes sRGB.
 
     Args: as of `open_image`.
     Returns:
@@ -72,38 +101,94 @@ def open_image(
             "store a smaller image",
             "too many bytes",
         )
-    kind = "an image"
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DataError(
-                    f"expected at most {max_pixels / 1e6:.0f} megapixels; got {width} x {height} = "
-                    f"{width * height / 1e6:.0f}: shrink the image first",
-                    "too many pixels",
-                )
-            kind = str(image.format)
-            _shrink(image, short, long)
-            image.load()
-            return _rgb(_upright(image))
-    except DataError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    problem: Exception | None = None
+    for attempt in _without_metadata(data):
+        try:
+            with Image.open(io.BytesIO(attempt), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise DataError(
+                        f"expected at most {max_pixels / 1e6:.0f} megapixels; got {width} x "
+                        f"{height} = {width * height / 1e6:.0f}: shrink the image first",
+                        "too many pixels",
+                    )
+                _shrink(image, short, long)
+                image.load()
+                return _rgb(_upright(image))
+        except (DataError, MemoryError):
+            raise
+        except Image.DecompressionBombError as e:
+            raise DataError(
+                f"expected at most {max_pixels / 1e6:.0f} megapixels ({e}): shrink the image first",
+                "too many pixels",
+            ) from e
+        except Exception as e:  # PIL raises OSError, SyntaxError, ValueError, struct.error
+            problem = problem or e
+    if data.startswith(LFS_POINTER):
+        raise DataError(f"expected an image; {LFS_HELP}", "Git LFS pointer") from problem
+    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    if data.startswith((_JPEG, _PNG)) or is_webp:
         raise DataError(
-            f"expected at most {max_pixels / 1e6:.0f} megapixels ({e}): shrink the image first",
-            "too many pixels",
-        ) from e
-    except Image.UnidentifiedImageError as e:
-        raise DataError(
-            f"expected {', '.join(FORMATS)}; got {len(data)} bytes that begin {data[:8]!r}",
-            "not JPEG, PNG or WebP",
-        ) from e
-    except MemoryError:
-        raise
-    except Exception as e:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error
-        raise DataError(
-            f"{kind} of {len(data)} bytes is truncated or broken: {e}", "truncated or broken"
-        ) from e
+            f"{len(data)} bytes of an image are truncated or broken: {problem}",
+            "truncated or broken",
+        ) from problem
+    raise DataError(
+        f"expected {', '.join(FORMATS)}; got {_name_of(data)}", "not JPEG, PNG or WebP"
+    ) from problem
+
+
+def _name_of(data: bytes) -> str:
+    """Another format, or the first bytes."""
+    for offset, start, name in _OTHER_FORMATS:
+        if data.startswith(start, offset):
+            return f"{name}: convert it (ImageMagick: `mogrify -format png FILES`)"
+    return f"{len(data)} bytes that begin {data[:8]!r}"
+
+
+def _without_metadata(data: bytes) -> Iterator[bytes]:
+    """The file, then without metadata for which PIL refuses images whose pixels are good.
+
+    Less of it stays from attempt to attempt; the orientation (EXIF) always does.
+    """
+    yield data
+    if data.startswith(_PNG):
+        keeps = [(b"eXIf", b"tRNS", b"iCCP"), (b"eXIf", b"tRNS"), (b"eXIf",)]
+        select = _png_chunks
+    elif data.startswith(_JPEG):
+        keeps = [(0xE1, 0xEE, 0xE2), (0xE1, 0xEE), (0xE1,)]  # EXIF, Adobe's colors, profile
+        select = _jpeg_segments
+    else:
+        return
+    for keep in keeps:
+        bare = select(data, keep)
+        if bare != data:
+            yield bare
+        data = bare
+
+
+def _png_chunks(data: bytes, keep: tuple) -> bytes:
+    """The chunks of pixels (capital letters), and some others that are whole."""
+    out, begin = [data[:8]], 8
+    while begin < len(data):
+        name = data[begin + 4 : begin + 8]
+        end = begin + 12 + int.from_bytes(data[begin : begin + 4], "big")
+        checksum = zlib.crc32(data[begin + 4 : end - 4]).to_bytes(4, "big")
+        if name[:1].isupper() or (name in keep and data[end - 4 : end] == checksum):
+            out.append(data[begin:end])
+        begin = end
+    return b"".join(out)
+
+
+def _jpeg_segments(data: bytes, keep: tuple) -> bytes:
+    """The segments of pixels, and some of the applications' (APP0 to APP15)."""
+    out, begin = [data[:2]], 2
+    while data[begin : begin + 1] == b"\xff" and data[begin + 1 : begin + 2] != b"\xda":
+        marker = data[begin + 1]
+        end = begin + 2 + int.from_bytes(data[begin + 2 : begin + 4], "big")
+        if marker in keep or not 0xE0 <= marker <= 0xEF:
+            out.append(data[begin:end])
+        begin = end
+    return b"".join([*out, data[begin:]])
 
 
 def _shrink(image: Image.Image, short: int, long: int) -> None:
@@ -118,13 +203,22 @@ def _shrink(image: Image.Image, short: int, long: int) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation; broken EXIF is ignored."""
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image  # it copies even if upright
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001  EXIF is free-form bytes; the pixels are good
-        return image
+        orientation = None
+    # not ImageOps.exif_transpose, which also writes the EXIF again and fails if that is broken
+    return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """RGB in sRGB, on white.
+
+    NOTE(parity): the published processor is PIL's `convert("RGB")`, which ignores color profiles
+    and transparency. Here both count, in training and inference, as a viewer shows the image. An
+    image without a profile, or with one of sRGB, keeps its values.
+    """
+    profile = image.info.get("icc_profile")
+    is_gray = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
     if image.mode.startswith("I;16"):  # PIL's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):  # in memory only: no file that we read has these modes
@@ -136,11 +230,39 @@ def _rgb(image: Image.Image) -> Image.Image:
             )
     if image.mode == "La":  # PIL converts it to nothing else
         image = image.convert("LA")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
+    if profile:
+        mode = "L" if is_gray else "CMYK" if image.mode == "CMYK" else "RGB"
+        if transform := _to_srgb(profile, mode):
+            return cast(Image.Image, ImageCms.applyTransform(image.convert(mode), transform))
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies
+
+
+@functools.lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> Any:
+    """The transform of a color profile to sRGB.
+
+    None if the profile is broken, or made for another mode, or changes nothing that can be seen.
+    """
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    if mode == "CMYK":
+        return transform
+    grid = np.stack(np.meshgrid(*[np.arange(0, 256, 51)] * 3), -1).reshape(1, -1, 3)
+    colors = Image.fromarray(grid.astype(np.uint8)).convert(mode)
+    shown = cast(Image.Image, ImageCms.applyTransform(colors, transform))
+    change = np.asarray(shown).astype(int) - np.asarray(colors.convert("RGB"))
+    return transform if np.abs(change).max() > SRGB_TOLERANCE else None
 
 
 def read(image: Any) -> np.ndarray:
@@ -164,7 +286,11 @@ def read(image: Any) -> np.ndarray:
     if isinstance(image, Image.Image):
         try:
             pixels = np.asarray(_rgb(_upright(image)))
-        except (OSError, SyntaxError) as error:  # a file that PIL opened and has not decoded yet
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+        ) as error:  # a file that PIL opened and has not decoded yet
             raise DataError(f"image: truncated or broken: {error}") from error
         return read(pixels)  # which refuses an image without a pixel
     if hasattr(image, "read"):

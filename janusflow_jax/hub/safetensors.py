@@ -19,6 +19,7 @@ from etils import epath
 
 from janusflow_jax.checkpoints.checksums import read_json
 from janusflow_jax.config.errors import ConvertError
+from janusflow_jax.config.files import LFS_HELP, LFS_POINTER
 
 DTYPES = {
     "F64": np.float64,
@@ -97,8 +98,8 @@ def open_file(path: epath.Path) -> dict[str, LazyTensor]:
         raise ConvertError(f"{path}: dtype {error} is not supported") from error
     except safetensors.SafetensorError as error:
         with path.open("rb") as file:
-            is_pointer = file.read(8) == b"version "
-        hint = "it is a Git LFS pointer; run 'git lfs pull'" if is_pointer else "download it again"
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+        hint = LFS_HELP if is_pointer else "download it again"
         raise ConvertError(f"{path}: expected a safetensors file; {hint} ({error})") from error
 
 

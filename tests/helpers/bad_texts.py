@@ -185,7 +185,7 @@ TEXTS = [
     ("text_empty.txt", b"", "file: empty"),
     ("text_blank.txt", b"\n \n\t\n", "file: empty"),
     ("text_latin1.txt", b"B\xe4r\nfox", ["text: not UTF-8", GOOD]),
-    ("text_utf16.txt", "fox".encode("utf-16"), "text: not UTF-8"),
+    ("text_utf16.txt", "fox\nbear".encode("utf-16"), [GOOD, GOOD]),
     ("text_nul.txt", b"a\0b\nfox", ["text: control characters", GOOD]),
     ("text_huge.txt", b"x" * (COUNT + 1) + b"\nfox", ["text: too long", GOOD]),
     ("text_huge_line.txt", b"x" * (9 * COUNT) + b"\nfox", ["text: too long", GOOD]),

@@ -6,8 +6,9 @@
     OUT/                             the data set; dataset_info.json comes last
 
 A shard depends on its inputs and the options only, and its files are written whole or not at all.
-So a killed run resumes, and any worker may make a shard, even twice. Duplicates are removed when
-all shards are there: the first in the order of the shards stays.
+So a killed run resumes, and any worker may make a shard, even twice. When all shards are there,
+duplicates are removed (the first in the order of the shards stays), and records that share an image
+come to one split.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from janusflow_jax.config import files as config_files, lock
 from janusflow_jax.config.errors import DataError
@@ -166,6 +170,7 @@ def run_shard(job: Job) -> tuple[int, int]:
     specs = [tuple(spec.split(":")) for spec in options.lengths] if chat else []
     serialize = files.Serializer(options.kind)
     ids: list[tuple[bytes, int, int, int]] = []  # place, hash of the id, size, split
+    image_hashes: list[list[int]] = []  # of each record's images, if there is a held-out split
     units, is_text = collections.defaultdict(list), collections.defaultdict(list)
     writers: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
@@ -189,6 +194,8 @@ def run_shard(job: Job) -> tuple[int, int]:
             writers[split].write(data)
             hashed = records.hash64(record["id"], "id")
             ids.append((where.encode(errors="replace"), hashed, len(data), SPLITS.index(split)))
+            encoded = samples.images_of(record) if options.heldout else []
+            image_hashes.append([records.hash64(image, "image") for image in encoded])
             for (task, form), record_units in zip(specs, measured, strict=True):
                 units[split, task, form].append(record_units)
                 is_text[split, task, form].append(samples.kind(record, task) == "text")
@@ -200,6 +207,8 @@ def run_shard(job: Job) -> tuple[int, int]:
         hash=np.array(hashes, np.uint64),
         size=np.array(sizes, np.int64),
         split=np.array(splits, np.uint8),
+        image=np.array(list(itertools.chain(*image_hashes)), np.uint64),
+        images=np.array([len(hashes) for hashes in image_hashes], np.int32),
     )
     for key in units:
         stored = packing.lengths_of_units(units[key], np.array(is_text[key], bool))
@@ -225,7 +234,8 @@ def _check_out(out: epath.Path, overwrite: bool, inputs: Sequence[str]) -> None:
         return
     mark = ("dataset_info.json", files.MODULE_NAME) if is_whole else (WORK_FOLDER, "")
     made = "*.json", "*.array_record*", "lengths", lock.FILE, WORK_FOLDER
-    if problem := config_files.problem_of_out(out, overwrite, mark, made, inputs):
+    problem = config_files.problem_of_out(out, overwrite, mark, made, inputs, may_lie_inside=True)
+    if problem:
         if work.exists() and not overwrite:  # stopped between the data set and the clean-up
             work.rmtree()
         raise DataError(problem)
@@ -267,34 +277,39 @@ def _assemble(options: Options, out: epath.Path, jobs: list[Job], engine: engine
     report = Report.total(json.loads(job.file(".json").read_text()) for job in jobs)
     columns = [files.load_arrays(job.file("-ids.npz"), "hash", "split", "size") for job in jobs]
     is_first = _first_of_each_id(jobs, columns, report)
+    new_splits = _splits_by_image(jobs, columns, is_first, report) if options.heldout else None
     if not report.num_records:
         (out / WORK_FOLDER).rmtree()
         raise DataError(f"{out}: no record can be used:\n{report.table()}")
     chat = _chat(options.tokenizer)
     shards, num_bytes, merges = {}, {}, []
     for index, split in enumerate(SPLITS):
-        parts = []  # (job, which of its records stay: bool[n], their sizes: int64[n])
-        for job, first, (_, splits, sizes) in zip(jobs, is_first, columns, strict=True):
-            if first[splits == index].any():
-                parts.append((job, first[splits == index], sizes[splits == index]))
+        # (job, split of its file, which of the file's records stay: bool[n], their sizes: int64[n])
+        parts = []
+        for i, (job, (_, splits, sizes)) in enumerate(zip(jobs, columns, strict=True)):
+            new = splits if new_splits is None else new_splits[i]
+            for old in (index, 1 - index):  # few records move from the other split
+                stays = (is_first[i] & (new == index))[splits == old]
+                if stays.any():
+                    parts.append((job, SPLITS[old], stays, sizes[splits == old]))
         if not parts:
             continue
         groups, group_bytes = [[]], 0  # consecutive shards, together while they are small
-        for job, stays, sizes in parts:
+        for job, old, stays, sizes in parts:
             if groups[-1] and group_bytes + sizes.sum() > _MERGE_BYTES:
                 groups.append([])
                 group_bytes = 0
-            groups[-1].append((str(job.file(f"-{split}.array_record")), stays.tolist()))
+            groups[-1].append((str(job.file(f"-{old}.array_record")), stays.tolist()))
             group_bytes += sizes.sum()
         for i, group in enumerate(groups):
             merges.append((str(out / files.shard_name(split, i, len(groups))), group))
         shards[split] = [sum(sum(stays) for _, stays in group) for group in groups]
-        num_bytes[split] = int(sum(sizes[stays].sum() for _, stays, sizes in parts))
+        num_bytes[split] = int(sum(sizes[stays].sum() for *_, stays, sizes in parts))
         for spec in options.lengths if chat else ():
             task, form = spec.split(":")
             measured = []
-            for job, stays, _ in parts:
-                path = job.file(f"-{split}-{task}-{form}.npz")
+            for job, old, stays, _ in parts:
+                path = job.file(f"-{old}-{task}-{form}.npz")
                 stored = files.load_arrays(path, *packing.Lengths._fields)
                 measured.append((packing.Lengths(*stored), stays))
             path = packing.lengths_path(out, split, task, form, chat)
@@ -336,3 +351,47 @@ def _first_of_each_id(
             report.skip(place, Skipped("id: duplicate", "another record came first"))
             report.records[SPLITS[splits[i]]] -= 1
     return out
+
+
+def _splits_by_image(
+    jobs: list[Job], columns: list[list[np.ndarray]], is_first: list[np.ndarray], report: Report
+) -> list[np.ndarray]:
+    """The split of each record, uint8[n] of every shard, so that no image is in two splits.
+
+    Records that share an image, directly or through others, get the split of the one whose id has
+    the smallest hash. The others keep their own. Corrects the counts of the report.
+
+    Args:
+      jobs: the shards.
+      columns: hash of the id, split and size of the records of every shard.
+      is_first: which records stay; the others join no images.
+      report: of the shards.
+    """
+    hashes, splits = (np.concatenate([column[i] for column in columns]) for i in (0, 1))
+    stays = np.concatenate(is_first)
+    try:
+        stored = [files.load_arrays(job.file("-ids.npz"), "image", "images") for job in jobs]
+    except KeyError as e:
+        raise DataError(
+            "the unfinished run is of an older version, which divided by record: set `overwrite` "
+            "to start again"
+        ) from e
+    images, counts = (np.concatenate(x) for x in zip(*stored, strict=True))
+    owners = np.repeat(np.arange(len(hashes)), counts)
+    images, owners = images[stays[owners]], owners[stays[owners]]
+    order = np.argsort(images, kind="stable")
+    is_same = np.diff(images[order]) == 0
+    pairs = np.stack([owners[order][:-1][is_same], owners[order][1:][is_same]])
+    nodes, edges = np.unique(
+        pairs, return_inverse=True
+    )  # few: records without company are left out
+    left, right = edges.reshape(pairs.shape)
+    graph = sparse.coo_array((np.ones(len(left), bool), (left, right)), (len(nodes), len(nodes)))
+    _, groups = csgraph.connected_components(graph, directed=False)
+    by_id = np.argsort(hashes[nodes])
+    _, first = np.unique(groups[by_id], return_index=True)
+    new = splits.copy()
+    new[nodes] = splits[nodes[by_id][first]][groups]
+    report.records = {s: int((new[stays] == i).sum()) for i, s in enumerate(SPLITS)}
+    report.records = {split: count for split, count in report.records.items() if count}
+    return np.split(new, np.cumsum([len(column[0]) for column in columns])[:-1])

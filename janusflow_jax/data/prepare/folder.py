@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,7 @@ def _pairs(root: epath.Path) -> Iterator[Row]:
         stems: dict[str, tuple[list[str], list[str]]] = {}
         for name in siblings:
             stem, _, suffix = name.rpartition(".")
+            stem = unicodedata.normalize("NFC", stem)  # macOS may write names in two forms
             suffix = f".{suffix.lower()}"
             if suffix == ".txt":
                 stems.setdefault(stem, ([], []))[1].append(name)
@@ -62,23 +64,32 @@ def _pairs(root: epath.Path) -> Iterator[Row]:
                 stems.setdefault(stem, ([], []))[0].append(name)
             else:
                 yield name, name, Skipped("file: neither picture nor .txt")
-        for stem, (images, texts) in sorted(stems.items()):
+        for _, (images, texts) in sorted(stems.items(), key=lambda x: inputs.natural_key(x[0])):
             if not images:
-                yield texts[0], stem, Skipped("picture: missing", f"no image beside {texts[0]}")
+                detail = f"expected an image beside {texts[0]}"
+                yield texts[0], texts[0].rpartition(".")[0], Skipped("picture: missing", detail)
             for image in images:  # a second image of this name is counted as a duplicate id
+                stem = image.rpartition(".")[0]
                 if texts:
                     yield image, stem, {"image": image, "txt": texts[0]}
                 else:
-                    yield image, stem, Skipped("caption: missing", f"no {stem}.txt")
+                    detail = f"expected {stem}.txt beside it"
+                    yield image, stem, Skipped("caption: missing", detail)
 
 
 def _csv_rows(path: epath.Path) -> Iterator[Row]:
     csv.field_size_limit(2**28)
-    data = inputs.read_bytes(path, "file").removeprefix(inputs.BOM)
-    # bytes that are not UTF-8 stay in their field, where `records.clean_text` reports them
-    text = io.StringIO(data.decode("utf-8", errors="surrogateescape"), newline="")
-    separator = "\t" if path.name.lower().endswith(".tsv") else ","
-    reader = csv.DictReader(text, restkey="", delimiter=separator)
+    try:
+        text = inputs.decode(inputs.read_bytes(path, "file"))
+    except Skipped as e:
+        yield path.name, "", e
+        return
+    header = text.partition("\n")[0]
+    separator = "\t" if path.name.lower().endswith(".tsv") else max(",;\t|", key=header.count)
+    is_spaced = f"{separator} " in header
+    lines = io.StringIO(text, newline="")
+    reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=is_spaced)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     while True:
         try:
             row: Any = next(reader, None)
@@ -86,6 +97,6 @@ def _csv_rows(path: epath.Path) -> Iterator[Row]:
             row = Skipped("line: not CSV", str(e))
         if row is None:
             return
-        if isinstance(row, dict) and "" in row:
-            row = Skipped("line: more columns than the header", f"{len(row[''])} more")
+        if isinstance(row, dict) and None in row:
+            row = Skipped("line: more columns than the header", f"{len(row[None])} more")
         yield f"{path.name}:{reader.line_num}", f"{path.name}-{reader.line_num}", row

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
+import fnmatch
+import glob
 import gzip
+import io
 import itertools
 import json
 import os
@@ -16,13 +20,13 @@ from typing import Any
 from etils import epath
 
 from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.files import LFS_HELP, LFS_POINTER, text_encoding
 from janusflow_jax.data import sources
 
-BOM = b"\xef\xbb\xbf"
-"""The mark that some editors write at the begin of a UTF-8 file."""
 LINE_LIMIT = 2**28
 """Bytes of a line that are read; `records.clean_text` reports what is longer than its own limit."""
 _SEPARATOR = re.compile(r"[\s,]*")
+_NUMBER = re.compile(r"([0-9]+)")
 
 
 class Skipped(Exception):
@@ -44,8 +48,15 @@ Row = tuple[str, str, Any]
 Fields are a dict; `records.to_record` checks them."""
 
 
+def natural_key(name: str) -> tuple:
+    """A key that sorts names with numbers by the numbers: 2 before 10."""
+    parts: list[Any] = _NUMBER.split(name)  # texts and digits in turn
+    parts[1::2] = [(len(x.lstrip("0")), x.lstrip("0")) for x in parts[1::2]]
+    return parts, name
+
+
 def files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[tuple[epath.Path, str]]:
-    """(path, short name) of every input file, in order of the paths.
+    """(path, short name) of every input file, in natural order of the paths.
 
     Args:
       inputs: files, patterns with `*`, or folders.
@@ -56,23 +67,48 @@ def files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[tuple[epath.
     names: dict[str, str] = {}
     for name in inputs:
         path = epath.Path(name)
-        if "*" in path.name:
-            matches = {str(p): p.name for p in path.parent.glob(path.name)}
-        elif path.is_dir():
+        if path.is_dir():
             matches = {str(p): n for p, n in walk(path) if n.lower().endswith(suffixes)}
         else:
-            matches = {str(path): path.name} if path.exists() else {}
+            matches = {str(p): p.name for p in _expand(path)}
         if not matches:
             raise DataError(
                 f"{name}: expected a file, a pattern with * or a folder with files "
-                f"{', '.join(suffixes)}; it matches no file"
+                f"{', '.join(suffixes)}; it matches no file{_contents(path)}"
             )
         names |= matches
-    return [(epath.Path(path), names[path]) for path in sorted(names)]
+    return [(epath.Path(path), names[path]) for path in sorted(names, key=natural_key)]
+
+
+def _expand(path: epath.Path) -> list[epath.Path]:
+    """The files that a path means: itself, or what its pattern with `*` matches.
+
+    A bracket in a name is a bracket, unless only its meaning in patterns matches a file.
+    """
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path] if path.exists() else []
+    siblings = [p for parent in _expand(path.parent) if parent.is_dir() for p in parent.iterdir()]
+    siblings = [p for p in siblings if path.name.startswith(".") or not p.name.startswith(".")]
+    literal = glob.escape(path.name).replace("[*]", "*")
+    for pattern in (literal, path.name):
+        if matches := [p for p in siblings if fnmatch.fnmatchcase(p.name, pattern)]:
+            return matches
+    return []
+
+
+def _contents(path: epath.Path) -> str:
+    """What a folder holds instead of the files that were expected."""
+    if not path.is_dir():
+        return ""
+    suffixes = collections.Counter(epath.Path(name).suffix.lower() for _, name in walk(path))
+    counts = [
+        f"{count:,} {suffix or 'without suffix'}" for suffix, count in suffixes.most_common(5)
+    ]
+    return f": the folder holds {', '.join(counts) or 'no files'}"
 
 
 def walk(folder: epath.Path) -> Iterator[tuple[epath.Path, str]]:
-    """(path, path relative to the folder) of every file in it, folder by folder, sorted.
+    """(path, path relative to the folder) of every file in it, folder by folder, in natural order.
 
     Names that begin with a dot are left out. Links to folders are followed once.
     """
@@ -84,7 +120,7 @@ def walk(folder: epath.Path) -> Iterator[tuple[epath.Path, str]]:
             continue
         visited.add(real)
         paths = sources.retry(lambda folder=current: list(folder.iterdir()), str(current))
-        for path in sorted(paths, key=lambda path: path.name):
+        for path in sorted(paths, key=lambda path: natural_key(path.name)):
             if path.name.startswith("."):
                 continue
             if path.is_dir():
@@ -109,6 +145,9 @@ def open_file(
       OSError: it fails later.
     """
     with sources.retry(lambda: _open(path, what), str(path)) as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise Skipped(f"{what}: Git LFS pointer", LFS_HELP)
+        file.seek(0)
         try:
             yield gzip.GzipFile(fileobj=file) if path.name.endswith("gz") else file
         except (EOFError, zlib.error, gzip.BadGzipFile, *broken) as e:
@@ -131,6 +170,8 @@ def read_bytes(path: epath.Path, what: str, limit: int = -2) -> bytes:
 
 
 def _open(path: epath.Path, what: str) -> Any:
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a named pipe would wait
+        raise Skipped(f"{what}: not a file", str(path))
     try:
         return path.open("rb")
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
@@ -163,12 +204,36 @@ def lines(path: epath.Path, begin: int = 0, end: int = -1) -> Iterator[tuple[int
         if begin:  # a line that begins before `begin` belongs to the shard before
             stream.seek(begin - 1)
             offset += _read_line(stream)[1] - 1
+        elif encoding := wide_encoding(stream):
+            yield from _wide_lines(stream, encoding)
+            return
         while end < 0 or offset < end:
             line, length = _read_line(stream)
             if not length:
                 return
             yield offset, line.rstrip(b"\r\n")
             offset += length
+
+
+def wide_encoding(stream: Any) -> str:
+    """utf-16 or utf-32, whose lines cannot be found as bytes; '' for UTF-8."""
+    encoding = text_encoding(stream.read(4))
+    stream.seek(0)
+    return "" if encoding.startswith("utf-8") else encoding
+
+
+def _wide_lines(stream: Any, encoding: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of such a file in UTF-8; offsets count the bytes of UTF-8."""
+    offset, text = 0, io.TextIOWrapper(stream, encoding, newline="\n")
+    try:
+        for line in text:
+            data = line.encode("utf-8", errors="replace")
+            yield offset, data.rstrip(b"\r\n")
+            offset += len(data)
+    except UnicodeError as e:
+        raise Skipped("file: truncated or broken", str(e)[:160]) from e
+    finally:
+        text.detach()  # leaves the stream open, which another closes
 
 
 def _read_line(stream: Any) -> tuple[bytes, int]:
@@ -181,10 +246,26 @@ def _read_line(stream: Any) -> tuple[bytes, int]:
     return line, length
 
 
-def parse_json(line: bytes) -> Any:
-    """The value of a line of JSON, or the Skipped of a line that is not UTF-8 or not JSON."""
+def decode(data: bytes) -> str:
+    """The text of a whole file of rows.
+
+    Bytes that are not UTF-8 stay in their field, where `records.clean_text` reports them.
+
+    Raises:
+      Skipped: UTF-16 that is broken.
+    """
+    encoding = text_encoding(data)
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     try:
-        return json.loads(line.removeprefix(BOM).decode("utf-8"))
+        return data.decode(encoding, errors)
+    except UnicodeDecodeError as e:
+        raise Skipped("file: not UTF-8", str(e)[:120]) from e
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of JSON, or the Skipped of what is not UTF-8 (or UTF-16) or not JSON."""
+    try:
+        return json.loads(data)  # it tells UTF-16 by its zeros
     except UnicodeDecodeError as e:
         return Skipped("line: not UTF-8", str(e)[:120])
     except (ValueError, RecursionError) as e:
@@ -206,23 +287,22 @@ def json_rows(path: epath.Path, name: str) -> Iterator[Row]:
 
 def _json_array(path: epath.Path, name: str) -> Iterator[Row]:
     """The elements one by one, so that those in front of a break are used."""
-    data = read_bytes(path, "file").removeprefix(BOM)
-    # bytes that are not UTF-8 stay in their text, where `records.clean_text` reports them
-    text = data.decode("utf-8", errors="surrogateescape")
+    text = decode(read_bytes(path, "file"))
     begin = re.match(r"\s*\[", text)
     if not begin:
         raise Skipped("file: not a JSON array", text[:40])
     decoder, offset = json.JSONDecoder(), begin.end()
     for number in itertools.count():
+        place = f"{name}[{number}]"
         offset = _SEPARATOR.match(text, offset).end()  # pyright: ignore[reportOptionalMemberAccess]
         if text.startswith("]", offset):
             return
         try:
             value, end = decoder.raw_decode(text, offset)
         except (ValueError, RecursionError) as e:
-            yield f"{name}@{offset}", "", Skipped("file: not JSON to its end", str(e)[:120])
+            yield place, "", Skipped("file: not JSON to its end", str(e)[:120])
             return
-        yield f"{name}@{offset}", f"{name}-{number}", value
+        yield place, f"{name}-{number}", value
         offset = end
 
 

@@ -7,6 +7,7 @@ turns (`conversations`, `messages`, `texts`). The only file that imports pyarrow
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def read(shard: dict, options: Options) -> Iterator[Row]:
     """
     name, number = shard["name"], shard.get("first_row", 0)
     with _open(epath.Path(shard["path"])) as file:
-        columns = _columns(file.schema_arrow.names, options)
+        columns = _columns(file.schema_arrow, options)
         for group in range(shard.get("begin", 0), shard.get("end", file.num_row_groups)):
             for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns):
                 for i in range(batch.num_rows):
@@ -94,10 +95,16 @@ def _open(path: epath.Path) -> Iterator[Any]:
             raise Skipped("file: truncated or broken", str(e)[:160]) from e
 
 
-def _columns(names: list[str], options: Options) -> list[str]:
+def _columns(schema: Any, options: Options) -> list[str]:
     """The columns that `records.to_record` may look at; the others are not read."""
     wanted = {options.image_field, options.text_field, options.id_field, *records.ID_FIELDS}
+    wanted.add(options.text_field.partition("/")[0])
     wanted |= {name for usual in records.CONTENT_FIELDS.values() for name in usual}
     if options.kind != "text":
         wanted |= {*records.IMAGE_FIELDS}
-    return [name for name in names if name in wanted]
+        words = [word for words, _ in records.MEDIA.values() for word in words]
+        for field in schema:  # of numbers, such as an embedding, would be none
+            is_medium = any(word in field.name.lower() for word in words)
+            if is_medium and re.search("binary|string", str(field.type)):
+                wanted.add(field.name)
+    return [name for name in schema.names if name in wanted]

@@ -13,13 +13,15 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from etils import epath
 from PIL import Image
 
 from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.files import text_encoding
 from janusflow_jax.data import images
 from janusflow_jax.data.prepare import inputs
 from janusflow_jax.data.prepare.inputs import Skipped
@@ -42,6 +44,7 @@ CONTENT_FIELDS = {
     "text": ("text", "content", "document", "body"),
 }
 """The usual names of fields; the first that a row has is read."""
+_DECODED = ("jpg", "jpeg", "png", "webp")
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp"),
     *(".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"),
@@ -49,11 +52,26 @@ IMAGE_SUFFIXES = (
 )
 """Files that are images by their names. Only the first line is decoded; the others are counted as
 skipped instead of being ignored."""
-USER_ROLES = ("user", "human", "prompter")
-ASSISTANT_ROLES = ("assistant", "gpt", "chatgpt", "bot", "model")
+MEDIA = {
+    "picture": (("image", "img", "picture", "photo", *_DECODED), IMAGE_SUFFIXES),
+    "video": (
+        ("video", "clip"),
+        (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"),
+    ),
+    "audio": (
+        ("audio", "sound", "speech"),
+        (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".wma"),
+    ),
+}
+"""Medium -> (words in names of its fields, suffixes of its files)."""
+USER_ROLES = ("user", "human", "prompter", "<|user|>")
+ASSISTANT_ROLES = ("assistant", "gpt", "chatgpt", "bot", "model", "<|assistant|>")
 
 _JPEG_QUALITY = 95
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
+_IMAGE_NAME = re.compile(rf"(.*[_.-])?({'|'.join(MEDIA['picture'][0])})s?[_.-]?[0-9]*")
+"""Names of fields that hold an image, not its name, size or address."""
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
+_DRIVE = re.compile(r"^[A-Za-z]:[/\\]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -75,7 +93,7 @@ class Options:
     documents: str = "line"  # format text, .txt: line | file
     image_marker: str = "<image>"
     image_tag: str = "<image_placeholder>"
-    heldout: float = 0.0  # share of the records, chosen by a hash of the id
+    heldout: float = 0.0  # share of the records, chosen by a hash of the id, no image in both
     tokenizer: str = ""
     lengths: tuple[str, ...] = ()  # TASK:FORM
     max_side: int = 0  # pixels; larger images are shrunk; 0: images stay as they are
@@ -114,23 +132,39 @@ def to_record(row: Any, place_id: str, options: Options) -> tuple[dict[str, Any]
         raise Skipped("row: not an object", type(row).__name__)
     row = {name: value for name, value in row.items() if not _is_null(value)}
     id_field = field_of(row, options.id_field, ID_FIELDS)
+    if options.id_field and not id_field:
+        raise Skipped("id: missing", _fields(row))
     record_id = row[id_field] if id_field and options.ids == "given" else place_id
     if isinstance(record_id, float) and record_id.is_integer():
         record_id = int(record_id)  # a column of numbers with gaps is read as floats
     if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
         raise Skipped("id: neither text nor number", _brief(record_id))
     record: dict[str, Any] = {"id": clean_text(str(record_id), "id", 4096)}
-    content = row.get(field_of(row, options.text_field, CONTENT_FIELDS[options.kind]))
-    values = row.get(field_of(row, options.image_field, IMAGE_FIELDS), [])
-    values = values if isinstance(values, (list, tuple)) else [values]
+    content = _content(row, options)
     if options.kind == "text":
+        if content is None:
+            raise Skipped("text: missing", _fields(row))
         return record | {"text": clean_text(content, "text", options.max_document)}, []
+    image_field = field_of(row, options.image_field, IMAGE_FIELDS)
+    values = _listed(row[image_field]) if image_field else []
+    if options.kind == "conversation":
+        content = _turns(content)
+        values = _images_of_turns(content, values)
+    for name, value in row.items():
+        medium = "" if name in (image_field, id_field) else _unread(name, value, values)
+        if medium and not (medium == "picture" and options.image_field):
+            _refuse(medium, f"field {name}: {_brief(value)}")
     if options.kind == "captions":
         if len(values) != 1:
             reason = "picture: more than one" if values else "picture: missing"
-            raise Skipped(reason, f"expected one; got {len(values)}")
+            raise Skipped(reason, f"expected one; got {len(values)}; {_fields(row)}")
+        if content is None:
+            raise Skipped("caption: missing", _fields(row))
         record["captions"], dropped = captions(content, options.max_chars)
         return record | {"image": load_image(values[0], options)}, dropped
+    if content is None:
+        what = "conversation" if options.kind == "conversation" else "text"
+        raise Skipped(f"{what}: missing", _fields(row))
     if options.kind == "conversation":
         record["conversation"] = conversation(content, len(values), options)
     else:
@@ -141,6 +175,65 @@ def to_record(row: Any, place_id: str, options: Options) -> tuple[dict[str, Any]
         _check_marks(text.count(options.image_tag), len(values))
         record["text"] = text
     return record | {"images": [load_image(value, options) for value in values]}, []
+
+
+def _content(row: dict[str, Any], options: Options) -> Any:
+    """The caption or captions, turns or text; `sentences/raw` is the field raw of sentences."""
+    outer, _, inner = options.text_field.partition("/")
+    if not inner or options.text_field in row:
+        field = field_of(row, options.text_field, CONTENT_FIELDS[options.kind])
+        return row[field] if field else None
+    value = row.get(outer)
+    if isinstance(value, list):
+        return [part.get(inner) for part in value if isinstance(part, dict)]
+    return value.get(inner) if isinstance(value, dict) else None
+
+
+def _listed(value: Any) -> list[Any]:
+    """The values of a field that holds one or several; an empty text is none."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [] if value is None or value == "" else [value]
+
+
+def _fields(row: dict[str, Any]) -> str:
+    return f"the fields are {', '.join(map(str, row)) or 'all empty'}"[:160]
+
+
+def _unread(name: Any, value: Any, images: list[Any]) -> str:
+    """The medium (a key of MEDIA) of a field that is not read; '' if it only describes the record.
+
+    Beside images that are read, names and addresses of images describe them.
+    """
+    name, values = str(name).lower(), _listed(value)
+    if not values or values == images or name in ID_FIELDS:
+        return ""
+    for medium in ("video", "audio"):
+        if name in (medium, f"{medium}s"):
+            return medium
+    first = values[0]
+    if isinstance(first, dict):
+        first = first.get("bytes") or first.get("path")
+    if isinstance(first, bytes):
+        return next((m for m, (words, _) in MEDIA.items() if any(w in name for w in words)), "")
+    if not isinstance(first, str):
+        return ""
+    medium = medium_of_file(first)
+    is_address = bool(_SCHEME.match(first))
+    if images:
+        return medium if _IMAGE_NAME.fullmatch(name) and not is_address else ""
+    return medium if medium and (not is_address or any(w in name for w in MEDIA[medium][0])) else ""
+
+
+def medium_of_file(name: str) -> str:
+    """The medium of a file by its suffix, '' for another file."""
+    return next((m for m, (_, ends) in MEDIA.items() if name.lower().endswith(ends)), "")
+
+
+def _refuse(medium: str, detail: str) -> NoReturn:
+    """Raises the Skipped of a record with a medium that is not read."""
+    where = "in another field" if medium == "picture" else "not read"
+    raise Skipped(f"{medium}: {where}", detail)
 
 
 def _join_texts(parts: Sequence[Any], marker: str) -> str:
@@ -161,12 +254,16 @@ def _brief(value: Any) -> str:
 
 
 def split_of(record_id: str, heldout: float) -> str:
-    """train or heldout, by a hash of the id alone: a larger share keeps what was held out."""
+    """train or heldout, by a hash of the id alone: a larger share keeps what was held out.
+
+    Of records that share an image, `build` takes the split of one for all.
+    """
     return SPLITS[int(hash64(record_id, "split") / 2**64 < heldout)]
 
 
-def hash64(text: str, purpose: str) -> int:
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose.encode())
+def hash64(value: str | bytes, purpose: str) -> int:
+    data = value.encode() if isinstance(value, str) else value
+    digest = hashlib.blake2b(data, digest_size=8, person=purpose.encode())
     return int.from_bytes(digest.digest(), "big")
 
 
@@ -218,7 +315,7 @@ def load_image(image: Any, options: Options) -> bytes:
 
 
 def _image_path(name: str, options: Options) -> epath.Path:
-    """The path of an image that a row names.
+    """The path of an image that a row names: in the folder, or absolute and inside it.
 
     Raises:
       Skipped: a web address, or a path that leads out of the folder.
@@ -228,11 +325,19 @@ def _image_path(name: str, options: Options) -> epath.Path:
         raise Skipped("picture: missing", f"{name[:80]}: `images` is the folder of the images")
     if not name.strip():
         raise Skipped("picture: missing", "no name")
+    if (medium := medium_of_file(name)) in ("video", "audio"):
+        _refuse(medium, name[:120])
+    for root in (str(folder), os.path.abspath(folder)):
+        name = name.removeprefix(f"{root.rstrip('/')}/")
     if _SCHEME.match(name):
         raise Skipped("picture: a web address, not a file", name[:120])
-    if name.startswith(("/", "\\", "~")) or ".." in name.replace("\\", "/").split("/"):
+    slashes = name.replace("\\", "/")
+    if slashes.startswith(("/", "~")) or _DRIVE.match(name) or ".." in slashes.split("/"):
         raise Skipped("picture: outside its folder", name[:120])
-    return epath.Path(folder) / name
+    # people see no difference between these forms, but file systems do
+    forms = [unicodedata.normalize(form, x) for x in (name, slashes) for form in ("NFC", "NFD")]
+    paths = [epath.Path(folder) / form for form in dict.fromkeys([name, *forms])]
+    return next((path for path in paths[1:] if not paths[0].exists() and path.exists()), paths[0])
 
 
 # Texts
@@ -242,7 +347,7 @@ def clean_text(value: Any, what: str, max_chars: int) -> str:
     r"""The text, stripped, with \n at line ends.
 
     Args:
-      value: str, UTF-8 bytes (a byte order mark is dropped), or the path of a file.
+      value: str, bytes (UTF-8, or UTF-16 with a byte order mark), or the path of a file.
       what: its name in reasons: caption, turn, text, id.
       max_chars: longer texts are refused.
     Raises:
@@ -256,7 +361,7 @@ def clean_text(value: Any, what: str, max_chars: int) -> str:
         if len(value) > 4 * max_chars:  # perhaps cut within a character
             raise Skipped(f"{what}: too long", f"more than {4 * max_chars:,} bytes")
         try:
-            value = value.decode("utf-8")
+            value = value.decode(text_encoding(value))
         except UnicodeDecodeError as e:
             near = value[e.start : e.start + 8]
             raise Skipped(f"{what}: not UTF-8", f"byte {e.start}: {near!r}") from e
@@ -314,34 +419,19 @@ def _check_marks(marks: int, count: int) -> None:
 # Conversations
 
 
-def conversation(value: Any, num_images: int, options: Options) -> list[dict[str, str]]:
+def conversation(value: list[Any], num_images: int, options: Options) -> list[dict[str, str]]:
     """Turns {role, content}: an optional system turn, then user and assistant in turn.
 
     A question after the last answer is dropped, because it has no target.
 
     Args:
       value: turns {from, value}, {role, content} (content: text, or a list of texts and images) or
-        {user, assistant}; {role: [...], content: [...]}, as datasets and tfds store a list of
-        turns; any of them as JSON text.
+        {user, assistant}; see `_turns`.
       num_images: the number of images of the record.
       options: limits, image marker and tag.
     Raises:
       Skipped: the first thing that is wrong.
     """
-    if value is None:
-        raise Skipped("conversation: missing")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as e:
-            raise Skipped("conversation: not a list of turns", str(e)) from e
-    if isinstance(value, dict) and isinstance(value.get("role"), list):  # a struct of lists
-        roles, contents = value["role"], value.get("content")
-        if not isinstance(contents, list) or len(contents) != len(roles):
-            raise Skipped("conversation: not a list of turns", "roles without contents")
-        value = [{"role": r, "content": x} for r, x in zip(roles, contents, strict=True)]
-    if not isinstance(value, list):
-        raise Skipped("conversation: not a list of turns", type(value).__name__)
     turns: list[dict[str, str]] = []
     in_pairs = False
     for turn in value:
@@ -372,6 +462,46 @@ def conversation(value: Any, num_images: int, options: Options) -> list[dict[str
     return turns
 
 
+def _turns(value: Any) -> Any:
+    """A list of turns from that list, a struct of lists of their fields, or JSON text of either.
+
+    None stays None.
+    """
+    if isinstance(value, (str, bytes)):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as e:
+            raise Skipped("conversation: not a list of turns", str(e)) from e
+    value = _unstack(value)
+    if not (value is None or isinstance(value, list)):
+        raise Skipped("conversation: not a list of turns", _brief(value))
+    return value
+
+
+def _images_of_turns(turns: Any, images: list[Any]) -> list[Any]:
+    """The images of the record; without any, those that its turns or their parts hold."""
+    inside = []
+    for turn in turns or ():
+        if isinstance(turn, dict):
+            parts = turn.get("content")
+            for holder in (turn, *(parts if isinstance(parts, list) else ())):
+                if isinstance(holder, dict):
+                    inside += _listed(holder.get("images") or holder.get("image"))
+    if inside and images and inside != images:
+        _refuse("picture", f"the turns hold {len(inside)} images, the record {len(images)}")
+    return images or inside
+
+
+def _unstack(value: Any) -> Any:
+    """A struct of lists, as datasets and tfds store a list of structs, as that list again."""
+    if not isinstance(value, dict) or not value:
+        return value
+    columns = list(value.values())
+    if any(not isinstance(x, list) or len(x) != len(columns[0]) for x in columns):
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def _turn(turn: Any, marker: str) -> tuple[str, Any]:
     """(our role, content) of one turn."""
     if not isinstance(turn, dict):
@@ -380,10 +510,14 @@ def _turn(turn: Any, marker: str) -> tuple[str, Any]:
     content = turn["value"] if "value" in turn else turn.get("content")
     if not isinstance(role, str):
         raise Skipped("conversation: turn without role and text", f"keys {sorted(turn)}"[:80])
+    for name, value in turn.items():
+        if name not in ("images", "image") and (medium := _unread(name, value, [])):
+            _refuse(medium, f"{name} of a turn: {_brief(value)}")
     role = role.strip().lower()
     name = "user" if role in USER_ROLES else "assistant" if role in ASSISTANT_ROLES else role
     if name not in ("user", "assistant", "system"):
         raise Skipped("conversation: unknown role", role[:40])
+    content = _unstack(content)
     if isinstance(content, list):
         content = "".join(_part(part, marker) for part in content)
     return name, content

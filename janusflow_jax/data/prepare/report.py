@@ -19,6 +19,38 @@ EXAMPLES = 5
 OPEN, CLOSE = "«", "»"
 """Around the tokens that are targets, in the text of a preview."""
 
+HINTS = {
+    "picture: missing": "`image_field` names the field or member, `images` the folder",
+    "picture: more than one": "`image_field` chooses one; `kind` conversation reads several",
+    "picture: in another field": "`image_field` names the field to read; others are then left out",
+    "picture: not JPEG, PNG or WebP": "convert them (ImageMagick: `mogrify -format png FILES`)",
+    "picture: outside its folder": "`images` names the folder that holds all images",
+    "picture: a web address, not a file": "download the images first, for example with img2dataset",
+    "picture: too small": "`min_side` is the limit",
+    "picture: too long and thin": "`max_aspect` is the limit",
+    "picture: too many pixels": "`max_pixels` is the limit",
+    "picture: too many bytes": "`max_bytes` is the limit",
+    "pictures: more than their marks": "`image_marker` is the mark of an image in the text",
+    "pictures: fewer than their marks": "`image_field` names the field of the images",
+    "video: not read": "only images and texts are; store frames as images",
+    "audio: not read": "only images and texts are; leave these records out",
+    "caption: missing": "`text_field` names its field; in a folder it is a .txt file, or in `rows`",
+    "caption: not text": "`text_field` may name a field in a field: sentences/raw",
+    "caption: class without a name": "`classes` is the file of the names",
+    "caption: too long": "`max_chars` is the limit",
+    "turn: too long": "`max_chars` is the limit",
+    "conversation: missing": "`text_field` names its field; `kind` is another kind of record",
+    "text: missing": "`text_field` names its field; `kind` is another kind of record",
+    "id: missing": "`id_field` names the field",
+    "id: duplicate": "`ids` place makes ids from file and place",
+    "file: not a JSON array": "the name of a file of JSON lines ends with .jsonl",
+}
+"""Reason -> what helps; names of options in backticks."""
+_HINTS_OF_ENDS = {
+    "Git LFS pointer": "run `git lfs pull` where the files came from",
+    "not UTF-8": "save the file as UTF-8",
+}
+
 Reasons = dict[str, dict[str, Any]]
 """reason -> {count, examples: [[place, detail], ...]}."""
 
@@ -93,6 +125,8 @@ def _table(reasons: Reasons) -> list[str]:
         lines.append(f"{entry['count']:>10,}  {reason}")
         for where, detail in entry["examples"][:2]:
             lines.append(f"{'':>14}{where}" + (f": {detail}" if detail else ""))
+        if hint := HINTS.get(reason) or _HINTS_OF_ENDS.get(reason.partition(": ")[2]):
+            lines.append(f"{'':>14}-> {hint}")
     return lines
 
 

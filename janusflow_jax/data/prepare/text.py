@@ -8,7 +8,7 @@ from etils import epath
 
 from janusflow_jax.config import files
 from janusflow_jax.data.prepare import inputs
-from janusflow_jax.data.prepare.inputs import Row
+from janusflow_jax.data.prepare.inputs import Row, Skipped
 from janusflow_jax.data.prepare.records import Options
 
 KINDS = ("text",)
@@ -16,7 +16,7 @@ SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 
 def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
-    """Shards: byte ranges of large files, whole .gz files, or slices of a list of small files."""
+    """Shards: byte ranges of large files, whole .gz or UTF-16 files, slices of a list of files."""
     documents, others = [], []
     for path, name in inputs.files(options.inputs, SUFFIXES):
         is_document = options.documents == "file" and not _is_json(name)
@@ -25,7 +25,7 @@ def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
     yield from inputs.write_slices(rows, slices, options.shard_records)
     for path, name in others:
         shard = {"path": str(path), "name": name}
-        if name.endswith(".gz"):
+        if name.endswith(".gz") or _is_wide(path):
             yield shard | {"begin": 0, "end": -1}
             continue
         size, step = files.size(path), options.shard_bytes
@@ -44,6 +44,14 @@ def read(shard: dict, options: Options) -> Iterator[Row]:
         if line.strip():
             place = f"{shard['name']}@{offset}"
             yield place, place, inputs.parse_json(line) if is_json else {"text": line}
+
+
+def _is_wide(path: epath.Path) -> bool:
+    try:
+        with inputs.open_file(path) as stream:
+            return bool(inputs.wide_encoding(stream))
+    except Skipped:  # `read` reports it
+        return False
 
 
 def _is_json(name: str) -> bool:

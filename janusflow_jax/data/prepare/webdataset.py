@@ -1,14 +1,15 @@
 """WebDataset tars, read as a stream: nothing is extracted, and no name in a tar is ever opened.
 
 The members of a sample stand together and share the name up to the first dot: jpg, png or webp,
-with txt, json or cls. Several images of a sample (`key.0.jpg`, `key.1.jpg`) come in order of their
-names.
+with txt, json or cls. Several images of a sample (`key.0.jpg`, `key.1.jpg`) come in natural order;
+`image_field` names the one to read (`mask.png`).
 """
 
 from __future__ import annotations
 
 import itertools
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +76,7 @@ def _members(stream: Any, max_bytes: int) -> Iterator[tuple[str, str, bytes]]:
         for member in tar:
             folder, slash, base = member.name.rpartition("/")
             base, _, extension = base.partition(".")
-            key = folder + slash + base
+            key = unicodedata.normalize("NFC", folder + slash + base)
             if key and member.isreg():  # no key: .DS_Store and the like
                 content: Any = tar.extractfile(member)
                 yield key, extension.lower(), content.read(max_bytes + 1)
@@ -88,16 +89,26 @@ def _fields(sample: dict[str, bytes], place_id: str, options: Options) -> dict[s
         raise row
     if not isinstance(row, dict):
         raise Skipped("row: not an object", type(row).__name__)
-    images = [
-        sample[extension]
-        for extension in sorted(sample)
-        if f".{extension.rpartition('.')[2]}" in records.IMAGE_SUFFIXES
-    ]
+    members = f"the members are {', '.join(sample)}"
+    media = {extension: records.medium_of_file(f".{extension}") for extension in sample}
+    for extension, medium in media.items():
+        if medium in ("video", "audio"):
+            raise Skipped(f"{medium}: not read", f"member {extension}")
+    extensions = [e for e in sorted(media, key=inputs.natural_key) if media[e] == "picture"]
+    if options.image_field:
+        extensions = [e for e in sample if e == options.image_field.lower()]
+    if options.kind == "captions" and len(extensions) != 1:
+        raise Skipped(f"picture: {'more than one' if extensions else 'missing'}", members)
+    images = [sample[extension] for extension in extensions]
     # the images are members of the tar, not what the JSON names
     fields = {name: value for name, value in row.items() if name not in records.IMAGE_FIELDS}
-    fields |= {options.id_field or "id": place_id, options.image_field or "images": images}
+    fields |= {"id": place_id, options.image_field or "images": images}
     if options.kind == "captions":
-        fields[options.text_field or "captions"] = _captions(sample, row, options)
+        caption = _captions(sample, row, options)
+        if caption is None:
+            fields_of_json = f"; json has {', '.join(row)}" if row else ""
+            raise Skipped("caption: missing", f"{members}{fields_of_json}"[:160])
+        fields[options.text_field or "captions"] = caption
     return fields
 
 
