@@ -171,8 +171,6 @@ def test_no_image_is_in_two_splits(rows_of, kind, groups, shard_records, tmp_pat
             data, str(tmp_path / "out"), split, "understand", "chat", chat
         )
         (got,) = stored
-            data, str(tmp_path / "out"), split, "understand", "chat", chat
-        )
         want = packing.measure_lengths(data, "understand", "chat", chat)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +162,7 @@ def test_sizes_that_exclude_each_other_are_refused():
     assert finetune("generate,256").model.image_size == 256
 
 
-def test_a_missing_held_out_split_is_told_with_what_makes_it(monkeypatch):
+def test_a_missing_held_out_split_is_told_with_what_makes_it(monkeypatch, tmp_path):
     def opened(path, split):
         if split == "heldout":
             raise DataError(f"{path}: expected split one of ['train']; got 'heldout'")
@@ -169,6 +171,10 @@ def test_a_missing_held_out_split_is_told_with_what_makes_it(monkeypatch):
     with pytest.raises(c.ConfigError, match=r"(?s)got 'heldout'.*--heldout"):
         initialization.check_files(finetune("generate,emoji,mine=data/cats"))
     # the drawings' folders have a split of another name, by whatever argument they are given
+    monkeypatch.chdir(tmp_path)
+    Path("data/openmoji").mkdir(parents=True)
+    info = {"splits": [{"name": "train"}, {"name": "heldout_pairs"}]}
+    Path("data/openmoji/dataset_info.json").write_text(json.dumps(info))
     for arg in (
         "generate,mine=data/openmoji",
         "generate,emoji,mine=data/openmoji/",
