@@ -13,6 +13,9 @@ if __name__ == "__main__":  # before the imports, which take seconds
     signals.end_on_signals()
 
 import contextlib
+import faulthandler
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from ml_collections import config_flags
 from janusflow_jax import cli
 from janusflow_jax.checkpoints import workdir as workdir_lib
 from janusflow_jax.config import TrainConfig, flags as flag_parser, parts as parts_lib
-from janusflow_jax.config.errors import CheckpointError, DivergedError
+from janusflow_jax.config.errors import CheckpointError, ConfigError, DivergedError
 from janusflow_jax.data import loader
 from janusflow_jax.eval import previews
 from janusflow_jax.parallel import chips, compile_cache, numerics, processes, sharding
@@ -53,6 +56,11 @@ _ACCEPT_DATA = flags.DEFINE_bool(
     False,
     "resume although a data set holds something else than before; attempts.json records it",
 )
+_PROFILE = flags.DEFINE_string(
+    "profile",
+    "",
+    "FIRST:LAST: trace these steps into the workdir's `profile`, for xprof or TensorBoard",
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -63,12 +71,18 @@ _DISTRIBUTED = flags.DEFINE_enum(
 
 
 @numerics.fixed()
-def train(cfg: TrainConfig, branch_from: str = "", accept_data: bool = False) -> str:
+def train(
+    cfg: TrainConfig,
+    branch_from: str = "",
+    accept_data: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> str:
     """Trains to the config's last step, or until a signal stops it. Returns the workdir.
 
     Args:
       branch_from: 'RUN@STEP', where a new run takes its state from.
       accept_data: resume although the data hold something else than before.
+      profile: the first step that is traced, and the one after the last.
     """
     clock = health.Clock()
     workdir, lock = workdir_of(cfg), None
@@ -93,7 +107,7 @@ def train(cfg: TrainConfig, branch_from: str = "", accept_data: bool = False) ->
             attempts = health.Attempts(
                 workdir, clock, run.first_step, run.saved.get("time"), run.changed_data
             )
-        step = train_steps(run, writer, attempts, clock, stop, watchdog)
+        step = train_steps(run, writer, attempts, clock, stop, watchdog, profile)
         stopped = any(processes.gather("stopped" if stop.received else ""))
         done = step == cfg.num_steps and not stopped
         with workdir_lib.explained(workdir):
@@ -113,8 +127,11 @@ def train_steps(
     clock: health.Clock,
     stop: health.StopSignal,
     watchdog: health.Watchdog,
+    profile: tuple[int, int] | None = None,
 ) -> int:
     """The training loop. Returns the last step, which is saved even where this raises.
+
+    Args: profile: the first step that is traced, and the one after the last.
 
     All processes of a job run it alike: the order of whatever uses the devices or waits for the
     other processes must not depend on the process.
@@ -126,15 +143,25 @@ def train_steps(
     with clock("data"):
         feed = loader.Ahead(batches)
     log = StepLog(run, writer, attempts, share=cfg.batch_rows / len(places))
+    trace = health.Trace(run.workdir, profile)
     agreement = processes.Agreement(run.mesh)
     compiled_step = None
     report = loader.Report(step * cfg.batch_rows, step * cfg.batch_rows, [], *counted)
 
-    def status() -> int:
-        """What this process knows of the step ahead; the most severe status counts for all."""
+    waited = copied = 0.0
+
+    def status() -> tuple[int, int]:
+        """What this process knows of the step ahead, of which the most severe status counts for
+        all, and how long it worked on its own."""
+        work = processes.encode_work(waited, copied)
         if feed.error or run.cannot_write:
-            return processes.FAILED
-        return processes.STOP if stop.received else processes.CONTINUE
+            return processes.FAILED, work
+        return processes.STOP if stop.received else processes.CONTINUE, work
+
+    def may_continue() -> bool:
+        agreed_status, work = agreed()
+        log.slowest = processes.decode_work(work)
+        return agreed_status == processes.CONTINUE
 
     def every(num_steps: int) -> bool:
         return num_steps > 0 and step % num_steps == 0
@@ -155,20 +182,23 @@ def train_steps(
     clock.switch("step")
     if not run.saved:
         evaluate()
-    agreed_status = agreement.ask(status)
+    agreed = agreement.ask(status)
     while (
         step < cfg.num_steps
         and not log.bad_steps.limit_reached
         and not run.heldout.must_stop
-        and agreed_status() == processes.CONTINUE
+        and may_continue()
     ):
         with clock("data"):
             began = time.perf_counter()
             batch, report = next(feed)
             waited = time.perf_counter() - began
-        agreed_status = agreement.ask(status, run.state)  # about the step after this one
+        agreed = agreement.ask(status, run.state)  # about the step after this one
+        began = time.perf_counter()
         work = flops.count(batch, cfg.data.gen_slots, cfg.data.und_slots)
         batch = sharding.put_batch(batch, run.mesh, cfg.batch_rows)
+        copied = time.perf_counter() - began
+        trace.begin_step(step + 1, run.state)
         with clock("step" if compiled_step else "compile"):
             if compiled_step is None:
                 processes.log("compiling the step")
@@ -187,6 +217,7 @@ def train_steps(
             with clock("samples"), watchdog.paused(), run.deferring_write_errors():
                 previews.write(cfg, run.workdir, step, run.state, run.chat, writer)
     log.flush()
+    trace.end(run.state)
     watchdog.stop()
     batches.close()
     with clock("checkpoint"):
@@ -223,8 +254,9 @@ class StepLog:
         self._run, self._writer, self._attempts, self._share = run, writer, attempts, share
         self._trained = parts_lib.trained_parts(cfg)
         peak = cfg.peak_tflops or chips.peak_tflops(jax.devices()[0].device_kind)
+        self.slowest = processes.Slowest(0, 0.0, "data")
         self._progress = metrics.Progress(cfg.num_steps, run.first_step, peak * jax.device_count())
-        self._pending: tuple[int, dict[str, Any], loader.Report, flops.Work] | None = None
+        self._pending: tuple[Any, ...] | None = None
 
     def add(
         self,
@@ -247,13 +279,13 @@ class StepLog:
             tflops=tflops * self._share,
         )
         self.flush()
-        self._pending = (step, out, report, work)
+        self._pending = (step, out, report, work, self.slowest)
 
     def flush(self) -> None:
         """Waits for the step that is not logged yet, and logs it."""
         if self._pending is None:
             return
-        step, out, report, work = self._pending
+        step, out, report, work, slowest = self._pending
         self._pending = None
         cfg = self._run.cfg
         with self._run.deferring_write_errors():
@@ -265,9 +297,12 @@ class StepLog:
             values |= {"padding": work.padding, "idle_slots": work.idle_slots}
             values |= {"bad_samples": report.num_bad, "samples": report.num_samples}
             values |= self._progress.rates() | self._attempts.values()
+            values |= {"slowest_process": slowest.process, "slowest_s": slowest.seconds}
             self._writer.write(step, values)
             self._attempts.write(step)
-            processes.log(self._progress.line(step, values))
+            late = slowest.seconds * values.get("steps_per_s", 0)
+            by = f"  process {slowest.process} is late by {slowest.cause}" if late > 0.1 else ""
+            processes.log(self._progress.line(step, values) + by)
 
 
 def main(argv: list[str]) -> None:
@@ -275,11 +310,21 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config=FILE[:ARG]")
     cfg = _CONFIG.value
+    profile = steps_to_profile(_PROFILE.value) if _PROFILE.value else None
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     processes.initialize(_DISTRIBUTED.value)
     compile_cache.enable()
     if _REPLAY.value:
         sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
-    train(cfg, _BRANCH_FROM.value, _ACCEPT_DATA.value)
+    train(cfg, _BRANCH_FROM.value, _ACCEPT_DATA.value, profile)
+
+
+def steps_to_profile(text: str) -> tuple[int, int]:
+    """'10:13' -> (10, 14): steps 10 to 13."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match and 1 <= int(match[1]) <= int(match[2]):
+        return int(match[1]), int(match[2]) + 1
+    raise ConfigError(f"--profile: expected FIRST:LAST, such as 10:13; got {text!r}")
 
 
 def run() -> None:

@@ -122,6 +122,38 @@ def test_held_out_losses_and_previews_of_two_processes(data, tmp_path):
             np.testing.assert_allclose(two[name], one[name], rtol=2e-5, err_msg=name)
 
 
+SLOW = """
+import time
+from janusflow_jax.parallel import processes
+plain = train.loader.Ahead.__next__
+def slow(self):
+    time.sleep(0.8 * processes.index())
+    return plain(self)
+train.loader.Ahead.__next__ = slow
+"""
+
+
+@pytest.mark.slow
+def test_a_job_names_its_slow_process(data, tmp_path):
+    flags = ("num_steps=5", "log_every_steps=1", "mesh.data=1", "mesh.fsdp=2")
+    output = jobs.run(data, tmp_path / "run", *flags, processes=2, patch=SLOW)
+    lines = read_metrics(tmp_path / "run")[2:]  # its first step has compiled before
+    assert [x["slowest_process"] for x in lines] == [1, 1, 1]
+    assert all(0.8 <= x["slowest_s"] < 16 for x in lines)
+    assert "process 1 is late by data" in output
+
+
+def test_the_slowest_process_has_the_largest_number(monkeypatch):
+    numbers = []
+    for process, (data, host) in enumerate([(0.01, 0.02), (0.0, 3.25), (3.0, 0.0), (0.0, 0.0)]):
+        monkeypatch.setattr(distributed, "index", lambda process=process: process)
+        numbers.append(distributed.encode_work(data, host))
+    assert distributed.decode_work(max(numbers)) == (1, 3.25, "host")
+    assert distributed.decode_work(numbers[2]) == (2, 3.0, "data")
+    assert distributed.decode_work(distributed.encode_work(99.0, 0.0))[1] == distributed.MAX_SECONDS
+    assert max(numbers) < 2**31 and distributed.encode_work(99.0, 99.0) < 2**31
+
+
 def started(data, workdir, **kwargs):
     """A job of two processes that has saved step 3 and has many left."""
     flags = ("num_steps=1000", "mesh.data=1", "mesh.fsdp=2", "log_every_steps=1")

@@ -75,6 +75,20 @@ def test_a_run_shows_itself_and_is_used_like_any_model(store, tmp_path):
 
 
 @pytest.mark.slow
+def test_steps_are_traced(store):
+    train.train(tiny_config("run", num_steps=3), profile=(2, 3))
+    assert list(Path("run/profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(("text", "steps"), [("10:13", (10, 14)), ("1:1", (1, 2))])
+def test_the_steps_of_a_profile(text, steps):
+    assert train.steps_to_profile(text) == steps
+    for wrong in ("", "5", "0:3", "4:3", "a:b", "1:2:3"):
+        with pytest.raises(c.ConfigError, match="FIRST:LAST"):
+            train.steps_to_profile(wrong)
+
+
+@pytest.mark.slow
 def test_the_loss_is_the_mixture_of_the_sources(store):
     """With two accumulated parts, which must not change what the means are over."""
     cfg = tiny_config("run", loss=c.LossConfig(norm="mixture"))

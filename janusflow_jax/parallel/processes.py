@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -228,10 +228,35 @@ def together(what: str) -> Iterator[None]:
     raise_together(error, what)
 
 
-class Agreement:
-    """Gives all processes the most severe status of any process, at the same step.
+class Slowest(NamedTuple):
+    """The process that worked longest on its own before a step, while the others waited for it."""
 
-    The devices reduce the statuses before the step in their queue. Reading the result waits for
+    process: int
+    seconds: float  # at most MAX_SECONDS
+    cause: str  # 'data': it waited for its rows; 'host': it counted and copied them
+
+
+MAX_SECONDS = 16
+_CAUSES = ("data", "host")
+
+
+def encode_work(data: float, host: float) -> int:
+    """The seconds of this process as a number whose maximum over processes is the slowest one."""
+    milliseconds = min(round(1000 * (data + host)), 1000 * MAX_SECONDS)
+    return (milliseconds << 17) | ((host > data) << 16) | index()
+
+
+def decode_work(number: int) -> Slowest:
+    """The inverse of `encode_work`."""
+    cause = _CAUSES[(number >> 16) & 1]
+    return Slowest(number & 0xFFFF, (number >> 17) / 1000, cause)
+
+
+class Agreement:
+    """Gives all processes the most severe status of any process, at the same step, and the slowest
+    process.
+
+    The devices reduce both before the step in their queue. Reading the result waits for
     the previous step at most, without another round trip between hosts. CPUs have no such queue:
     two programs run at once and gloo confuses their numbers, so each is waited for.
     """
@@ -240,28 +265,37 @@ class Agreement:
         self._where = NamedSharding(mesh, P(mesh.axis_names))
         self._size = mesh.size
         self._no_queue = mesh.devices.flat[0].platform == "cpu"
-        self._worst = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+        self._worst = jax.jit(lambda x: x.max(axis=0), out_shardings=NamedSharding(mesh, P()))
 
-    def ask(self, code: Callable[[], int], before: Any = None) -> Callable[[], int]:
-        """Starts a reduction; calling the result returns the most severe status.
+    def ask(
+        self, code: Callable[[], tuple[int, int]], before: Any = None
+    ) -> Callable[[], tuple[int, int]]:
+        """Starts a reduction; calling the result returns the largest of each number.
 
         All processes call it in the same order. With one process, `code` is called when the result
         is read; with several, at once.
 
-        Args: before: what the last step returned.
+        Args:
+          code: returns this process's status and work (`encode_work`).
+          before: what the last step returned.
         """
         if count() == 1:
             return code
         if self._no_queue:
             jax.block_until_ready(before)
         mine = code()
-        statuses = jax.make_array_from_callback(
-            (self._size,), self._where, lambda index: np.full(1, mine, np.int32)
+        numbers = jax.make_array_from_callback(
+            (self._size, 2), self._where, lambda index: np.array([mine], np.int32)
         )
-        worst = self._worst(statuses)
+        worst = self._worst(numbers)
         if self._no_queue:
             jax.block_until_ready(worst)
-        return lambda: int(worst)
+
+        def read() -> tuple[int, int]:
+            status, work = np.asarray(worst)
+            return int(status), int(work)
+
+        return read
 
 
 def exit_without_peers() -> NoReturn:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from janusflow_jax.checkpoints import checksums
@@ -233,6 +234,33 @@ class Watchdog:
         yield
         if running:
             self.restart()
+
+
+class Trace:
+    """Traces some steps with JAX's profiler into `workdir/profile`, one file for each host."""
+
+    def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):
+        """Args: steps: the first step, and the one after the last; None: no trace."""
+        self._folder, self._steps = workdir / "profile", steps or (0, 0)
+        self._running = False
+
+    def begin_step(self, step: int, state: Any) -> None:
+        """Starts or ends the trace. Call it before each step with the result of the last one."""
+        first, end = self._steps
+        if self._running and step >= end:
+            self.end(state)
+        elif first <= step < end and not self._running:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def end(self, state: Any) -> None:
+        """Waits for the last step and writes the trace."""
+        if self._running:
+            self._running = False
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            processes.log(f"trace written to {self._folder}")
 
 
 class StopSignal:
