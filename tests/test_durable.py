@@ -112,7 +112,7 @@ def commands(data, tmp_path_factory, golden_folder):
     [
         ("train", " jaxlib\n", signal.SIGINT),
         ("train", " janusflow_jax.data.loader\n", signal.SIGTERM),
-        ("train", "Compiling jit(_fresh_parts)", signal.SIGINT),
+        ("train", "Compiling jit(init)", signal.SIGINT),
         ("train", "fresh\n", signal.SIGTERM),
         ("train", "Compiling jit(create_state)", signal.SIGINT),
         ("train", "Compiling jit(step)", signal.SIGINT),

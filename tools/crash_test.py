@@ -42,7 +42,7 @@ from janusflow_jax.parallel import trees
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = ("marker", "data", "save", "step")
-CLOCKS = ("time", "goodput", "mfu", "data_wait")
+CLOCKS = ("time", "goodput", "mfu", "data_wait", "slowest_s", "slowest_process")
 """Metrics that depend on time; so do those that end in _per_s or begin with time/."""
 BATCH_ROWS, NUM_STEPS, SAVE_EVERY = 8, 20, 3
 COLORS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (30, 180, 40)}
