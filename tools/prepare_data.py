@@ -32,7 +32,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     signals.end_on_signals("run the same command again to resume")
 
-from etils import epath
 from PIL import Image
 
 from janusflow_jax import cli
@@ -74,7 +73,7 @@ READ_BY = {
     "max_pixels": _WITH_IMAGES,
     "max_bytes": _WITH_IMAGES,
 }
-"""Option -> what reads it; all read the others. Elsewhere it is an error, not silence."""
+"""Option -> the formats, engines and kinds that read it. Any run reads the other options."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -208,7 +207,7 @@ def options_of(args: argparse.Namespace) -> Options:
     values |= {"inputs": tuple(args.inputs), "kind": args.kind or kinds[0]}
     values |= {"classes": (), "lengths": ()}
     if args.classes:
-        values["classes"] = tuple(files.read_lines(epath.Path(args.classes)))
+        values["classes"] = tuple(files.read_lines(files.resolve(args.classes)))
     if args.format == "parquet" and not args.kind:
         values["kind"] = parquet.guess_kind(args.inputs, args.image_field)
     _check_read(args, values["kind"])
