@@ -8,7 +8,7 @@
 A shard depends on its inputs and the options only, and its files are written whole or not at all.
 So a killed run resumes, and any worker may make a shard, even twice. When all shards are there,
 duplicates are removed (the first in the order of the shards stays), and records that share an image
-come to one split.
+are put in one split.
 """
 
 from __future__ import annotations
