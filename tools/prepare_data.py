@@ -40,6 +40,7 @@ from janusflow_jax.config.errors import DataError, JanusFlowError
 from janusflow_jax.data import chat_format
 from janusflow_jax.data.prepare import build, engines, parquet, report
 from janusflow_jax.data.prepare.records import KINDS, Options
+from janusflow_jax.eval import sheet
 
 _WITH_IMAGES = ("--kind captions", "--kind conversation", "--kind document")
 _BOTH = ("understand:chat", "understand:plain")
@@ -200,7 +201,8 @@ def options_of(args: argparse.Namespace) -> Options:
         raise DataError(f"--shard-records: expected at least 1; got {args.shard_records}")
     if (args.lengths or args.dry_run) and not args.tokenizer:
         raise DataError("--lengths and --dry-run: expected --tokenizer too; got none")
-    for path in (*args.inputs, args.out, args.images, args.rows, args.classes, args.tokenizer):
+    paths = (*args.inputs, args.out, args.images, args.rows, args.classes, args.tokenizer)
+    for path in (*paths, args.dry_run or ""):
         files.resolve(path)  # a bucket that cannot be opened ends the run here
     names = {field.name for field in dataclasses.fields(Options)}
     values: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
@@ -278,7 +280,7 @@ def dry_run(options: Options, png: str) -> int:
         print(skipped.table(), end="\n\n")
         previews += new
     if any(sample.images for sample in previews):
-        Image.fromarray(report.sheet(previews)).save(png)
+        sheet.save(Image.fromarray(report.sheet(previews)), files.resolve(png))
         print(f"{png}: their images as the model sees them")
     return 0 if previews else 1
 
