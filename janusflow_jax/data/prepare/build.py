@@ -101,7 +101,7 @@ def prepare(
     is_new = not path.exists()
     with lock.Lock(path, "choose another `out`"):
         try:
-            # Again: the process that held it may have just finished.
+            # Again: the process that held the lock may have just finished.
             _check_out(path, overwrite, options.inputs)
             for entry in path.iterdir() if overwrite else ():
                 if entry.name != lock.FILE:

@@ -71,7 +71,7 @@ _TURN_FIELDS = ("from", "value", "role", "content", "user", "assistant", "image"
 
 _JPEG_QUALITY = 95
 _IMAGE_NAME = re.compile(rf"(.*[_.-])?({'|'.join(MEDIA['picture'][0])})s?[_.-]?[0-9]*")
-"""Names of fields that hold an image, not its name, size or address."""
+"""Names of fields that hold an image, not its size or address."""
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 _DRIVE = re.compile(r"^[A-Za-z]:[/\\]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
@@ -337,7 +337,7 @@ def _image_path(name: str, options: Options) -> epath.Path:
     slashes = name.replace("\\", "/")
     if slashes.startswith(("/", "~")) or _DRIVE.match(name) or ".." in slashes.split("/"):
         raise Skipped("picture: outside its folder", name[:120])
-    # people see no difference between these forms, but file systems do
+    # file systems distinguish these forms; people cannot
     forms = [unicodedata.normalize(form, x) for x in (name, slashes) for form in ("NFC", "NFD")]
     paths = [epath.Path(folder) / form for form in dict.fromkeys([name, *forms])]
     return next((path for path in paths[1:] if not paths[0].exists() and path.exists()), paths[0])
@@ -501,7 +501,7 @@ def _images_of_turns(turns: Any, images: list[Any]) -> list[Any]:
 
 
 def _unstack(value: Any) -> Any:
-    """A struct of lists, as datasets and tfds store a list of structs, as that list again."""
+    """Turns a struct of lists, as datasets and tfds store a list of structs, into that list."""
     if not isinstance(value, dict) or not value:
         return value
     columns = list(value.values())
