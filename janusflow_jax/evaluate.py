@@ -27,7 +27,6 @@ from janusflow_jax import cli, config as config_lib, pipeline
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import files, flags as config_flags
 from janusflow_jax.config.errors import DivergedError, JanusFlowError
-from janusflow_jax.config.files import naming
 from janusflow_jax.eval import losses as losses_lib, provenance
 from janusflow_jax.openmoji import judge as judge_lib, prompts, suite
 from janusflow_jax.parallel import numerics
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     report["seconds"] = round(time.time() - began, 1)
     report["numerics"] = numerics.described()
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with naming(out):
+    with files.naming(out):
         out.write_text(text, encoding="utf-8")
     print(f"{report['seconds']:.0f} s (compilation included); the report: {out}")
 
@@ -110,7 +109,9 @@ def losses(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
     cfg = config_flags.read_config(args.config)
     result = losses_lib.measure(str(folder), cfg, args.weights, args.dtype, args.adapter)
     if bad := [name for name, value in result.items() if not math.isfinite(value)]:
-        raise DivergedError(f"{args.model}: expected finite held-out losses; got others: {bad}")
+        raise DivergedError(
+            f"{args.model}: expected finite held-out losses; got NaN or infinity in {bad}"
+        )
     print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
     names = ("suite", "config", "weights", "dtype", "adapter")
     # the description of the data, not its records: they may be terabytes

@@ -20,7 +20,6 @@ from etils import epath
 from janusflow_jax import cli, pipeline
 from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import DivergedError, JanusFlowError
-from janusflow_jax.config.files import naming, read_lines
 from janusflow_jax.eval import provenance, sheet
 from janusflow_jax.parallel import numerics
 from janusflow_jax.sampling import inputs
@@ -37,7 +36,7 @@ Image n of the output uses seed + n; with a seed for each prompt, image j of pro
 j. In batches of one shape, which --json records (rows and prompt positions), an image does not
 depend on the others. At another shape its pixels differ by rounding: on a CPU by up to 3 of 255 in
 bfloat16, and not at all in float32.
-Images that are not finite are named and not written, and the exit status is 1.
+Non-finite images are named and not written, and the exit status is 1.
 The first image waits for compilation; compiled programs are cached in ~/.cache/janusflow_jax
 (JANUSFLOW_COMPILATION_CACHE=FOLDER or off)."""
 
@@ -76,7 +75,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, then those of the file."""
     prompts = list(args.prompt)
     if args.prompts:
-        prompts += [line for line in read_lines(config_files.resolve(args.prompts)) if line]
+        prompts += [x for x in config_files.read_lines(config_files.resolve(args.prompts)) if x]
     if not prompts:
         raise JanusFlowError(
             "expected --prompt TEXT or --prompts FILE with text in it; got no prompt"
@@ -128,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         shapes += [{"rows": rows, "positions": positions}] * len(ids[batch])
         for n in range(begin, len(images)):
             if is_folder and images[n] is not None:
-                with naming(files[n]):
+                with config_files.naming(files[n]):
                     sheet.save(images[n], files[n])
         progress = f"{len(images)} of {len(labels)} images, {time.time() - start_time:.1f} s"
         cli.log(progress + (" (with compilation)" if not begin else ""))
@@ -136,15 +135,19 @@ def main(argv: list[str] | None = None) -> None:
     bad = [n for n, image in enumerate(images) if image is None]
     if not is_folder and not bad:
         image = images[0] if len(images) == 1 else sheet.image_grid(images, labels)
-        with naming(out):
+        with config_files.naming(out):
             sheet.save(image, out)
     if args.json:
+        missing = bad if is_folder else range(len(images) if bad else 0)
         records = [
-            {"prompt": labels[n], "seed": seeds[n], "file": files[n], **shapes[n]}
+            {
+                "prompt": labels[n],
+                "seed": seeds[n],
+                "file": None if n in missing else files[n],
+                **shapes[n],
+            }
             for n in range(len(images))
         ]
-        for n in bad if is_folder else range(len(images) if bad else 0):
-            records[n]["file"] = None
         about = {"path": model.source, "name": model.cfg.name, "weights": args.weights}
         if args.adapter:
             about |= {"adapter": {"path": args.adapter, "sha256": adapter}}
@@ -162,13 +165,14 @@ def main(argv: list[str] | None = None) -> None:
             "pictures": records,
         }
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        with naming(args.json):
+        with config_files.naming(args.json):
             config_files.resolve(args.json).write_text(text, encoding="utf-8")
     if bad:
         names = ", ".join(f"{n} ({labels[n]!r}, seed {seeds[n]})" for n in bad[:5])
         raise DivergedError(
-            f"expected finite images; got {len(bad)} of {len(images)} others, which were not "
-            f"written: {names}{', ...' if len(bad) > 5 else ''}: {pipeline.NOT_FINITE}"
+            f"expected finite images; got NaN or infinity in {len(bad)} of {len(images)}, which "
+            f"were not written: {names}{', ...' if len(bad) > 5 else ''}: "
+            f"{pipeline.NON_FINITE_ADVICE}"
         )
     print(files[0] if len({*files}) == 1 else f"{files[0]} .. {files[-1]}")
 

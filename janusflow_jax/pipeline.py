@@ -36,7 +36,9 @@ DTYPES = ("float32", "bfloat16")
 ImageLike = Any
 """What `data.images.read` reads: a path, bytes, a file, a PIL image, or uint8[H, W, 3]."""
 
-NOT_FINITE = "use sound weights, an adapter of this model, a lower guidance scale or dtype float32"
+NON_FINITE_ADVICE = (
+    "use other weights, an adapter of this model, a lower guidance scale or dtype float32"
+)
 
 
 def load(
@@ -146,7 +148,7 @@ class Pipeline:
           JanusFlowError: an empty or too long prompt, a number out of range, a wrong noise shape or
             an unknown output.
           CheckpointError: the model lacks parts that generation needs.
-          DivergedError: some images are non-finite; its `images` are the others.
+          DivergedError: some images are non-finite; its `images` has None in their places.
         """
         if cfg_weight is not None:  # the name of 0.1; remove in 0.3
             guidance_scale = cfg_weight
@@ -198,7 +200,7 @@ class Pipeline:
         return ids
 
     def _check_lengths(self, what: str, ids: Sequence[Any], more: int) -> None:
-        """Raises JanusFlowError where ids and `more` positions behind them are too many."""
+        """Raises JanusFlowError if ids and `more` positions to generate exceed the limit."""
         limit = self.text.max_length
         for i, x in enumerate(ids):
             if len(x) + more > limit:
@@ -254,7 +256,7 @@ class Pipeline:
             ...}; a User turn may have 'images'. `<image_placeholder>` marks the place of an image;
             a question without it gets its images in front. A first System turn replaces the default
             prompt; a last Assistant turn with text is continued.
-          images: in order; for several conversations a list of lists. None if the turns have them.
+          images: in order; for several conversations a list of lists. Empty if the turns hold them.
           max_new_tokens: longest answer.
           temperature: 0 is greedy.
           top_p: share of probability of nucleus sampling.
@@ -302,11 +304,10 @@ class Pipeline:
         top_p: float,
         seed: int,
     ) -> tuple[list[chat_format.Encoded], list[list[Any]], bool]:
-        """Prompts and images of `chat`, everything checked; whether there is a single one."""
-        inputs.check_chat(max_new_tokens, temperature, top_p)
+        """Checks the arguments of `chat`; prompts, images, and whether there is a single one."""
         self._require("answering", "llm")
         many, images, single = inputs.conversations(conversation, images, self.text.image_tag)
-        inputs.image_seeds(seed, 1, len(many))
+        inputs.check_chat(max_new_tokens, temperature, top_p, seed, len(many))
         prompts = [
             self.text.conversation(turns, len(own), closed=False, system=system)
             for (system, turns), own in zip(map(inputs.split_system, many), images, strict=True)
@@ -340,8 +341,8 @@ class Pipeline:
             )
             if not (finite := np.asarray(state["finite"])[: len(prompts)]).all():
                 raise DivergedError(
-                    f"chat: expected finite logits; got others in {(~finite).sum()} of "
-                    f"{len(prompts)} conversations: {NOT_FINITE}"
+                    f"chat: expected finite logits; got NaN or infinity in {(~finite).sum()} of "
+                    f"{len(prompts)} conversations: {NON_FINITE_ADVICE}"
                 )
             out = np.concatenate([out, np.asarray(tokens)[: len(prompts)]], axis=1)
             out = out[:, :max_new_tokens]
@@ -418,14 +419,19 @@ class Pipeline:
 
 
 def _check_finite(what: str, latents: np.ndarray, finite: Any = True, images: Any = None) -> None:
-    """Raises DivergedError that names the rows of latents [B, h, w, C] or images that are not."""
+    """Raises DivergedError that names the non-finite images of latents [B, h, w, C].
+
+    Args:
+      finite: bool[B], what else is known of each image.
+      images: for the error; default: the latents.
+    """
     finite = np.isfinite(latents).all((1, 2, 3)) & finite
     if finite.all():
         return
     images = latents if images is None else images
     raise DivergedError(
-        f"{what}: expected finite images; got others at {np.flatnonzero(~finite).tolist()} of "
-        f"{len(finite)}: {NOT_FINITE}",
+        f"{what}: expected finite images; got NaN or infinity in images "
+        f"{np.flatnonzero(~finite).tolist()} of {len(finite)}: {NON_FINITE_ADVICE}",
         [x if ok else None for x, ok in zip(images, finite, strict=True)],
     )
 

@@ -217,6 +217,8 @@ def test_a_data_set_and_its_cache_in_a_bucket(bucket, tmp_path):
         options = ["folder", inputs, "--out", out, "--tokenizer", str(records.HUB)]
         parsed = prepare_data.parser().parse_args(options)
         build.prepare(prepare_data.options_of(parsed), out, engines.local(1))
+    prepare_data.dry_run(prepare_data.options_of(parsed), f"{fake.URL}/sheet.png")
+    assert Image.open(bucket / "sheet.png").width > 0
     remote, local = (sources.open_source(x, "train") for x in (f"{fake.URL}/data", "local"))
     assert len(remote) == 5 and [remote[i] for i in range(5)] == [local[i] for i in range(5)]
     chat = chat_format.ChatFormat.load(records.HUB)

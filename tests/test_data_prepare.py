@@ -19,6 +19,7 @@ import pytest
 from etils import epath
 from helpers import scenes
 
+from janusflow_jax.config import lock
 from janusflow_jax.config.errors import DataError, JanusFlowError
 from janusflow_jax.data import chat_format, images, packing, samples, sources
 from janusflow_jax.data.prepare import (
@@ -249,6 +250,10 @@ def test_a_second_process_on_one_folder_is_refused(folder, tmp_path, overwrite):
     run(options(folder), out, engine)
     assert len(second) > 2 and contents(out).keys() > {"dataset_info.json", "report.json"}
     assert "lock" not in contents(out) and len(stored(out)) == 40
+    (out / ".prepare_data").mkdir()  # the first is removing it
+    with lock.Lock(epath.Path(out), ""), pytest.raises(JanusFlowError, match="another process"):
+        run(options(folder), out)
+    assert (out / ".prepare_data").exists()
 
 
 @pytest.mark.slow
@@ -324,8 +329,9 @@ def test_no_good_record_is_an_error_with_the_reasons(tmp_path):
         run(Options("text", (str(text),), kind="text"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset_info.json").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no record can be used"):
-        run(Options("folder", (str(tmp_path / "empty"),)), tmp_path / "out2")
+    for heldout in (0.0, 0.5):
+        with pytest.raises(DataError, match="no record can be used"):
+            run(Options("folder", (str(tmp_path / "empty"),), heldout=heldout), tmp_path / "out2")
 
 
 def test_images_are_shrunk_upright_or_kept_as_they_are(tmp_path):

@@ -91,6 +91,13 @@ def test_only_what_the_command_wrote_is_replaced(tmp_path, out, overwrite, is_fr
     assert is_free or str(tmp_path / out) in problem
 
 
+def test_an_input_in_the_home_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tree(tmp_path, "source/mark.json")
+    rest = ("mark.json", "ours"), ("*.json",), ["~/source"]
+    assert files.problem_of_out(epath.Path(tmp_path / "source"), True, *rest)
+
+
 KILLED = """
 import os, pathlib, signal, sys
 from janusflow_jax.config import files

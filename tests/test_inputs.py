@@ -40,11 +40,11 @@ def test_what_generate_accepts(option, good, bad):
         ("max_new_tokens", [1, np.int32(512)], [0, -1, 2.5, "8", None, NAN]),
         ("temperature", [0, 0.7, 100, np.float32(1)], [-1, NAN, INF, 1e300, "1", None]),
         ("top_p", [1, 0.1, 1e-6], [0, -0.1, 1.01, NAN, INF, 1e-300, None]),
-        ("seed", [0, 2**32 - 1, np.int64(3), jnp.int32(3)], [-1, 2**32, 3.0, NAN, None, "3"]),
+        ("seed", [0, 2**32 - 1, np.int64(3), jnp.int32(3)], [-1, 2**32, 3.0, NAN, None, "3", [3]]),
     ],
 )
 def test_what_chat_accepts(option, good, bad):
-    request = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+    request = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "seed": 0}
     for value in good:
         inputs.check_chat(**{**request, option: value})
     for value in bad:

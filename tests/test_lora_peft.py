@@ -217,8 +217,14 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
     [
         ({"r": 2}, "expected a LoRA adapter with r, lora_alpha, target_modules"),
         ([], "expected a LoRA adapter with r, lora_alpha, target_modules"),
-        ({**PLAIN, "lora_alpha": "x"}, "lora_alpha: expected a number above 0; got 'x'"),
-        ({**PLAIN, "lora_alpha": float("nan")}, "lora_alpha: expected a number above 0; got nan"),
+        (
+            {**PLAIN, "lora_alpha": "x"},
+            "lora_alpha: expected a number above 0 and below 1e+06; got 'x'",
+        ),
+        (
+            {**PLAIN, "lora_alpha": float("nan")},
+            "lora_alpha: expected a number above 0 and below 1e+06; got nan",
+        ),
         ({**PLAIN, "target_modules": "(q"}, "expected a regular expression; got '(q'"),
         ({**PLAIN, "r": 3}, "lora_A.weight: expected shape (3, 6); got (2, 6)"),
         ({**PLAIN, "target_modules": ["a_proj"]}, "q_proj.lora_A.weight: unknown"),

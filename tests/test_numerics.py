@@ -7,6 +7,7 @@ from helpers.runs import last_arrays, tiny_config
 
 from janusflow_jax import train
 from janusflow_jax.config import LossConfig, ModelConfig
+from janusflow_jax.hub import assemble_parts
 from janusflow_jax.parallel import numerics
 from janusflow_jax.training import losses
 
@@ -40,6 +41,17 @@ def test_images_and_answers_do_not_change(setting, golden_model):
         other, other_answers = results()
     np.testing.assert_array_equal(latents, other)
     assert other.dtype == np.float32 and answers == other_answers
+
+
+def test_new_parts_of_an_assembled_model_do_not_change(golden_model):
+    def parts():
+        return dict(assemble_parts.initialize(golden_model.cfg, 3, None, lambda _: None))
+
+    want = parts()
+    with SETTINGS["x64"](), SETTINGS["threefry"](), SETTINGS["generator"]():
+        got = parts()
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(got))
 
 
 @EACH

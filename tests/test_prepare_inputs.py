@@ -254,6 +254,14 @@ def test_fields_beside_an_image(fields, options, reason):
     assert outcome({"image": JPG, "caption": "a bear", **fields}, **options) == reason
 
 
+@pytest.mark.parametrize("text", ["Rename it a.jpg", "https://e.org/a.mp4", "It is a.wav"])
+def test_a_text_that_ends_like_a_file_is_text(text):
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": text}]
+    assert outcome({"conversations": turns}, kind="conversation") == "good"
+    assert outcome({"text": text}, kind="document") == "good"
+    assert outcome({"caption": text, "image": JPG}) == "good"
+
+
 def test_images_inside_turns():
     user = {"role": "<|User|>", "content": "<image>What?", "images": [JPG]}
     parts = {"role": "user", "content": [{"type": "image", "image": JPG}, "What?"]}
@@ -265,7 +273,9 @@ def test_images_inside_turns():
         row["images"] = [scenes.encoded(quality=70)]
         assert outcome(row, kind="conversation") == "picture: in another field"
     video = {"role": "user", "content": "What?", "video": "a.mp4"}
-    assert outcome({"messages": [video, answer]}, kind="conversation") == "video: not read"
+    pair = {"user": "What?", "assistant": "Red.", "video": "a.mp4"}
+    for turns in ([video, answer], [pair]):
+        assert outcome({"messages": turns}, kind="conversation") == "video: not read"
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,14 @@ if __name__ == "__main__":  # before the imports, which take seconds
     signals.end_on_signals()
 
 import argparse
-import signal
-import sys
+import functools
 import time
 from typing import Any
 
 from absl import logging
-from etils import epath
 
 from janusflow_jax import cli, hub
+from janusflow_jax.config import files
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -50,38 +49,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--overwrite", action="store_true", help="replace a folder that this command wrote"
     )
     args = p.parse_args(argv)
-    if args.janusflow and not args.vae and (epath.Path(args.janusflow) / "vae").is_dir():
-        args.vae = str(epath.Path(args.janusflow) / "vae")
+    if args.janusflow and not args.vae:
+        vae = files.resolve(args.janusflow) / "vae"
+        args.vae = str(vae) if vae.is_dir() else ""
     if bool(args.janusflow) == bool(args.llm or args.siglip):
         p.error("expected --janusflow DIR --vae DIR, or --llm DIR --siglip DIR --vae DIR")
     required = ("vae",) if args.janusflow else ("llm", "siglip", "vae")
     if missing := [f"--{n}" for n in required if not getattr(args, n)]:
         p.error(f"missing {', '.join(missing)}")
     return args
-
-
-class Progress:
-    """Prints lines. After Ctrl-C or SIGTERM, the next line ends the tool instead.
-
-    Lines come between parts. Within a part, Orbax's threads would go on writing into the folder
-    that is being removed.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _: Any) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        print("stopping after this part; nothing will be left", flush=True)
-
-    def __call__(self, line: str) -> None:
-        if self.signal:
-            sys.exit(128 + self.signal)
-        print(line, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     options: dict[str, Any] = {
         "dtype": args.dtype,
         "overwrite": args.overwrite,
-        "log": Progress(),
+        "log": functools.partial(print, flush=True),
     }
     if args.janusflow:
         hub.convert(args.janusflow, args.vae, args.out, **options)

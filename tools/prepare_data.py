@@ -32,7 +32,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     signals.end_on_signals("run the same command again to resume")
 
-from etils import epath
 from PIL import Image
 
 from janusflow_jax import cli
@@ -41,6 +40,7 @@ from janusflow_jax.config.errors import DataError, JanusFlowError
 from janusflow_jax.data import chat_format
 from janusflow_jax.data.prepare import build, engines, parquet, report
 from janusflow_jax.data.prepare.records import KINDS, Options
+from janusflow_jax.eval import sheet
 
 _WITH_IMAGES = ("--kind captions", "--kind conversation", "--kind document")
 _BOTH = ("understand:chat", "understand:plain")
@@ -74,7 +74,7 @@ READ_BY = {
     "max_pixels": _WITH_IMAGES,
     "max_bytes": _WITH_IMAGES,
 }
-"""Option -> what reads it; all read the others. Elsewhere it is an error, not silence."""
+"""Option -> the formats, engines and kinds that read it. Any run reads the other options."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -201,14 +201,15 @@ def options_of(args: argparse.Namespace) -> Options:
         raise DataError(f"--shard-records: expected at least 1; got {args.shard_records}")
     if (args.lengths or args.dry_run) and not args.tokenizer:
         raise DataError("--lengths and --dry-run: expected --tokenizer too; got none")
-    for path in (*args.inputs, args.out, args.images, args.rows, args.classes, args.tokenizer):
+    paths = (*args.inputs, args.out, args.images, args.rows, args.classes, args.tokenizer)
+    for path in (*paths, args.dry_run or ""):
         files.resolve(path)  # a bucket that cannot be opened ends the run here
     names = {field.name for field in dataclasses.fields(Options)}
     values: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
     values |= {"inputs": tuple(args.inputs), "kind": args.kind or kinds[0]}
     values |= {"classes": (), "lengths": ()}
     if args.classes:
-        values["classes"] = tuple(files.read_lines(epath.Path(args.classes)))
+        values["classes"] = tuple(files.read_lines(files.resolve(args.classes)))
     if args.format == "parquet" and not args.kind:
         values["kind"] = parquet.guess_kind(args.inputs, args.image_field)
     _check_read(args, values["kind"])
@@ -279,7 +280,7 @@ def dry_run(options: Options, png: str) -> int:
         print(skipped.table(), end="\n\n")
         previews += new
     if any(sample.images for sample in previews):
-        Image.fromarray(report.sheet(previews)).save(png)
+        sheet.save(Image.fromarray(report.sheet(previews)), files.resolve(png))
         print(f"{png}: their images as the model sees them")
     return 0 if previews else 1
 

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -180,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         "--overwrite", action="store_true", help="replace a folder that this command wrote"
     )
     args = p.parse_args(argv)
-    out = epath.Path(args.out)
+    out = files.resolve(args.out)
     mark, made = (judge.FILE, '"classes"'), (judge.FILE, judge.WEIGHTS, "README.md")
     if problem := files.problem_of_out(out, args.overwrite, mark, made, [args.data, args.vae]):
         raise CheckpointError(problem)

@@ -132,7 +132,7 @@ def problem_of_out(
 
 def _real(path: Any) -> pathlib.PurePath:
     """Where a path leads, links followed; a bucket's is what it is."""
-    name = os.fspath(path)
+    name = os.fspath(resolve(path))
     return pathlib.PurePosixPath(name if is_remote(name) else os.path.realpath(name))
 
 

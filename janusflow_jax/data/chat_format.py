@@ -39,7 +39,7 @@ DEFAULT_TAGS = {
 }
 """Key of processor_config.json -> tag, in the order in which missing tags get new ids."""
 MAX_LENGTH = 16384
-"""Positions of the published model; tokenizer_config.json may name fewer."""
+"""Positions of the published model; tokenizer_config.json may set a lower limit."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -72,8 +72,8 @@ class _Span:
 class ChatFormat:
     """A tokenizer folder, loaded. Use `ChatFormat.load`. Safe to share between threads.
 
-    `tokenizer` parses special strings in text, `text_tokenizer` treats them as text. `max_length`:
-    positions that the model knows.
+    `tokenizer` parses special strings in text, `text_tokenizer` treats them as text. `max_length`
+    is the longest sequence of the model, in positions.
     """
 
     folder: str
@@ -159,7 +159,7 @@ class ChatFormat:
             image_tag=tags["image_tag"],
             num_image_tokens=num_image_tokens,
             added_tags=tuple(added),
-            # Without a BOS where 0.1 added one, other lengths are stored.
+            # Where 0.1 added a BOS and this version does not, lengths are measured again.
             hash=_digest(
                 files | ({} if add_bos or config.get("add_bos_token") is False else {"bos": b"no"})
             ),
@@ -312,7 +312,7 @@ def _content(path: epath.Path, config: dict[str, Any], key: str) -> str:
 
 
 def _adds_bos(config: dict[str, Any], tokenizer: tokenizers.Tokenizer, bos: str) -> bool:
-    """Whether the tokenizer's own rule begins a text with the BOS."""
+    """Whether the tokenizer itself puts the BOS in front of a text."""
     # NOTE(parity): transformers' Llama tokenizers go by the config alone, and theirs is the default
     # of True. The template in tokenizer.json adds a BOS in one of the two published forms of
     # JanusFlow and not in the other. Other tokenizers go by the template.
@@ -324,7 +324,7 @@ def _adds_bos(config: dict[str, Any], tokenizer: tokenizers.Tokenizer, bos: str)
 
 
 def _max_length(length: Any) -> int:
-    """Without a limit of its own, a tokenizer has none or a huge one."""
+    """`model_max_length`, which is missing or huge where a tokenizer has no limit of its own."""
     return length if isinstance(length, int) and 0 < length < MAX_LENGTH else MAX_LENGTH
 
 

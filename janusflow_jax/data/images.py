@@ -53,7 +53,7 @@ _TRANSPOSES = {  # of EXIF's orientations
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# PIL warns of what `open_image` handles: large images, and metadata that it cannot read.
+# `open_image` handles what PIL warns of: large images, and metadata that it cannot read.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -133,12 +133,12 @@ def open_image(
             "truncated or broken",
         ) from problem
     raise DataError(
-        f"expected {', '.join(FORMATS)}; got {_name_of(data)}", "not JPEG, PNG or WebP"
+        f"expected {', '.join(FORMATS)}; got {_describe(data)}", "not JPEG, PNG or WebP"
     ) from problem
 
 
-def _name_of(data: bytes) -> str:
-    """Another format, or the first bytes."""
+def _describe(data: bytes) -> str:
+    """The name of another image format, or the first bytes."""
     for offset, start, name in _OTHER_FORMATS:
         if data.startswith(start, offset):
             return f"{name}: convert it (ImageMagick: `mogrify -format png FILES`)"
@@ -146,9 +146,9 @@ def _name_of(data: bytes) -> str:
 
 
 def _without_metadata(data: bytes) -> Iterator[bytes]:
-    """The file, then without metadata for which PIL refuses images whose pixels are good.
+    """The file, then copies with less and less metadata; the orientation (EXIF) always stays.
 
-    Less of it stays from attempt to attempt; the orientation (EXIF) always does.
+    PIL refuses some files because of their metadata, although the pixels are good.
     """
     yield data
     if data.startswith(_PNG):
@@ -167,7 +167,7 @@ def _without_metadata(data: bytes) -> Iterator[bytes]:
 
 
 def _png_chunks(data: bytes, keep: tuple) -> bytes:
-    """The chunks of pixels (capital letters), and some others that are whole."""
+    """The critical chunks (with capital letters), and intact chunks named in `keep`."""
     out, begin = [data[:8]], 8
     while begin < len(data):
         name = data[begin + 4 : begin + 8]
@@ -180,7 +180,7 @@ def _png_chunks(data: bytes, keep: tuple) -> bytes:
 
 
 def _jpeg_segments(data: bytes, keep: tuple) -> bytes:
-    """The segments of pixels, and some of the applications' (APP0 to APP15)."""
+    """The file without application segments (APP0 to APP15) other than those in `keep`."""
     out, begin = [data[:2]], 2
     while data[begin : begin + 1] == b"\xff" and data[begin + 1 : begin + 2] != b"\xda":
         marker = data[begin + 1]
@@ -245,7 +245,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _to_srgb(profile: bytes, mode: str) -> Any:
     """The transform of a color profile to sRGB.
 
-    None if the profile is broken, or made for another mode, or changes nothing that can be seen.
+    None if the profile is broken, belongs to another mode, or changes nothing visible.
     """
     try:
         transform = ImageCms.buildTransform(
@@ -268,7 +268,7 @@ def _to_srgb(profile: bytes, mode: str) -> Any:
 def read(image: Any) -> np.ndarray:
     """A path, encoded bytes, an open file, a PIL image or an array -> uint8[H, W, 3].
 
-    However an image comes, its pixels are those of its file.
+    Every form of an image gives the same pixels as its file.
 
     Args:
       image: a path; bytes, bytearray or memoryview; a binary file, which is read from its start; a
@@ -286,11 +286,7 @@ def read(image: Any) -> np.ndarray:
     if isinstance(image, Image.Image):
         try:
             pixels = np.asarray(_rgb(_upright(image)))
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-        ) as error:  # a file that PIL opened and has not decoded yet
+        except (OSError, SyntaxError, ValueError) as error:  # PIL decodes a file only here
             raise DataError(f"image: truncated or broken: {error}") from error
         return read(pixels)  # which refuses an image without a pixel
     if hasattr(image, "read"):

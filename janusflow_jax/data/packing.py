@@ -32,7 +32,7 @@ from janusflow_jax.data.sources import Fields
 SMALL = 100_000
 """A run measures up to this many records itself; more need tools/measure_lengths.py."""
 CHUNK = 1 << 20
-"""Records or samples that are taken at a time: memory then holds little beside the result."""
+"""Records or samples that are processed at a time, to save memory."""
 
 
 # --- lengths of records, in tokens
@@ -340,7 +340,7 @@ class Bins:
     """
 
     samples: Samples
-    order: np.ndarray  # int32[num_samples], numbers of samples, class after class
+    order: np.ndarray  # unsigned[num_samples], numbers of samples, class after class
     class_starts: np.ndarray  # int64[num_classes + 1], places in `order`
     class_length: np.ndarray  # int64[num_classes], positions of a sample
     group_starts: np.ndarray  # int64[num_groups + 1], bins
@@ -418,7 +418,7 @@ def pack(samples: Samples, row_len: int, slots: int) -> Bins:
         first = int(ends[split - 1]) if split else 0
         if first == count:
             continue
-        # The next group falls apart: bins that are filled, one with what is left, untouched ones.
+        # The next group is divided: bins that become full, one with the rest, untouched bins.
         filled, rest = divmod(count - first, int(fit[split]))
         parts = [(filled, int(fit[split])), (min(rest, 1), rest)]
         parts.append((int(size[split]) - sum(bins for bins, _ in parts), 0))

@@ -80,7 +80,7 @@ class Source:
         return zlib.crc32(f"{self.name}:{self.cfg.task}".encode())
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that say what the source holds, wherever it lies."""
+        """JSON values that identify the source's content, wherever it is stored."""
         content = f"{sources.digest(self.records)} {self.lengths}"
         cache = json.dumps(dataclasses.asdict(self.cache.manifest)) if self.cache else ""
         return {

@@ -30,7 +30,7 @@ from janusflow_jax.data import chat_format
 QUESTION = "Describe the picture."
 """What a user asks about an image that has only captions."""
 _CHARACTERS = 4
-"""Of a token, about; see `excerpt`."""
+"""Of a token, on average; see `excerpt`."""
 
 Turns = list[dict[str, str]]
 
@@ -237,7 +237,7 @@ def excerpt(
 ) -> Sample:
     """A random stretch of a text-only record, of at most `room` positions.
 
-    A text is tokenized where it is read only, however long it is.
+    Only the part of a long text that is used is tokenized.
 
     Args:
       units: [begin, end) of a conversation.
@@ -254,7 +254,7 @@ def excerpt(
     texts = texts_of(record)
     text = texts[int(draw(len(texts)))]
     start = int(draw(max(len(text) - _CHARACTERS * room, 0) + 1))
-    if start:  # between two words, where there are words
+    if start:  # begin between two words if a space is near
         start = max(text.find(" ", start, start + 32), start)
     end = start + 4 * _CHARACTERS * room
     sample = _sample(chat.plain_text(text[start:end]), [])

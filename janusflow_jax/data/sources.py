@@ -121,14 +121,15 @@ open_source = TfdsSource
 
 
 def digest(records: Any) -> str:
-    """SHA-256 of what an open source holds, wherever it lies: the number of its records, their
-    bytes in all, and PROBES of the records. With the lengths of all records (`packing`), this shows
-    that a data set was made anew without reading all of it.
+    """SHA-256 of the number of records, their total bytes, and PROBES of the records.
+
+    With the lengths of all records (`packing`), it shows without reading the whole data set that it
+    was made anew.
     """
     total = hashlib.sha256(f"{len(records)} {getattr(records, 'num_bytes', 0)}".encode())
     places = np.linspace(0, max(len(records) - 1, 0), min(PROBES, len(records)))
     for i in places.astype(np.int64).tolist():
-        # `default` gets images, as bytes or arrays
+        # `default` gets encoded images
         text = json.dumps(records[i], sort_keys=True, default=lambda x: bytes(x).hex())
         total.update(text.encode("utf-8", "surrogatepass"))
     return total.hexdigest()

@@ -80,7 +80,7 @@ def write(
 
 @contextlib.contextmanager
 def _reported(step: int, what: str) -> Iterator[None]:
-    """Prints that a preview is non-finite: only its losses may end a run."""
+    """Prints the error of a non-finite preview: only the losses may end a run."""
     try:
         yield
     except DivergedError as error:

@@ -48,7 +48,7 @@ KNOWN = """
 that sets any other (use_dora, modules_to_save) may be more than scaled products."""
 MERGE_ELSEWHERE = "if PEFT can apply it, use merge_and_unload there and convert the result"
 MAX_ALPHA = 1e6
-"""Larger ones are no scale of an adapter but a mistake: logits would overflow."""
+"""A larger alpha is a mistake: logits would overflow."""
 INITS = (True, None, False, "gaussian", "orthogonal", "eva")
 """Initializations that leave the base unchanged; others (PiSSA, OLoRA, LoftQ) change it."""
 
@@ -220,8 +220,8 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     for name, value in (("lora_alpha", values["lora_alpha"]), *alphas.items()):
         if not isinstance(value, int | float) or not 0 < value < MAX_ALPHA:
             raise ConvertError(
-                f"{folder / CONFIG}: {name}: expected a number above 0; got {value!r} (at most "
-                f"{MAX_ALPHA:g})"
+                f"{folder / CONFIG}: {name}: expected a number above 0 and below {MAX_ALPHA:g}; "
+                f"got {value!r}"
             )
     targets = values["target_modules"]
     for pattern in (*ranks, *alphas, *([targets] if isinstance(targets, str) else [])):

@@ -163,7 +163,7 @@ def _timm_config(source: Source, prefix: str) -> SiglipConfig:
             f"{', '.join(prefix + n for n in wrong)} is missing or has another number of axes"
         )
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
-    file = f"{source.folder / 'config.json'}"
+    file = str(source.folder / "config.json")
     values = hub_configs.present(source.json("config.json", default={}))
     model_args = hub_configs.json_object(file, values, "model_args", {})
     num_heads = model_args.get("num_heads") or HEADS.get(width)
@@ -185,7 +185,7 @@ def _timm_config(source: Source, prefix: str) -> SiglipConfig:
 
 def _transformers_config(source: Source, log: Callable[[str], None]) -> SiglipConfig:
     """`vision_config` of transformers; the defaults are those of its SiglipVisionConfig."""
-    file = f"{source.folder / 'config.json'}"
+    file = str(source.folder / "config.json")
     values = hub_configs.present(source.json("config.json"))
     values = hub_configs.json_object(file, values, "vision_config", values)
     act = values.get("hidden_act", "gelu_pytorch_tanh")
@@ -229,7 +229,9 @@ def initialize(
         params = janusflow.init_params(cfg, key)
         return {part: params[part] for part in new}
 
-    for part, tree in init(numerics.key(seed)).items():
+    with numerics.fixed():
+        params = init(numerics.key(seed))
+    for part, tree in params.items():
         yield part, jax.tree.map(lambda x: np.asarray(x).astype(dtype or x.dtype), tree)
 
 

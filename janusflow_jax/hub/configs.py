@@ -87,12 +87,12 @@ def json_object(where: str, values: Mapping[str, Any], key: str, default: Any = 
 
 
 def numbers(where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers under the keys of `defaults`, which say what is missing.
+    """The values of the keys of `defaults`; a missing one is its default.
 
-    Whole where the default is, in a list where that is one, and above 0 as all sizes of a model.
+    Each is above 0 and, as its default, an integer, a number or a list of them.
 
     Raises:
-      ConvertError: lists the values that cannot be.
+      ConvertError: lists the values that are not.
     """
     out = {key: values.get(key, default) for key, default in defaults.items()}
 
@@ -165,18 +165,17 @@ def model_config_from_hf(
     _check("config.json: language_config", present(language), {"tie_word_embeddings": False})
     preprocessor = present(preprocessor)
     _check("preprocessor_config.json", preprocessor, _PREPROCESSOR)
-    where, und_size = "preprocessor_config.json", und_params.get("image_size", 336)
-    defaults = {"rescale_factor": _RESCALE, "image_size": und_size}
-    rescale, image_size = numbers(where, preprocessor, defaults).values()
-    if not math.isclose(rescale, _RESCALE, rel_tol=1e-6):  # some files round it
-        raise ConvertError(
-            f"preprocessor_config.json: rescale_factor: expected 1/255; got {rescale}"
-        )
     llm, und, vae_cfg = (
         llama_config_from_hf(language),
         _siglip_config_from_hf(und_params),
         vae_config_from_hf(vae),
     )
+    defaults = {"rescale_factor": _RESCALE, "image_size": und.image_size}
+    rescale, image_size = numbers("preprocessor_config.json", preprocessor, defaults).values()
+    if not math.isclose(rescale, _RESCALE, rel_tol=1e-6):  # some files round it
+        raise ConvertError(
+            f"preprocessor_config.json: rescale_factor: expected 1/255; got {rescale}"
+        )
     ours = json_object("config.json", main, OURS, {})
     repa = {"layer": max(1, llm.num_layers // 4), "width": llm.width}
     stored = json_object(f"config.json: {OURS}", ours, "repa", {})
@@ -270,7 +269,7 @@ def _gen_config_from_hf(
     widths, num_blocks, eps = numbers(
         "config.json: vision_gen_enc_config.params", enc, defaults
     ).values()
-    gen = GenConfig(width=(*widths, 0)[0], num_blocks=num_blocks, patch_size=2, norm_eps=eps)
+    gen = GenConfig(width=widths[0], num_blocks=num_blocks, patch_size=2, norm_eps=eps)
     if enc.get("padding") == "valid":
         enc["padding"] = 0
     enc_required, dec_required = _convnext_to_hf(gen, llm, vae)

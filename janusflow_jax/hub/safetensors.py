@@ -19,7 +19,7 @@ from etils import epath
 
 from janusflow_jax.checkpoints.checksums import read_json
 from janusflow_jax.config.errors import ConvertError
-from janusflow_jax.config.files import LFS_HELP, LFS_POINTER
+from janusflow_jax.config.files import LFS_HELP, LFS_POINTER, is_remote
 
 DTYPES = {
     "F64": np.float64,
@@ -62,7 +62,7 @@ class LazyTensor:
 @functools.cache
 def local(path: epath.Path) -> str:
     """The path, or a temporary copy of a remote file: safetensors maps local files only."""
-    if "://" not in str(path):
+    if not is_remote(path):
         return str(path)
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -79,10 +79,10 @@ def open_vae(path: Any) -> Source:
 
 
 def log_missing_scale(vae: Source, cfg: VaeConfig, log: Callable[[str], None]) -> None:
-    """A remark where a VAE's config does not name its scale: a wrong one changes every image."""
+    """Logs that a VAE's config has no scaling_factor: a wrong one changes every image."""
     if vae.json("config.json").get("scaling_factor") is None:
         log(
-            f"{vae.folder / 'config.json'}: no scaling_factor: took diffusers' default "
+            f"{vae.folder / 'config.json'}: no scaling_factor: using diffusers' default "
             f"{cfg.scaling_factor}; the published JanusFlow's VAE (SDXL's) has "
             f"{VaeConfig().scaling_factor}"
         )

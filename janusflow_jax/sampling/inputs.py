@@ -46,16 +46,19 @@ def check_generate(
         raise JanusFlowError("generate: " + "; ".join(problems))
 
 
-def check_chat(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any = 0) -> None:
-    """Raises JanusFlowError with every option that is out of range."""
+def check_chat(
+    max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any, count: int = 1
+) -> None:
+    """Raises JanusFlowError with every option of `count` conversations that is out of range."""
     problems = _count_problems("max_new_tokens", max_new_tokens)
     problems += _number_problems(
         "temperature", temperature, "a finite number >= 0 (0 is greedy)", 0.0
     )
     problems += _number_problems("top_p", top_p, "above 0 and at most 1", TINY, 1.0)
+    problems += [] if _integer(seed) is not None else [f"seed: expected an integer; got {seed!r}"]
     if problems:
         raise JanusFlowError("chat: " + "; ".join(problems))
-    image_seeds(seed, 1, 1)
+    image_seeds(seed, 1, count)
 
 
 def _count_problems(name: str, value: Any) -> list[str]:
@@ -123,7 +126,7 @@ def conversations(
 
     Args:
       conversation: a question, turns {'role', 'content', 'images'}, or a list of those.
-      images: a list; for a list of conversations, a list of lists. None in the turns then.
+      images: a list; for a list of conversations, a list of lists. Empty if the turns hold them.
       tag: marks an image in a text. A question without tags gets them in front.
     Returns:
       turns and images of every conversation; whether there was a single one.

@@ -84,8 +84,8 @@ def draw_noise(seeds: Array, shape: tuple[int, ...]) -> Array:
 def latents_to_pixels(
     cfg: ModelConfig, dtype: str, vae_params: Any, latents: Array
 ) -> tuple[Array, Array]:
-    """Scaled latents float32[B, h, w, C] -> uint8[B, H, W, 3], and bool[B]: whether each image was
-    finite before it became uint8."""
+    """Scaled latents float32[B, h, w, C] -> images uint8[B, H, W, 3], and whether the decoder's
+    output was finite, bool[B]."""
     module = vae.Vae(cfg.vae, jnp.dtype(dtype))
     unscaled = latents / cfg.vae.scaling_factor
     x = module.apply({"params": vae_params}, unscaled, method="decode")

@@ -116,8 +116,8 @@ def decode(
     """Generates up to `num_tokens` more tokens; stops once every row has reached EOS.
 
     Returns:
-      the state, whose `finite` bool[B] tells whether the logits of a row were finite so far; and
-      the tokens, EOS after the end of a row.
+      the state, whose `finite` bool[B] is whether the logits of a row were finite so far; and the
+      tokens, EOS after the end of a row.
     """
     run = {"params": params}
     batch = len(state["lengths"])

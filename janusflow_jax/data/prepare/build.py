@@ -8,7 +8,7 @@
 A shard depends on its inputs and the options only, and its files are written whole or not at all.
 So a killed run resumes, and any worker may make a shard, even twice. When all shards are there,
 duplicates are removed (the first in the order of the shards stays), and records that share an image
-come to one split.
+are put in one split.
 """
 
 from __future__ import annotations
@@ -95,19 +95,17 @@ def prepare(
       DataError: `out` holds something else, or no record can be used.
     """
     path = config_files.resolve(out)
-    # before the lock: another folder gets no file of ours
-    _check_out(path, overwrite, options.inputs)
+    if not (path / WORK_FOLDER).exists():  # before the lock: another folder gets no file of ours
+        _check_out(path, overwrite, options.inputs)
     _chat(options.tokenizer)  # fails before the work if it cannot be loaded
     is_new = not path.exists()
     with lock.Lock(path, "choose another `out`"):
         try:
-            # Again: the process that held it may have just finished.
+            # Again: the process that held the lock may have just finished.
             _check_out(path, overwrite, options.inputs)
             for entry in path.iterdir() if overwrite else ():
-                if entry.is_dir():
-                    entry.rmtree()
-                elif entry.name != lock.FILE:
-                    entry.unlink()
+                if entry.name != lock.FILE:
+                    config_files.remove(entry)
             return _prepare(options, path, engine, progress)
         finally:
             (path / lock.FILE).unlink(missing_ok=True)
@@ -277,10 +275,10 @@ def _assemble(options: Options, out: epath.Path, jobs: list[Job], engine: engine
     report = Report.total(json.loads(job.file(".json").read_text()) for job in jobs)
     columns = [files.load_arrays(job.file("-ids.npz"), "hash", "split", "size") for job in jobs]
     is_first = _first_of_each_id(jobs, columns, report)
-    new_splits = _splits_by_image(jobs, columns, is_first, report) if options.heldout else None
     if not report.num_records:
         (out / WORK_FOLDER).rmtree()
         raise DataError(f"{out}: no record can be used:\n{report.table()}")
+    new_splits = _splits_by_image(jobs, columns, is_first, report) if options.heldout else None
     chat = _chat(options.tokenizer)
     shards, num_bytes, merges = {}, {}, []
     for index, split in enumerate(SPLITS):
@@ -382,9 +380,7 @@ def _splits_by_image(
     order = np.argsort(images, kind="stable")
     is_same = np.diff(images[order]) == 0
     pairs = np.stack([owners[order][:-1][is_same], owners[order][1:][is_same]])
-    nodes, edges = np.unique(
-        pairs, return_inverse=True
-    )  # few: records without company are left out
+    nodes, edges = np.unique(pairs, return_inverse=True)  # only records that share an image
     left, right = edges.reshape(pairs.shape)
     graph = sparse.coo_array((np.ones(len(left), bool), (left, right)), (len(nodes), len(nodes)))
     _, groups = csgraph.connected_components(graph, directed=False)

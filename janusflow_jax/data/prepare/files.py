@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from janusflow_jax.config.files import is_remote
 from janusflow_jax.data.sources import write_whole
 
 NAME = "prepared"
@@ -70,13 +71,13 @@ def writer(path: epath.Path) -> Iterator[Any]:
     """An ArrayRecord writer (`.write(bytes)`); the file appears whole or not at all."""
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-    folder = tempfile.gettempdir() if _is_remote(path) else os.path.dirname(path)
+    folder = tempfile.gettempdir() if is_remote(path) else os.path.dirname(path)
     part = epath.Path(folder) / f".{path.name}.{uuid.uuid4().hex}"
     try:
         out = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
         yield out
         out.close()
-        if _is_remote(path):
+        if is_remote(path):
             _copy(part, path)
         else:
             part.replace(path)
@@ -90,7 +91,7 @@ def read(path: epath.Path) -> Iterator[bytes]:
 
     with contextlib.ExitStack() as stack:
         local = path
-        if _is_remote(path):
+        if is_remote(path):
             local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
             _copy(path, local)
         reader = array_record_module.ArrayRecordReader(str(local))
@@ -101,10 +102,6 @@ def read(path: epath.Path) -> Iterator[bytes]:
             reader.close()
         except RuntimeError as e:
             raise OSError(f"{path}: {e}") from e
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
@@ -124,7 +121,7 @@ def merge(job: tuple[str, Sequence[tuple[str, list[bool]]]]) -> None:
     path = epath.Path(target)
     if path.exists():
         return
-    if len(parts) == 1 and all(parts[0][1]) and not _is_remote(path):
+    if len(parts) == 1 and all(parts[0][1]) and not is_remote(path):
         epath.Path(parts[0][0]).replace(path)
         return
     with writer(path) as out:

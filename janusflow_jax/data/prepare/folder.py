@@ -56,7 +56,7 @@ def _pairs(root: epath.Path) -> Iterator[Row]:
         stems: dict[str, tuple[list[str], list[str]]] = {}
         for name in siblings:
             stem, _, suffix = name.rpartition(".")
-            stem = unicodedata.normalize("NFC", stem)  # macOS may write names in two forms
+            stem = unicodedata.normalize("NFC", stem)  # macOS mixes two forms of a name
             suffix = f".{suffix.lower()}"
             if suffix == ".txt":
                 stems.setdefault(stem, ([], []))[1].append(name)

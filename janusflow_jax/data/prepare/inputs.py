@@ -81,9 +81,9 @@ def files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[tuple[epath.
 
 
 def _expand(path: epath.Path) -> list[epath.Path]:
-    """The files that a path means: itself, or what its pattern with `*` matches.
+    """The path itself if it exists, or what its pattern matches.
 
-    A bracket in a name is a bracket, unless only its meaning in patterns matches a file.
+    Brackets are part of a name; they are a pattern only if no such name matches.
     """
     if path.exists() or not glob.has_magic(str(path)):
         return [path] if path.exists() else []
@@ -97,7 +97,7 @@ def _expand(path: epath.Path) -> list[epath.Path]:
 
 
 def _contents(path: epath.Path) -> str:
-    """What a folder holds instead of the files that were expected."""
+    """The suffixes of the files in a folder, for the message; '' for no folder."""
     if not path.is_dir():
         return ""
     suffixes = collections.Counter(epath.Path(name).suffix.lower() for _, name in walk(path))
@@ -247,7 +247,7 @@ def _read_line(stream: Any) -> tuple[bytes, int]:
 
 
 def decode(data: bytes) -> str:
-    """The text of a whole file of rows.
+    """The text of a file.
 
     Bytes that are not UTF-8 stay in their field, where `records.clean_text` reports them.
 
@@ -265,7 +265,7 @@ def decode(data: bytes) -> str:
 def parse_json(data: bytes) -> Any:
     """The value of JSON, or the Skipped of what is not UTF-8 (or UTF-16) or not JSON."""
     try:
-        return json.loads(data)  # it tells UTF-16 by its zeros
+        return json.loads(data)  # which detects UTF-16 and a byte order mark
     except UnicodeDecodeError as e:
         return Skipped("line: not UTF-8", str(e)[:120])
     except (ValueError, RecursionError) as e:

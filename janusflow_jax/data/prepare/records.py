@@ -66,10 +66,12 @@ MEDIA = {
 """Medium -> (words in names of its fields, suffixes of its files)."""
 USER_ROLES = ("user", "human", "prompter", "<|user|>")
 ASSISTANT_ROLES = ("assistant", "gpt", "chatgpt", "bot", "model", "<|assistant|>")
+_TURN_FIELDS = ("from", "value", "role", "content", "user", "assistant", "image", "images")
+"""The fields of a turn that are read."""
 
 _JPEG_QUALITY = 95
 _IMAGE_NAME = re.compile(rf"(.*[_.-])?({'|'.join(MEDIA['picture'][0])})s?[_.-]?[0-9]*")
-"""Names of fields that hold an image, not its name, size or address."""
+"""Names of fields that hold an image, not its size or address."""
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 _DRIVE = re.compile(r"^[A-Za-z]:[/\\]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
@@ -140,7 +142,7 @@ def to_record(row: Any, place_id: str, options: Options) -> tuple[dict[str, Any]
     if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
         raise Skipped("id: neither text nor number", _brief(record_id))
     record: dict[str, Any] = {"id": clean_text(str(record_id), "id", 4096)}
-    content = _content(row, options)
+    text_value = content = _content(row, options)
     if options.kind == "text":
         if content is None:
             raise Skipped("text: missing", _fields(row))
@@ -151,7 +153,8 @@ def to_record(row: Any, place_id: str, options: Options) -> tuple[dict[str, Any]
         content = _turns(content)
         values = _images_of_turns(content, values)
     for name, value in row.items():
-        medium = "" if name in (image_field, id_field) else _unread(name, value, values)
+        is_read = name in (image_field, id_field) or value is text_value
+        medium = "" if is_read else _unread(name, value, values)
         if medium and not (medium == "picture" and options.image_field):
             _refuse(medium, f"field {name}: {_brief(value)}")
     if options.kind == "captions":
@@ -334,7 +337,7 @@ def _image_path(name: str, options: Options) -> epath.Path:
     slashes = name.replace("\\", "/")
     if slashes.startswith(("/", "~")) or _DRIVE.match(name) or ".." in slashes.split("/"):
         raise Skipped("picture: outside its folder", name[:120])
-    # people see no difference between these forms, but file systems do
+    # file systems distinguish these forms; people cannot
     forms = [unicodedata.normalize(form, x) for x in (name, slashes) for form in ("NFC", "NFD")]
     paths = [epath.Path(folder) / form for form in dict.fromkeys([name, *forms])]
     return next((path for path in paths[1:] if not paths[0].exists() and path.exists()), paths[0])
@@ -435,7 +438,12 @@ def conversation(value: list[Any], num_images: int, options: Options) -> list[di
     turns: list[dict[str, str]] = []
     in_pairs = False
     for turn in value:
-        if isinstance(turn, dict) and {"user", "assistant"} <= turn.keys():
+        if not isinstance(turn, dict):
+            raise Skipped("conversation: turn without role and text", type(turn).__name__)
+        for name in turn.keys() - {*_TURN_FIELDS}:
+            if medium := _unread(name, turn[name], []):
+                _refuse(medium, f"{name} of a turn: {_brief(turn[name])}")
+        if {"user", "assistant"} <= turn.keys():
             in_pairs = True
             exchange = [("user", turn["user"]), ("assistant", turn["assistant"])]
         else:
@@ -493,7 +501,7 @@ def _images_of_turns(turns: Any, images: list[Any]) -> list[Any]:
 
 
 def _unstack(value: Any) -> Any:
-    """A struct of lists, as datasets and tfds store a list of structs, as that list again."""
+    """Turns a struct of lists, as datasets and tfds store a list of structs, into that list."""
     if not isinstance(value, dict) or not value:
         return value
     columns = list(value.values())
@@ -502,17 +510,12 @@ def _unstack(value: Any) -> Any:
     return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _turn(turn: Any, marker: str) -> tuple[str, Any]:
+def _turn(turn: dict[str, Any], marker: str) -> tuple[str, Any]:
     """(our role, content) of one turn."""
-    if not isinstance(turn, dict):
-        raise Skipped("conversation: turn without role and text", type(turn).__name__)
     role = turn["from"] if "from" in turn else turn.get("role")
     content = turn["value"] if "value" in turn else turn.get("content")
     if not isinstance(role, str):
         raise Skipped("conversation: turn without role and text", f"keys {sorted(turn)}"[:80])
-    for name, value in turn.items():
-        if name not in ("images", "image") and (medium := _unread(name, value, [])):
-            _refuse(medium, f"{name} of a turn: {_brief(value)}")
     role = role.strip().lower()
     name = "user" if role in USER_ROLES else "assistant" if role in ASSISTANT_ROLES else role
     if name not in ("user", "assistant", "system"):
