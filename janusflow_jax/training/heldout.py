@@ -355,8 +355,9 @@ class RiseCheck:
         """How a source's rows differ from those of its first values."""
         now = self._rows[source]
         then = self._rows_measured.get(source, now)
-        older = {"content": now.get("content")}  # runs of 0.1 did not record it
-        return differences(older | then, now)
+        if "content" in then:
+            return differences(then, now, ("path",))
+        return differences(then | {"content": now.get("content")}, now)  # of a run of 0.1
 
 
 def _listed(lines: list[str]) -> str:

@@ -131,11 +131,12 @@ def open_run(
         mixture = _with_names(cfg.data, then)
         data = loader.Loader(mixture, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
         digests = workdir_lib.base_meta(workdir).get("encoders", {})
-        now = [source.identity() for source in data.rows.sources] if processes.is_main() else []
-        changed = workdir_lib.check_data(workdir, then, now, accept_data)
     if not resumed:
         digests = encode_cache.digests(cfg, data.rows, start.whole)
-    encode_cache.check(cfg, data.rows, digests, start.vae)
+    with processes.together("checking the data"):
+        encode_cache.check(cfg, data.rows, digests, start.vae)
+        now = [source.identity() for source in data.rows.sources] if processes.is_main() else []
+        changed = workdir_lib.check_data(workdir, then, now, accept_data)
     processes.log(data.summary())
     for line in changed:
         processes.log(f"accepted: {line}")
@@ -174,14 +175,11 @@ def open_run(
 
 
 _RATE = ("optim.lr", "optim.decay_steps")
-"""Fields that a resumed run may change together if its learning rate goes on from where it was."""
+"""Fields that a resumed run may change together if its learning rate stays the same there."""
 
 
 def _rate_change(saved: dict[str, Any], cfg: TrainConfig) -> float:
-    """The change of the learning rate at a checkpoint, as a share of it; below 1 %: 0."""
-    old = saved["config"]
-    if (old["optim"], old["num_steps"]) == (config_lib.to_dict(cfg.optim), cfg.num_steps):
-        return 0.0
+    """The relative change of the learning rate at a checkpoint; 0 where it is below 1 %."""
     then, now = optim.rates_at_resume(saved, cfg.optim, cfg.num_steps)
     change = now / then - 1 if then else 0.0
     return change if abs(change) > 0.01 else 0.0
@@ -189,21 +187,24 @@ def _rate_change(saved: dict[str, Any], cfg: TrainConfig) -> float:
 
 def _warn_of_higher_rate(cfg: TrainConfig, saved: dict[str, Any], steps: list[int]) -> None:
     """More steps move the decay to the new last steps: the rate is high again before it."""
-    if _rate_change(saved, cfg) <= 0:
-        return
     step, old = saved["step"], saved["config"]
+    optim_now = config_lib.to_dict(cfg.optim)
+    if any(old["optim"][name] != optim_now[name] for name in ("lr", "decay_steps")):
+        return  # a branch has the rate that its user chose
+    if old["num_steps"] == cfg.num_steps or _rate_change(saved, cfg) <= 0:
+        return
     then, now = optim.rates_at_resume(saved, cfg.optim, cfg.num_steps)
     left = cfg.num_steps - step
     began = old["num_steps"] - old["optim"]["decay_steps"]
-    whole = [s for s in steps if s <= began]
+    before_decay = [s for s in steps if s <= began]
     processes.log(
         f"WARNING: at step {step} the learning rate rises from {then:.3g} to {now:.3g}, because "
         f"num_steps is {cfg.num_steps} instead of {old['num_steps']} and the decay moves to the "
-        "last steps. To continue at the rate that the run had, falling to 0 at the last step, use "
+        "last steps. To continue at the old rate and let it fall to 0 at the last step, use "
         f"--config.optim.lr={then:.6g} --config.optim.decay_steps={left}"
         + (
-            f". To continue from before the decay, remove the checkpoints after step {whole[-1]}"
-            if whole
+            f". To continue from before the decay, remove the checkpoints after {before_decay[-1]}"
+            if before_decay
             else f" (no checkpoint from before the decay, which began at step {began}, is left)"
         )
     )
