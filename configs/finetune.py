@@ -34,10 +34,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from etils import epath
-
 from janusflow_jax import config as c
-from janusflow_jax.config import stages
+from janusflow_jax.config import files, stages
 
 MINE, REPLAY = "data/mine", "data/replay"
 PARTS = tuple(p for p in c.MODEL_PARTS if p not in ("und_encoder", "repa_head", "repa_target"))
@@ -165,7 +163,7 @@ def _heldout_split(path: str, usual: str) -> str:
     Args: usual: the name where there is no data set yet.
     """
     try:
-        info = json.loads((epath.Path(path) / "dataset_info.json").read_text())
+        info = json.loads((files.resolve(path) / "dataset_info.json").read_text())
         splits = {split["name"] for split in info["splits"]}
     except Exception:  # noqa: BLE001 - whoever opens the data set says what is wrong with it
         return usual

@@ -59,7 +59,7 @@ def _expected_type(value: Any, kind: Any) -> str:
             return "a tuple"
         kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
         if len(kinds) != len(value):
-            return f"groups of {len(kinds)} values"
+            return f"a group of {len(kinds)} values"
         wrong = (
             _expected_type(item, item_kind) for item, item_kind in zip(value, kinds, strict=True)
         )
