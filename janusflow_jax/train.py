@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from janusflow_jax import cli
 from janusflow_jax.checkpoints import workdir as workdir_lib
 from janusflow_jax.config import TrainConfig, flags as flag_parser, parts as parts_lib
-from janusflow_jax.config.errors import CheckpointError, DivergedError
+from janusflow_jax.config.errors import CheckpointError, ConfigError, DivergedError
 from janusflow_jax.data import loader
 from janusflow_jax.eval import previews
 from janusflow_jax.parallel import chips, compile_cache, numerics, processes, sharding
@@ -49,9 +49,9 @@ _BRANCH_FROM = flags.DEFINE_string(
     "checkpoint; learning rate, mixture and data.skip_rows may differ (docs/training.md)",
 )
 _ACCEPT_DATA = flags.DEFINE_bool(
-    "accept_data",
+    "accept-data",
     False,
-    "resume although a data set holds something else than before; attempts.json records it",
+    "resume although the content of a data set has changed; attempts.json records it",
 )
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -68,7 +68,7 @@ def train(cfg: TrainConfig, branch_from: str = "", accept_data: bool = False) ->
 
     Args:
       branch_from: 'RUN@STEP', where a new run takes its state from.
-      accept_data: resume although the data hold something else than before.
+      accept_data: resume although the content of the data has changed.
     """
     clock = health.Clock()
     workdir, lock = workdir_of(cfg), None
@@ -278,7 +278,9 @@ def main(argv: list[str]) -> None:
     processes.initialize(_DISTRIBUTED.value)
     compile_cache.enable()
     if _REPLAY.value:
-        sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
+        if _BRANCH_FROM.value:
+            raise ConfigError("--branch-from: begins a run, but --replay trains nothing: drop one")
+        sys.exit(0 if replay(cfg, _REPLAY.value, _ACCEPT_DATA.value) else 1)
     train(cfg, _BRANCH_FROM.value, _ACCEPT_DATA.value)
 
 

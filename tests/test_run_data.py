@@ -125,7 +125,7 @@ def test_a_run_resumes_with_moved_data_and_refuses_other(stores, monkeypatch):
     train.train(config("whole", "a"))
     shutil.copytree("whole", "moved")
     shutil.rmtree("moved/checkpoints/2")
-    with pytest.raises(CheckpointError, match="--accept_data"):
+    with pytest.raises(CheckpointError, match="--accept-data"):
         train.train(config("moved", "b"))
     train.train(config("moved", "elsewhere/a"))
     whole = runs.last_arrays("whole")

@@ -14,7 +14,7 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums, model_folder
-from janusflow_jax.config import TrainConfig, fields, files, lock
+from janusflow_jax.config import SourceConfig, TrainConfig, fields, files, lock
 from janusflow_jax.config.errors import CheckpointError, ConfigError
 from janusflow_jax.config.run import MAY_CHANGE, MAY_CHANGE_IN_BRANCH
 from janusflow_jax.parallel import processes
@@ -85,8 +85,8 @@ def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ())
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise CheckpointError(
-            f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
-            "(--config.workdir=...), or the old config to resume it"
+            f"{workdir}: holds a run of another config:\n{listed}\nUse the old values, or start a "
+            "new run in another folder (--config.workdir=...)"
         )
     return cfg
 
@@ -140,9 +140,15 @@ def branch(workdir: epath.Path, cfg: TrainConfig, source: str) -> None:
         for name in ("base", f"checkpoints/{step}"):
             files.remove(workdir / name)  # of an interrupted copy
             files.copy(origin / name, workdir / name)
-        same_sources = len(then.data.sources) == len(cfg.data.sources)
-        if same_sources and (origin / DATA_FILE).exists():
+        same = _without_paths_and_weights(then) == _without_paths_and_weights(cfg)
+        if same and (origin / DATA_FILE).exists():
             (origin / DATA_FILE).copy(workdir / DATA_FILE, overwrite=True)
+
+
+def _without_paths_and_weights(cfg: TrainConfig) -> list[SourceConfig]:
+    """The sources of a config; `data.json` knows where they lie."""
+    other = {"path": "", "cache": "", "weight": 1.0, "weight_after": -1.0}
+    return [dataclasses.replace(source, **other) for source in cfg.data.sources]
 
 
 def _check_rows_before(step: int, then: TrainConfig, cfg: TrainConfig) -> None:
@@ -228,7 +234,7 @@ def check_data(
         listed = "\n".join(f"  - {line}" for line in changed)
         raise CheckpointError(
             f"{workdir}: the data changed under the run:\n{listed}\nRestore them, start a new run "
-            "(--config.workdir=...), or pass --accept_data to continue with the new data"
+            "(--config.workdir=...), or pass --accept-data to continue with the new data"
         )
     return changed
 

@@ -77,7 +77,7 @@ class Attempts:
 
         Args:
           saved_at: when the restored checkpoint was saved (Unix time); None: there is none.
-          changed_data: sources with other content than before.
+          changed_data: sources whose content has changed.
         """
         self._file, self._clock = epath.Path(workdir) / ATTEMPTS_FILE, clock
         clock.update()

@@ -46,7 +46,7 @@ class Run:
     state: train_step.State
     saved: dict[str, Any]  # `run.json` of the checkpoint it resumes from; {}: a new run
     heldout: heldout.Heldout
-    changed_data: list[str]  # sources with other content than before, which the user accepted
+    changed_data: list[str]  # sources whose content has changed, which the user accepted
     write_error: CheckpointError | None = None  # this process could not write into the workdir
 
     @property
@@ -110,7 +110,7 @@ def open_run(
     Args:
       lock: holds the workdir, on the first process.
       writes: False: only reads.
-      accept_data: resume although the data hold something else than before.
+      accept_data: resume although the content of the data has changed.
     """
     workdir = workdir_of(cfg)
     with processes.together("opening the run"):
