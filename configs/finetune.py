@@ -99,7 +99,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
             source.weight = other[source.task] / total / 3
         cfg.data.sources += replayed
     usual = {stages.OPENMOJI: stages.OPENMOJI_HELDOUT}
-    if emoji and "mine" not in folders:  # the documented order makes it by prepare_openmoji.py
+    if emoji and "mine" not in folders:  # docs/finetuning.md makes it with prepare_openmoji.py
         usual[MINE] = stages.OPENMOJI_HELDOUT
     held = tuple(
         dataclasses.replace(
@@ -165,7 +165,7 @@ def _heldout_split(path: str, usual: str) -> str:
     try:
         info = json.loads((files.resolve(path) / "dataset_info.json").read_text())
         splits = {split["name"] for split in info["splits"]}
-    except Exception:  # noqa: BLE001 - whoever opens the data set says what is wrong with it
+    except Exception:  # noqa: BLE001 - the run reports it when it opens the data set
         return usual
     drawings = stages.OPENMOJI_HELDOUT in splits and "heldout" not in splits
     return stages.OPENMOJI_HELDOUT if drawings else "heldout"

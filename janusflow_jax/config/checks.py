@@ -68,8 +68,8 @@ def model_problems(cfg: ModelConfig) -> list[str]:
 
 def train_problems(cfg: TrainConfig) -> list[str]:
     """Every reason why a run of this config cannot start."""
-    if wrong := type_problems(cfg):
-        return wrong  # the checks below compute with these values
+    if wrong_types := type_problems(cfg):
+        return wrong_types  # the checks below compute with these values
     problems = _Problems(problems_of_fields(cfg))
     require = problems.require
     data, optim = cfg.data, cfg.optim

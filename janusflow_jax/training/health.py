@@ -91,7 +91,7 @@ class Attempts:
         self.write(first_step)
 
     def _read_earlier(self, saved_at: float | None) -> None:
-        """Sets a file aside that cannot be used: statistics never stop a run from resuming."""
+        """A file that cannot be used is set aside: statistics never stop a run from resuming."""
         try:
             self._earlier = checksums.read_json(self._file)
             for attempt in self._earlier:
@@ -251,6 +251,7 @@ class StopSignal:
         return self
 
     def listen(self) -> None:
+        """Call it after each step; the first call installs the handlers."""
         if not self._before:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)

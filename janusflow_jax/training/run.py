@@ -211,8 +211,8 @@ def _warn_of_higher_rate(cfg: TrainConfig, saved: dict[str, Any], steps: list[in
 
 
 def _with_names(cfg: DataConfig, then: list[dict[str, Any]]) -> DataConfig:
-    """The mixture with the names that its sources had: they seed the order of the rows, and one
-    that no config names is called by its path, which may have changed."""
+    """The mixture with the recorded names of its sources. Names seed the order of the rows, and a
+    source without one is named after its path, which may have changed."""
     named = (
         dataclasses.replace(source, name=old["name"])
         for source, old in zip(cfg.sources, then, strict=False)
