@@ -15,6 +15,7 @@ from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import workdir
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, rows
+from janusflow_jax.training import run
 
 
 def store(changes: dict | None = None, count: int = 40) -> records.Store:
@@ -109,6 +110,14 @@ def test_a_path_may_change_where_the_content_is_recorded(recorded, moves, tmp_pa
     cfg.data.sources = (dataclasses.replace(first, path="elsewhere", split="other"), *others)
     with pytest.raises(CheckpointError, match="other"):
         workdir.check(folder, cfg)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_no_source_is_lost_where_the_record_does_not_fit(count):
+    cfg = runs.tiny_config("x").data
+    named = run._with_names(cfg, [RECORD] * count)
+    recorded = ["a", "a"] if count == 2 else [source.name for source in cfg.sources]
+    assert [source.name for source in named.sources] == recorded
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -76,11 +75,13 @@ def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ())
     values = _stored_config(file)
     cfg = _with_packing(cfg, values)
     # Fields that the run's version did not have get their defaults.
-    then = _with_packing(config_lib.from_dict(TrainConfig, values), values)
-    old, new = config_lib.to_dict(then), config_lib.to_dict(cfg)
+    stored = _with_packing(config_lib.from_dict(TrainConfig, values), values)
+    old, new = config_lib.to_dict(stored), config_lib.to_dict(cfg)
     if recorded_data(workdir):  # the content is compared instead of the paths (`check_data`)
-        for source in itertools.chain(old["data"]["sources"], new["data"]["sources"]):
-            source |= {"path": "", "cache": bool(source["cache"])}
+        for then, now in zip(old["data"]["sources"], new["data"]["sources"], strict=False):
+            then["path"] = now["path"]
+            if then["cache"] and now["cache"]:
+                then["cache"] = now["cache"]
     changes = fields.differences(old, new, (*MAY_CHANGE, *may_change))
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)

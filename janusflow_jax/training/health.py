@@ -189,9 +189,9 @@ class BadSteps:
         return (
             f"{self._max} steps in a row were skipped, up to step {self._last['step']} "
             f"({self._last['reason']}); the run is saved. To see which rows cause it, run the same "
-            f"command with --replay={rows}. To continue, lower optim.lr in a new run that starts "
-            "from this one (--config.start), or remove the records of those rows from the data. "
-            f"{self._file} lists all bad steps"
+            f"command with --replay={rows}. To continue, begin a branch at an earlier checkpoint "
+            "(--branch-from=RUN@STEP) that leaves the rows of the bad steps out "
+            f"(--config.data.skip_rows; {self._file} lists them) or has a lower optim.lr"
         )
 
 

@@ -213,8 +213,10 @@ def _warn_of_higher_rate(cfg: TrainConfig, saved: dict[str, Any], steps: list[in
 def _with_names(cfg: DataConfig, then: list[dict[str, Any]]) -> DataConfig:
     """The mixture with the recorded names of its sources. Names seed the order of the rows, and a
     source without one is named after its path, which may have changed."""
+    if len(then) != len(cfg.sources):  # no record, or one that does not fit
+        return cfg
     named = (
         dataclasses.replace(source, name=old["name"])
-        for source, old in zip(cfg.sources, then, strict=False)
+        for source, old in zip(cfg.sources, then, strict=True)
     )
-    return dataclasses.replace(cfg, sources=tuple(named)) if then else cfg
+    return dataclasses.replace(cfg, sources=tuple(named))
