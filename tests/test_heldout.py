@@ -369,12 +369,18 @@ def test_other_content_at_the_same_path_begins_anew():
     assert "content: 'x' then, 'y' now" in other.update(2, {A: 3.0, B: 1.0})[0]
 
 
-@pytest.mark.parametrize(("then", "begins_anew"), [({"content": "x"}, False), ({}, True)])
-def test_the_same_content_at_another_path_is_the_same(then, begins_anew):
-    """A run that did not record the content knows its data by their path."""
+@pytest.mark.parametrize(
+    ("then", "name", "begins_anew"),
+    [
+        ({"content": "x", "name": "a"}, "a", False),
+        ({"content": "x", "name": ""}, "", True),  # its path seeds the order of its rows
+        ({}, "a", True),  # of a run that did not record the content
+    ],
+)
+def test_the_same_content_at_another_path_is_the_same(then, name, begins_anew):
     check = heldout.RiseCheck(0.1, {"a": {"path": "data/a", **then}}, {})
     check.update(0, {A: 1.0})
-    moved = resumed(check, {"a": {"path": "data/moved", "content": "x"}})
+    moved = resumed(check, {"a": {"path": "data/moved", "content": "x", "name": name}})
     moved.update(1, {A: 2.0})
     assert bool(moved.risen()) != begins_anew
 
