@@ -34,10 +34,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from etils import epath
-
 from janusflow_jax import config as c
-from janusflow_jax.config import stages
+from janusflow_jax.config import files, stages
 
 MINE, REPLAY = "data/mine", "data/replay"
 PARTS = tuple(p for p in c.MODEL_PARTS if p not in ("und_encoder", "repa_head", "repa_target"))
@@ -101,7 +99,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
             source.weight = other[source.task] / total / 3
         cfg.data.sources += replayed
     usual = {stages.OPENMOJI: stages.OPENMOJI_HELDOUT}
-    if emoji and "mine" not in folders:  # the documented order makes it by prepare_openmoji.py
+    if emoji and "mine" not in folders:  # docs/finetuning.md makes it with prepare_openmoji.py
         usual[MINE] = stages.OPENMOJI_HELDOUT
     held = tuple(
         dataclasses.replace(
@@ -165,9 +163,9 @@ def _heldout_split(path: str, usual: str) -> str:
     Args: usual: the name where there is no data set yet.
     """
     try:
-        info = json.loads((epath.Path(path) / "dataset_info.json").read_text())
+        info = json.loads((files.resolve(path) / "dataset_info.json").read_text())
         splits = {split["name"] for split in info["splits"]}
-    except Exception:  # noqa: BLE001 - whoever opens the data set says what is wrong with it
+    except Exception:  # noqa: BLE001 - the run reports it when it opens the data set
         return usual
     drawings = stages.OPENMOJI_HELDOUT in splits and "heldout" not in splits
     return stages.OPENMOJI_HELDOUT if drawings else "heldout"

@@ -52,9 +52,9 @@ _BRANCH_FROM = flags.DEFINE_string(
     "checkpoint; learning rate, mixture and data.skip_rows may differ (docs/training.md)",
 )
 _ACCEPT_DATA = flags.DEFINE_bool(
-    "accept_data",
+    "accept-data",
     False,
-    "resume although a data set holds something else than before; attempts.json records it",
+    "resume although the content of a data set has changed; attempts.json records it",
 )
 _PROFILE = flags.DEFINE_string(
     "profile",
@@ -81,7 +81,7 @@ def train(
 
     Args:
       branch_from: 'RUN@STEP', where a new run takes its state from.
-      accept_data: resume although the data hold something else than before.
+      accept_data: resume although the content of the data has changed.
       profile: the first step that is traced, and the one after the last.
     """
     clock = health.Clock()
@@ -315,7 +315,9 @@ def main(argv: list[str]) -> None:
     processes.initialize(_DISTRIBUTED.value)
     compile_cache.enable()
     if _REPLAY.value:
-        sys.exit(0 if replay(cfg, _REPLAY.value) else 1)
+        if _BRANCH_FROM.value:
+            raise ConfigError("--branch-from: begins a run, but --replay trains nothing: drop one")
+        sys.exit(0 if replay(cfg, _REPLAY.value, _ACCEPT_DATA.value) else 1)
     train(cfg, _BRANCH_FROM.value, _ACCEPT_DATA.value, profile)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from helpers import runs
 
 from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config.errors import DivergedError
+from janusflow_jax.config.errors import ConfigError, DivergedError
 from janusflow_jax.data import loader
 from janusflow_jax.parallel import trees
 from janusflow_jax.training import health, losses, replay, step as train_step
@@ -77,6 +78,21 @@ def test_a_bad_step_is_skipped_and_its_row_is_found(store, monkeypatch, capsys):
     assert len(rows) == 4 and ["NOT FINITE" in x for x in rows[1:]] == [False, True, False]
     assert "loss_rf" in rows[2] and "records" in rows[2]
     assert replay.replay(cfg, "8")
+
+
+def test_replay_reads_its_options_or_refuses_them(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train.compile_cache, "enable", lambda: None)
+    monkeypatch.setattr(train, "replay", lambda *args: calls.append(args))
+    values = {"_CONFIG": "cfg", "_REPLAY": "3", "_ACCEPT_DATA": True, "_DISTRIBUTED": "off"}
+    for name, value in (values | {"_BRANCH_FROM": ""}).items():
+        monkeypatch.setattr(train, name, types.SimpleNamespace(value=value))
+    with pytest.raises(SystemExit):
+        train.main(["train"])
+    assert calls == [("cfg", "3", True)]
+    train._BRANCH_FROM.value = "run@2"
+    with pytest.raises(ConfigError, match="--branch-from"):
+        train.main(["train"])
 
 
 def test_the_mean_of_the_gradient_norm():

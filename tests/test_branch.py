@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -59,6 +60,34 @@ def test_rows_that_are_left_out_are_not_read(store):
         assert (report.first_row, report.next_row) == (numbers[0], numbers[-1] + 1)
         for i, number in enumerate(numbers):
             np.testing.assert_array_equal(batch["tokens"][i], whole.row(number)[0]["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("change", "knows_its_data"),
+    [
+        (lambda first, *others: (first, *others), True),
+        (lambda first, *others: (dataclasses.replace(first, weight=7.0, path="b"), *others), True),
+        (lambda first, *others: others, False),
+        (lambda first, *others: (*others, first), False),
+        (lambda first, *others: (dataclasses.replace(first, name="new"), *others), False),
+        (lambda first, *others: (dataclasses.replace(first, split="new"), *others), False),
+    ],
+)
+def test_a_branch_knows_the_data_of_sources_that_it_keeps(tmp_path, change, knows_its_data):
+    """The record of a source stands at its place in the mixture."""
+    origin, cfg = tmp_path / "run", tiny_config(tmp_path / "branch")
+    (origin / "base").mkdir(parents=True)
+    (origin / "checkpoints" / "2").mkdir(parents=True)
+    (origin / "checkpoints" / "2" / "COMMITTED").touch()
+    for name, values in (
+        ("config.json", c.to_dict(cfg)),
+        ("checkpoints/2/run.json", {"config": c.to_dict(cfg)}),
+        ("data.json", [{"name": "a", "records": 1, "content": "x", "cache": ""}] * 2),
+    ):
+        (origin / name).write_text(json.dumps(values))
+    cfg.data = dataclasses.replace(cfg.data, sources=change(*cfg.data.sources))
+    workdir.branch(epath.Path(cfg.workdir), cfg, f"{origin}@2")
+    assert bool(workdir.recorded_data(epath.Path(cfg.workdir))) == knows_its_data
 
 
 @pytest.mark.slow

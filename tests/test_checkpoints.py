@@ -54,6 +54,17 @@ def flip(file: Path) -> None:
     file.write_bytes(bytes(data))
 
 
+@pytest.mark.parametrize("hub", ["starts/emoji_llm/hub", "~/hub"])
+def test_the_tokenizer_of_a_model_is_found_as_every_path_is(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "tokenizer.json").write_text("{}")
+    cfg = runs.tiny_config("x").model
+    model_folder.save_model("m", model_cfg=cfg, params=None, vae=None, hub_files=hub, extra={})
+    assert Path("m/hub/tokenizer.json").exists()
+
+
 def test_newest_stay_and_every_nth(tmp_path):
     filled(tmp_path, range(1, 9), keep=2, keep_every_steps=3)
     assert model_folder.committed_steps(tmp_path) == [3, 6, 7, 8]

@@ -92,6 +92,7 @@ def test_a_value_of_another_type_or_size_is_one_line_for_its_field(name):
         ("log_every_steps", (0, 1), (-1,)),
         ("num_steps", (1, 2**32 // 8), (0, 2**32 // 8 + 1, 10**20)),
         ("seed", (0, 2**32 - 1), (-1, 2**32)),
+        ("data.skip_rows", ((), ((0, 8), (8, 2**31))), (((8, 2**32 - 1),), ((3, 3),))),
         ("train_parts", (("llm",),), ((1, 2), ("",), "llm")),
         ("model.llm.num_layers", (4, 1000), (0, 10**9)),
         ("model.llm.num_kv_heads", (6, 3), (0, 4)),

@@ -82,6 +82,12 @@ def test_the_sums_of_the_sources():
     np.testing.assert_allclose(jax.jit(by_source)(*args)[1], want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_source_that_is_not_finite_leaves_the_others(value):
+    values, ids = jnp.array([[1.0, value], [2.0, 4.0]]), jnp.array([[0, 1], [2, 0]])
+    np.testing.assert_array_equal(cross_entropy.sum_by_source(values, ids, 3), [5, value, 2])
+
+
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
 def test_a_mesh_changes_nothing(sizes):
     args = inputs(0.4)

@@ -395,7 +395,7 @@ def test_a_rate_that_rises_on_resume_is_said_with_the_flags_that_continue(
     said = capsys.readouterr().out
     assert bool(said) == (change > 0)
     if said:
-        assert "after step 2" in said
+        assert "checkpoints after 2" in said
         lr, decay = re.search(r"lr=(\S+) --config.optim.decay_steps=(\d+)", said).groups()
         offered = cfg(now[0], int(decay), float(lr))
         assert run._rate_change(saved, offered) == 0
@@ -403,6 +403,18 @@ def test_a_rate_that_rises_on_resume_is_said_with_the_flags_that_continue(
         rates = [float(schedule(s)) for s in range(step, now[0] + 1)]
         assert rates[0] == pytest.approx(then) and rates[-1] == 0
         assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize("values", [{"lr": 2e-3}, {"decay_steps": 2}, {"warmup_steps": 0}])
+def test_a_rate_that_a_branch_chose_needs_no_warning(capsys, values):
+    cfg = crash_test.tiny_config("data", "run")
+    cfg.optim = dataclasses.replace(cfg.optim, lr=1e-3, warmup_steps=9, decay_steps=4)
+    saved = {"step": 7, "config": to_dict(cfg) | {"num_steps": 12}}
+    cfg.num_steps = 12 if "warmup_steps" in values else 20
+    cfg.optim = dataclasses.replace(cfg.optim, **values)
+    assert run._rate_change(saved, cfg) > 0 or "decay_steps" in values
+    run._warn_of_higher_rate(cfg, saved, [7])
+    assert not capsys.readouterr().out
 
 
 def test_what_stands_in_the_way_of_a_workdir_is_named(tmp_path):

@@ -136,6 +136,15 @@ def test_folders_are_named_in_the_argument():
             finetune(wrong)
 
 
+def test_a_folder_in_the_home_has_its_held_out_split(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "drawings").mkdir()
+    info = {"splits": [{"name": "train"}, {"name": "heldout_pairs"}]}
+    (tmp_path / "drawings" / "dataset_info.json").write_text(json.dumps(info))
+    cfg = finetune("generate,mine=~/drawings")
+    assert cfg.evaluate.sources[0].split == "heldout_pairs"
+
+
 def test_the_words_of_0_1_still_work_and_find_their_run():
     old, new = (
         finetune("paint,read,lora,kept=data/x"),

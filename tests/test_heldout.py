@@ -369,6 +369,22 @@ def test_other_content_at_the_same_path_begins_anew():
     assert "content: 'x' then, 'y' now" in other.update(2, {A: 3.0, B: 1.0})[0]
 
 
+@pytest.mark.parametrize(
+    ("then", "name", "begins_anew"),
+    [
+        ({"content": "x", "name": "a"}, "a", False),
+        ({"content": "x", "name": ""}, "", True),  # its path seeds the order of its rows
+        ({}, "a", True),  # of a run that did not record the content
+    ],
+)
+def test_the_same_content_at_another_path_is_the_same(then, name, begins_anew):
+    check = heldout.RiseCheck(0.1, {"a": {"path": "data/a", **then}}, {})
+    check.update(0, {A: 1.0})
+    moved = resumed(check, {"a": {"path": "data/moved", "content": "x", "name": name}})
+    moved.update(1, {A: 2.0})
+    assert bool(moved.risen()) != begins_anew
+
+
 def test_what_had_risen_is_known_after_a_restart():
     check = rise_check()
     check.update(0, {A: 1.0, B: 1.0})

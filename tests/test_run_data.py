@@ -15,6 +15,7 @@ from janusflow_jax import config as c, train
 from janusflow_jax.checkpoints import workdir
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, rows
+from janusflow_jax.training import run
 
 
 def store(changes: dict | None = None, count: int = 40) -> records.Store:
@@ -111,6 +112,14 @@ def test_a_path_may_change_where_the_content_is_recorded(recorded, moves, tmp_pa
         workdir.check(folder, cfg)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_no_source_is_lost_where_the_record_does_not_fit(count):
+    cfg = runs.tiny_config("x").data
+    named = run._with_names(cfg, [RECORD] * count)
+    recorded = ["a", "a"] if count == 2 else [source.name for source in cfg.sources]
+    assert [source.name for source in named.sources] == recorded
+
+
 @pytest.mark.slow
 def test_a_run_resumes_with_moved_data_and_refuses_other(stores, monkeypatch):
     """Sources without a name are called by their path, which seeds the order of the rows."""
@@ -125,7 +134,7 @@ def test_a_run_resumes_with_moved_data_and_refuses_other(stores, monkeypatch):
     train.train(config("whole", "a"))
     shutil.copytree("whole", "moved")
     shutil.rmtree("moved/checkpoints/2")
-    with pytest.raises(CheckpointError, match="--accept_data"):
+    with pytest.raises(CheckpointError, match="--accept-data"):
         train.train(config("moved", "b"))
     train.train(config("moved", "elsewhere/a"))
     whole = runs.last_arrays("whole")

@@ -127,12 +127,12 @@ def damage(
                 changed.append(name)
         except OSError as error:
             unreadable.append(f"{name} ({error.strerror or error})")
-    found = {"missing": missing, "changed": changed, "unreadable": unreadable}
-    return ", ".join(f"{what} {files}" for what, files in found.items() if files)
+    problems = {"missing": missing, "changed": changed, "unreadable": unreadable}
+    return ", ".join(f"{problem} {names}" for problem, names in problems.items() if names)
 
 
 def _length(file: epath.Path) -> int:
-    """Bytes of a file; 0 where it cannot be read, which `damage` finds out on its own."""
+    """Bytes of a file; 0 where it cannot be read, which `damage` reports later."""
     try:
         return files.size(file)
     except OSError:

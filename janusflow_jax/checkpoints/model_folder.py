@@ -154,7 +154,7 @@ def save_model(
 def _copy_hub(hub_files: Any, out: epath.Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if hub_files is not None and not isinstance(hub_files, dict):
-        folder = epath.Path(hub_files)
+        folder = files.resolve(hub_files)
         hub_files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     for name, data in (hub_files or {}).items():
         (out / name).write_bytes(data)

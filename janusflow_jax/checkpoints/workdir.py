@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,13 +13,13 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums, model_folder
-from janusflow_jax.config import TrainConfig, fields, files, lock
+from janusflow_jax.config import SourceConfig, TrainConfig, fields, files, lock
 from janusflow_jax.config.errors import CheckpointError, ConfigError
 from janusflow_jax.config.run import MAY_CHANGE, MAY_CHANGE_IN_BRANCH
 from janusflow_jax.parallel import processes
 
 BRANCH = "branch.json"
-"""In a run that began as a branch: which checkpoint of which run it began from."""
+"""In a branch: the run and the step that it began from."""
 
 DATA_FILE, DATA_KEYS = "data.json", ("name", "records", "content", "cache")
 
@@ -72,21 +71,23 @@ def check(workdir: epath.Path, cfg: TrainConfig, may_change: Sequence[str] = ())
     """
     file = workdir / "config.json"
     if not file.exists():
-        return _with_packing(cfg, newest_run(workdir).get("config"))  # of a branch that begins
+        return _with_packing(cfg, newest_run(workdir).get("config"))  # a branch at its first start
     values = _stored_config(file)
     cfg = _with_packing(cfg, values)
     # Fields that the run's version did not have get their defaults.
-    then = _with_packing(config_lib.from_dict(TrainConfig, values), values)
-    old, new = config_lib.to_dict(then), config_lib.to_dict(cfg)
-    if recorded_data(workdir):  # what the data are is known; where they lie may change
-        for source in itertools.chain(old["data"]["sources"], new["data"]["sources"]):
-            source |= {"path": "", "cache": bool(source["cache"])}
+    stored = _with_packing(config_lib.from_dict(TrainConfig, values), values)
+    old, new = config_lib.to_dict(stored), config_lib.to_dict(cfg)
+    if recorded_data(workdir):  # the content is compared instead of the paths (`check_data`)
+        for then, now in zip(old["data"]["sources"], new["data"]["sources"], strict=False):
+            then["path"] = now["path"]
+            if then["cache"] and now["cache"]:
+                then["cache"] = now["cache"]
     changes = fields.differences(old, new, (*MAY_CHANGE, *may_change))
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise CheckpointError(
-            f"{workdir}: holds a run of another config:\n{listed}\nUse another folder "
-            "(--config.workdir=...), or the old config to resume it"
+            f"{workdir}: holds a run of another config:\n{listed}\nUse the old values, or start a "
+            "new run in another folder (--config.workdir=...)"
         )
     return cfg
 
@@ -140,9 +141,15 @@ def branch(workdir: epath.Path, cfg: TrainConfig, source: str) -> None:
         for name in ("base", f"checkpoints/{step}"):
             files.remove(workdir / name)  # of an interrupted copy
             files.copy(origin / name, workdir / name)
-        same_sources = len(then.data.sources) == len(cfg.data.sources)
-        if same_sources and (origin / DATA_FILE).exists():
+        same = _without_paths_and_weights(then) == _without_paths_and_weights(cfg)
+        if same and (origin / DATA_FILE).exists():
             (origin / DATA_FILE).copy(workdir / DATA_FILE, overwrite=True)
+
+
+def _without_paths_and_weights(cfg: TrainConfig) -> list[SourceConfig]:
+    """The sources of a config; `data.json` knows where they lie."""
+    other = {"path": "", "cache": "", "weight": 1.0, "weight_after": -1.0}
+    return [dataclasses.replace(source, **other) for source in cfg.data.sources]
 
 
 def _check_rows_before(step: int, then: TrainConfig, cfg: TrainConfig) -> None:
@@ -164,7 +171,7 @@ def _check_rows_before(step: int, then: TrainConfig, cfg: TrainConfig) -> None:
     if before(then.data.phases()) != before(cfg.data.phases()):
         processes.log(
             f"WARNING: the mixture differs before row {row}, where the branch begins: its rows are "
-            "numbered anew, so some samples come again and others do not. To change it from here "
+            "numbered anew, so some samples repeat and others are left out. To change it from here "
             f"on, set data.change_row={row} and the weight_after of the sources"
         )
 
@@ -199,21 +206,21 @@ def _stored_config(file: epath.Path) -> dict[str, Any]:
 
 
 def recorded_data(workdir: epath.Path) -> list[dict[str, Any]]:
-    """What the run's sources held at its last start (`rows.Source.identity`); [] where there is no
-    such record, or a damaged one."""
+    """`data.json`: the content of the run's sources at its last start (`rows.Source.identity`); []
+    where there is none, or a damaged one."""
     file = workdir / DATA_FILE
     try:
         recorded = model_folder.read_json(file) if file.exists() else []
         return [{name: source[name] for name in DATA_KEYS} for source in recorded]
     except (CheckpointError, KeyError, TypeError) as error:
-        processes.log(f"{file}: cannot be read, and is written anew ({error})")
+        processes.log(f"WARNING: {file}: cannot be read ({error}); it is replaced")
         return []
 
 
 def check_data(
     workdir: epath.Path, then: list[dict[str, Any]], now: list[dict[str, Any]], accept: bool
 ) -> list[str]:
-    """Compares what the sources hold with what they held; one line for each that changed.
+    """Compares the content of the sources with the recorded one; a line for each that changed.
 
     Raises:
       CheckpointError: some changed, and `accept` is not set.
@@ -222,13 +229,14 @@ def check_data(
     for i, (old, new) in enumerate(zip(then, now, strict=False)):
         if what := [n for n in ("content", "cache") if old[n] != new[n]]:
             counts = f"{old['records']} records then, {new['records']} now"
-            line = f"data.sources[{i}] ({new['name']}): other {' and '.join(what)}; {counts}"
-            changed.append(line)
+            changed.append(
+                f"data.sources[{i}] ({new['name']}): {' and '.join(what)} changed; {counts}"
+            )
     if changed and not accept:
         listed = "\n".join(f"  - {line}" for line in changed)
         raise CheckpointError(
-            f"{workdir}: the data changed under the run:\n{listed}\nRestore them, start a new run "
-            "(--config.workdir=...), or pass --accept_data to continue with the new data"
+            f"{workdir}: the run's data have changed:\n{listed}\nRestore them, start a new run "
+            "(--config.workdir=...), or pass --accept-data to continue with the new data"
         )
     return changed
 

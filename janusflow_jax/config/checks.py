@@ -68,8 +68,8 @@ def model_problems(cfg: ModelConfig) -> list[str]:
 
 def train_problems(cfg: TrainConfig) -> list[str]:
     """Every reason why a run of this config cannot start."""
-    if wrong := type_problems(cfg):
-        return wrong  # the checks below compute with these values
+    if wrong_types := type_problems(cfg):
+        return wrong_types  # the checks below compute with these values
     problems = _Problems(problems_of_fields(cfg))
     require = problems.require
     data, optim = cfg.data, cfg.optim
@@ -79,10 +79,12 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         f"a divisor of batch_rows ({cfg.batch_rows})",
         optim.accum_steps,
     )
+    left_out = data.row_at(cfg.num_steps * cfg.batch_rows) - cfg.num_steps * cfg.batch_rows
+    most = (2**32 - left_out) // max(cfg.batch_rows, 1)
     require(
-        cfg.num_steps * cfg.batch_rows <= 2**32,
+        cfg.num_steps <= most,
         "num_steps",
-        f"at most 2^32 rows: {2**32 // max(cfg.batch_rows, 1)} steps of {cfg.batch_rows} rows",
+        f"at most 2^32 rows, with those of data.skip_rows: {most} steps of {cfg.batch_rows} rows",
         cfg.num_steps,
     )
     splash_fits = cfg.attention != "splash" or data.row_len % 128 == 0

@@ -42,7 +42,7 @@ def between(default: float | int, low: int, high: int) -> Any:
 
 
 def depth(default: int) -> Any:
-    """How often something repeats in a model: more would take hours to build."""
+    """The number of layers or blocks of a model; more than this would take hours to build."""
     return between(default, 1, 1000)
 
 
@@ -51,15 +51,14 @@ def seed() -> Any:
 
 
 def _expected_type(value: Any, kind: Any) -> str:
-    """What a value of type `kind` is; '' if `value` is one, and its numbers are in a range in which
-    32 bits hold them."""
+    """What was expected instead of `value`; '' if it is of type `kind` and fits 32 bits."""
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
         if not isinstance(value, tuple):
             return "a tuple"
         kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
         if len(kinds) != len(value):
-            return f"groups of {len(kinds)} values"
+            return f"a group of {len(kinds)} values"
         wrong = (
             _expected_type(item, item_kind) for item, item_kind in zip(value, kinds, strict=True)
         )

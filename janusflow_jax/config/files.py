@@ -30,7 +30,7 @@ _unfinished: dict[Any, Any] = {}
 def resolve(path: Any) -> epath.Path:
     """A path that a user named: absolute, `~` expanded. The URL of a bucket stays a URL.
 
-    `starts/...` is the project's own where the current folder has none.
+    `starts/...` that does not exist in the current folder is the project's own.
 
     Raises:
       ConfigError: a URL of another kind, or a bucket that cannot be opened.
@@ -102,12 +102,12 @@ def problem_of_out(
       inputs: what the command reads; `out` must be apart from each.
       may_lie_inside: `out` may be a folder inside an input, of which the command reads other files.
     """
-    place = _real(out)
+    target = _real(out)
     for source in map(_real, inputs):
-        lies_inside = source in place.parents and not may_lie_inside
-        if place == source or place in source.parents or lies_inside:
+        lies_inside = source in target.parents and not may_lie_inside
+        if target == source or target in source.parents or lies_inside:
             return (
-                f"{out}: expected a folder apart from what is read; it is, holds or lies in "
+                f"{out}: expected a folder apart from the inputs; it equals, contains or lies in "
                 f"{source}: choose another"
             )
     if not out.exists() or (out.is_dir() and all(p.name == lock.FILE for p in out.iterdir())):
@@ -140,8 +140,8 @@ def _real(path: Any) -> pathlib.PurePath:
 def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]:
     """Yields a path beside `path` for a new file or folder, which replaces `path` at the end.
 
-    After an error, or Ctrl-C, `path` is what it was and nothing else is left. What a killed process
-    left, the next one on its host removes.
+    After an error, or Ctrl-C, `path` is what it was and nothing else is left. The next process on
+    the same host removes what a killed one left.
 
     Args:
       path: a `pathlib.Path` or `epath.Path`.
@@ -267,7 +267,7 @@ _ENCODINGS = (
 
 
 def text_encoding(data: bytes) -> str:
-    """The encoding that a byte order mark at the begin of a file names; without one, UTF-8."""
+    """The encoding that a byte order mark at the start of a file names; without one, UTF-8."""
     return next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8")
 
 
@@ -275,7 +275,7 @@ def read_lines(path: Any) -> list[str]:
     r"""The lines of a text file, stripped.
 
     Lines end with \n, \r\n or \r only: `str.splitlines` also divides at characters such as U+2028,
-    which people have inside a line.
+    which occur inside lines.
 
     Args: path: a `pathlib.Path` or `epath.Path`.
     Raises:

@@ -53,8 +53,8 @@ class Lock:
                 ) from error
             except OSError as error:  # NFS, FUSE and Lustre have many answers for "no locks"
                 print(
-                    f"WARNING: {folder}: this file system has no locks ({error.strerror}): two "
-                    "processes that start here are not noticed",
+                    f"WARNING: {folder}: this file system has no locks ({error.strerror}): "
+                    "a second process that starts here is not noticed",
                     flush=True,
                 )
         self._path.write_text(json.dumps(self._me))

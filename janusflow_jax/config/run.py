@@ -111,7 +111,7 @@ class OptimConfig:
     eps: float = positive(1e-8)
     weight_decay: float = zero_or_more(0.0)
     clip_norm: float = zero_or_more(1.0)  # of the gradients of a step; 0: no clipping
-    # skip a step whose gradient norm is so many times its running mean; 0: only non-finite steps
+    # skip a step whose gradient norm is above this multiple of its running mean; 0: only non-finite
     max_norm_ratio: float = zero_or_more(0.0)
     ema: float = share(0.99)
     accum_steps: int = positive(1)
@@ -194,7 +194,7 @@ class TrainConfig:
     dtype: str = choice("float32", "bfloat16")  # of activations
     remat: bool = True
     attention: str = choice("auto", *ATTENTION)
-    # in a row that were skipped; then the run stops; 0: it never does
+    # so many skipped steps in a row stop the run; 0: never
     max_bad_steps: int = zero_or_more(10)
     peak_tflops: float = zero_or_more(0.0)  # of one device, for utilization; 0: by its kind
     log_every_steps: int = zero_or_more(20)  # beside the first and the last; 0: those only

@@ -227,7 +227,8 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, global_rows: int) -> dic
 def put_tree(tree: Any, shardings: Any) -> Any:
     """Global arrays from whole trees that every process has; each device gets only its part.
 
-    Arrays that have their sharding already stay as they are."""
+    Arrays that have their sharding already stay as they are.
+    """
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == sharding:

@@ -47,7 +47,7 @@ def mismatches(expected: Any, got: Any, where: str) -> list[str]:
 
 
 def is_finite(x: np.ndarray) -> bool:
-    """Whether an array on the host holds no NaN and no infinity; takes no memory to speak of."""
+    """Whether an array on the host holds no NaN and no infinity; needs almost no memory."""
     values = np.ravel(x, order="K")
     pieces = (values[at : at + _PIECE] for at in range(0, values.size, _PIECE))
     if values.dtype == ml_dtypes.bfloat16:  # NumPy's own test of it takes eight times as long

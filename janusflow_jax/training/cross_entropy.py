@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from janusflow_jax.parallel import sharding
 
@@ -148,7 +148,7 @@ def _local(
         by_source, d_kernel, d_x = carry
         chunk, label, source, valid, position = gather_chunk(i)
         losses, d_logits = _losses(_logits(kernel, chunk), label, valid, how.vocab)
-        by_source = by_source.at[source].add(losses)
+        by_source += sum_by_source(losses, source, len(by_source))
         d_logits = (source_weights[source][:, None] * d_logits).astype(chunk.dtype)
         if needed[0]:
             d_kernel = d_kernel + jnp.einsum(
@@ -177,6 +177,15 @@ def _local(
         d_kernel = None if d_kernel is None else lax.psum(d_kernel, how.data)
     sums = (jnp.sum(source_weights * by_source), by_source)
     return sums, d_kernel, None if d_x is None else d_x.reshape(hidden.shape)
+
+
+def sum_by_source(
+    values: Shaped[Array, "*shape"], source_ids: Int[Array, "*shape"], num_sources: int
+) -> Float[Array, " S"]:
+    """The sum of each source's values. NaN of one source does not reach the others."""
+    is_source = source_ids[..., None] == jnp.arange(num_sources)
+    each = jnp.where(is_source, values[..., None].astype(jnp.float32), 0)
+    return jnp.sum(each, axis=tuple(range(values.ndim)))
 
 
 def _queue(count: Array, group: str | None) -> tuple[Array, Array]:

@@ -78,7 +78,7 @@ class Attempts:
 
         Args:
           saved_at: when the restored checkpoint was saved (Unix time); None: there is none.
-          changed_data: sources with other content than before.
+          changed_data: sources whose content has changed.
         """
         self._file, self._clock = epath.Path(workdir) / ATTEMPTS_FILE, clock
         clock.update()
@@ -92,7 +92,7 @@ class Attempts:
         self.write(first_step)
 
     def _read_earlier(self, saved_at: float | None) -> None:
-        """Sets a file aside that cannot be used: statistics never stop a run from resuming."""
+        """A file that cannot be used is set aside: statistics never stop a run from resuming."""
         try:
             self._earlier = checksums.read_json(self._file)
             for attempt in self._earlier:
@@ -190,9 +190,9 @@ class BadSteps:
         return (
             f"{self._max} steps in a row were skipped, up to step {self._last['step']} "
             f"({self._last['reason']}); the run is saved. To see which rows cause it, run the same "
-            f"command with --replay={rows}. To continue, lower optim.lr in a new run that starts "
-            "from this one (--config.start), or remove the records of those rows from the data. "
-            f"{self._file} lists all bad steps"
+            f"command with --replay={rows}. To continue, begin a branch at an earlier checkpoint "
+            "(--branch-from=RUN@STEP) that leaves the rows of the bad steps out "
+            f"(--config.data.skip_rows; {self._file} lists them) or has a lower optim.lr"
         )
 
 
@@ -279,6 +279,7 @@ class StopSignal:
         return self
 
     def listen(self) -> None:
+        """Call it after each step; the first call installs the handlers."""
         if not self._before:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)

@@ -175,7 +175,7 @@ class _Source:
     def identity(self) -> dict[str, Any]:
         """What the rows follow from: values of equal identity can be compared."""
         fields = config_lib.to_dict(self.cfg)
-        out = {n: fields[n] for n in ("path", "split", "task", "format", "fields")}
+        out = {n: fields[n] for n in ("name", "path", "split", "task", "format", "fields")}
         out |= {"seed": self._seed, "rows": self._num_rows, "samples": self._num_samples}
         return out | {"content": self._content}
 
@@ -355,8 +355,10 @@ class RiseCheck:
         """How a source's rows differ from those of its first values."""
         now = self._rows[source]
         then = self._rows_measured.get(source, now)
-        older = {"content": now.get("content")}  # runs of 0.1 did not record it
-        return differences(older | then, now)
+        # Without a name the path seeds the order of the rows. Runs of 0.1 recorded no content.
+        ignored = ("path",) if "content" in then and now.get("name") else ()
+        older = {n: now.get(n) for n in ("content", "name")}
+        return differences(older | then, now, ignored)
 
 
 def _listed(lines: list[str]) -> str:

@@ -78,8 +78,9 @@ class Start:
 
     def whole(self, part: str) -> Tree:
         """A part in float32 on the host; {} if it is fresh."""
-        like = _host_arrays(self.params[part])
-        return self.read({part: like})[part] if part in self.files else {}
+        if part not in self.files:
+            return {}
+        return self.read({part: _host_arrays(self.params[part])})[part]
 
 
 def find_start(cfg: TrainConfig, resumed: bool = False) -> Start:

@@ -61,10 +61,9 @@ def counts(batch: Batch, num_gen: int, num_sources: int = 1) -> Sums:
     """
     targets, slots = _source_ids(batch, num_gen, num_sources)
     active = batch["slot_task"][:, :num_gen] == GENERATE
-    images = _by_source(active, slots, num_sources)
-    return {"ar": _by_source(batch["target_mask"], targets, num_sources)} | dict.fromkeys(
-        ("rf", "repa"), images
-    )
+    tokens = cross_entropy.sum_by_source(batch["target_mask"], targets, num_sources)
+    images = cross_entropy.sum_by_source(active, slots, num_sources)
+    return {"ar": tokens, "rf": images, "repa": images}
 
 
 def weights(
@@ -169,7 +168,8 @@ def loss_sums(
     active = (slot_task[:, :num_gen] == GENERATE).astype(jnp.float32)
 
     def add_slots(task: str, values: Array) -> None:
-        by_source[task] = lax.stop_gradient(_by_source(values, slot_sources, num_sources))
+        summed = cross_entropy.sum_by_source(values, slot_sources, num_sources)
+        by_source[task] = lax.stop_gradient(summed)
         sums[task] = jnp.sum(factors[task][slot_sources] * values)
 
     def at_slots(states: Array) -> Array:
@@ -195,12 +195,6 @@ def _source_ids(batch: Batch, num_gen: int, num_sources: int) -> tuple[Array, Ar
         return jnp.zeros_like(batch["tokens"]), jnp.zeros_like(batch["slot_task"][:, :num_gen])
     ids = batch["source_ids"]
     return ids, jnp.take_along_axis(ids, batch["slot_start"][:, :num_gen], axis=1)
-
-
-def _by_source(values: Array, source_ids: Array, num_sources: int) -> Float[Array, " S"]:
-    """The sum of the values of each source."""
-    one_hot = jax.nn.one_hot(source_ids, num_sources)
-    return jnp.sum(one_hot * values[..., None], axis=tuple(range(values.ndim)))
 
 
 def _merge_slots(x: Array) -> Array:

@@ -166,7 +166,7 @@ def json_line(step: int, values: Mapping[str, float], now: float) -> str:
 def lines_up_to(file: epath.Path, last_step: int) -> str:
     """The lines of a file of JSON lines up to `last_step`.
 
-    Lines that a crash spoiled are left out, and a file that cannot be read is set aside, with a
+    Lines that a crash damaged are left out, and a file that cannot be read is set aside, with a
     warning: neither may stop a run from resuming.
     """
     if not file.exists():
@@ -176,16 +176,16 @@ def lines_up_to(file: epath.Path, last_step: int) -> str:
     except OSError as error:
         files.set_aside(file, error)
         return ""
-    lines, spoiled = [], 0
+    lines, damaged = [], 0
     for line in content:
         try:
             text = line.decode()
             if json.loads(text)["step"] <= last_step:
                 lines.append(text + "\n")
         except (ValueError, TypeError, KeyError, RecursionError):
-            spoiled += 1
-    if spoiled:
-        print(f"WARNING: {file}: lines removed that no step wrote: {spoiled}", flush=True)
+            damaged += 1
+    if damaged:
+        print(f"WARNING: {file}: damaged lines removed: {damaged}", flush=True)
     return "".join(lines)
 
 

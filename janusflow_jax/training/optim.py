@@ -33,11 +33,13 @@ def schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def rates_at_resume(run: dict[str, Any], cfg: OptimConfig, num_steps: int) -> tuple[float, float]:
-    """The learning rate with which a run went on after its last step, and the one that it has now.
+    """The learning rate of the step after a checkpoint: by the old config, and by the new one.
 
-    Where its decay is over, the first is that of its last step.
+    Where the old decay has ended, the first is that of the last step.
 
-    Args: run: a checkpoint's `run.json`.
+    Args:
+      run: the checkpoint's `run.json`.
+      cfg, num_steps: of the new config.
     """
     step, then = run["step"], from_dict(OptimConfig, run["config"]["optim"])
     before, now = schedule(then, run["config"]["num_steps"]), schedule(cfg, num_steps)

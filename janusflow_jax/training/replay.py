@@ -17,15 +17,17 @@ from janusflow_jax.training.run import open_run
 
 
 @numerics.fixed()
-def replay(cfg: TrainConfig, rows: str) -> bool:
+def replay(cfg: TrainConfig, rows: str, accept_data: bool = False) -> bool:
     """Prints every row's records, losses and gradient norm, and what of these is not finite; trains
     and writes nothing.
 
-    Args: rows: '1234', or '1024:1536' for the rows of a step.
+    Args:
+      rows: '1234', or '1024:1536' for the rows of a step.
+      accept_data: replay although the content of the data has changed.
     Returns: whether all of them are finite.
     """
     first, end = parse_rows(rows)
-    run = open_run(cfg, writes=False)
+    run = open_run(cfg, writes=False, accept_data=accept_data)
     processes.log(f"rows {first} to {end - 1} with the parameters of step {run.first_step}")
     unsplit = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, accum_steps=1))
     step = jax.jit(train_step.make_train_step(unsplit))

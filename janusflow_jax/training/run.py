@@ -46,7 +46,7 @@ class Run:
     state: train_step.State
     saved: dict[str, Any]  # `run.json` of the checkpoint it resumes from; {}: a new run
     heldout: heldout.Heldout
-    changed_data: list[str]  # sources with other content than before, which the user accepted
+    changed_data: list[str]  # sources whose content has changed, which the user accepted
     write_error: CheckpointError | None = None  # this process could not write into the workdir
 
     @property
@@ -110,7 +110,7 @@ def open_run(
     Args:
       lock: holds the workdir, on the first process.
       writes: False: only reads.
-      accept_data: resume although the data hold something else than before.
+      accept_data: resume although the content of the data has changed.
     """
     workdir = workdir_of(cfg)
     with processes.together("opening the run"):
@@ -131,11 +131,12 @@ def open_run(
         mixture = _with_names(cfg.data, then)
         data = loader.Loader(mixture, cfg.model, chat, cfg.batch_rows, bool(cfg.loss.repa_weight))
         digests = workdir_lib.base_meta(workdir).get("encoders", {})
-        now = [source.identity() for source in data.rows.sources] if processes.is_main() else []
-        changed = workdir_lib.check_data(workdir, then, now, accept_data)
     if not resumed:
         digests = encode_cache.digests(cfg, data.rows, start.whole)
-    encode_cache.check(cfg, data.rows, digests, start.vae)
+    with processes.together("checking the data"):
+        encode_cache.check(cfg, data.rows, digests, start.vae)
+        now = [source.identity() for source in data.rows.sources] if processes.is_main() else []
+        changed = workdir_lib.check_data(workdir, then, now, accept_data)
     processes.log(data.summary())
     for line in changed:
         processes.log(f"accepted: {line}")
@@ -174,14 +175,11 @@ def open_run(
 
 
 _RATE = ("optim.lr", "optim.decay_steps")
-"""Fields that a resumed run may change together if its learning rate goes on from where it was."""
+"""Fields that a resumed run may change together if its learning rate stays the same there."""
 
 
 def _rate_change(saved: dict[str, Any], cfg: TrainConfig) -> float:
-    """The change of the learning rate at a checkpoint, as a share of it; below 1 %: 0."""
-    old = saved["config"]
-    if (old["optim"], old["num_steps"]) == (config_lib.to_dict(cfg.optim), cfg.num_steps):
-        return 0.0
+    """The relative change of the learning rate at a checkpoint; 0 where it is below 1 %."""
     then, now = optim.rates_at_resume(saved, cfg.optim, cfg.num_steps)
     change = now / then - 1 if then else 0.0
     return change if abs(change) > 0.01 else 0.0
@@ -189,31 +187,36 @@ def _rate_change(saved: dict[str, Any], cfg: TrainConfig) -> float:
 
 def _warn_of_higher_rate(cfg: TrainConfig, saved: dict[str, Any], steps: list[int]) -> None:
     """More steps move the decay to the new last steps: the rate is high again before it."""
-    if _rate_change(saved, cfg) <= 0:
-        return
     step, old = saved["step"], saved["config"]
+    optim_now = config_lib.to_dict(cfg.optim)
+    if any(old["optim"][name] != optim_now[name] for name in ("lr", "decay_steps")):
+        return  # a branch has the rate that its user chose
+    if old["num_steps"] == cfg.num_steps or _rate_change(saved, cfg) <= 0:
+        return
     then, now = optim.rates_at_resume(saved, cfg.optim, cfg.num_steps)
     left = cfg.num_steps - step
     began = old["num_steps"] - old["optim"]["decay_steps"]
-    whole = [s for s in steps if s <= began]
+    before_decay = [s for s in steps if s <= began]
     processes.log(
         f"WARNING: at step {step} the learning rate rises from {then:.3g} to {now:.3g}, because "
         f"num_steps is {cfg.num_steps} instead of {old['num_steps']} and the decay moves to the "
-        "last steps. To continue at the rate that the run had, falling to 0 at the last step, use "
+        "last steps. To continue at the old rate and let it fall to 0 at the last step, use "
         f"--config.optim.lr={then:.6g} --config.optim.decay_steps={left}"
         + (
-            f". To continue from before the decay, remove the checkpoints after step {whole[-1]}"
-            if whole
+            f". To continue from before the decay, remove the checkpoints after {before_decay[-1]}"
+            if before_decay
             else f" (no checkpoint from before the decay, which began at step {began}, is left)"
         )
     )
 
 
 def _with_names(cfg: DataConfig, then: list[dict[str, Any]]) -> DataConfig:
-    """The mixture with the names that its sources had: they seed the order of the rows, and one
-    that no config names is called by its path, which may have changed."""
+    """The mixture with the recorded names of its sources. Names seed the order of the rows, and a
+    source without one is named after its path, which may have changed."""
+    if len(then) != len(cfg.sources):  # no record, or one that does not fit
+        return cfg
     named = (
         dataclasses.replace(source, name=old["name"])
-        for source, old in zip(cfg.sources, then, strict=False)
+        for source, old in zip(cfg.sources, then, strict=True)
     )
-    return dataclasses.replace(cfg, sources=tuple(named)) if then else cfg
+    return dataclasses.replace(cfg, sources=tuple(named))
