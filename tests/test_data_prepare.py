@@ -290,6 +290,11 @@ def test_existing_data_is_not_overwritten(folder, tmp_path):
     with pytest.raises(DataError, match="overwrite"):
         run(options(folder), out)
     assert contents(out) == before
+    for name in ("notes.txt", "train.json"):
+        (out / name).write_text("years of work")
+        with pytest.raises(DataError, match=name):
+            run(options(folder, max_side=32), out, overwrite=True)
+        (out / name).unlink()
     run(options(folder, max_side=32), out, overwrite=True)
     assert len(stored(out)) == 40 and contents(out) != before
     other = tmp_path / "other"

@@ -180,6 +180,15 @@ def test_an_export_replaces_an_export(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "eval.json", "mine.safetensors", "a.model"])
+def test_an_export_with_a_file_of_the_user_is_not_replaced(model, tmp_path, name):
+    hub.export(model, tmp_path / "out", **SILENT)
+    (tmp_path / "out" / name).write_text("years of work")
+    with pytest.raises(CheckpointError, match=name):
+        hub.export(model, tmp_path / "out", overwrite=True, **SILENT)
+    assert (tmp_path / "out" / name).read_text() == "years of work"
+
+
 def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
     real, seen = hub_tensors.from_torch, []
 

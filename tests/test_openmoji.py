@@ -136,6 +136,13 @@ def test_an_interrupted_build_changes_nothing(monkeypatch, tmp_path):
     assert (tmp_path / "a" / "dataset_info.json").read_text() == MARK
 
 
+def test_a_data_set_with_a_file_of_the_user_is_not_overwritten(tmp_path):
+    (tmp_path / "dataset_info.json").write_text(MARK)
+    (tmp_path / "eval.json").write_text("years of work")
+    with pytest.raises(DataError, match=r"eval\.json"):
+        build.build(tmp_path, 32, overwrite=True)
+
+
 @pytest.mark.parametrize("name", ["thesis.tex", "dataset_info.json", "latents/manifest.json"])
 def test_a_folder_of_other_files_is_not_overwritten(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)

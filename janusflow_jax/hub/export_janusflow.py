@@ -32,10 +32,14 @@ CONFIGS = {
 """The published config files, and their names in a model folder's `hub/`."""
 
 _WRITTEN = (
-    "*.json *.safetensors *.model *.txt *.jinja README.md vae "
+    "README.md vae model.safetensors model-*-of-*.safetensors model.safetensors.index.json "
+    "config.json generation_config.json preprocessor_config.json processor_config.json "
+    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
+    "added_tokens.json vocab.json vocab.txt merges.txt chat_template.json chat_template.jinja "
+    f"{LICENSES_FILE} "
     "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]* [Nn][Oo][Tt][Ii][Cc][Ee]* [Cc][Oo][Pp][Yy]*"
 ).split()
-"""Patterns of the names in an exported folder."""
+"""Patterns of the names in an exported folder. `*.json` would include files of the user."""
 
 Files = Mapping[str, epath.Path]
 

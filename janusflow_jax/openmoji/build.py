@@ -128,8 +128,8 @@ def build(
     import tensorflow_datasets as tfds
 
     mark = "dataset_info.json", _MODULE_NAME
-    made = "*.json", "*.array_record*", "lengths", "LICENSE", "CREDITS.txt"
-    if problem := files.problem_of_out(out, overwrite, mark, made):
+    made = ("dataset_info.json", "features.json", "*.array_record*", "lengths")
+    if problem := files.problem_of_out(out, overwrite, mark, (*made, "LICENSE", "CREDITS.txt")):
         raise DataError(problem)
     classes = classes_lib.NEW if new_classes else classes_lib.CLASSES
     drawings = {name: drawings_lib.load_class(point, name) for point, name in classes.items()}

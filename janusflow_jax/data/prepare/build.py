@@ -231,7 +231,8 @@ def _check_out(out: epath.Path, overwrite: bool, inputs: Sequence[str]) -> None:
     if work.exists() and not is_whole and not overwrite:
         return
     mark = ("dataset_info.json", files.MODULE_NAME) if is_whole else (WORK_FOLDER, "")
-    made = "*.json", "*.array_record*", "lengths", lock.FILE, WORK_FOLDER
+    written = "dataset_info.json", "features.json", "report.json", "*.array_record*", "lengths"
+    made = *written, lock.FILE, WORK_FOLDER
     problem = config_files.problem_of_out(out, overwrite, mark, made, inputs, may_lie_inside=True)
     if problem:
         if work.exists() and not overwrite:  # stopped between the data set and the clean-up
