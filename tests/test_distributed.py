@@ -91,10 +91,10 @@ EVALUATED = """
 import dataclasses
 from janusflow_jax import config as c
 plain = train.train
-def evaluated(cfg):
+def evaluated(cfg, *args):
     held = tuple(dataclasses.replace(s, name=f"held_{s.task}") for s in cfg.data.sources)
     cfg.evaluate = c.EvalConfig(sources=held, rows=3, every_steps=1)
-    return plain(cfg)
+    return plain(cfg, *args)
 train.train = evaluated
 """
 

@@ -125,7 +125,7 @@ def _source_problems(cfg: TrainConfig) -> list[str]:
     problems = _Problems()
     require = problems.require
     data = cfg.data
-    labels = [s.label for s in data.sources]
+    labels = [(s.label, s.task == "generate") for s in data.sources]
     require(len({*labels}) == len(labels), "data.sources", "different names", labels)
     names = [s.name or (s.split, s.task) for s in cfg.evaluate.sources]
     require(len({*names}) == len(names), "evaluate.sources", "different names", names)
