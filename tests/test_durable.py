@@ -90,6 +90,8 @@ def get_config():
 @pytest.fixture(scope="module")
 def commands(data, tmp_path_factory, golden_folder):
     """Name -> arguments; {} is a new folder."""
+    # A shell starts background jobs with SIGINT ignored, which children would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tmp_path_factory.mktemp("commands")
     (folder / "config.py").write_text(CONFIG.format(data=str(data)))
     jobs.run(data, folder / "run", "num_steps=1")
@@ -111,17 +113,12 @@ def commands(data, tmp_path_factory, golden_folder):
     ("name", "moment", "number"),
     [
         ("train", " jaxlib\n", signal.SIGINT),
-        ("train", " janusflow_jax.data.loader\n", signal.SIGTERM),
         ("train", "Compiling jit(init)", signal.SIGINT),
         ("train", "fresh\n", signal.SIGTERM),
         ("train", "Compiling jit(create_state)", signal.SIGINT),
         ("train", "Compiling jit(step)", signal.SIGINT),
-        ("train", "Compiling jit(step)", signal.SIGTERM),
-        ("evaluate", " jaxlib\n", signal.SIGTERM),
         ("evaluate", "Compiling jit", signal.SIGINT),
-        ("generate", " jaxlib\n", signal.SIGINT),
         ("generate", "Compiling jit", signal.SIGTERM),
-        ("export", " jaxlib\n", signal.SIGINT),
         ("export", " orbax.checkpoint\n", signal.SIGTERM),
         ("prepare", " numpy\n", signal.SIGTERM),
     ],
