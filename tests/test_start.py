@@ -30,8 +30,8 @@ compile_cache.MIN_SECONDS = 0.0
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name.split("/")[-1]))
 train_run = train.train
-def train_and_count(cfg):
-    train_run(cfg)
+def train_and_count(*args):
+    train_run(*args)
     print("misses", events.count("cache_misses"), "hits", events.count("cache_hits"))
 train.train = train_and_count
 """
