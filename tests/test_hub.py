@@ -174,6 +174,17 @@ def test_overwriting_spares_what_the_command_did_not_write(model, tmp_path, comm
         assert (tmp_path / name / "thesis.tex").exists()
 
 
+def test_a_readme_beside_a_model_is_not_overwritten(tmp_path):
+    convert = lambda: to_model(  # noqa: E731
+        golden.TINY / "janusflow", golden.TINY / "vae", tmp_path / "m", overwrite=True
+    )
+    convert()
+    (tmp_path / "m" / "README.md").write_text("notes of weeks")
+    with pytest.raises(CheckpointError, match=r"README\.md"):
+        convert()
+    assert (tmp_path / "m" / "README.md").read_text() == "notes of weeks"
+
+
 def test_an_export_replaces_an_export(model, tmp_path):
     for _ in range(2):
         hub.export(model, tmp_path / "out", overwrite=True, **SILENT)

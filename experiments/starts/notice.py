@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from etils import epath
 
+FILE = "README.md"
 TEMPLATE = """\
 # {title}
 
@@ -21,4 +22,9 @@ START = "Initial weights of the quick start (`configs/emoji.py`)."
 def write(folder: epath.PathLike, title: str, command: str, purpose: str = START) -> None:
     """Writes the file into a folder."""
     text = TEMPLATE.format(title=title, purpose=purpose, command=command)
-    (epath.Path(folder) / "README.md").write_text(text)
+    (epath.Path(folder) / FILE).write_text(text)
+
+
+def remove(folder: epath.PathLike) -> None:
+    """Removes the file, because `save_model` replaces only folders without files of others."""
+    (epath.Path(folder) / FILE).unlink(missing_ok=True)

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = p.parse_args(argv)
     began = time.time()
-    model_folder.check_out(args.out, args.overwrite, [args.data])
+    model_folder.check_out(args.out, args.overwrite, [args.data], made=[notice.FILE])
     hub = files.resolve(args.workdir) / "tokenizer"
     if not (hub / "tokenizer.json").exists():
         model = c.model_config("emoji")
@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         "exact_captions": scores,
         "steps": args.steps,
     }
+    notice.remove(args.out)
     model_folder.save_model(
         args.out,
         model_cfg=cfg.model,

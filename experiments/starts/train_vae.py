@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = p.parse_args(argv)
     began = time.time()
-    model_folder.check_out(args.out, args.overwrite, [args.data])
+    model_folder.check_out(args.out, args.overwrite, [args.data], made=[notice.FILE])
     model = c.model_config("emoji")
     cfg = model.vae
     pixels = load_split(args.data, "train", model.image_size)
@@ -190,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     preview = epath.Path(args.preview)
     preview.parent.mkdir(parents=True, exist_ok=True)
     save_comparison(preview, held, again)
+    notice.remove(args.out)
     model_folder.save_model(
         args.out,
         model_cfg=model,

@@ -88,12 +88,16 @@ def is_model(path: Any) -> bool:
     return any(m.exists() for m in marks) or bool(committed_steps(folder))
 
 
-def check_out(out: Any, overwrite: bool, inputs: Sequence[Any] = ()) -> None:
+def check_out(
+    out: Any, overwrite: bool, inputs: Sequence[Any] = (), made: Sequence[str] = ()
+) -> None:
     """Raises CheckpointError if no model folder may be written to `out` (`files.problem_of_out`).
 
-    Args: inputs: what the command reads.
+    Args:
+      inputs: what the command reads.
+      made: what it writes beside the model.
     """
-    made = (MODEL_FILE, SUMS_FILE, "params", "vae", "hub", "README.md")
+    made = (MODEL_FILE, SUMS_FILE, "params", "vae", "hub", *made)
     mark = MODEL_FILE, '"parts"'
     if problem := files.problem_of_out(resolve(out), overwrite, mark, made, inputs):
         raise CheckpointError(problem)
