@@ -206,7 +206,8 @@ def _undo(path: Any, part: Any) -> None:
 
 def _remove_leftovers(path: Any, prefix: str) -> None:
     """Removes what killed processes left beside `path`, or moves it back to `path`."""
-    for entry in sorted(path.parent.iterdir()):
+    # A bucket has no empty folders, so there `mkdir` has made none.
+    for entry in sorted(path.parent.iterdir()) if path.parent.exists() else ():
         number, _, kind = entry.name.removeprefix(prefix).partition("-")
         if not entry.name.startswith(prefix) or not number.isdigit() or _is_running(int(number)):
             continue
