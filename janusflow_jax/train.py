@@ -131,10 +131,10 @@ def train_steps(
 ) -> int:
     """The training loop. Returns the last step, which is saved even where this raises.
 
-    Args: profile: the first step that is traced, and the one after the last.
-
     All processes of a job run it alike: the order of whatever uses the devices or waits for the
     other processes must not depend on the process.
+
+    Args: profile: the first step that is traced, and the one after the last.
     """
     cfg, step, saved_step = run.cfg, run.first_step, run.first_step
     places = sharding.rows_of_process(run.mesh, cfg.batch_rows)
@@ -147,8 +147,7 @@ def train_steps(
     agreement = processes.Agreement(run.mesh)
     compiled_step = None
     report = loader.Report(step * cfg.batch_rows, step * cfg.batch_rows, [], *counted)
-
-    waited = copied = 0.0
+    waited = copied = 0.0  # seconds
 
     def status() -> tuple[int, int]:
         """What this process knows of the step ahead, of which the most severe status counts for
@@ -297,12 +296,14 @@ class StepLog:
             values |= {"padding": work.padding, "idle_slots": work.idle_slots}
             values |= {"bad_samples": report.num_bad, "samples": report.num_samples}
             values |= self._progress.rates() | self._attempts.values()
-            values |= {"slowest_process": slowest.process, "slowest_s": slowest.seconds}
+            line = self._progress.line(step, values)
+            if processes.count() > 1:
+                values |= {"slowest_process": slowest.process, "slowest_s": slowest.seconds}
+                if slowest.seconds * values.get("steps_per_s", 0) > 0.1:
+                    line += f"  slowest: process {slowest.process} ({slowest.cause})"
             self._writer.write(step, values)
             self._attempts.write(step)
-            late = slowest.seconds * values.get("steps_per_s", 0)
-            by = f"  process {slowest.process} is late by {slowest.cause}" if late > 0.1 else ""
-            processes.log(self._progress.line(step, values) + by)
+            processes.log(line)
 
 
 def main(argv: list[str]) -> None:

@@ -140,7 +140,7 @@ def test_a_job_names_its_slow_process(data, tmp_path):
     lines = read_metrics(tmp_path / "run")[2:]  # its first step has compiled before
     assert [x["slowest_process"] for x in lines] == [1, 1, 1]
     assert all(0.8 <= x["slowest_s"] < 16 for x in lines)
-    assert "process 1 is late by data" in output
+    assert "slowest: process 1 (data)" in output
 
 
 def test_the_slowest_process_has_the_largest_number(monkeypatch):

@@ -41,12 +41,12 @@ PLAIN_BYTES = 256 << 20
 """Larger parts are not compressed: it takes five times the time and saves a fifth of the size."""
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_not_raised_too(record: logging.LogRecord) -> bool:
     """Orbax logs the tracebacks of errors in its threads, and raises the errors too."""
     return "_SignalingThread.run() raised" not in record.getMessage()
 
 
-logging.getLogger("absl").addFilter(_is_news)
+logging.getLogger("absl").addFilter(_is_not_raised_too)
 
 
 @dataclasses.dataclass
@@ -245,10 +245,10 @@ def load_model(path: Any, weights: str = "ema", merged: bool = True) -> LoadedMo
 
     Args and errors: those of `open_model`.
     """
-    files = open_model(path, weights, merged)
-    params = files.read(jax.tree.map(lambda x: np.empty(x.shape, x.dtype), files.shapes))
+    model = open_model(path, weights, merged)
+    params = model.read(jax.tree.map(lambda x: np.empty(x.shape, x.dtype), model.shapes))
     vae_params = params.pop("vae", None)
-    return LoadedModel(files.cfg, params or None, vae_params, files.hub, files.source, files.meta)
+    return LoadedModel(model.cfg, params or None, vae_params, model.hub, model.source, model.meta)
 
 
 def open_model(path: Any, weights: str = "ema", merged: bool = True) -> ModelFiles:

@@ -252,7 +252,8 @@ def set_aside(path: Any, error: Exception) -> None:
     aside = path.parent / f"{path.name}.unreadable"
     remove(aside)
     path.rename(aside)
-    print(f"WARNING: {path}: cannot be used ({error}); renamed to {aside.name}", flush=True)
+    reason = f"{type(error).__name__}: {error}"
+    print(f"WARNING: {path}: cannot be used ({reason}); renamed to {aside.name}", flush=True)
 
 
 LFS_POINTER = b"version https://git-lfs"

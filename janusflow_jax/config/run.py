@@ -219,8 +219,8 @@ MAY_CHANGE = tuple(
         "mesh optim.accum_steps loss.ce_chunk remat attention data.num_threads "
         # Types of stored values: restoring rounds them to the new type.
         "frozen_dtype optim.moments_dtype "
-        # The end of the run.
-        "num_steps optim.max_norm_ratio max_bad_steps data.max_bad_share watchdog_s watchdog_exit "
+        # What is skipped from now on, and when the run ends.
+        "optim.max_norm_ratio num_steps max_bad_steps data.max_bad_share watchdog_s watchdog_exit "
         # What it writes and measures.
         "workdir made_by peak_tflops log_every_steps tensorboard evaluate prompts heldout "
         "heldout_captions sheet_every_steps sheet_cfg_weight sheet_num_steps save_every_steps "

@@ -64,7 +64,7 @@ class Source:
     bins: packing.Bins
     left_out: int  # units that no row can hold
     cache: latent_cache.Cache | None
-    lengths: str  # digest of its samples and their lengths
+    samples_digest: str
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """JSON values that identify the source's content, wherever it is stored."""
-        content = f"{sources.digest(self.records)} {self.lengths}"
+        content = f"{sources.digest(self.records)} {self.samples_digest}"
         cache = json.dumps(dataclasses.asdict(self.cache.manifest)) if self.cache else ""
         return {
             "name": self.name,

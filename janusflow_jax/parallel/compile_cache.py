@@ -9,8 +9,9 @@ import tempfile
 import warnings
 
 import jax
-from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
+
+from janusflow_jax.config import files
 
 VARIABLE = "JANUSFLOW_COMPILATION_CACHE"
 MAX_BYTES = 4 << 30
@@ -34,7 +35,7 @@ def enable() -> str | None:
     if setting.lower() in ("off", "0", "no", "none"):
         return None
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder, is_local = setting or f"{base}/janusflow_jax", "://" not in setting
+    folder, is_local = setting or f"{base}/janusflow_jax", not files.is_remote(setting)
     try:
         if is_local:
             folder = os.path.expanduser(folder)
@@ -45,7 +46,7 @@ def enable() -> str | None:
             if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
                 raise OSError(f"{folder}: its disk is full")
         else:
-            epath.Path(folder).mkdir(parents=True, exist_ok=True)
+            files.resolve(folder).mkdir(parents=True, exist_ok=True)
     except Exception as error:  # noqa: BLE001 - each store has errors of its own
         warnings.warn(
             f"compiled programs are not kept ({error}); {VARIABLE}=FOLDER names a folder for them, "

@@ -119,7 +119,11 @@ def _limited_wait(kind: str) -> Iterator[None]:
                 flush=True,
             )
             if waited >= WAIT_LIMIT_S:
-                print("error: --distributed: the other processes did not come", file=sys.stderr)
+                print(
+                    f"error: --distributed: the other processes did not come in {WAIT_LIMIT_S} s: "
+                    "start all of them, or train with this one alone (--distributed=off)",
+                    file=sys.stderr,
+                )
                 exit_without_peers()
 
     threading.Thread(target=watch, name="waiting for processes", daemon=True).start()
@@ -256,9 +260,9 @@ class Agreement:
     """Gives all processes the most severe status of any process, at the same step, and the slowest
     process.
 
-    The devices reduce both before the step in their queue. Reading the result waits for
-    the previous step at most, without another round trip between hosts. CPUs have no such queue:
-    two programs run at once and gloo confuses their numbers, so each is waited for.
+    The devices reduce both before the step in their queue. Reading the result waits for the
+    previous step at most, without another round trip between hosts. CPUs have no such queue: two
+    programs run at once and gloo confuses their numbers, so each is waited for.
     """
 
     def __init__(self, mesh: Mesh):

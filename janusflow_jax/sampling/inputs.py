@@ -115,7 +115,8 @@ def image_seeds(seed: Any, num_prompts: int, per_prompt: int) -> list[int]:
             )
         seeds = [s + j for s in firsts for j in range(per_prompt)]
     if seeds and not 0 <= min(seeds) <= max(seeds) < SEED_LIMIT:
-        raise JanusFlowError(f"seed: expected 0 to 2**32 - 1; got {min(seeds)}..{max(seeds)}")
+        last = f" to {max(seeds)}" if len(seeds) > 1 else ""
+        raise JanusFlowError(f"seed: expected 0 to 2**32 - 1; got {min(seeds)}{last}")
     return seeds
 
 
