@@ -258,7 +258,7 @@ def excerpt(
         start = max(text.find(" ", start, start + 32), start)
     end = start + 4 * _CHARACTERS * room
     sample = _sample(chat.plain_text(text[start:end]), [])
-    is_open = end < len(text)  # the text goes on: no eos
+    is_open = end < len(text)  # the text continues: no eos
     size = max(len(sample.tokens) - head - is_open, 1)
     return sample.cut(0, min(size, room - head), head)
 
