@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import contextlib
 import faulthandler
+import os
 import re
 import signal
 import sys
@@ -25,7 +26,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from janusflow_jax import cli
+from janusflow_jax import cli, config as config_lib
 from janusflow_jax.checkpoints import workdir as workdir_lib
 from janusflow_jax.config import TrainConfig, flags as flag_parser, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, ConfigError, DivergedError
@@ -61,6 +62,15 @@ _PROFILE = flags.DEFINE_string(
     "",
     "FIRST:LAST: trace these steps into the workdir's `profile`, for xprof or TensorBoard",
 )
+_PROFILER_PORT = flags.DEFINE_integer(
+    "profiler-port",
+    0,
+    "port where xprof or TensorBoard can trace this process at any time (the processes of a host "
+    "take this port and the next ones); 0: none",
+)
+_HLO = flags.DEFINE_bool(
+    "hlo", False, "write the step as XLA gets it, and as it compiles it, into the workdir's `hlo`"
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -76,6 +86,7 @@ def train(
     branch_from: str = "",
     accept_data: bool = False,
     profile: tuple[int, int] | None = None,
+    hlo: bool = False,
 ) -> str:
     """Trains to the config's last step, or until a signal stops it. Returns the workdir.
 
@@ -83,6 +94,7 @@ def train(
       branch_from: 'RUN@STEP', where a new run takes its state from.
       accept_data: resume although the content of the data has changed.
       profile: the first step that is traced, and the one after the last.
+      hlo: write the step's program into the workdir, before and after XLA's optimization.
     """
     clock = health.Clock()
     workdir, lock = workdir_of(cfg), None
@@ -102,12 +114,17 @@ def train(
             processes.log(f"num_steps is {cfg.num_steps}: nothing is left to train")
         with processes.together("opening the workdir"), workdir_lib.explained(workdir):
             last_line = run.first_step if run.saved else -1  # a new run also writes step 0
-            writer = metrics.Writer(workdir, resume_step=last_line, tensorboard=cfg.tensorboard)
+            writer = metrics.Writer(
+                workdir,
+                resume_step=last_line,
+                tensorboard=cfg.tensorboard,
+                wandb=_wandb_options(cfg) if cfg.wandb else None,
+            )
             stack.callback(workdir_lib.explained(workdir)(writer.close))
             attempts = health.Attempts(
                 workdir, clock, run.first_step, run.saved.get("time"), run.changed_data
             )
-        step = train_steps(run, writer, attempts, clock, stop, watchdog, profile)
+        step = train_steps(run, writer, attempts, clock, stop, watchdog, profile, hlo)
         stopped = any(processes.gather("stopped" if stop.received else ""))
         done = step == cfg.num_steps and not stopped
         with workdir_lib.explained(workdir):
@@ -128,13 +145,14 @@ def train_steps(
     stop: health.StopSignal,
     watchdog: health.Watchdog,
     profile: tuple[int, int] | None = None,
+    hlo: bool = False,
 ) -> int:
     """The training loop. Returns the last step, which is saved even where this raises.
 
     All processes of a job run it alike: the order of whatever uses the devices or waits for the
     other processes must not depend on the process.
 
-    Args: profile: the first step that is traced, and the one after the last.
+    Args: profile, hlo: see `train`.
     """
     cfg, step, saved_step = run.cfg, run.first_step, run.first_step
     places = sharding.rows_of_process(run.mesh, cfg.batch_rows)
@@ -202,6 +220,9 @@ def train_steps(
             if compiled_step is None:
                 processes.log("compiling the step")
                 compiled_step = train_step.jit_train_step(cfg, run.mesh, run.state, batch)
+                if hlo:
+                    with run.deferring_write_errors():
+                        compiled_step = _write_hlo(run, compiled_step.lower(run.state, batch))
             run.state, out = compiled_step(run.state, batch)
         step += 1
         stop.listen()
@@ -226,6 +247,22 @@ def train_steps(
         raise DivergedError(log.bad_steps.message())
     run.heldout.raise_risen()
     return step
+
+
+def _wandb_options(cfg: TrainConfig) -> dict[str, Any]:
+    return {"project": cfg.wandb, "name": cfg.name, "config": config_lib.to_dict(cfg)}
+
+
+def _write_hlo(run: Run, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles the step, which writes its two texts on process 0."""
+    compiled = lowered.compile()
+    if processes.is_main():
+        folder = run.workdir / "hlo"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "step.stablehlo.txt").write_text(lowered.as_text())
+        (folder / "step.optimized.txt").write_text(compiled.as_text())
+        processes.log(f"program written to {folder}")
+    return compiled
 
 
 def _finish_saving(run: Run, save: Callable[[], None] | None) -> Exception | None:
@@ -315,11 +352,14 @@ def main(argv: list[str]) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     processes.initialize(_DISTRIBUTED.value)
     compile_cache.enable()
+    if _PROFILER_PORT.value:
+        # Slurm starts several processes on a host.
+        jax.profiler.start_server(_PROFILER_PORT.value + int(os.environ.get("SLURM_LOCALID", 0)))
     if _REPLAY.value:
         if _BRANCH_FROM.value:
             raise ConfigError("--branch-from: begins a run, but --replay trains nothing: drop one")
         sys.exit(0 if replay(cfg, _REPLAY.value, _ACCEPT_DATA.value) else 1)
-    train(cfg, _BRANCH_FROM.value, _ACCEPT_DATA.value, profile)
+    train(cfg, _BRANCH_FROM.value, _ACCEPT_DATA.value, profile, _HLO.value)
 
 
 def steps_to_profile(text: str) -> tuple[int, int]:

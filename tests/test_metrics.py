@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -58,6 +59,39 @@ def test_tensorboard_missing_is_said_before_anything_is_lost(tmp_path, monkeypat
     with pytest.raises(ImportError, match=r"pip install 'janusflow_jax\[tensorboard\]'"):
         metrics.Writer(tmp_path, resume_step=0, tensorboard=True)
     assert len(_lines(tmp_path)) == 1
+
+
+def test_weights_and_biases_gets_numbers_and_images(tmp_path, monkeypatch):
+    """A run that resumes continues the same run there."""
+    runs = []
+
+    class Run:
+        def __init__(self, **options):
+            self.options, self.logged, self.finished = options, [], False
+            runs.append(self)
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    fake = types.SimpleNamespace(init=Run, Image=lambda image: image.size)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for step in (1, 2):
+        options = {"project": "drawings", "name": "emoji"}
+        writer = metrics.Writer(tmp_path / "run", resume_step=step - 1, wandb=options)
+        writer.write(step, {"loss": np.float32(0.5)})
+        writer.image(step, "sheet", Image.new("RGB", (4, 3)))
+        writer.close()
+    assert runs[0].options == runs[1].options
+    assert runs[0].options.items() >= {"project": "drawings", "resume": "allow"}.items()
+    assert runs[1].logged == [(2, {"loss": 0.5}), (2, {"sheet": (4, 3)})]
+    assert runs[1].finished
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"pip install 'janusflow_jax\[wandb\]'"):
+        metrics.Writer(tmp_path / "run", resume_step=0, wandb={"project": "drawings"})
+    assert len(_lines(tmp_path / "run")) == 2
 
 
 def test_tensorboard_gets_numbers_and_pictures(tmp_path):

@@ -206,6 +206,7 @@ class TrainConfig:
     evaluate: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     sheet_every_steps: int = zero_or_more(0)
     tensorboard: bool = False
+    wandb: str = ""  # project at Weights & Biases; '': off
     prompts: tuple[str, ...] = ()  # generated on every sheet
     heldout: tuple[SourceConfig, ...] = ()  # images captioned beside the sheet
     heldout_captions: int = zero_or_more(24)
@@ -222,7 +223,7 @@ MAY_CHANGE = tuple(
         # What is skipped from now on, and when the run ends.
         "optim.max_norm_ratio num_steps max_bad_steps data.max_bad_share watchdog_s watchdog_exit "
         # What it writes and measures.
-        "workdir made_by peak_tflops log_every_steps tensorboard evaluate prompts heldout "
+        "workdir made_by peak_tflops log_every_steps tensorboard wandb evaluate prompts heldout "
         "heldout_captions sheet_every_steps sheet_cfg_weight sheet_num_steps save_every_steps "
         "keep_checkpoints keep_every_steps"
     ).split()

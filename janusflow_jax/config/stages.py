@@ -184,5 +184,5 @@ def test_twin(cfg: c.TrainConfig, own_folders: tuple[str, ...] = ()) -> c.TrainC
     cfg.dtype = "float32"
     cfg.start, cfg.allow_fresh, cfg.tokenizer = "", True, "starts/emoji_llm/hub"
     cfg.prompts, cfg.sheet_num_steps = ("a red apple",), 2
-    cfg.tensorboard = False
+    cfg.tensorboard, cfg.wandb = False, ""
     return cfg

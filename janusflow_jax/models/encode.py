@@ -52,6 +52,7 @@ def slots_at_once(rows: int, slots: int, images: int = IMAGES_AT_ONCE) -> int:
     return max(fits, default=1)
 
 
+@jax.named_scope("vae")
 def encode_latents(
     vae_params: Any, images: Array, posterior: Array | None, cfg: ModelConfig, dtype: Any
 ) -> Float[Array, "B K h w C"]:

@@ -181,6 +181,7 @@ def param_shapes(cfg: ModelConfig) -> dict[str, Any]:
     return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 
+@jax.named_scope("place_slots")
 def place_slots(
     text: Float[Array, "B T D"],
     gen: Float[Array, "B G S D"] | None,
@@ -210,6 +211,7 @@ def place_slots(
     return jnp.where(inside.any(-1)[..., None], placed, text)
 
 
+@jax.named_scope("gather_slots")
 def gather_slots(
     x: Float[Array, "B T D"], slot_start: Int[Array, "B K"], length: int
 ) -> Float[Array, "B K S D"]:

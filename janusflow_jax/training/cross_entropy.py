@@ -53,6 +53,7 @@ def split(vocab_size: int, rows: int, length: int, chunk: int) -> Split:
     return Split(size, sharding.axis_size("data"), "fsdp", ("fsdp", "tensor"), "data")
 
 
+@jax.named_scope("cross_entropy")
 def summed(
     kernel: Float[Array, "D V"],
     hidden: Float[Array, "B T D"],

@@ -1,4 +1,4 @@
-"""A run's metrics: `metrics.jsonl`, TensorBoard where enabled, and lines on the console.
+"""A run's metrics: `metrics.jsonl`, the console, TensorBoard, and Weights & Biases.
 
 `metrics.jsonl` has a line for each logged step: `{"step": 20, "time": 1.8e9, "loss": 0.5}`. JSON
 has no NaN: `{"loss": null, "non_finite": {"loss": "nan"}}`.
@@ -7,11 +7,13 @@ has no NaN: `{"loss": null, "non_finite": {"loss": "nan"}}`.
 from __future__ import annotations
 
 import collections
+import importlib
 import json
 import math
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +25,8 @@ from PIL import Image
 from janusflow_jax.config import files
 
 FILE = "metrics.jsonl"
+WANDB_ID = "wandb_id"
+"""A file in the workdir: the run's identifier at Weights & Biases."""
 _CONSOLE = (("loss", "loss"), ("ar", "loss_ar"), ("rf", "loss_rf"), ("repa", "loss_repa"))
 
 
@@ -33,21 +37,29 @@ class Writer:
     that cannot append (`gs://`) gets the whole file at each `sync` and at `close`.
     """
 
-    def __init__(self, workdir: epath.PathLike, resume_step: int = 0, tensorboard: bool = False):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        resume_step: int = 0,
+        tensorboard: bool = False,
+        wandb: Mapping[str, Any] | None = None,
+    ) -> None:
         """Opens `workdir/metrics.jsonl`.
 
         Args:
           workdir: folder of the run; created where it does not exist.
           resume_step: the last step whose lines stay; -1: none.
           tensorboard: also write event files into `workdir/tensorboard`.
+          wandb: arguments of `wandb.init`, such as project, name and config; None: off.
         Raises:
-          ImportError: `tensorboard` without the package tensorboardX.
+          ImportError: `tensorboard` or `wandb` without their packages tensorboardX and wandb.
         """
-        self._file = self._board = self._remote = None
+        self._file = self._board = self._wandb = self._wandb_run = self._remote = None
         if jax.process_index() != 0:
             return
         # Before anything is written: a missing package must not cost the existing lines.
-        board = _summary_writer() if tensorboard else None
+        board = _package("tensorboardX", "tensorboard") if tensorboard else None
+        self._wandb = _package("wandb", "wandb") if wandb else None
         target = self._local = epath.Path(workdir) / FILE
         target.parent.mkdir(parents=True, exist_ok=True)
         lines = lines_up_to(target, resume_step)
@@ -59,7 +71,13 @@ class Writer:
         self._file = self._local.open("a")
         if board is not None:
             folder = os.fspath(epath.Path(workdir) / "tensorboard")
-            self._board = board(folder, purge_step=resume_step + 1)
+            self._board = board.SummaryWriter(folder, purge_step=resume_step + 1)
+        if self._wandb is not None:
+            identifier = target.parent / WANDB_ID  # the same run there after a restart
+            if not identifier.exists():
+                identifier.write_text(uuid.uuid4().hex)
+            options = {**(wandb or {}), "id": identifier.read_text(), "resume": "allow"}
+            self._wandb_run = self._wandb.init(**options, dir=os.fspath(self._local.parent))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one step's scalars (numbers, or arrays of one number)."""
@@ -71,12 +89,16 @@ class Writer:
         if self._board is not None:
             for name, number in numbers.items():
                 self._board.add_scalar(name, number, step)
+        if self._wandb_run is not None:
+            self._wandb_run.log(numbers, step=step)
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """Adds an image to TensorBoard, where enabled."""
+        """Adds an image to TensorBoard and Weights & Biases, where enabled."""
         if self._board is not None:
             pixels = np.asarray(image.convert("RGB"))
             self._board.add_image(name, pixels, step, dataformats="HWC")
+        if self._wandb_run is not None:
+            self._wandb_run.log({name: self._wandb.Image(image)}, step=step)
 
     def sync(self) -> None:
         """Copies the file to a store that cannot append. Call it with each checkpoint."""
@@ -91,6 +113,8 @@ class Writer:
         self.sync()
         if self._board is not None:
             self._board.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
 
 
 class Progress:
@@ -197,12 +221,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def _summary_writer() -> Any:
+def _package(name: str, extra: str) -> Any:
     try:
-        import tensorboardX
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            "tensorboard: expected the package tensorboardX; it is not installed: run pip install "
-            "'janusflow_jax[tensorboard]', or set tensorboard=False"
+            f"{extra}: expected the package {name}; it is not installed: run pip install "
+            f"'janusflow_jax[{extra}]', or switch {extra} off in the config"
         ) from error
-    return tensorboardX.SummaryWriter

@@ -108,11 +108,13 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
         (loss, extras), grads = accumulate(gradient, batch, cfg.optim.accum_steps)
         norm = optax.tree.norm(grads)
 
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
         new: State = {"params": params, "opt_state": opt_state}
         if cfg.optim.ema:
-            new["ema"] = optim.update_ema(state["ema"], new["params"], cfg.optim.ema, state["step"])
+            with jax.named_scope("ema"):
+                new["ema"] = optim.update_ema(state["ema"], params, cfg.optim.ema, state["step"])
 
         # A step with a non-finite loss or gradient, or a spike, changes the counters only.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
