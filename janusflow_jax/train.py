@@ -259,7 +259,7 @@ def _write_hlo(run: Run, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     if processes.is_main():
         folder = run.workdir / "hlo"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "step.stablehlo.txt").write_text(lowered.as_text())
+        (folder / "step.stablehlo.txt").write_text(lowered.as_text(debug_info=True))
         (folder / "step.optimized.txt").write_text(compiled.as_text())
         processes.log(f"program written to {folder}")
     return compiled
