@@ -131,6 +131,43 @@ def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParse
     return p
 
 
+def add_solver_options(p: argparse.ArgumentParser) -> None:
+    """Adds the options of how images are generated, which `solver_options` reads."""
+    p.add_argument("--steps", type=int, default=30, help="of the solver; default 30")
+    p.add_argument(
+        "--order",
+        type=int,
+        default=1,
+        help="1: Euler's method; 2: Adams-Bashforth, which needs half the steps; default 1",
+    )
+    p.add_argument(
+        "--shift", type=float, default=1.0, metavar="S", help="above 1: more steps near noise"
+    )
+    p.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=[0.0, 1.0],
+        metavar=("FROM", "UNTIL"),
+        help="the times with guidance, from 0 (noise) to 1 (image); default all. Others may count "
+        "from the image: their 0.4 to 1 is 0 to 0.6 here",
+    )
+
+
+def solver_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Pipeline.generate` that `add_solver_options` adds, checked."""
+    from janusflow_jax.sampling import inputs
+
+    options = {
+        "num_steps": args.steps,
+        "order": args.order,
+        "shift": args.shift,
+        "guidance_interval": tuple(args.guidance_interval),
+    }
+    inputs.sampler_config(**options)
+    return options
+
+
 def load(args: argparse.Namespace) -> pipeline.Pipeline:
     """Loads the model of the options; logs its name, image size, device and dtype."""
     from janusflow_jax import pipeline

@@ -75,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(  # the name of 0.1; remove in 0.3
         "--cfg", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
-    p.add_argument("--steps", type=int, default=30, help="Euler steps")
+    cli.add_solver_options(p)
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)
 
@@ -140,7 +140,8 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: epath.Path) -> dict
         )
     if not (args.prompts or args.captions):
         raise JanusFlowError("--prompts, --captions: got 0 and 0: nothing to score")
-    inputs.check_generate(["any"], args.steps, 1, guidance_scale=args.cfg)
+    inputs.check_generate(["any"], 1, guidance_scale=args.cfg)
+    solver = cli.solver_options(args)
     for first in (args.seed, args.seed + suite.MORE_SEED):
         inputs.image_seeds(first, max(args.prompts, len(prompts.PROMPTS)), 1)
     sheet_file = out.with_suffix(".png")
@@ -175,7 +176,7 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: epath.Path) -> dict
             judge,
             count=args.prompts,
             guidance_scale=args.cfg,
-            num_steps=args.steps,
+            solver=solver,
             seed=args.seed,
             sheet_file=sheet_file,
         )

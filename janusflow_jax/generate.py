@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
-    p.add_argument("--steps", type=int, default=30, help="Euler steps; default 30")
+    cli.add_solver_options(p)
     p.add_argument(
         "--seed", type=int, nargs="+", default=[0], metavar="S", help="one, or one for each prompt"
     )
@@ -97,9 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     one_seed = args.seed[0] if len(args.seed) == 1 else args.seed
     seeds = inputs.image_seeds(one_seed, len(prompts), args.images_per_prompt)
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
-    inputs.check_generate(
-        prompts, args.steps, args.images_per_prompt, guidance_scale=args.guidance_scale
-    )
+    inputs.check_generate(prompts, args.images_per_prompt, guidance_scale=args.guidance_scale)
+    solver = cli.solver_options(args)
     is_folder = out.is_dir() or not out.suffix
     cli.check_writable(str(out / "0000.png" if is_folder else out), "--out")
     if args.json:
@@ -118,8 +117,8 @@ def main(argv: list[str] | None = None) -> None:
             images += model.generate(
                 labels[batch],
                 guidance_scale=args.guidance_scale,
-                num_steps=args.steps,
                 seed=seeds[batch],
+                **solver,
             )
         except DivergedError as error:  # reported at the end, with the other batches' images
             images += error.images
@@ -155,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             "model": about,
             "settings": {
                 "cfg_weight": args.guidance_scale,
-                "num_steps": args.steps,
+                **solver,
                 "dtype": model.dtype,
                 "int8": args.int8,
             },

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import golden, torch_trees
 
-from janusflow_jax.config import UNDERSTAND, LossConfig
+from janusflow_jax.config import UNDERSTAND, LossConfig, SamplerConfig
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.models import attention, convnext, encode, vae
 from janusflow_jax.sampling import image as image_sampling, text as text_sampling
@@ -156,7 +156,7 @@ def test_sampler(index):
     noise, weight = jnp.asarray(path[0]), case["cfg_weight"]
 
     def run(p):
-        field = image_sampling.velocity_field(model, p, tokens, lengths, guided=True)
+        field = image_sampling.velocity_field(model, p, tokens, lengths)
         states = image_sampling.sample(
             model,
             p,
@@ -164,11 +164,10 @@ def test_sampler(index):
             lengths,
             noise,
             weight,
-            num_steps=case["steps"],
-            guided=weight != 1,
+            sampler=SamplerConfig(steps=case["steps"], guide_until=float(weight != 1)),
             trajectory=True,
         )
-        return jnp.concatenate(field(noise, jnp.float32(0))), states
+        return jnp.concatenate(field(noise, jnp.float32(0), True)), states
 
     first, states = jax.jit(run)(params)
     assert golden.error(first, golden.nhwc(want[f"sample{index}.v_first_step"])) < golden.PART

@@ -85,8 +85,7 @@ def test_padding_a_prompt_changes_nothing():
             jnp.asarray(lengths),
             noise,
             2.0,
-            num_steps=2,
-            guided=True,
+            sampler=config.SamplerConfig(steps=2),
         )
 
     alone = sample([ids], [4], noise[:1])

@@ -153,8 +153,8 @@ def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(mad
     for slot, (begin, _) in enumerate(starts(row)[: int((row["slot_task"] == 1).sum())]):
         length = row["slot_start"][slot] - begin
         tokens = jnp.asarray(row["tokens"][begin : begin + length])[None]
-        field = image_sampling.velocity_field(model, params, tokens, jnp.asarray([length]), True)
-        conditional, unconditional = field(z[:, slot], draws["t"][0, slot])
+        field = image_sampling.velocity_field(model, params, tokens, jnp.asarray([length]))
+        conditional, unconditional = field(z[:, slot], draws["t"][0, slot], True)
         dropped = bool(row["segment_ids"][begin + 1] == 0)
         seen.add(dropped)
         want, other = conditional, unconditional

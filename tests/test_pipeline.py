@@ -14,7 +14,7 @@ from janusflow_jax import config, pipeline
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.parallel import sharding
-from janusflow_jax.sampling import image as image_sampling, programs
+from janusflow_jax.sampling import flow, image as image_sampling, programs
 
 QUICK = {"num_steps": 2, "output": "latent"}
 PROMPTS = ["a red fox", "Two yellow taxis in the snow beside a quiet river", "a tree"]
@@ -166,13 +166,17 @@ def test_seeds_buckets_and_groups_change_nothing(model, monkeypatch):
     # Exact lengths, no bucket: the sampler itself.
     ids = jnp.asarray([model.text.generation_ids(LONG)])
     args = (model.model, model.params, ids, jnp.asarray([ids.shape[1]]), jnp.asarray(noise), 2.0)
-    close(image_sampling.sample(*args, num_steps=2, guided=True)[0], both[3])
+    close(image_sampling.sample(*args, sampler=config.SamplerConfig(steps=2))[0], both[3])
 
 
 @pytest.mark.slow
 def test_guidance_of_one_is_the_conditional_branch_alone(model, monkeypatch):
     branches, sample = [], programs.sample
-    count = lambda *a, guided, **k: branches.append(1 + guided) or sample(*a, guided=guided, **k)  # noqa: E731
+
+    def count(*args, sampler):
+        branches.append(1 + int(flow.guided_steps(sampler).all()))
+        return sample(*args, sampler=sampler)
+
     monkeypatch.setattr(programs, "sample", count)
     got = model.generate(PROMPTS[1], seed=5, guidance_scale=1.0, **QUICK)
     near = model.generate(PROMPTS[1], seed=5, guidance_scale=1 + 1e-7, **QUICK)
@@ -185,7 +189,8 @@ def euler_steps(guided):
     """The jaxpr of the Euler loop's body, for one prompt of 40 tokens."""
     tiny, params, _ = golden.model()
     tokens, noise = jnp.zeros((1, 40), jnp.int32), jnp.zeros((1, *tiny.cfg.latent_shape))
-    run = functools.partial(image_sampling.sample, tiny, num_steps=7, guided=guided)
+    sampler = config.SamplerConfig(steps=7, guide_until=float(guided))
+    run = functools.partial(image_sampling.sample, tiny, sampler=sampler)
     jaxpr = jax.make_jaxpr(run)(params, tokens, jnp.asarray([38]), noise, 2.0)
     (loop,) = (e for e in walk(jaxpr.jaxpr) if e.params.get("length") == 7)
     return loop.params["jaxpr"].jaxpr

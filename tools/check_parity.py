@@ -179,8 +179,8 @@ def compare_generation(
         twice = [jnp.concatenate([x, x]) for x in (features, t_emb)]
         part = model.apply(run, hidden, *twice, method="velocity")
         tokens, lengths = jnp.asarray([want["ids"]]), jnp.asarray([len(want["ids"])])
-        field = image_sampling.velocity_field(model, p, tokens, lengths, guided=True)
-        return features, t_emb, part, field(noise, jnp.float32(0))
+        field = image_sampling.velocity_field(model, p, tokens, lengths)
+        return features, t_emb, part, field(noise, jnp.float32(0), True)
 
     features, t_emb, part, (cond, uncond) = first(params, jnp.asarray(want["hidden"]))
     table.add("generation encoder: features", features, want["features"], PART)

@@ -34,5 +34,6 @@ from janusflow_jax.config.run import (
     SourceConfig,
     TrainConfig,
 )
+from janusflow_jax.config.sampler import SamplerConfig
 
 STAGE_PARTS = MODEL_PARTS  # the name in 0.1; remove in 0.3

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,13 +64,15 @@ def score_generation(
     *,
     count: int,
     guidance_scale: float,
-    num_steps: int,
+    solver: Mapping[str, Any],
     seed: int,
     sheet_file: epath.PathLike,
 ) -> dict[str, Any]:
     """Generates the sheet and `count` more trained pairs, and scores both.
 
-    Args: sheet_file: where the sheet goes, PNG.
+    Args:
+      solver: arguments of `Pipeline.generate`, such as num_steps.
+      sheet_file: where the sheet goes, PNG.
     Returns: the report's parts `sheet` and `trained_pairs`.
     Raises: JanusFlowError: nothing could be scored: too few trained pairs, a prompt without
       drawing, an image size that the judge does not know. Raised before anything is generated.
@@ -86,8 +88,8 @@ def score_generation(
 
     def generate(labels: Sequence[Label], seed: int) -> list[np.ndarray]:
         texts = [prompts.caption(x.color, x.name) for x in labels]
-        settings = {"guidance_scale": guidance_scale, "num_steps": num_steps, "output": "numpy"}
-        return list(model.generate(texts, seed=seed, **settings))
+        options = {**solver, "guidance_scale": guidance_scale, "output": "numpy"}
+        return list(model.generate(texts, seed=seed, **options))
 
     images = generate(of_sheet, seed)
     sheet.save(sheet.image_grid(images, prompts.PROMPTS), sheet_file)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from janusflow_jax import pipeline
-from janusflow_jax.config import ModelConfig
+from janusflow_jax.config import ModelConfig, SamplerConfig
 from janusflow_jax.models import janusflow, llama, vae
 from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.planning import compile as plan_compile, flops as plan_flops
@@ -76,8 +76,7 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
             array(rows),
             noise,
             scalar,
-            num_steps=num_steps,
-            guided=True,
+            sampler=SamplerConfig(steps=num_steps),
         )
     computed = PADDED_PROMPT**2 + num_steps * 2 * m.slot_len * (m.slot_len + PADDED_PROMPT)
     visible = num_steps * (2 * _causal(m.slot_len) + m.slot_len * (PROMPT + 1)) + _causal(PROMPT)

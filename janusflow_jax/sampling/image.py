@@ -1,4 +1,4 @@
-"""Text to latents: keys and values of the prompt once, then Euler steps over the image slot.
+"""Text to latents: keys and values of the prompt once, then steps over the image slot.
 
 The unconditional branch keeps BOS and masks the rest of the prompt; positions do not move
 (docs/model.md). BOS attends to itself only, so both branches use the same cached prefix and differ
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from janusflow_jax.config import SamplerConfig
 from janusflow_jax.models import janusflow
 from janusflow_jax.sampling import flow
 
@@ -54,31 +55,32 @@ def velocity_field(
     params: Any,
     tokens: Int[Array, "B P"],
     lengths: Int[Array, " B"],
-    guided: bool,
 ) -> flow.Velocity:
     """The velocity field of a batch of prompts; the prompts are computed once, not every step.
 
     Args:
       tokens: prompts, BOS first, right-padded.
       lengths: of the prompts, without padding.
-      guided: whether to compute the unconditional velocity too.
     """
     cache = prefill(model, params, tokens, lengths)
-    mask, uncond = slot_masks(lengths, tokens.shape[1], model.cfg.slot_len)
+    cond, uncond = slot_masks(lengths, tokens.shape[1], model.cfg.slot_len)
     positions = lengths[:, None] + jnp.arange(model.cfg.slot_len)
+    twice = lambda x, axis=0: jnp.concatenate([x, x], axis=axis)  # noqa: E731
     # With guidance both branches run as one batch of twice the size.
-    repeat = lambda x, axis=0: jnp.concatenate([x] * (2 if guided else 1), axis=axis)  # noqa: E731
-    if guided:
-        mask = jnp.concatenate([mask, uncond])
-    positions = repeat(positions)
-    cache = jax.tree.map(lambda x: repeat(x, x.ndim - 4), cache)
+    both = (
+        jnp.concatenate([cond, uncond]),
+        twice(positions),
+        jax.tree.map(lambda x: twice(x, x.ndim - 4), cache),
+    )
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
         return model.apply({"params": params}, *args, method=method, **kwargs)
 
-    def velocity(z: Array, t: Array) -> tuple[Array, Array | None]:
+    def velocity(z: Array, t: Array, guided: bool) -> tuple[Array, Array | None]:
+        mask, at, prefix = both if guided else (cond, positions, cache)
+        repeat = twice if guided else lambda x: x
         slot, features, t_emb = run("generation_slot", z, jnp.full((len(z),), t, jnp.float32))
-        hidden, _, _ = run("run_llm", repeat(slot), positions, mask, cache=cache)
+        hidden, _, _ = run("run_llm", repeat(slot), at, mask, cache=prefix)
         v = run("velocity", hidden[:, 1:], repeat(features), repeat(t_emb))
         return (v[: len(z)], v[len(z) :]) if guided else (v, None)
 
@@ -93,8 +95,7 @@ def sample(
     noise: Float[Array, "B h w C"],
     guidance_scale: float | Array,
     *,
-    num_steps: int,
-    guided: bool,
+    sampler: SamplerConfig,
     trajectory: bool = False,
 ) -> Float[Array, "..."]:
     """Scaled latents of a batch of prompts.
@@ -102,8 +103,8 @@ def sample(
     Returns:
       float32[B, h, w, C]; with `trajectory` float32[N + 1, B, h, w, C], the noise first.
     """
-    velocity = velocity_field(model, params, tokens, lengths, guided)
-    latents, states = flow.euler(velocity, noise, num_steps, guidance_scale)
+    velocity = velocity_field(model, params, tokens, lengths)
+    latents, states = flow.solve(velocity, noise, guidance_scale, sampler)
     if not trajectory:
         return latents
     return lax.concatenate([noise[None].astype(jnp.float32), states], 0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from janusflow_jax.config import SamplerConfig
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format
 
@@ -26,7 +27,6 @@ _ROLES = ("system", "user", "assistant")
 
 def check_generate(
     prompts: Sequence[Any],
-    num_steps: Any,
     per_prompt: Any,
     output: str = "pil",
     guidance_scale: Any = 2.0,
@@ -38,12 +38,37 @@ def check_generate(
             problems.append(f"prompt {i} is empty")
         else:
             problems += _text_problems(f"prompt {i}", prompt)
-    problems += _count_problems("num_steps", num_steps)
     problems += _count_problems("images_per_prompt", per_prompt)
     problems += _number_problems("guidance_scale", guidance_scale, "a finite number", -FLOAT_MAX)
     problems += [] if output in OUTPUTS else [f"output: expected one of {OUTPUTS}; got {output!r}"]
     if problems:
         raise JanusFlowError("generate: " + "; ".join(problems))
+
+
+def sampler_config(
+    num_steps: Any = 30, order: Any = 1, shift: Any = 1.0, guidance_interval: Any = (0.0, 1.0)
+) -> SamplerConfig:
+    """The solver of a request for images.
+
+    Raises: JanusFlowError: every value that it cannot have.
+    """
+    problems = _count_problems("num_steps", num_steps)
+    problems += [] if _integer(order) in (1, 2) else [f"order: expected 1 or 2; got {order!r}"]
+    problems += _number_problems("shift", shift, "a finite number > 0", TINY)
+    interval = tuple(guidance_interval) if np.iterable(guidance_interval) else ()
+    if len(interval) != 2 or any(_number_problems("", x, "", 0.0, 1.0) for x in interval):
+        problems.append(
+            f"guidance_interval: expected two times from 0 to 1; got {guidance_interval!r}"
+        )
+    if problems:
+        raise JanusFlowError("generate: " + "; ".join(problems))
+    return SamplerConfig(
+        steps=int(num_steps),
+        order=int(order),
+        shift=float(shift),
+        guide_from=float(interval[0]),
+        guide_until=float(interval[1]),
+    )
 
 
 def check_chat(
