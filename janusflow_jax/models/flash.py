@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from janusflow_jax.models import splash
 from janusflow_jax.parallel import sharding
 
 WIDE, NARROW = 128, 64
@@ -79,27 +80,22 @@ def runs_here() -> bool:
     return device.platform != "gpu" or not device.compute_capability.startswith("7.")
 
 
+def _blocks(x: Array) -> tuple[int, int]:
+    """Positions in the block of a program and in those it loops over, for heads of this size."""
+    shrink = max(1, x.shape[-1] * x.dtype.itemsize // 256)
+    return WIDE // shrink, NARROW // shrink
+
+
 def block_ranges(
-    ids: Int[Array, "B T"], block_q: int, block_k: int
-) -> tuple[Int[Array, "B I"], Int[Array, "B J"]]:
-    """The blocks that may meet: the first block of keys for each block of queries, and the end of
-    the blocks of queries for each block of keys.
-
-    Args: ids: of segments; a negative id is on one position only.
-    """
-    length = ids.shape[1]
-
-    def ends(block: int) -> tuple[Array, Array]:
-        blocks = ids.reshape(len(ids), length // block, block)
-        lowest = jnp.min(jnp.where(blocks < 0, length + 1, blocks), axis=2)
-        return lowest, jnp.max(blocks, axis=2)
-
-    (low_q, high_q), (low_k, high_k) = ends(block_q), ends(block_k)
-    meet = (low_q[:, :, None] <= high_k[:, None]) & (low_k[:, None] <= high_q[:, :, None])
-    i, j = jnp.arange(length // block_q)[:, None], jnp.arange(length // block_k)
-    meet |= (i * block_q < (j + 1) * block_k) & (j * block_k < (i + 1) * block_q)  # the diagonal
-    first = jnp.min(jnp.where(meet, j, length), axis=2)
-    return first, jnp.max(jnp.where(meet, i + 1, 0), axis=1)
+    ids: Int[Array, "B T"], wide: int, narrow: int
+) -> tuple[Int[Array, "B W"], Int[Array, "B W"]]:
+    """The first narrow block of keys for each wide block of queries; the end of the narrow blocks
+    of queries for each wide block of keys."""
+    meet = splash.executed_blocks(ids, narrow)
+    rows, blocks, _ = meet.shape
+    by_queries = meet.reshape(rows, -1, wide // narrow, blocks).any(2)
+    by_keys = meet.reshape(rows, blocks, -1, wide // narrow).any(3)
+    return jnp.argmax(by_queries, axis=2), blocks - jnp.argmax(by_keys[:, ::-1], axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -130,12 +126,6 @@ def _forward(q: Array, k: Array, v: Array, ids: Array, scale: float, interpret: 
     )(q, k, v, ids, first)
     out, lse = (checkpoint_name(x, "context") for x in (out, lse))
     return out, (q, k, v, ids, out, lse)
-
-
-def _blocks(x: Array) -> tuple[int, int]:
-    """Positions in the block of a program and in those it loops over, for heads of this size."""
-    shrink = max(1, x.shape[-1] * x.dtype.itemsize // 256)
-    return WIDE // shrink, NARROW // shrink
 
 
 def _mask(ids_q: Array, ids_k: Array, q_start: Any, k_start: Any) -> Bool[Array, "T S"]:
@@ -192,7 +182,7 @@ def _backward(scale: float, interpret: bool, saved: Any, d_out: Array) -> Any:
     of_row = lambda x: pl.BlockSpec((None, x.shape[1]), lambda i, n, b: (b, 0))  # noqa: E731
 
     block_q, block_k = _blocks(q)
-    first, _ = block_ranges(ids, block_q, block_k)
+    first, last = block_ranges(ids, block_q, block_k)
     of_block = pl.BlockSpec((None, block_q, None, size), lambda i, n, b: (b, i, n, 0))
     of_keys = pl.BlockSpec((None, length, None, size), lambda i, n, b: (b, 0, n // group, 0))
     of_queries = pl.BlockSpec((None, None, block_q), lambda i, n, b: (b, n, i))
@@ -211,7 +201,6 @@ def _backward(scale: float, interpret: bool, saved: Any, d_out: Array) -> Any:
     )(q, k, v, ids, first, d_out, lse, delta)
 
     block_k, block_q = _blocks(k)
-    _, last = block_ranges(ids, block_q, block_k)
     of_heads = pl.BlockSpec((None, length, group, size), lambda j, n, b: (b, 0, n, 0))
     of_block = pl.BlockSpec((None, block_k, None, size), lambda j, n, b: (b, j, n, 0))
     of_queries = pl.BlockSpec((None, group, length), lambda j, n, b: (b, n, 0))

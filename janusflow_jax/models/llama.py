@@ -39,11 +39,13 @@ class Attention(nn.Module):
     ) -> tuple[Array, dict[str, Array]]:
         cfg = self.cfg
         batch, length, _ = x.shape
+        # Heads before positions, as the TPU kernel wants them: so the projections write them
+        # there, and no copy is made.
         project = lambda name, heads: layers.Linear(  # noqa: E731
-            heads * cfg.head_dim, use_bias=False, name=name
-        )(x).reshape(batch, length, heads, cfg.head_dim)
+            heads * cfg.head_dim, use_bias=False, heads=heads, name=name
+        )(x).swapaxes(1, 2)
         q, k, v = (
-            sharding.constrain(project(name, heads), "batch", None, "tensor", None)
+            sharding.constrain(project(name, heads), "batch", "tensor", None, None)
             for name, heads in (
                 ("q", cfg.num_heads),
                 ("k", cfg.num_kv_heads),
@@ -52,7 +54,9 @@ class Attention(nn.Module):
         )
         q = layers.rope(q, positions, cfg.rope_theta)
         k = layers.rope(k, positions, cfg.rope_theta)
-        q, k, v = (checkpoint_name(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+        q, k, v = (
+            checkpoint_name(x, name).swapaxes(1, 2) for x, name in ((q, "q"), (k, "k"), (v, "v"))
+        )
         new = {"k": k, "v": v}
         if cache is not None and "k_scale" in cache:
             new = int8.keys_values(k, v)
