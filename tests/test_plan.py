@@ -16,7 +16,7 @@ from helpers.gathers import activation_gathers, stack_gathers
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from janusflow_jax import config as c
-from janusflow_jax.models import attention
+from janusflow_jax.models import splash
 from janusflow_jax.parallel import sharding
 from janusflow_jax.planning import (
     collectives as plan_collectives,
@@ -66,8 +66,9 @@ def test_auto_attention_can_run_on_every_platform(name, topology):
     file, _, arg = name.partition(":")
     cfg = load(file, arg or None)
     prepared = plan_compile.prepare(cfg, plan_topology.parse(topology))
-    is_splash = topology.startswith("v") and cfg.data.row_len % attention.SPLASH_UNIT == 0
-    assert prepared.attention == ("splash" if is_splash else "xla")
+    kernel = "splash" if topology.startswith("v") else "flash"
+    fits = cfg.data.row_len % splash.UNIT == 0
+    assert prepared.attention == (kernel if fits else "xla")
 
 
 def test_errors_of_the_command_have_no_traceback():
@@ -179,7 +180,7 @@ def test_splash_does_half_the_pairs_and_more_matmuls():
     cfg.attention = "splash"
     pairs = cfg.batch_rows * cfg.data.row_len**2
     per_pass = 4.0 * 24 * 16 * 128 * pairs
-    blocks = cfg.data.row_len / attention.SPLASH_BLOCK
+    blocks = cfg.data.row_len / splash.BLOCK
     ours = (2 + 3.5) * (blocks + 1) / (2 * blocks)
     assert plan_flops.executed(cfg, 0.0) == pytest.approx(per_pass * (ours - 4))
     cfg.attention = "xla"

@@ -18,7 +18,7 @@ from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from janusflow_jax.config import TrainConfig, parts as parts_lib
-from janusflow_jax.models import attention
+from janusflow_jax.models import splash
 from janusflow_jax.planning import compile as plan_compile
 from janusflow_jax.training import cross_entropy, flops, step as train_step
 
@@ -204,7 +204,7 @@ def executed(cfg: TrainConfig, counted: float) -> float:
         return counted
     length = cfg.data.row_len
     per_pass = flops.attention_per_pair(cfg.model) * cfg.batch_rows * length**2
-    unit, block = attention.SPLASH_UNIT, attention.SPLASH_BLOCK
+    unit, block = splash.UNIT, splash.BLOCK
     blocks = length / (block if length % block == 0 else unit)
     forward = 2 if cfg.remat else 1
     splash_flops = per_pass * (forward + 7 / 2) * (blocks + 1) / (2 * blocks)
