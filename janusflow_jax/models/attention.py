@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int8
 
@@ -21,6 +22,12 @@ SPLASH_BLOCK = 512
 """Positions in a block of queries or keys of splash attention, where they divide a row."""
 SPLASH_UNIT = 128
 """Splash attention takes rows of a multiple of this many positions."""
+SAVED_NAMES = ("q", "k", "v", "context", "proj", "gate", "up")
+"""The matmul results of an LLM block that `jax.checkpoint` may keep, by `checkpoint_name`.
+
+`context`, the attended values, includes the log-sum-exp of a kernel that has one, so that its
+backward pass needs no second forward pass. `proj` is the output projection.
+"""
 
 
 def implementation(name: str, platform: str, length: int) -> str:
@@ -96,7 +103,8 @@ def dot_product_attention(
     if v_scale is not None:
         weights = weights * v_scale
     weights = weights.astype(v.dtype)
-    return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights, v), 1, 2)
+    out = jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights, v), 1, 2)
+    return checkpoint_name(out, "context")
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -111,7 +119,7 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     out = jax.nn.dot_product_attention(
         pad(q, pad_q), pad(k, pad_k), pad(v, pad_k), mask=mask, implementation="cudnn"
     )
-    return out[:, : lengths[0]]
+    return checkpoint_name(out[:, : lengths[0]], "context")
 
 
 def _splash(q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool) -> Array:
@@ -165,6 +173,7 @@ def _splash_on_device(q: Array, k: Array, v: Array, segment_ids: Array, interpre
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        residual_checkpoint_name="context",
         interpret=interpret,
     )
 
