@@ -167,11 +167,13 @@ def test_both_counts_of_the_step_agree(name, arg):
     assert abs(wrong.difference) > 0.03
 
 
-def test_both_counts_agree_without_recomputation():
+def test_both_counts_agree_with_less_recomputation():
     cfg = load("pretrain", "test")
-    cfg.remat = False
-    budget = budget_of(cfg)
-    assert abs(budget.difference) < 0.005 and budget.overhead[REMAT] == 0
+    again = plan_flops.recomputed(cfg, {"llm"})
+    for remat in ("names", "none"):
+        budget = budget_of(dataclasses.replace(cfg, remat=remat))
+        assert abs(budget.difference) < 0.005
+        assert budget.overhead[REMAT] < 0.3 * again
 
 
 def test_splash_does_half_the_pairs_and_more_matmuls():
