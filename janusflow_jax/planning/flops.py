@@ -123,6 +123,7 @@ def typical(cfg: TrainConfig) -> flops.Work:
         und_images=int(images["understand"]),
         padding=1 - FILL,
         idle_slots=1 - used / slots if slots else 0.0,
+        cached=flops.CACHED.intersection(plan_compile.batch_shapes(cfg)),
     )
 
 
