@@ -201,7 +201,7 @@ def cheapest_remat(cfg: TrainConfig, machine: Machine, exact: bool = False) -> C
     for remat in ("none", "names", "full"):
         run = plan_compile.train(dataclasses.replace(cfg, remat=remat), machine, exact)
         use = memory(run)
-        if use.peak is not None and use.peak <= (1 - MARGIN) * use.limit:
+        if use.fits and use.peak is not None and use.peak <= (1 - MARGIN) * use.limit:
             break
     assert run is not None
     return run
