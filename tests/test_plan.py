@@ -26,6 +26,7 @@ from janusflow_jax.planning import (
     report as plan_report,
     topology as plan_topology,
 )
+from janusflow_jax.training import step as train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,6 +156,7 @@ def budget_of(cfg: c.TrainConfig) -> plan_flops.Budget:
         ("pretrain", "test"),
         pytest.param("adaptation", None, marks=pytest.mark.slow),
         pytest.param("pretrain", None, marks=pytest.mark.slow),
+        pytest.param("pretrain", "7b,512,cached", marks=pytest.mark.slow),
         pytest.param("sft", None, marks=pytest.mark.slow),
     ],
 )
@@ -175,6 +177,19 @@ def test_both_counts_agree_with_less_recomputation():
         budget = budget_of(dataclasses.replace(cfg, remat=remat))
         assert abs(budget.difference) < 0.005
         assert budget.overhead[REMAT] < 0.3 * again
+
+
+def test_names_keep_what_the_attention_kernel_needs():
+    cfg = load("pretrain", "test")
+    cfg.attention, cfg.data.row_len, cfg.model.llm.head_dim = "splash", 256, 128
+    mesh = sharding.make_mesh(cfg.mesh)
+    state, batch = plan_compile.state_shapes(cfg), plan_compile.batch_shapes(cfg)
+    kernels = {}
+    for cfg.remat in ("full", "names", "none"):
+        with jax.set_mesh(mesh):
+            traced = train_step.jit_train_step(cfg, mesh, state, batch).trace(state, batch)
+        kernels[cfg.remat] = str(traced.jaxpr).count("pallas_call[")
+    assert kernels["full"] - 1 == kernels["names"] == kernels["none"] > 1
 
 
 def test_splash_does_half_the_pairs_and_more_matmuls():
