@@ -9,8 +9,7 @@ benchmarks ask. The test split becomes:
 
     pope.json                     the 7,136 yes/no questions, as POPE's JSON lines
     mmbench.tsv                   the shape questions with 4 options, each in its 4 rotations
-    vqa_questions.json, vqa_annotations.json
-                                  all 9,673 questions, each with ten equal answers, as VQAv2's
+    vqav2/                        all 9,673 questions, each with ten equal answers, as VQAv2's
     images/                       the drawings under COCO's names (they stay PNG files)
 
 docs/benchmarks.md has the commands that train and score a model on them.
@@ -69,7 +68,10 @@ def llava(train: list[Question]) -> list[dict[str, Any]]:
             turns = []
             for prompt, answer in exchanges[begin : begin + PER_CONVERSATION]:
                 tag = "" if turns else "<image>\n"
-                turns += [{"from": "human", "value": tag + prompt}, {"from": "gpt", "value": answer}]
+                turns += [
+                    {"from": "human", "value": tag + prompt},
+                    {"from": "gpt", "value": answer},
+                ]
             out.append(
                 {
                     "id": f"{number}_{begin}",
@@ -139,7 +141,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--out", type=Path, required=True, help="folder to make")
-    p.add_argument("--data", type=Path, help="easy_vqa/data; default: that of the installed package")
+    p.add_argument(
+        "--data", type=Path, help="easy_vqa/data; default: that of the installed package"
+    )
     args = p.parse_args()
     data = args.data
     if data is None:
@@ -156,8 +160,9 @@ def main() -> None:
     asked, annotations = vqa(test)
     (args.out / "train.json").write_text(json.dumps(llava(questions(data, "train"))))
     (args.out / "pope.json").write_text("".join(json.dumps(x) + "\n" for x in pope(test)))
-    (args.out / "vqa_questions.json").write_text(json.dumps(asked))
-    (args.out / "vqa_annotations.json").write_text(json.dumps(annotations))
+    (args.out / "vqav2").mkdir(exist_ok=True)
+    (args.out / "vqav2" / "questions.json").write_text(json.dumps(asked))
+    (args.out / "vqav2" / "annotations.json").write_text(json.dumps(annotations))
     rows = mmbench(test, images)
     with (args.out / "mmbench.tsv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
