@@ -31,7 +31,7 @@ SIZE = 299
 """Side of the network's input in pixels."""
 WIDTH = 2048
 OFFICIAL = "6726825d"
-"""The first digits of the SHA-256 of the published weights, `*-inception-2015-12-05-6726825d.pth`."""
+"""How the SHA-256 of the published `*-inception-2015-12-05-6726825d.pth` begins."""
 BATCH_NORM_EPS = 1e-3
 FILE, WEIGHTS = "inception.json", "inception"
 TOLERANCE = 1e-3
@@ -279,7 +279,7 @@ def load(path: Any) -> LoadedInception:
     error = np.linalg.norm(net.embed(check_image())[0] - expected) / np.linalg.norm(expected)
     if not error < TOLERANCE:
         raise CheckpointError(
-            f"{folder}: expected the stored features of the check image; got others (relative error "
-            f"{error:.1e}): convert the weights again, or compute on another device"
+            f"{folder}: expected the stored features of the check image; got others (relative "
+            f"error {error:.1e}): convert the weights again, or compute on another device"
         )
     return net
