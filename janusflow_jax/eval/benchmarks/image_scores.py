@@ -150,31 +150,26 @@ def mjhq(
       references: the folder `mjhq30k_imgs`, with <category>/<id>.jpg.
       inception, clip: either may be None.
     """
-    names = [n for n in fid.KEYS if (clip if n == "clip" else inception) is not None]
+    names = [f"inception_{name}" for name in fid.FILTERS if inception] + ["clip"] * (
+        clip is not None
+    )
     extract = fid.extractor(inception, clip)
     features = generate.read_features(out, names, extract, settings["batch"])
     there = [x for x in images if x["file"]]
     warnings = deviations(benchmark, settings, images)
     scores: dict[str, stats.Score | float] = {}
     scorer: dict[str, Any] = {}
+    fid_names = [f"fid_{variant}" for variant in fid.VARIANTS]
     if inception:
         folder = files.resolve(references)
-        same = [folder / x["file"].replace(".png", ".jpg") for x in images]
-        if lacking := [x for x in same if not x.exists()]:
-            raise DataError(
-                f"--references: expected {lacking[0]}; there is none ({len(lacking)} are missing): "
-                "name the folder mjhq30k_imgs"
-            )
-        sets = {"": sorted(same)}
+        sets = {"": sorted(x["file"].replace(".png", ".jpg") for x in there)}
         if benchmark.name == "mjhq-fid10k":
-            sets["_of_all_references"] = sorted(folder.glob("*/*.jpg"))
-        for suffix, reference_files in sets.items():
-            chosen = fid.references(reference_files, inception, out / "references")
+            every = (f"{x.parent.name}/{x.name}" for x in folder.glob("*/*.jpg"))
+            sets["_of_all_references"] = sorted(every)
+        for suffix, paths in sets.items():
+            chosen = fid.references(folder, paths, inception, out / "references")
             for name, value in fid.score(features, chosen).items():
-                if isinstance(value, float):
-                    scores[name + suffix] = value
-                else:
-                    scorer[name + suffix] = value
+                (scores if name in fid_names else scorer)[name + suffix] = value
         scorer |= {"inception_sha256": inception.sha256}
         if not inception.official:
             warnings.append("the weights of Inception are not FID's official ones")
