@@ -51,7 +51,7 @@ class Benchmark:
     # of generation
     prompts: int = 0
     images_per_prompt: int = 1
-    layout: str = ""  # a key of `generate.LAYOUTS`
+    layout: str = ""  # of `generate.image_file`
     guidance_scale: float = 2.0
     num_steps: int = 30
 
@@ -89,7 +89,13 @@ def _tumm(score: str, value: float, model: str = "JanusFlow", **settings: Any) -
     return Reported(model, score, value, _TUMM, settings)
 
 
-_TUMM_IMAGES = {"guidance_scale": 2.0, "num_steps": 30, "seed": 42, "images_per_prompt": 4}
+_TUMM_IMAGES = {
+    "protocol": "raw",
+    "guidance_scale": 2.0,
+    "num_steps": 30,
+    "seed": 42,
+    "images_per_prompt": 4,
+}
 
 _ALL = (
     Benchmark(
@@ -106,12 +112,12 @@ _ALL = (
         scorer="external: the official Mask2Former and CLIP; the summary is ours",
         protocol="raw",
         published=(
-            _flow("overall", 0.63, image_size=384),
-            _flow("overall", 0.70, image_size=256),
+            _flow("GenEval", 63.0, image_size=384),
+            _flow("GenEval", 70.0, image_size=256),
         ),
         third_party=(
-            _tumm("overall", 0.4999, prompts="raw", **_TUMM_IMAGES),
-            _tumm("overall", 0.7892, "Janus-Pro-7B", prompts="raw"),
+            _tumm("GenEval", 49.99, **_TUMM_IMAGES),
+            _tumm("GenEval", 78.92, "Janus-Pro-7B", protocol="raw"),
         ),
         prompts=553,
         images_per_prompt=4,
@@ -131,12 +137,12 @@ _ALL = (
         scorer="external: the official mPLUG-large; the aggregation is ours",
         protocol="raw",
         published=(
-            _flow("overall", 80.09, image_size=384),
-            _flow("overall", 81.23, image_size=256),
+            _flow("DPG-Bench", 80.09, image_size=384),
+            _flow("DPG-Bench", 81.23, image_size=256),
         ),
         third_party=(
-            _tumm("overall", 72.03, **_TUMM_IMAGES),
-            _tumm("overall", 83.73, "Janus-Pro-7B"),
+            _tumm("DPG-Bench", 72.03, **_TUMM_IMAGES),
+            _tumm("DPG-Bench", 83.73, "Janus-Pro-7B"),
         ),
         prompts=1065,
         images_per_prompt=4,
@@ -148,10 +154,10 @@ _ALL = (
         about="30,000 prompts of MJHQ-30K in 10 categories; FID and CLIP score",
         files=(DataFile("meta_data.json", 30_000),),
         scorer="ours, in JAX; the weights of Inception and CLIP come from you",
-        protocol="janus",
+        protocol="raw",
         published=(
-            _flow("fid", 9.51, image_size=384, guidance_scale=2.0, num_steps=30),
-            _flow("fid", 12.70, image_size=256, guidance_scale=2.0, num_steps=30),
+            _flow("fid_janus", 9.51, image_size=384, guidance_scale=2.0, num_steps=30),
+            _flow("fid_janus", 12.70, image_size=256, guidance_scale=2.0, num_steps=30),
         ),
         prompts=30_000,
         layout="by_category",
@@ -162,7 +168,7 @@ _ALL = (
         about="1,000 prompts of each category of MJHQ-30K: the paper's ablation, by our selection",
         files=(DataFile("meta_data.json", 30_000),),
         scorer="ours, in JAX; the weights of Inception and CLIP come from you",
-        protocol="janus",
+        protocol="raw",
         prompts=10_000,
         layout="by_category",
         guidance_scale=7.5,
@@ -175,7 +181,7 @@ _ALL = (
         scorer="external: github.com/facebookresearch/GenEval2",
         protocol="raw",
         prompts=800,
-        layout="geneval2",
+        layout="flat",
     ),
     Benchmark(
         name="wise",
