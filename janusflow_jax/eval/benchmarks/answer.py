@@ -123,6 +123,12 @@ def distinct(name: str, data: Data, protocol: str) -> list[Request]:
 # --- the model
 
 
+def check_batch_size(size: int) -> None:
+    """Raises ConfigError: a batch that the programs would round up."""
+    if size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        raise ConfigError(f"--batch: expected a power of two up to 256; got {size}")
+
+
 def run(
     name: str,
     data: Data,
