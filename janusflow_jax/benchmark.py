@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import argparse
 import time
+from typing import Any
 
 import jax
 from etils import epath
@@ -25,6 +26,7 @@ from janusflow_jax.eval.benchmarks import (
     image_scores,
     plan,
     prompts as prompts_lib,
+    read,
     registry,
     report,
 )
@@ -109,9 +111,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     understanding.add_argument("--max-new-tokens", type=int, default=2048, metavar="N")
     understanding.add_argument(
         "--pixels",
-        choices=("published", "own"),
+        choices=read.PIXELS,
         default="published",
-        help="how images become RGB: as in the authors' code, or as in `chat`",
+        help="how images become RGB: as in the authors' code, as in VLMEvalKit, or as in `chat`",
     )
     return p.parse_args(argv)
 
@@ -124,10 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     if not args.name or not args.out:
         raise ConfigError("expected the name of a benchmark and --out: see --list and --help")
     benchmark = registry.get(args.name)
-    if benchmark.kind == "understand":
-        answer.main(benchmark, args)
-        return
     out = files.resolve(args.out)
+    if benchmark.kind == "understand":
+        answer_questions(args, benchmark, out)
+        return
     if args.stage != "score" and not args.results:
         complete = generate_images(args, benchmark, out)
         if args.stage == "run" or not complete:
@@ -240,10 +242,115 @@ def score_images(args: argparse.Namespace, benchmark: registry.Benchmark, out: e
             "known": "" if result.warnings else benchmark.files[0].name,
         },
         scorer={"name": benchmark.scorer, **result.scorer},
-        model=settings["model"],
         warnings=result.warnings,
     )
     print(table)
+
+
+def answer_questions(
+    args: argparse.Namespace, benchmark: registry.Benchmark, out: epath.Path
+) -> None:
+    """Answers the questions of this process, and scores the answers of all once they are there."""
+    if not args.data:
+        raise ConfigError(f"{benchmark.name}: expected --data, the questions; got nothing")
+    data = read.read(benchmark, args.data, args.images, args.limit)
+    if args.answers:
+        lines = answer.read_answers(args.answers, data)
+        settings = {"answers": args.answers, "protocol": "of the answers"}
+    else:
+        if args.stage != "score":
+            run_model(args, benchmark, data, out)
+        if args.stage == "run":
+            return
+        settings = plan.read_settings(out / answer.MANIFEST)
+        if settings["benchmark"] != benchmark.name or settings["data"] != data.about:
+            raise ConfigError(
+                f"--data: expected the data of the run in {out}; got others: use {benchmark.name} "
+                f"or the file {settings['data']['file']} of {settings['benchmark']}"
+            )
+        lines = answer.collect(benchmark.name, data, out)
+        if lines is None:
+            cli.log(f"{out}: other processes have not answered all of their questions yet")
+            return
+    print(score_answers(benchmark, data, lines, settings, out))
+
+
+def run_model(
+    args: argparse.Namespace, benchmark: registry.Benchmark, data: read.Data, out: epath.Path
+) -> None:
+    """Answers the questions of this process that are not answered yet."""
+    if not args.model:
+        raise ConfigError(f"{benchmark.name}: expected --model to answer questions; got nothing")
+    answer.check_batch_size(args.batch)
+    inputs.check_chat(args.max_new_tokens, 0.0, 1.0, 0)
+    protocol = args.protocol or benchmark.protocol
+    system = answer.request(benchmark.name, data.questions[0], protocol).system
+    shard = plan.shard(args.shard)
+    # A run resumes with the checkpoint that it began with, or not at all.
+    folder = provenance.resolve(args.model)
+    model_sums = provenance.of(folder, args.adapter)
+    args.model = str(folder)
+    model = cli.load(args)
+    settings = {
+        "benchmark": benchmark.name,
+        "protocol": protocol,
+        "system": system,
+        "pixels": args.pixels,
+        "max_new_tokens": args.max_new_tokens,
+        "data": data.about,
+        "limit": args.limit,
+        "image_size": model.cfg.image_size,
+        "batch": args.batch,
+        "model": model_sums,
+        "tokenizer": {"sha256": model.text.hash, "bos": model.text.add_bos},
+        "weights": args.weights,
+        "dtype": model.dtype,
+        "int8": args.int8,
+        "device": jax.devices()[0].device_kind,
+        "software": provenance.software(),
+        "numerics": numerics.described(),
+    }
+    began = time.time()
+    for done, total in answer.run(benchmark.name, data, model, out, settings, shard):
+        cli.log(f"{done} of {total} questions, {time.time() - began:.1f} s")
+
+
+def score_answers(
+    benchmark: registry.Benchmark,
+    data: read.Data,
+    lines: list[dict[str, Any]],
+    settings: dict[str, Any],
+    out: epath.Path,
+) -> str:
+    """Writes the report, or the file of an external scorer; the table."""
+    answers = [line["answer"] for line in lines]
+    file = report.submission(benchmark.name, data.questions, answers, out)
+    scored = report.score(benchmark.name, data.questions, answers)
+    first, *others = scored.rules or {"": {}}
+    limit = settings.get("limit", 0)
+    cut = limit and len(answers) >= limit
+    counts = {
+        "asked": len(answers),
+        "expected": max(data.about["rows"], limit + 1) if cut else 0,
+        "unparsed": len(scored.unparsed),
+        "truncated": sum(bool(line.get("truncated")) for line in lines),
+        "images": len({key for question in data.questions for key in question.images}),
+    }
+    warnings = report.unparsed_warnings(scored, answers)
+    if file:
+        warnings.append(f"not scored yet: {file} is for {benchmark.scorer}")
+    return report.write(
+        out,
+        benchmark,
+        scored.rules.get(first, {}),
+        counts=counts,
+        settings=settings,
+        data=data.about,
+        scorer={"name": benchmark.scorer, "rule": first},
+        categories=scored.categories,
+        other_rules={rule: scored.rules[rule] for rule in others},
+        warnings=warnings,
+    )
 
 
 if __name__ == "__main__":
