@@ -34,7 +34,7 @@ ONLY = {
     "orbax": ("checkpoints.",),
     "grain": ("data.loader",),
     "transformers": (),
-    "tokenizers": ("data.chat_format",),
+    "tokenizers": ("data.chat_format", "eval.clip"),
     "array_record": ("data.", "openmoji."),
     "tensorflow_datasets": ("data.", "openmoji."),
     "pyarrow": ("data.prepare.parquet",),
