@@ -60,7 +60,7 @@ class Model(pipeline.Pipeline):
         assert len(slots) == len(prompts)
         out = []
         for prompt, vectors in zip(prompts, slots, strict=True):
-            size = 50 if "not" in self.text.decode(prompt.ids) else 3
+            size = 50 if "not" in self.text.decode(prompt.ids) else 12
             ids = self.text.text_tokenizer.encode(f"{len(prompt.ids)} {vectors[0, 0]:.0f}").ids
             out.append(((ids * size)[:size] + [self.text.eos_id])[:max_new_tokens])
         return out
