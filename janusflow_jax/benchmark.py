@@ -33,6 +33,7 @@ from janusflow_jax.eval.benchmarks import (
 from janusflow_jax.parallel import numerics
 from janusflow_jax.sampling import inputs
 
+LOG_EVERY = 10.0  # seconds
 DESCRIPTION = "Runs a benchmark: generates its images or answers its questions, and scores them."
 EPILOG = """\
 examples:
@@ -311,9 +312,11 @@ def run_model(
         "software": provenance.software(),
         "numerics": numerics.described(),
     }
-    began = time.time()
+    began = last = time.time()
     for done, total in answer.run(benchmark.name, data, model, out, settings, shard):
-        cli.log(f"{done} of {total} questions, {time.time() - began:.1f} s")
+        if done == total or time.time() - last > LOG_EVERY:
+            last = time.time()
+            cli.log(f"{done} of {total} questions, {last - began:.1f} s")
 
 
 def score_answers(

@@ -455,14 +455,20 @@ def _mme_images(text: epath.Path) -> tuple[epath.Path, epath.Path]:
 
 def _pope(row: Row, store: _Images) -> list[Question]:
     """One question for each split of a row: the TSV has one row for all splits that ask it."""
-    text, answer = row.get("text") or row["question"], row.get("label") or row["answer"]
+    text, answer = row.get("text") or row["question"], _yes_no(row.get("label") or row["answer"])
     key = str(row.get("index") or row.get("id") or row["question_id"])
     splits = str(row["category"]).split(",")
     pictures = store.of(row["image"])
     return [
-        Question(f"{split}/{key}", text, pictures, answer.lower(), category=split)
+        Question(f"{split}/{key}", text, pictures, answer, category=split)
         for split in splits
     ]
+
+
+def _yes_no(answer: str) -> str:
+    if answer.strip().lower() not in ("yes", "no"):
+        raise DataError(f"expected the answer yes or no; got {answer!r}: use the benchmark's file")
+    return answer.strip().lower()
 
 
 def _mme(row: Row, store: _Images) -> list[Question]:
@@ -470,7 +476,7 @@ def _mme(row: Row, store: _Images) -> list[Question]:
     # On the Hub the two questions of an image have one id.
     key = str(row["index"] if "index" in row else f"{row['question_id']}/{text}")
     pair = row.get("pair") or row.get("question_id") or row.get("image_path") or images[0]
-    answer, task = row["answer"].lower(), row["category"]
+    answer, task = _yes_no(row["answer"]), row["category"]
     return [Question(key, text, images, answer, category=task, group=str(pair))]
 
 
