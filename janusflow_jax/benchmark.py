@@ -19,7 +19,7 @@ from etils import epath
 from janusflow_jax import cli
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import ConfigError
-from janusflow_jax.eval import clip as clip_lib, fid, inception as inception_lib, provenance
+from janusflow_jax.eval import clip as clip_lib, inception as inception_lib, provenance
 from janusflow_jax.eval.benchmarks import (
     answer,
     generate,
@@ -166,7 +166,7 @@ def generate_images(
     inputs.check_generate([p.text for p in prompts], steps, count, guidance_scale=guidance)
     inputs.image_seeds(args.seed, data["rows"], count)
     shard = plan.shard(args.shard)
-    features = fid.extractor(*scorers(args)) if args.inception or args.clip else None
+    extractor = image_scores.extractor(*scorers(args))
     # A run resumes with the checkpoint that it began with, or not at all.
     folder = provenance.resolve(args.model)
     model_sums = provenance.of(folder, args.adapter)
@@ -193,7 +193,7 @@ def generate_images(
         "numerics": numerics.described(),
     }
     began = time.time()
-    for done, total in generate.run(benchmark, prompts, model, out, settings, shard, features):
+    for done, total in generate.run(benchmark, prompts, model, out, settings, shard, extractor):
         cli.log(f"{done} of {total} images, {time.time() - began:.1f} s")
     every = sum(len(x["images"]) for x in plan.read_marks(out / generate.MANIFEST).values())
     if every < settings["images"]:
@@ -238,11 +238,12 @@ def score_images(args: argparse.Namespace, benchmark: registry.Benchmark, out: e
         counts=result.counts,
         settings=settings,
         data={
-            "file": args.data,
+            "file": benchmark.files[0].name,
             **settings["data"],
-            "known": "" if result.warnings else benchmark.files[0].name,
+            "known": image_scores.known_data(benchmark, settings),
         },
         scorer={"name": benchmark.scorer, **result.scorer},
+        categories=result.categories,
         warnings=result.warnings,
     )
     print(table)

@@ -55,18 +55,23 @@ def settings_for(name, prompts, batch=4, **changes):
     return {**values, **changes}
 
 
-def run(out, name="geneval", count=5, painter=None, shard=(0, 1), features=None, **changes):
+def run(out, name="geneval", count=5, painter=None, shard=(0, 1), extractor=None, **changes):
     """All batches; the painter."""
     prompts, painter = some_prompts(count), painter or Painter()
     settings = settings_for(name, prompts, **changes)
-    args = (registry.get(name), prompts, painter, epath.Path(out), settings, shard, features)
+    args = (registry.get(name), prompts, painter, epath.Path(out), settings, shard, extractor)
     *_, (done, total) = generate.run(*args)
     assert done == total
     return painter
 
 
 def means(images):
+    """Features: the mean color, in which green is the seed."""
     return {"mean": images.mean((1, 2), np.float32)}
+
+
+def never(images):
+    raise AssertionError("computed again")
 
 
 def contents(out):
@@ -214,14 +219,14 @@ def test_other_settings_change_nothing(tmp_path):
 
 
 def test_non_finite_images_are_recorded_and_not_written(tmp_path):
-    run(tmp_path, painter=Painter(bad_seeds=[105]), features=means)
+    run(tmp_path, painter=Painter(bad_seeds=[105]), extractor=generate.Extractor("a", means))
     _, images = generate.read(epath.Path(tmp_path))
     assert [x["id"] for x in images if x["file"] is None] == ["00001"]
     assert not (tmp_path / "images/00001/samples/00001.png").exists()
     names = (tmp_path / "images/00001/samples").iterdir()
     assert sorted(x.name for x in names) == ["00000.png", "00002.png", "00003.png"]
-    features = generate.read_features(epath.Path(tmp_path), ["mean"], lambda x: {}, 4)["mean"]
-    assert features.shape == (19, 3)
+    stored = generate.Extractor("a", never)
+    assert generate.read_features(epath.Path(tmp_path), stored, 4)["mean"].shape == (19, 3)
 
 
 @pytest.mark.parametrize(("name", "size"), [("geneval", 3), ("geneval", 32), ("dpg", 2)])
@@ -244,23 +249,23 @@ def test_a_prompt_that_is_too_long_writes_nothing(tmp_path):
 
 
 def test_features_are_in_the_order_of_the_images_stored_or_not(tmp_path):
-    def features(x):
-        return {"mean": x.mean((1, 2), np.float32), "first": x[:, 0, 0].astype(np.float32)}
-
-    run(tmp_path / "stored", features=features)
-    run(tmp_path / "later")
-
-    def never(images):
-        raise AssertionError("computed again")
-
-    stored = generate.read_features(epath.Path(tmp_path / "stored"), ["first"], never, 4)["first"]
-    _, images = generate.read(epath.Path(tmp_path / "stored"))
+    early, late = (epath.Path(tmp_path / n) for n in ("early", "late"))
+    run(early, extractor=generate.Extractor("a", means))
+    run(late)
+    stored = generate.read_features(early, generate.Extractor("a", never), 4)["mean"]
+    _, images = generate.read(early)
     assert stored[:, 1].tolist() == [x["seed"] for x in images]
-    later = generate.read_features(epath.Path(tmp_path / "later"), ["first"], features, 4)["first"]
-    np.testing.assert_array_equal(stored, later)
-    assert generate.read_features(epath.Path(tmp_path / "later"), ["mean"], never, 4)[
-        "mean"
-    ].shape == (20, 3)
+    for compute in (means, never):
+        again = generate.read_features(late, generate.Extractor("a", compute), 4)["mean"]
+        np.testing.assert_array_equal(stored, again)
+
+
+def test_features_of_other_networks_are_not_taken(tmp_path):
+    out = epath.Path(tmp_path)
+    run(out, extractor=generate.Extractor("a", means))
+    other = generate.Extractor("b", lambda images: {"mean": -means(images)["mean"]})
+    assert (generate.read_features(out, other, 4)["mean"][:, 1] < 0).all()
+    assert (generate.read_features(out, generate.Extractor("a", never), 4)["mean"][:, 1] > 0).all()
 
 
 # --- layouts

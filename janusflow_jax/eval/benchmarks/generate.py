@@ -1,14 +1,15 @@
 """Generates the images of a benchmark into the folders that its scorer reads.
 
-    out/images/...           the images, PNG: other formats change scores
-    out/manifest/            settings.json, and a mark of each batch: images, seeds, checksums
-    out/manifest/000012.npz  features of the images of batch 12, where they were asked for
+    out/images/...             the images, PNG: other formats change scores
+    out/manifest/              settings.json; a mark of each batch: images, seeds, checksums
+    out/manifest/000012.*.npz  features of the images of batch 12, where they were asked for
 
 Image j of prompt number i has the seed `first + i * images_per_prompt + j`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -34,8 +35,13 @@ IMAGES, MANIFEST = "images", "manifest"
 GRID = 4
 """Tiles of an image file in layout `dpg`: two rows of two, one for each image of the prompt."""
 
-Features = Callable[[UInt8[np.ndarray, "B H W 3"]], dict[str, Float32[np.ndarray, "B D"]]]
-"""Features of images by name. Those of an image depend on no other image."""
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """Computes features of images; those of an image depend on no other image."""
+
+    name: str  # of the networks and their weights; part of the names of stored files
+    compute: Callable[[UInt8[np.ndarray, "B H W 3"]], dict[str, Float32[np.ndarray, "B D"]]]
 
 
 def image_file(layout: str, prompt: Prompt, image: int) -> str:
@@ -62,7 +68,7 @@ def run(
     out: epath.Path,
     settings: dict[str, Any],
     shard: tuple[int, int] = (0, 1),
-    features: Features | None = None,
+    extractor: Extractor | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Generates the images of this process that are not there yet.
 
@@ -70,7 +76,7 @@ def run(
       settings: all that the images depend on (`plan.Manifest`), among them guidance_scale,
         num_steps, seed and batch.
       shard: as of `plan.shard`.
-      features: to store beside the marks.
+      extractor: of features to store beside the marks.
     Yields:
       images of this process that are done, and all of them: at first, and after each batch.
     Raises:
@@ -91,8 +97,10 @@ def run(
         rows = [units[n] for n in batch.rows]
         images = _generate(model, benchmark, rows, settings)
         sums = _write(benchmark, rows[: batch.count], images[: batch.count], out / IMAGES)
-        if features and sums:
-            _store_features(out, batch.index, features(_stacked(images)), images[: batch.count])
+        if extractor and sums:
+            features = extractor.compute(_stacked(images))
+            file = _features_file(out, batch.index, extractor)
+            _store_features(file, features, [x is not None for x in images[: batch.count]])
         manifest.commit(batch.index, _record(benchmark, rows[: batch.count], settings, sums))
         done += batch.count
         yield done, total
@@ -198,44 +206,40 @@ def _stacked(images: Sequence[np.ndarray | None]) -> np.ndarray:
 
 
 def _store_features(
-    out: epath.Path, index: int, features: dict[str, np.ndarray], images: Sequence[Any]
+    file: epath.Path, features: dict[str, np.ndarray], finite: Sequence[bool]
 ) -> None:
-    """Writes the rows of finite images beside the mark of their batch."""
-    finite = [n for n, x in enumerate(images) if x is not None]
-    file = io.BytesIO()
-    np.savez(file, **{name: np.asarray(x, np.float32)[finite] for name, x in features.items()})
-    with config_files.replacing(_features_file(out, index), suffix="features") as part:
-        part.write_bytes(file.getvalue())
+    """Writes the features of the images that are finite; rows after them repeat others."""
+    rows = np.flatnonzero(finite)
+    data = io.BytesIO()
+    np.savez(data, **{name: np.asarray(x, np.float32)[rows] for name, x in features.items()})
+    with config_files.replacing(file, suffix="features") as part:
+        part.write_bytes(data.getvalue())
 
 
-def _features_file(out: epath.Path, index: int) -> epath.Path:
-    return plan.mark_file(out / MANIFEST, index).with_suffix(".npz")
+def _features_file(out: epath.Path, index: int, extractor: Extractor) -> epath.Path:
+    return plan.mark_file(out / MANIFEST, index).with_suffix(f".{extractor.name}.npz")
 
 
 def read_features(
-    out: epath.Path, names: Sequence[str], features: Features, size: int
+    out: epath.Path, extractor: Extractor, size: int
 ) -> dict[str, Float32[np.ndarray, "N D"]]:
-    """Features of all images of a run that are there, in the order of `read`.
+    """Features of all images of a run that have a file, in the order of `read`.
 
-    It computes what was not stored, from the image files.
+    Those that were not stored are computed from the files and stored.
 
-    Args:
-      names: of the features.
-      size: images that `features` gets at a time.
+    Args: size: images to compute at a time, those of a batch.
     """
-    parts: list[dict[str, np.ndarray]] = []
+    parts = []
     for index, mark in plan.read_marks(out / MANIFEST).items():
-        found = [x["file"] for x in mark["images"] if x["file"]]
-        if not found:
-            continue
-        file = _features_file(out, index)
-        stored = dict(np.load(io.BytesIO(file.read_bytes()))) if file.exists() else {}
-        if not {*names} <= stored.keys():
-            images = [_pixels(out / IMAGES / name) for name in found]
-            stored |= features(inputs.fill(np.stack(images), size))
-            _store_features(out, index, stored, images)
-        parts.append({name: np.asarray(stored[name])[: len(found)] for name in names})
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+        names = [x["file"] for x in mark["images"] if x["file"]]
+        file = _features_file(out, index, extractor)
+        if names and not file.exists():
+            images = np.stack([_pixels(out / IMAGES / name) for name in names])
+            features = extractor.compute(inputs.fill(images, size))
+            _store_features(file, features, [True] * len(names))
+        if names:
+            parts.append(dict(np.load(io.BytesIO(file.read_bytes()))))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _pixels(file: epath.Path) -> np.ndarray:

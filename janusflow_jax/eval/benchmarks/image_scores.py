@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from etils import epath
 
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import files
-from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.errors import ConfigError, DataError
 from janusflow_jax.eval import clip as clip_lib, fid, inception as inception_lib, provenance, stats
 from janusflow_jax.eval.benchmarks import generate
 from janusflow_jax.eval.benchmarks.registry import Benchmark
@@ -33,6 +34,14 @@ class Result:
     counts: dict[str, int]
     scorer: dict[str, Any]
     warnings: list[str]
+    categories: dict[str, stats.Score | float] = dataclasses.field(default_factory=dict)
+
+
+def known_data(benchmark: Benchmark, settings: dict[str, Any]) -> str:
+    """The name of the official data, if a run has read them; else ''."""
+    data, known = settings["data"], benchmark.files[0]
+    same = known.digest in ("", f"sha256:{data['sha256']}") and data["rows"] == known.rows
+    return known.name if same else ""
 
 
 def deviations(
@@ -42,10 +51,8 @@ def deviations(
     out = []
     if len(images) != benchmark.images:
         out.append(f"{len(images)} images; the whole benchmark has {benchmark.images}")
-    official = [x.digest for x in benchmark.files if x.digest]
-    data, known = settings["data"], benchmark.files[0]
-    if data["rows"] != known.rows or (official and f"sha256:{data['sha256']}" not in official):
-        out.append(f"the prompts are not those of the official {known.name}")
+    if not known_data(benchmark, settings):
+        out.append(f"the prompts are not those of the official {benchmark.files[0].name}")
     if missing := sum(image["file"] is None for image in images):
         out.append(f"{missing} images are missing, because they were non-finite")
     return out
@@ -132,7 +139,20 @@ def dpg(
         "questions": sum(map(len, own.values())),
     }
     scores = dpg_rules.score(own, answers)
-    return Result(_named("DPG-Bench", scores, warnings), counts, scorer, warnings)
+    categories = {name: value for name, value in scores.items() if name != "overall"}
+    named = _named("DPG-Bench", {"overall": scores["overall"]}, warnings)
+    return Result(named, counts, scorer, warnings, categories)
+
+
+def extractor(
+    inception: inception_lib.LoadedInception | None, clip: clip_lib.LoadedClip | None
+) -> generate.Extractor | None:
+    """What `mjhq` needs of images; None without a network."""
+    if not inception and not clip:
+        return None
+    sums = [network.sha256 for network in (inception, clip) if network]
+    name = hashlib.sha256(" ".join(sums).encode()).hexdigest()[:12]
+    return generate.Extractor(name, fid.extractor(inception, clip))
 
 
 def mjhq(
@@ -150,16 +170,14 @@ def mjhq(
       references: the folder `mjhq30k_imgs`, with <category>/<id>.jpg.
       inception, clip: either may be None.
     """
-    names = [f"inception_{name}" for name in fid.FILTERS if inception] + ["clip"] * (
-        clip is not None
-    )
-    extract = fid.extractor(inception, clip)
-    features = generate.read_features(out, names, extract, settings["batch"])
+    networks = extractor(inception, clip)
+    if networks is None:
+        raise ConfigError("expected --inception, --clip or both to score images; got neither")
+    features = generate.read_features(out, networks, settings["batch"])
     there = [x for x in images if x["file"]]
     warnings = deviations(benchmark, settings, images)
     scores: dict[str, stats.Score | float] = {}
     scorer: dict[str, Any] = {}
-    fid_names = [f"fid_{variant}" for variant in fid.VARIANTS]
     if inception:
         folder = files.resolve(references)
         sets = {"": sorted(x["file"].replace(".png", ".jpg") for x in there)}
@@ -169,10 +187,13 @@ def mjhq(
         for suffix, paths in sets.items():
             chosen = fid.references(folder, paths, inception, out / "references")
             for name, value in fid.score(features, chosen).items():
-                (scores if name in fid_names else scorer)[name + suffix] = value
+                if name.startswith("fid_"):
+                    scores[("" if inception.official else "other_") + name + suffix] = value
+                else:
+                    scorer[name + suffix] = value
         scorer |= {"inception_sha256": inception.sha256}
         if not inception.official:
-            warnings.append("the weights of Inception are not FID's official ones")
+            warnings.append("the weights of Inception are not FID's: the distances are not FID")
     if clip:
         result = clip_lib.score(clip, features["clip"], [x["prompt"] for x in there])
         scores["clip_score"] = result.pop("clip_score")
