@@ -32,7 +32,9 @@ def tmp_path(tmp_path):
 
 def made(texts=("Is it?", "Is it not?", "Is it a very long question that goes on and on and on?")):
     """POPE-like questions about three images; the second split repeats those of the first."""
-    images = {read.ImageKey(hashlib.sha256(png(n)).hexdigest()): png(n) for n in range(3)}
+    images: dict[read.ImageKey, read.ImageSource] = {
+        read.ImageKey(hashlib.sha256(png(n)).hexdigest()): png(n) for n in range(3)
+    }
     questions = [
         read.Question(f"{split}/{n}/{i}", text, (key,), "yes" if i else "no", category=split)
         for split in ("random", "popular")
@@ -57,7 +59,7 @@ class Model(pipeline.Pipeline):
 
     def greedy_tokens(self, prompts, slots, max_new_tokens):
         self.calls.append((len(prompts), max_new_tokens))
-        assert len(slots) == len(prompts)
+        assert slots is not None and len(slots) == len(prompts)
         out = []
         for prompt, vectors in zip(prompts, slots, strict=True):
             size = 50 if "not" in self.text.decode(prompt.ids) else 12

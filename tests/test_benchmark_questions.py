@@ -255,6 +255,10 @@ def broken(tmp_path, name):
         return "vqav2-val", path
     if name == "answers of another":
         return "mme", path
+    if name == "truncated Parquet":
+        path = dict(forms(tmp_path))["vqav2-val"][1]
+        path.write_bytes(path.read_bytes()[:-9])
+        return "vqav2-val", path
     if name == "no file":
         return "pope", tmp_path / "none"
     return "mmbench-dev-en", path
@@ -272,6 +276,7 @@ def broken(tmp_path, name):
         ("no annotations", "annotations"),
         ("another benchmark", "expected the columns of"),
         ("answers of another", "yes or no"),
+        ("truncated Parquet", "Parquet"),
         ("no file", "there is no"),
     ],
 )
