@@ -196,7 +196,7 @@ def test_mmmu():
         for rule in ("official", "vlmevalkit"):
             got = getattr(mmmu, rule)(row["answer"], row["gold"], row["options"])
             assert got == row[rule], (rule, row)
-    # lmms-eval's rules: open answers are never right; a letter at the end of a word is one.
+    # lmms-eval at that commit: open answers are never right; the last letter of a word is a letter.
     open_rows = [row for row in rows if not row["options"]]
     assert sum(row["official"] for row in open_rows) > 15
     assert not any(row["lmms_eval"] for row in open_rows)
