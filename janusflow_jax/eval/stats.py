@@ -34,7 +34,11 @@ class Score:
 
     @property
     def value(self) -> float:
-        ratios = [_ratio(self.values[m].sum(), self.weights[m].sum()) for m in self._members()]
+        members = self._members()
+        ratios = _ratio(
+            np.asarray([self.values[m].sum() for m in members]),
+            np.asarray([self.weights[m].sum() for m in members]),
+        )
         return float(np.sum(ratios) if self.total else np.mean(ratios))
 
     def interval(self, seed: int = 0) -> tuple[float, float]:
@@ -71,7 +75,7 @@ def score(
 
 
 def by_category(
-    values: Sequence[float],
+    values: Sequence[float | bool],
     categories: Sequence[str] | None = None,
     groups: Sequence[Hashable] | None = None,
 ) -> dict[str, Score]:

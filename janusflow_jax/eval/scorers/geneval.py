@@ -22,7 +22,7 @@ MAX_OBJECTS = 16  # of one class
 POSITION_MARGIN = 0.1
 """Share of both sizes by which an offset must exceed 0."""
 
-Boxes = Float[np.ndarray, "N 5"]
+Boxes = Float[np.ndarray, "_ 5"]
 """x0, y0, x1, y1 in pixels, and the detector's confidence."""
 
 

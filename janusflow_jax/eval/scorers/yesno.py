@@ -136,7 +136,7 @@ def mme(
                 f"MME, {task}, image {image}: expected 2 questions; got {len(right)}: "
                 "use the whole task"
             )
-    points = {pair: 50 * sum(right) + 100 * all(right) for pair, right in pairs.items()}
+    points = {pair: 50.0 * sum(right) + 100.0 * all(right) for pair, right in pairs.items()}
 
     def total(names: Sequence[str]) -> stats.Score:
         own = [pair for pair in points if pair[0] in names]
