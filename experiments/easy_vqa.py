@@ -1,18 +1,21 @@
-"""easy-VQA in the forms of POPE, MMBench, VQAv2 and LLaVA, to run benchmarks on a small CPU.
+"""easy-VQA in the forms of POPE, MMBench and VQAv2, and a model that learns to answer it.
 
     pip install --no-deps easy-vqa
     python experiments/easy_vqa.py --out data/easy_vqa
+    python tools/prepare_data.py llava data/easy_vqa/train.json --images data/easy_vqa/train \\
+        --out data/easy_vqa_train --tokenizer starts/emoji_llm/hub --heldout 0.02
+    python -m janusflow_jax.train --config=experiments/easy_vqa.py
 
 easy-VQA (PyPI `easy-vqa` 1.0, MIT) has 5,000 drawings of one shape at 64 px and 48,248 questions
 with 13 answers. Here the train split becomes LLaVA conversations with the prompts that the
 benchmarks ask. The test split becomes:
 
-    pope.json                     the 7,136 yes/no questions, as POPE's JSON lines
-    mmbench.tsv                   the shape questions with 4 options, each in its 4 rotations
-    vqav2/                        all 9,673 questions, each with ten equal answers, as VQAv2's
-    images/                       the drawings under COCO's names (they stay PNG files)
+    pope.json     the 7,136 yes/no questions, as POPE's JSON lines
+    mmbench.tsv   the 1,257 shape questions with 4 options, in 4 rotations each, as MMBench's
+    vqav2/        all 9,673 questions, each with ten equal answers, as VQAv2's
+    images/       its drawings under COCO's names (they stay PNG files)
 
-docs/benchmarks.md has the commands that train and score a model on them.
+docs/benchmarks.md has the commands that score the model.
 """
 
 from __future__ import annotations
@@ -20,11 +23,18 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import dataclasses
 import importlib.util
 import json
 import random
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from janusflow_jax import config as c
 
 SHAPES = ("circle", "rectangle", "triangle", "star")
 """The options of shape questions; no drawing has a star."""
@@ -34,6 +44,33 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 Question = tuple[str, str, int]
 """Question, answer, number of the image."""
+
+
+def get_config(arg: str | None = None) -> c.TrainConfig:
+    """The quick start's model on easy-VQA: understanding only, without its generation parts."""
+    c.parse_arg(arg, {})
+    source = c.SourceConfig(name="answer", path="data/easy_vqa_train", task="understand")
+    return c.TrainConfig(
+        name="easy_vqa",
+        model=c.model_config("emoji"),
+        data=c.DataConfig(sources=(source,), row_len=384, gen_slots=0, und_slots=1),
+        optim=c.OptimConfig(lr=1e-3, warmup_steps=50, decay_steps=400, ema=0.995),
+        loss=c.LossConfig(repa_weight=0.0),
+        init=(
+            ("vae", "starts/emoji_vae"),
+            ("und_encoder", "starts/emoji_llm"),
+            ("llm", "starts/emoji_llm"),
+        ),
+        train_parts=("und_encoder", "und_aligner", "llm"),
+        batch_rows=8,
+        num_steps=1000,
+        seed=1,
+        remat=False,
+        save_every_steps=200,
+        evaluate=c.EvalConfig(
+            sources=(dataclasses.replace(source, split="heldout"),), rows=16, every_steps=100
+        ),
+    )
 
 
 def questions(data: Path, split: str) -> list[Question]:
@@ -158,6 +195,7 @@ def main() -> None:
         png = (data / "test" / "images" / f"{number}.png").read_bytes()
         (images / image_name(number)).write_bytes(png)
     asked, annotations = vqa(test)
+    shutil.copytree(data / "train" / "images", args.out / "train", dirs_exist_ok=True)
     (args.out / "train.json").write_text(json.dumps(llava(questions(data, "train"))))
     (args.out / "pope.json").write_text("".join(json.dumps(x) + "\n" for x in pope(test)))
     (args.out / "vqav2").mkdir(exist_ok=True)
@@ -168,7 +206,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{args.out}: train.json for tools/prepare_data.py llava --images {data}/train/images")
+    print(f"{args.out}: {len(test):,} questions to test; now tools/prepare_data.py")
 
 
 if __name__ == "__main__":
