@@ -1,7 +1,8 @@
 """Checks an external scorer on images whose content is known, before it scores anything.
 
 It runs inside the containers of score_geneval.Dockerfile and score_dpg.Dockerfile and imports
-nothing of this project. The known images are the first of COCO val2017 with a large object of a new class.
+nothing of this project. The known images are the first of COCO val2017 with a large object of a
+new class.
 
     python check_scorer.py geneval --coco COCO --out self_check.json
     python check_scorer.py dpg --coco COCO --out self_check.json --images DIR --resolution 384
