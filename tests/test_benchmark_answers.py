@@ -266,6 +266,29 @@ def test_files_for_external_scorers(tmp_path):
     assert report.submission("pope", questions, ["a", "b"], tmp_path) is None
 
 
+@pytest.mark.slow
+def test_the_command_resumes_and_scores(tmp_path, golden_folder, capsys):
+    rows = [
+        {"question_id": n, "image": "1.png", "text": f"Is it {n}?", "label": "yes"} for n in (1, 2)
+    ]
+    path, out = tmp_path / "coco_pope_random.json", tmp_path / "out"
+    path.write_text("".join(json.dumps(x) + "\n" for x in rows))
+    (tmp_path / "1.png").write_bytes(png(1))
+    command = ["pope", "--model", str(golden_folder), "--data", str(path), "--out", str(out)]
+    command += ["--max-new-tokens", "4", "--batch", "2"]
+    benchmark.main(command)
+    first = capsys.readouterr()
+    assert "f1_random" in first.out and "0 of 2" not in first.err
+    benchmark.main(command)
+    second = capsys.readouterr()
+    assert first.out == second.out and "2 of 2 questions" in second.err
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        benchmark.main([*command, "--max-new-tokens", "5"])
+    report_file = json.loads((out / report.REPORT).read_text())
+    assert report_file["settings"]["model"]["checksums.json"]
+    assert report_file["counts"]["asked"] == 2
+
+
 def test_a_run_of_other_data_is_not_scored(tmp_path):
     data = made()
     plan.Manifest(tmp_path / answer.MANIFEST, settings(data) | {"benchmark": "gqa"})
