@@ -96,7 +96,9 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def parser(
+    module: str, description: str, epilog: str, needs_model: bool = True
+) -> argparse.ArgumentParser:
     """A parser with the options that choose a model; prints its texts unchanged."""
     from janusflow_jax import pipeline
 
@@ -107,7 +109,9 @@ def parser(module: str, description: str, epilog: str) -> argparse.ArgumentParse
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
-        "--model", required=True, help="a model folder, a training run's folder, or one checkpoint"
+        "--model",
+        required=needs_model,
+        help="a model folder, a training run's folder, or one checkpoint",
     )
     p.add_argument(
         "--dtype",

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from janusflow_jax.checkpoints import model_folder
@@ -335,7 +336,60 @@ class Pipeline:
         seed: int,
     ) -> Iterator[list[str]]:
         """The whole text so far of every conversation, after each compiled chunk of tokens."""
-        state = self._prefill(prompts, images, max_new_tokens, seed)
+        slots = self.understanding_slots([x for own in images for x in own])
+        eos = self.text.eos_id
+        for out in self._tokens(prompts, slots, max_new_tokens, temperature, top_p, seed):
+            yield [self.text.decode(inputs.before_eos(row, eos)) for row in out]
+
+    def understanding_slots(self, images: Sequence[ImageLike]) -> Float[Array, "M S D"] | None:
+        """The vectors of images in a prompt; M is rounded up to a power of two. None: no images.
+
+        Raises:
+          DataError: not an image that can be read.
+          CheckpointError: the model lacks parts that understanding needs.
+        """
+        if not images:
+            return None
+        self._require("understanding images", *parts_lib.needed_for("understand", self.cfg))
+        size = self.cfg.image_size
+        pixels = np.stack([images_lib.for_understanding(images_lib.read(x), size) for x in images])
+        padded = self._place(inputs.fill(pixels, inputs.batch_bucket(len(pixels))))
+        return self._run(programs.encode_images, self.model, self.params, self.vae, padded)
+
+    def greedy_tokens(
+        self,
+        prompts: Sequence[chat_format.Encoded],
+        slots: Float[Array, "M S D"] | None,
+        max_new_tokens: int,
+    ) -> list[list[int]]:
+        """Greedy answers to encoded prompts: the ids, with EOS at the end of a complete answer.
+
+        Args:
+          prompts: of `ChatFormat.conversation`.
+          slots: the vectors of their images in order, of `understanding_slots`.
+        Raises:
+          JanusFlowError: too many positions.
+          DivergedError: the logits are non-finite.
+        """
+        self._require("answering", "llm")
+        self._check_lengths("prompt", [p.ids for p in prompts], max_new_tokens)
+        out = np.zeros((len(prompts), 0), np.int32)
+        for out in self._tokens(list(prompts), slots, max_new_tokens, 0.0, 1.0, 0):  # noqa: B007
+            pass
+        ends = [[*inputs.before_eos(row, self.text.eos_id), self.text.eos_id] for row in out]
+        return [ids[:max_new_tokens] for ids in ends]
+
+    def _tokens(
+        self,
+        prompts: list[chat_format.Encoded],
+        slots: Any,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+    ) -> Iterator[Int[np.ndarray, "B n"]]:
+        """All new tokens so far, after each compiled chunk of them."""
+        state = self._prefill(prompts, slots, max_new_tokens, seed)
         eos = self.text.eos_id
         out = np.zeros((len(prompts), 0), np.int32)
         while out.shape[1] < max_new_tokens:
@@ -356,30 +410,23 @@ class Pipeline:
                 )
             out = np.concatenate([out, np.asarray(tokens)[: len(prompts)]], axis=1)
             out = out[:, :max_new_tokens]
-            yield [self.text.decode(inputs.before_eos(row, eos)) for row in out]
+            yield out
             if (out == eos).any(1).all():
                 return
 
     def _prefill(
-        self, prompts: list[chat_format.Encoded], images: list[list[Any]], max_new: int, seed: int
+        self, prompts: list[chat_format.Encoded], slots: Any, max_new: int, seed: int
     ) -> Any:
-        """The state of decoding after prompts with their images."""
+        """The state of decoding after prompts with the vectors of their images, in order."""
         rows = inputs.batch_bucket(len(prompts))
-        most = max(len(own) for own in images)
+        most = max(len(p.slot_starts) for p in prompts)
         shape = (rows, inputs.batch_bucket(most) if most else 0)
         start, task, index = (np.zeros(shape, np.int32) for _ in range(3))
-        pixels: list[np.ndarray] = []
-        for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
-            for j, image in enumerate(own):
-                index[i, j], start[i, j] = len(pixels), prompt.slot_starts[j]
-                task[i, j] = UNDERSTAND
-                size = self.cfg.image_size
-                pixels.append(images_lib.for_understanding(images_lib.read(image), size))
-        slots = None
-        if pixels:
-            self._require("understanding images", *parts_lib.needed_for("understand", self.cfg))
-            padded = self._place(inputs.fill(np.stack(pixels), inputs.batch_bucket(len(pixels))))
-            slots = self._run(programs.encode_images, self.model, self.params, self.vae, padded)
+        number = 0
+        for i, prompt in enumerate(prompts):
+            for j, position in enumerate(prompt.slot_starts):
+                index[i, j], start[i, j], task[i, j] = number, position, UNDERSTAND
+                number += 1
         # The buffer holds whole chunks and doubles in size, so that few sizes compile.
         room = CHUNK_TOKENS * inputs.batch_bucket(-(-max_new // CHUNK_TOKENS))
         tokens, lengths = inputs.pad([p.ids for p in prompts], self.text.pad_id)

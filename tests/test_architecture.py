@@ -24,17 +24,18 @@ MAY_IMPORT = {
     "planning": "config parallel data models sampling checkpoints training pipeline",
     "eval": "config parallel data models sampling checkpoints training hub pipeline",
     "openmoji": "config parallel data models sampling checkpoints training hub pipeline eval",
+    "harness": "config parallel data models sampling checkpoints hub pipeline",
     "cli": "config parallel checkpoints pipeline",
 }
 """Package (or module of the root) -> what it may import beside itself. Entry points: anything."""
 
-ENTRY_POINTS = {"train", "generate", "chat", "evaluate"}
+ENTRY_POINTS = {"train", "generate", "chat", "evaluate", "benchmark"}
 
 ONLY = {
     "orbax": ("checkpoints.",),
     "grain": ("data.loader",),
     "transformers": (),
-    "tokenizers": ("data.chat_format",),
+    "tokenizers": ("data.chat_format", "eval.clip"),
     "array_record": ("data.", "openmoji."),
     "tensorflow_datasets": ("data.", "openmoji."),
     "pyarrow": ("data.prepare.parquet",),
@@ -48,6 +49,8 @@ ONLY = {
     "torch": (),
     "tensorflow": (),
     "diffusers": (),
+    "lmms_eval": ("harness.lmms",),
+    "vlmeval": ("harness.vlmeval",),
 }
 """Library -> prefixes of the modules that may import it; a minus sign excludes a prefix."""
 

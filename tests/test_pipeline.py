@@ -241,7 +241,8 @@ def test_a_new_prompt_compiles_nothing(model):
 def test_the_key_value_buffer_is_donated(model):
     many, pictures = conversations()
     prompts, pictures, _ = model._prompts(many, pictures, 24, 0.0, 1.0, 0)
-    state = model._prefill(prompts, pictures, 24, 0)
+    slots = model.understanding_slots([x for own in pictures for x in own])
+    state = model._prefill(prompts, slots, 24, 0)
     args = (model.model, model.params, state, jnp.float32(0), jnp.float32(1))
     programs.decode(*args, num_tokens=pipeline.CHUNK_TOKENS, eos_id=model.text.eos_id)
     buffers = jax.tree.leaves(state["cache"])
@@ -288,10 +289,11 @@ def test_decoding_stops_at_eos(model, monkeypatch):
     count = lambda *a, **k: calls.append(a[2]) or advance(*a, **k)  # noqa: E731
     monkeypatch.setattr(programs, "decode", count)
     assert list(model.stream(turns, paths, max_new_tokens=512)) == [] and len(calls) == 1
+    prompts, _, _ = model._prompts(turns, paths, 512, 0.0, 1.0, 0)
     state, _ = advance(
         model.model,
         model.params,
-        model._prefill(model._prompts(turns, paths, 512, 0.0, 1.0, 0)[0], [paths], 512, 0),
+        model._prefill(prompts, model.understanding_slots(paths), 512, 0),
         jnp.float32(0),
         jnp.float32(1),
         num_tokens=16,

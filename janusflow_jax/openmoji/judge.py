@@ -26,6 +26,7 @@ from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import SiglipConfig, files
 from janusflow_jax.config.errors import CheckpointError, JanusFlowError
+from janusflow_jax.eval import fid
 from janusflow_jax.hub import safetensors as safetensors_io
 from janusflow_jax.models import encode, layers, siglip
 from janusflow_jax.openmoji import stats
@@ -287,23 +288,6 @@ def noise(like: Sequence[np.ndarray]) -> list[np.ndarray]:
 # --- Frechet distance
 
 
-def frechet_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
-    """Squared Frechet distance of the normal distributions with the sets' means and covariances.
-
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): the formula of FID, on other features. It is
-    larger for smaller sets.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # (C_a C_b)^(1/2) has the trace of (C_a^(1/2) C_b C_a^(1/2))^(1/2), which is symmetric.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    values = np.linalg.eigvalsh(root @ cov_b @ root)
-    cross = np.sqrt(np.maximum(values, 0.0)).sum()
-    gap = a.mean(0) - b.mean(0)
-    return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
 def score_frechet(
     judge: LoadedJudge,
     images: Sequence[np.ndarray],
@@ -324,10 +308,10 @@ def score_frechet(
       of: number of images; reference: number of drawings; distances of: painted (the images), drawn
       (the floor), other_prompts and noise.
     """
-    target = judge.embed_images(reference)
+    target = fid.statistics(judge.embed_images(reference))
     sets = {"painted": images, "drawn": drawn, "other_prompts": other_prompts}
     distances = {
-        name: frechet_distance(judge.embed_images(members), target)
+        name: fid.frechet_distance(fid.statistics(judge.embed_images(members)), target)
         for name, members in {**sets, "noise": noise(images)}.items()
     }
-    return {"of": len(images), "reference": len(target), **distances}
+    return {"of": len(images), "reference": target.count, **distances}

@@ -7,35 +7,9 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from janusflow_jax.config.errors import JanusFlowError
+from janusflow_jax.eval.stats import bootstrap_interval
 
-RESAMPLES = 10_000
-LEVEL = 0.95
 _ROUNDING = 1e-9  # equal scores may differ by this much
-
-
-def bootstrap_interval(
-    values: np.ndarray,
-    groups: Sequence[Hashable] | None = None,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean.
-
-    Args:
-      values: float[N].
-      groups: N labels. Values of one group depend on each other (views of one drawing), so whole
-        groups are resampled. None: every value is its own group.
-    """
-    values = np.asarray(values, np.float64)
-    labels = list(range(len(values))) if groups is None else list(groups)
-    index = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    member = np.asarray([index[label] for label in labels])
-    sums = np.bincount(member, weights=values)
-    counts = np.bincount(member)
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(len(index), np.full(len(index), 1 / len(index)), RESAMPLES)
-    means = (drawn @ sums) / (drawn @ counts)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def compare(
