@@ -84,7 +84,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     generation.add_argument(
         "--guidance-scale", type=float, metavar="W", help="default: the benchmark's"
     )
-    generation.add_argument("--steps", type=int, help="Euler steps; default: the benchmark's")
+    cli.add_solver_options(generation)
     generation.add_argument("--seed", type=int, default=0, help="of the first image")
     generation.add_argument(
         "--results",
@@ -159,11 +159,11 @@ def generate_images(
             f"{args.protocol!r}"
         )
     guidance = benchmark.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    steps = benchmark.num_steps if args.steps is None else args.steps
+    solver = cli.solver_options(args)
     generate.check_batch_size(benchmark, args.batch)
     prompts, data = prompts_lib.read(benchmark.name, args.data, args.limit)
     count = benchmark.images_per_prompt
-    inputs.check_generate([p.text for p in prompts], steps, count, guidance_scale=guidance)
+    inputs.check_generate([p.text for p in prompts], count, guidance_scale=guidance)
     inputs.image_seeds(args.seed, data["rows"], count)
     shard = plan.shard(args.shard)
     extractor = image_scores.extractor(*scorers(args))
@@ -181,7 +181,7 @@ def generate_images(
         "images_per_prompt": count,
         "image_size": model.cfg.image_size,
         "guidance_scale": guidance,
-        "num_steps": steps,
+        **solver,
         "seed": args.seed,
         "batch": args.batch,
         "model": model_sums,

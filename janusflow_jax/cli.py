@@ -135,8 +135,9 @@ def parser(
     return p
 
 
-def add_solver_options(p: argparse.ArgumentParser) -> None:
-    """Adds the options of how images are generated, which `solver_options` reads."""
+def add_solver_options(p: Any) -> None:
+    """Adds the options of how images are generated, which `solver_options` reads, to a parser or
+    a group of one."""
     p.add_argument("--steps", type=int, default=30, help="of the solver; default 30")
     p.add_argument(
         "--order",

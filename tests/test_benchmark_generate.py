@@ -24,7 +24,7 @@ class Painter(pipeline.Pipeline):
     def prompt_ids(self, texts):
         return [[0] * len(text) for text in texts]
 
-    def generate(self, texts, *, guidance_scale, num_steps, seed, output):
+    def generate(self, texts, *, guidance_scale, num_steps, seed, output, **solver):
         assert output == "numpy"
         self.calls.append((list(texts), list(seed)))
         images = [self.image(text, s) for text, s in zip(texts, seed, strict=True)]
@@ -51,7 +51,8 @@ def some_prompts(count):
 def settings_for(name, prompts, batch=4, **changes):
     benchmark = registry.get(name)
     count = len(prompts) * benchmark.images_per_prompt
-    values = {"guidance_scale": 2.0, "num_steps": 2, "seed": 100, "batch": batch, "images": count}
+    values = {"guidance_scale": 2.0, "num_steps": 2, "order": 1, "shift": 1.0, "seed": 100}
+    values |= {"guidance_interval": [0.0, 1.0], "batch": batch, "images": count}
     return {**values, **changes}
 
 

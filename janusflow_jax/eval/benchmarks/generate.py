@@ -32,6 +32,8 @@ from janusflow_jax.eval.benchmarks.registry import Benchmark
 from janusflow_jax.sampling import inputs
 
 IMAGES, MANIFEST = "images", "manifest"
+SOLVER = ("num_steps", "order", "shift", "guidance_interval")
+"""Arguments of `Pipeline.generate` that say how an image is computed."""
 GRID = 4
 """Tiles of an image file in layout `dpg`: two rows of two, one for each image of the prompt."""
 
@@ -74,7 +76,7 @@ def run(
 
     Args:
       settings: all that the images depend on (`plan.Manifest`), among them guidance_scale,
-        num_steps, seed and batch.
+        those of SOLVER, seed and batch.
       shard: as of `plan.shard`.
       extractor: of features to store beside the marks.
     Yields:
@@ -126,7 +128,7 @@ def _generate(
         images = model.generate(
             [p.text for p, _ in rows],
             guidance_scale=settings["guidance_scale"],
-            num_steps=settings["num_steps"],
+            **{name: settings[name] for name in SOLVER},
             seed=[_seed(benchmark, p, j, settings["seed"]) for p, j in rows],
             output="numpy",
         )

@@ -53,7 +53,6 @@ class Benchmark:
     images_per_prompt: int = 1
     layout: str = ""  # of `generate.image_file`
     guidance_scale: float = 2.0
-    num_steps: int = 30
 
     @property
     def images(self) -> int:
