@@ -37,6 +37,9 @@ _SAMPLER = flags.DEFINE_bool("sampler", False, "plan generation and chat instead
 _ROWS = flags.DEFINE_integer("rows", 16, "with --sampler: images or answers at a time")
 _STEPS = flags.DEFINE_integer("steps", 30, "with --sampler: Euler steps")
 _EXACT = flags.DEFINE_bool("exact", False, "compile as a run does; much slower, the same report")
+_BEST_REMAT = flags.DEFINE_bool(
+    "best_remat", False, "try --config.remat=none, names and full, and plan the first that fits"
+)
 _EFFICIENCY = flags.DEFINE_float("efficiency", 0.5, "assumed share of peak that matmuls reach")
 _OVERLAP = flags.DEFINE_float("overlap", 0.7, "assumed share of communication that is hidden")
 STAGES = ("adaptation", "pretrain", "sft")
@@ -51,7 +54,8 @@ def main(argv: list[str]) -> None:
     if _SAMPLER.value:
         runs = plan_report.sampler_reports(cfg, machine, _ROWS.value, _STEPS.value, assume)
     else:
-        run = plan_compile.train(cfg, machine, exact=_EXACT.value)
+        compile_step = plan_report.cheapest_remat if _BEST_REMAT.value else plan_compile.train
+        run = compile_step(cfg, machine, exact=_EXACT.value)
         files = [runpy.run_path(str(ROOT / f"configs/{name}.py")) for name in STAGES]
         stages = [f["get_config"]() for f in files]
         same_model = [stage for stage in stages if stage.model == cfg.model]

@@ -123,6 +123,7 @@ def typical(cfg: TrainConfig) -> flops.Work:
         und_images=int(images["understand"]),
         padding=1 - FILL,
         idle_slots=1 - used / slots if slots else 0.0,
+        cached=flops.CACHED.intersection(plan_compile.batch_shapes(cfg)),
     )
 
 
@@ -178,14 +179,18 @@ def head_work(cfg: TrainConfig, mesh: Mesh) -> tuple[int, int]:
 
 def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
     """Operations that the backward pass runs again: whole blocks except their last matmul, whose
-    result no gradient needs."""
-    if not cfg.remat:
+    result no gradient needs; of blocks that keep their matmul results ("names"), attention's scores
+    in XLA's form."""
+    if cfg.remat == "none":
         return 0.0
     m, und = cfg.model.llm, cfg.model.und
     positions = cfg.batch_rows * cfg.data.row_len
-    kernels = flops.llm_kernel(cfg.model) - m.num_layers * m.width * m.mlp_width
-    total = 2.0 * kernels * positions
-    total += flops.attention_per_pair(cfg.model) * positions * cfg.data.row_len
+    attention_again = flops.attention_per_pair(cfg.model) * positions * cfg.data.row_len
+    if cfg.remat == "names":
+        total = attention_again / 2
+    else:
+        kernels = flops.llm_kernel(cfg.model) - m.num_layers * m.width * m.mlp_width
+        total = 2.0 * kernels * positions + attention_again
     if "und_encoder" in trained and cfg.model.und_encoder == "siglip":
         last = 2.0 * und.num_layers * und.num_tokens * und.width * und.mlp_width
         patches = 2.0 * und.num_tokens * 3 * und.patch_size**2 * und.width
@@ -206,6 +211,7 @@ def executed(cfg: TrainConfig, counted: float) -> float:
     per_pass = flops.attention_per_pair(cfg.model) * cfg.batch_rows * length**2
     unit, block = splash.UNIT, splash.BLOCK
     blocks = length / (block if length % block == 0 else unit)
-    forward = 2 if cfg.remat else 1
+    forward = 2 if cfg.remat == "full" else 1  # "names" keeps what its backward pass needs
     splash_flops = per_pass * (forward + 7 / 2) * (blocks + 1) / (2 * blocks)
-    return counted - per_pass * (forward + 2) + splash_flops
+    forward_of_xla = {"full": 2, "names": 1.5, "none": 1}[cfg.remat]
+    return counted - per_pass * (forward_of_xla + 2) + splash_flops

@@ -37,6 +37,7 @@ PARTS = {
     "batch": "batch",
     "inputs": "inputs",
 }
+MARGIN = 0.05  # share of the memory that a choice of ours leaves free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def report(
         sizes |= {"activations and temporaries": m.peak - sum(sizes.values()), "peak": m.peak}
     lines = [
         f"{name} on {run.machine.name}: {run.machine.chips} chips, mesh {mesh}, "
-        f"{run.cfg.attention} attention",
+        f"{run.cfg.attention} attention, remat {run.cfg.remat}",
         f"compiled in {run.seconds:.0f} s ({time.process_time():.0f} s of CPU time in all, "
         f"{peak_rss / GIB:.1f} GiB of memory); nothing was run",
         "",
@@ -191,6 +192,21 @@ def memory(run: Compiled) -> Memory:
     return Memory(parts, peak, limit, peak <= limit)
 
 
+def cheapest_remat(cfg: TrainConfig, machine: Machine, exact: bool = False) -> Compiled:
+    """Compiles with `remat` none, names and full until one leaves MARGIN of the memory free.
+
+    Returns: that program, or the one with full, which needs the least memory.
+    """
+    run = None
+    for remat in ("none", "names", "full"):
+        run = plan_compile.train(dataclasses.replace(cfg, remat=remat), machine, exact)
+        use = memory(run)
+        if use.fits and use.peak is not None and use.peak <= (1 - MARGIN) * use.limit:
+            break
+    assert run is not None
+    return run
+
+
 def advice(run: Compiled, use: Memory) -> list[str]:
     """Flags that make it fit, the cheapest first.
 
@@ -203,8 +219,10 @@ def advice(run: Compiled, use: Memory) -> list[str]:
     devices = run.machine.chips * run.machine.chip.cores // run.machine.slices // tensor
     wider = next((n for n in (2 * fsdp, 4 * fsdp, 8 * fsdp) if devices % n == 0), 0)
     tips = []
-    if not cfg.remat:
-        tips.append("--config.remat=True (recompute blocks in the backward pass)")
+    if cfg.remat == "none":
+        tips.append("--config.remat=names (recompute all but matmuls in the backward pass)")
+    if cfg.remat != "full":
+        tips.append("--config.remat=full (recompute whole blocks in the backward pass)")
     rows = cfg.batch_rows // (shape["data"] * fsdp * accum)
     if rows > 1:
         split = next(n for n in range(2, rows + 1) if rows % n == 0)
