@@ -137,7 +137,7 @@ def test_both_ways_to_swap_halves_are_equal():
 
 
 def test_on_a_mesh_it_equals_one_device():
-    args = inputs(kv_heads=2)
+    args = inputs()
     ((_, want), grads) = value_and_gradients("xla")(*args)
     mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
