@@ -215,8 +215,7 @@ class TrainConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "remat":  # it was True or False in 0.1
-            old = {"true": "full", "1": "full", "false": "none", "0": "none"}
-            value = old.get(str(value).lower(), value)
+            value = {"true": "full", "false": "none"}.get(str(value).lower(), value)
         object.__setattr__(self, name, value)
 
 
