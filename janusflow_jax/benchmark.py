@@ -216,12 +216,15 @@ def score_images(args: argparse.Namespace, benchmark: registry.Benchmark, out: e
     settings, images = generate.read(out)
     if settings["benchmark"] != benchmark.name:
         raise ConfigError(f"--out: expected a run of {benchmark.name}; got {settings['benchmark']}")
-    folder = out / generate.IMAGES
+    if args.results and benchmark.name not in ("geneval", "dpg"):
+        raise ConfigError(f"--results: expected geneval or dpg; got {benchmark.name}: leave it out")
     if benchmark.name == "geneval" and args.results:
         result = image_scores.geneval(benchmark, settings, images, args.results)
     elif benchmark.name == "dpg" and args.results:
         if not args.questions:
-            raise ConfigError("--questions: expected DPG-Bench's dpg_bench.csv; got nothing")
+            raise ConfigError(
+                "--questions: expected DPG-Bench's dpg_bench.csv; got nothing: add it"
+            )
         result = image_scores.dpg(benchmark, settings, images, args.results, args.questions)
     elif benchmark.name.startswith("mjhq") and (args.inception or args.clip):
         references = args.references or str(files.resolve(args.data) / "mjhq30k_imgs")
@@ -229,7 +232,7 @@ def score_images(args: argparse.Namespace, benchmark: registry.Benchmark, out: e
     else:
         if benchmark.name == "geneval2":
             print(image_scores.write_image_paths(out, images))
-        print(f"{folder}\nnot scored yet; the scorer is {benchmark.scorer} (docs/benchmarks.md)")
+        print(f"{out / generate.IMAGES}: not scored yet; the scorer is {benchmark.scorer}")
         return
     table = report.write(
         out,
