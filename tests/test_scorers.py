@@ -46,6 +46,8 @@ def test_weights_are_as_rows_of_one_group():
     got, want = stats.score(values[:6], weights[:6]), stats.score(rows, groups=groups)
     assert got.value == pytest.approx(want.value)
     assert got.interval() == pytest.approx(want.interval())
+    half = stats.score(values, np.full(7, 2.0)).interval()
+    assert half == pytest.approx(np.asarray(stats.score(values).interval()) / 2)
     # A row without weight (POPE: a right "no") changes the spread, not the value.
     more = stats.score(values, weights)
     assert more.value == got.value and more.interval() != got.interval()
@@ -196,7 +198,7 @@ def test_mmmu():
         for rule in ("official", "vlmevalkit"):
             got = getattr(mmmu, rule)(row["answer"], row["gold"], row["options"])
             assert got == row[rule], (rule, row)
-    # lmms-eval's rules: open answers are never right; a letter at the end of a word is one.
+    # lmms-eval at that commit: open answers are never right; the last letter of a word is a letter.
     open_rows = [row for row in rows if not row["options"]]
     assert sum(row["official"] for row in open_rows) > 15
     assert not any(row["lmms_eval"] for row in open_rows)

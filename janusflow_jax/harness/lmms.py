@@ -76,9 +76,10 @@ class Model(lmms):
             raise DataError(f"task {task}, document {doc_id}: expected images only; got {images!r}")
         pixels = [np.asarray(image.convert("RGB")) for image in images]
         tag = self._model.text.image_tag
-        # A task may place its images by <image>.
-        placed = text.count("<image>") == len(images) > 0
-        content = text.replace("<image>", tag) if placed else f"{tag}\n" * len(images) + text
+        if images and text.count("<image>") == len(images):  # the task places them
+            content = text.replace("<image>", tag)
+        else:
+            content = f"{tag * len(images)}\n{text}" if images else text
         return [
             {"role": "System", "content": self._system},
             {"role": "User", "content": content, "images": pixels},
