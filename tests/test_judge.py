@@ -12,32 +12,6 @@ from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.openmoji import judge
 
 
-def normal(n, mean, cov, seed=0):
-    return np.random.default_rng(seed).multivariate_normal(mean, cov, n, method="cholesky")
-
-
-# --- the distance
-
-
-def test_distance_of_normals_is_the_formula():
-    """For diagonal covariances: |m - n|^2 + sum (s - t)^2 of the standard deviations."""
-    a = normal(200_000, [0, 0, 0], np.diag([1.0, 4.0, 9.0]))
-    b = normal(200_000, [1, 0, 2], np.diag([4.0, 4.0, 1.0]), seed=1)
-    assert judge.frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 0 + 4, rel=0.01)
-
-
-def test_distance_does_not_change_with_the_axes_and_the_order():
-    turn, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(4, 4)))
-    a, b = normal(50, np.zeros(4), np.eye(4)), normal(60, np.ones(4), 2 * np.eye(4), seed=1)
-    want = judge.frechet_distance(a, b)
-    assert judge.frechet_distance(b, a) == pytest.approx(want, rel=1e-9)
-    assert judge.frechet_distance(a @ turn, b[::-1] @ turn) == pytest.approx(want, rel=1e-9)
-    assert judge.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
-# --- the judge
-
-
 def test_features_do_not_depend_on_the_other_images(referee):
     images, labels = draw_all()
     every, alone = referee.embed_images(images), referee.embed_images(images[-1:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -165,12 +165,12 @@ class Clip(nn.Module):
         return self.embed_images(images), self.embed_texts(tokens, lengths)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init_params(cfg: ClipConfig, key: Array) -> Any:
-    """Random parameters, for tests."""
-    images = jnp.zeros((1, cfg.image_size, cfg.image_size, 3), jnp.uint8)
-    tokens = jnp.zeros((1, cfg.max_position_embeddings), jnp.int32)
-    return Clip(cfg).init(key, images, tokens, jnp.ones(1, jnp.int32))["params"]
+def param_shapes(cfg: ClipConfig) -> Any:
+    """Shapes of the parameters, without computing anything."""
+    images = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), jnp.uint8)
+    tokens = jax.ShapeDtypeStruct((1, cfg.max_position_embeddings), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.eval_shape(Clip(cfg).init, jax.random.key(0), images, tokens, lengths)["params"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -191,7 +191,7 @@ class LoadedClip:
     sha256: str  # over the files of the weights
 
     def embed_images(
-        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+        self, images: Iterable[UInt8[np.ndarray, "_ _ 3"]]
     ) -> Float[np.ndarray, "B D"]:
         """Features of images of any size, not of length 1."""
         pixels = np.stack([preprocess(image, self.cfg.image_size) for image in images])
@@ -239,7 +239,7 @@ def load(path: Any) -> LoadedClip:
         for name, x in safetensors_io.open_folder(folder).items()
         if not re.fullmatch(_UNUSED, name)
     }
-    expected = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+    expected = param_shapes(cfg)
     tensors.check(weights, rules(), expected, folder, np.float32)
     params = tensors.from_torch(weights, rules(), expected, np.float32)
     try:

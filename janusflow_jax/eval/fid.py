@@ -17,7 +17,7 @@ import functools
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -152,7 +152,7 @@ def extractor(net: LoadedInception | None, clip: LoadedClip | None) -> Features:
     return features
 
 
-def _embed(net: LoadedInception, images: Sequence[np.ndarray], name: str) -> np.ndarray:
+def _embed(net: LoadedInception, images: Iterable[np.ndarray], name: str) -> np.ndarray:
     def prepare(image: np.ndarray) -> np.ndarray:
         return network_input(resize(image, name))
 
@@ -168,7 +168,7 @@ class References:
     """Statistics of the reference images, by filter."""
 
     statistics: dict[str, Statistics]
-    halves: dict[str, float]  # distance of the first half of the images from the second
+    halves: dict[str, float]  # distance of every other image from the rest
     sha256: str  # of the images' names
 
 
@@ -197,8 +197,8 @@ def references(
             f"{folder}: expected {_MIN_REFERENCES} or more reference images; got {len(names)}: use "
             "more"
         )
-    half = len(names) // 2
-    parts = [_measure(folder, part, net) for part in (names[:half], names[half:])]
+    # Lists are often sorted by category, so a half is every other image.
+    parts = [_measure(folder, part, net) for part in (names[::2], names[1::2])]
     out = References(
         {name: merge(parts[0][name], parts[1][name]) for name in FILTERS},
         {name: frechet_distance(parts[0][name], parts[1][name]) for name in FILTERS},
@@ -245,10 +245,15 @@ def _write_references(file: epath.Path, refs: References) -> None:
     arrays = {
         f"{name}/{field}": np.asarray(value)
         for name, x in refs.statistics.items()
-        for field, value in (("count", x.count), ("mean", x.mean), ("scatter", x.scatter))
+        for field, value in (
+            ("count", x.count),
+            ("mean", x.mean),
+            ("scatter", x.scatter),
+            ("halves", refs.halves[name]),
+        )
     }
     out = io.BytesIO()
-    np.savez(out, **arrays, **{f"{name}/halves": np.asarray(x) for name, x in refs.halves.items()})
+    np.savez(out, allow_pickle=False, **arrays)
     with files.replacing(file) as part:
         part.write_bytes(out.getvalue())
 

@@ -168,10 +168,10 @@ class Inception(nn.Module):
         return jnp.mean(x, axis=(1, 2))
 
 
-@jax.jit
-def init_params(key: Array) -> Any:
-    """Random parameters, for tests."""
-    return Inception().init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+def param_shapes() -> Any:
+    """Shapes of the parameters, without computing anything."""
+    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    return jax.eval_shape(Inception().init, jax.random.key(0), images)["params"]
 
 
 @jax.jit
@@ -203,7 +203,7 @@ def from_torch(tensors: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ConvertError: tensors are missing or have other shapes.
     """
-    shapes = trees.flatten(jax.eval_shape(init_params, jax.random.key(0)))
+    shapes = trees.flatten(param_shapes())
     leaves = {}
     for path in sorted({path.rpartition("/")[0] for path in shapes}):
         name = path.replace("/", ".")
@@ -269,7 +269,7 @@ def load(path: Any) -> LoadedInception:
     about = checksums.read_json(folder / FILE)
     tensors = safetensors_io.open_folder(folder, (WEIGHTS,))
     params = trees.unflatten({name: np.asarray(x) for name, x in tensors.items()})
-    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    shapes = param_shapes()
     if problems := trees.mismatches(shapes, params, WEIGHTS):
         raise CheckpointError(f"{folder}: " + "; ".join(problems))
     net = LoadedInception(
