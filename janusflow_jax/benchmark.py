@@ -268,10 +268,10 @@ def answer_questions(
         if args.stage == "run":
             return
         settings = plan.read_settings(out / answer.MANIFEST)
-        if settings["benchmark"] != benchmark.name or settings["data"] != data.about:
+        if settings["benchmark"] != benchmark.name or settings["data"] != _identity(data):
             raise ConfigError(
-                f"--data: expected the data of the run in {out}; got others: use {benchmark.name} "
-                f"or the file {settings['data']['file']} of {settings['benchmark']}"
+                f"--data: expected the data of the run in {out} ({settings['benchmark']}); got "
+                f"other data ({benchmark.name}): use the same"
             )
         lines = answer.collect(benchmark.name, data, out)
         if lines is None:
@@ -302,7 +302,7 @@ def run_model(
         "system": system,
         "pixels": args.pixels,
         "max_new_tokens": args.max_new_tokens,
-        "data": data.about,
+        "data": _identity(data),
         "limit": args.limit,
         "image_size": model.cfg.image_size,
         "batch": args.batch,
@@ -320,6 +320,11 @@ def run_model(
         if done == total or time.time() - last > LOG_EVERY:
             last = time.time()
             cli.log(f"{done} of {total} questions, {last - began:.1f} s")
+
+
+def _identity(data: read.Data) -> dict[str, Any]:
+    """What the answers depend on; a file may be renamed."""
+    return {"sha256": data.about["sha256"], "questions": len(data.questions)}
 
 
 def score_answers(

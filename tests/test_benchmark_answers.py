@@ -32,7 +32,9 @@ def tmp_path(tmp_path):
 
 def made(texts=("Is it?", "Is it not?", "Is it a very long question that goes on and on and on?")):
     """POPE-like questions about three images; the second split repeats those of the first."""
-    images = {read.ImageKey(hashlib.sha256(png(n)).hexdigest()): png(n) for n in range(3)}
+    images: dict[read.ImageKey, read.ImageSource] = {
+        read.ImageKey(hashlib.sha256(png(n)).hexdigest()): png(n) for n in range(3)
+    }
     questions = [
         read.Question(f"{split}/{n}/{i}", text, (key,), "yes" if i else "no", category=split)
         for split in ("random", "popular")
@@ -57,7 +59,7 @@ class Model(pipeline.Pipeline):
 
     def greedy_tokens(self, prompts, slots, max_new_tokens):
         self.calls.append((len(prompts), max_new_tokens))
-        assert len(slots) == len(prompts)
+        assert slots is not None and len(slots) == len(prompts)
         out = []
         for prompt, vectors in zip(prompts, slots, strict=True):
             size = 50 if "not" in self.text.decode(prompt.ids) else 12
@@ -262,6 +264,29 @@ def test_files_for_external_scorers(tmp_path):
     file = report.submission("mmvet", [read.Question("v1_0", "?", ())], ["x"], tmp_path)
     assert file and json.loads(file.read_text()) == {"v1_0": "x"}
     assert report.submission("pope", questions, ["a", "b"], tmp_path) is None
+
+
+@pytest.mark.slow
+def test_the_command_resumes_and_scores(tmp_path, golden_folder, capsys):
+    rows = [
+        {"question_id": n, "image": "1.png", "text": f"Is it {n}?", "label": "yes"} for n in (1, 2)
+    ]
+    path, out = tmp_path / "coco_pope_random.json", tmp_path / "out"
+    path.write_text("".join(json.dumps(x) + "\n" for x in rows))
+    (tmp_path / "1.png").write_bytes(png(1))
+    command = ["pope", "--model", str(golden_folder), "--data", str(path), "--out", str(out)]
+    command += ["--max-new-tokens", "4", "--batch", "2"]
+    benchmark.main(command)
+    first = capsys.readouterr()
+    assert "f1_random" in first.out and "0 of 2" not in first.err
+    benchmark.main(command)
+    second = capsys.readouterr()
+    assert first.out == second.out and "2 of 2 questions" in second.err
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        benchmark.main([*command, "--max-new-tokens", "5"])
+    report_file = json.loads((out / report.REPORT).read_text())
+    assert report_file["settings"]["model"]["checksums.json"]
+    assert report_file["counts"]["asked"] == 2
 
 
 def test_a_run_of_other_data_is_not_scored(tmp_path):

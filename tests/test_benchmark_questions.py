@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import easy_vqa
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.eval.benchmarks import answer, read, registry
 
@@ -173,7 +174,8 @@ def forms(tmp_path):
         {"id": i, **row, "options": o, "image_1": hub(1), "image_2": hub(2), "image_3": None}
         for i, o in zip(ids, ("['x', 'y']", "[]"), strict=True)
     ]
-    parquet = write_parquet(t / "mmmu" / "0.parquet", rows)
+    write_parquet(t / "mmmu" / "test-0.parquet", [{**rows[0], "id": "test_Art_1"}])
+    parquet = write_parquet(t / "mmmu" / "validation-0.parquet", rows).parent
     yield "mmmu-val", [write_tsv(t / "MMMU_DEV_VAL.tsv", tsv), parquet]
 
     row = {"question": "Why?", "answer": "so"}
@@ -255,6 +257,10 @@ def broken(tmp_path, name):
         return "vqav2-val", path
     if name == "answers of another":
         return "mme", path
+    if name == "truncated Parquet":
+        path = dict(forms(tmp_path))["vqav2-val"][1]
+        path.write_bytes(path.read_bytes()[:-9])
+        return "vqav2-val", path
     if name == "no file":
         return "pope", tmp_path / "none"
     return "mmbench-dev-en", path
@@ -272,6 +278,7 @@ def broken(tmp_path, name):
         ("no annotations", "annotations"),
         ("another benchmark", "expected the columns of"),
         ("answers of another", "yes or no"),
+        ("truncated Parquet", "Parquet"),
         ("no file", "there is no"),
     ],
 )
@@ -322,3 +329,31 @@ def test_prompts_are_those_of_the_authors():
     assert ask("mme", question).system == "" and ask("mmvet", question).system
     assert ask("mme", question, "janus-system").system.startswith("You are a helpful language")
     assert ask("gqa", question, "vlmevalkit").text == f"{text}{short}"
+
+
+def test_easy_vqa_in_the_forms_of_the_benchmarks(tmp_path, monkeypatch):
+    asked = [
+        ["what is the red shape?", "circle", 0],
+        ["is there a circle?", "yes", 0],
+        ["is there not a circle?", "no", 0],
+    ]
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "images").mkdir(parents=True)
+        (tmp_path / "data" / split / "questions.json").write_text(json.dumps(asked))
+        (tmp_path / "data" / split / "images" / "0.png").write_bytes(png(7))
+    out = tmp_path / "out"
+    monkeypatch.setattr(
+        "sys.argv", ["easy_vqa.py", "--data", str(tmp_path / "data"), "--out", str(out)]
+    )
+    easy_vqa.main()
+    pope = read.read(registry.get("pope"), out / "pope.json", out / "images")
+    assert [(q.text, q.answer) for q in pope.questions] == [tuple(x[:2]) for x in asked[1:]]
+    choices = read.read(registry.get("mmbench-dev-en"), out / "mmbench.tsv").questions
+    assert [int(q.id) for q in choices] == [1, 1_000_001, 2_000_001, 3_000_001]
+    assert {q.options[q.answer] for q in choices} == {"circle"} and len({*choices[0].options}) == 4
+    assert len({q.answer for q in choices}) == 4  # every letter is right once
+    short = read.read(registry.get("vqav2-val"), out / "vqav2", out / "images").questions
+    assert [q.answer for q in short] == [(x[1],) * 10 for x in asked]
+    train = json.loads((out / "train.json").read_text())[0]["conversations"]
+    prompt = answer.request("vqav2-val", short[0], "janus").text
+    assert train[1]["value"] == f"<image>{prompt}"  # trained with the prompt that is asked

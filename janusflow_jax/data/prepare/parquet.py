@@ -63,6 +63,17 @@ def read(shard: dict, options: Options) -> Iterator[Row]:
                     number += 1
 
 
+def all_columns(path: epath.Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file with all of its columns.
+
+    Raises:
+      Skipped: the file is missing or broken.
+    """
+    with _open(path) as file:
+        for batch in file.iter_batches(_BATCH):
+            yield from batch.to_pylist()
+
+
 def guess_kind(paths: Sequence[str], image_field: str = "") -> str:
     """conversation, captions or text, by the columns of the first file that opens."""
     for path, _ in inputs.files(paths, SUFFIXES):

@@ -31,14 +31,20 @@ from PIL import Image
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import images as images_lib
-from janusflow_jax.data.prepare import inputs
+from janusflow_jax.data.prepare import inputs, parquet
 from janusflow_jax.eval.benchmarks.registry import Benchmark
 
 _MAX_INDEX = 64
 """VLMEvalKit's TSV: a shorter `image` is the index of the row that has the image."""
 PIXELS = ("published", "vlmevalkit", "own")
 _SUFFIXES = (".jpg", ".png")
-_PARQUET_ROWS = 64  # in memory at once, with their images
+_SPLITS = {
+    "mmbench-dev-en": "dev-",
+    "mmmu-val": "validation-",
+    "vqav2-val": "validation-",
+    "vqav2-testdev": "test-",
+}
+"""How names of the Hub's Parquet files begin that have the benchmark's split."""
 
 Row = dict[str, Any]
 ImageSource = bytes | epath.Path
@@ -217,12 +223,14 @@ def _about(
 def _rows(name: str, path: epath.Path, store: _Images) -> tuple[list[Row], list[epath.Path]]:
     """Rows as stored, and the files that were read."""
     if path.is_dir():
-        parquet = _below(path, ".parquet")
+        tables = _below(path, ".parquet")
+        own = [x for x in tables if x.name.startswith(_SPLITS.get(name, ""))]
+        tables = own or tables
         tsv = sorted(path.glob("*.tsv"), key=str)
-        if name == "mme" and not parquet and not tsv:
+        if name == "mme" and not tables and not tsv:
             return _mme_folders(path)
-        sources = parquet or tsv or _json_files(name, path)
-        if not parquet and len(tsv) > 1:
+        sources = tables or tsv or _json_files(name, path)
+        if not tables and len(tsv) > 1:
             raise DataError(f"{path}: expected one .tsv file; got {len(tsv)}: name one")
     else:
         sources = [path]
@@ -323,21 +331,11 @@ def _parquet_rows(name: str, sources: Sequence[epath.Path], store: _Images) -> l
 
     Only distinct images stay in memory: VQAv2's files repeat an image for each question.
     """
-    try:
-        import pyarrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise DataError(
-            "parquet: expected the package pyarrow; it is not installed: run "
-            "`pip install 'janusflow_jax[data]'`"
-        ) from error
     rows: list[Row] = []
     for source in sources:
         try:
-            with source.open("rb") as file:
-                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(_PARQUET_ROWS):
-                    rows += [_interned(row, store) for row in batch.to_pylist()]
-        except (pyarrow.ArrowException, OSError) as error:
+            rows += [_interned(row, store) for row in parquet.all_columns(source)]
+        except inputs.Skipped as error:
             raise DataError(
                 f"{source}: expected a Parquet file; {error}: download it again"
             ) from error
@@ -459,10 +457,7 @@ def _pope(row: Row, store: _Images) -> list[Question]:
     key = str(row.get("index") or row.get("id") or row["question_id"])
     splits = str(row["category"]).split(",")
     pictures = store.of(row["image"])
-    return [
-        Question(f"{split}/{key}", text, pictures, answer, category=split)
-        for split in splits
-    ]
+    return [Question(f"{split}/{key}", text, pictures, answer, category=split) for split in splits]
 
 
 def _yes_no(answer: str) -> str:

@@ -251,7 +251,13 @@ _ALL = (
         third_party=(
             Reported("Janus", "vanilla_all", 69.8, _PR541, {"system": ""}),
             Reported("Janus", "vanilla_all", 69.4, _JANUS),
-            _tumm("circular", 64.9, data="MMBench_TEST_EN_V11", judge="Qwen3-32B"),
+            _tumm(
+                "circular",
+                64.9,
+                data="MMBench_TEST_EN_V11",
+                protocol="vlmevalkit-system",
+                judge="Qwen3-32B",
+            ),
         ),
     ),
     Benchmark(

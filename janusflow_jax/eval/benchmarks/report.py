@@ -304,7 +304,7 @@ def _number(score: stats.Score | float) -> dict[str, float]:
 def _compared(theirs: Reported, scores: Values, ours: Mapping[str, Any]) -> dict[str, Any]:
     """A reported value beside ours, and every known setting that differs."""
     differs = [
-        f"{name} {value!r}, here {ours.get(name, 'unknown')!r}"
+        f"{name} {value!r}, here {ours.get(name, 'none')!r}"
         for name, value in theirs.settings.items()
         if ours.get(name) != value
     ]
