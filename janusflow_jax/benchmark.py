@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from janusflow_jax import cli
+from janusflow_jax import cli, pipeline
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.eval import clip as clip_lib, inception as inception_lib, provenance
@@ -147,6 +147,26 @@ def listing() -> str:
     return "\n".join(lines)
 
 
+def load_model(args: argparse.Namespace) -> tuple[pipeline.Pipeline, dict[str, Any]]:
+    """The model, and what results depend on beside the benchmark and its options."""
+    # A run resumes with the checkpoint that it began with, or not at all.
+    folder = provenance.resolve(args.model)
+    sums = provenance.of(folder, args.adapter)
+    args.model = str(folder)
+    model = cli.load(args)
+    return model, {
+        "image_size": model.cfg.image_size,
+        "batch": args.batch,
+        "model": sums,
+        "weights": args.weights,
+        "dtype": model.dtype,
+        "int8": args.int8,
+        "device": jax.devices()[0].device_kind,
+        "software": provenance.software(),
+        "numerics": numerics.described(),
+    }
+
+
 def generate_images(
     args: argparse.Namespace, benchmark: registry.Benchmark, out: epath.Path
 ) -> bool:
@@ -167,11 +187,7 @@ def generate_images(
     inputs.image_seeds(args.seed, data["rows"], count)
     shard = plan.shard(args.shard)
     extractor = image_scores.extractor(*scorers(args))
-    # A run resumes with the checkpoint that it began with, or not at all.
-    folder = provenance.resolve(args.model)
-    model_sums = provenance.of(folder, args.adapter)
-    args.model = str(folder)
-    model = cli.load(args)
+    model, model_settings = load_model(args)
     settings = {
         "benchmark": benchmark.name,
         "protocol": benchmark.protocol,
@@ -179,18 +195,10 @@ def generate_images(
         "limit": args.limit,
         "images": len(prompts) * count,
         "images_per_prompt": count,
-        "image_size": model.cfg.image_size,
         "guidance_scale": guidance,
         "num_steps": steps,
         "seed": args.seed,
-        "batch": args.batch,
-        "model": model_sums,
-        "weights": args.weights,
-        "dtype": model.dtype,
-        "int8": args.int8,
-        "device": jax.devices()[0].device_kind,
-        "software": provenance.software(),
-        "numerics": numerics.described(),
+        **model_settings,
     }
     began = time.time()
     for done, total in generate.run(benchmark, prompts, model, out, settings, shard, extractor):
@@ -291,11 +299,7 @@ def run_model(
     protocol = args.protocol or benchmark.protocol
     system = answer.request(benchmark.name, data.questions[0], protocol).system
     shard = plan.shard(args.shard)
-    # A run resumes with the checkpoint that it began with, or not at all.
-    folder = provenance.resolve(args.model)
-    model_sums = provenance.of(folder, args.adapter)
-    args.model = str(folder)
-    model = cli.load(args)
+    model, model_settings = load_model(args)
     settings = {
         "benchmark": benchmark.name,
         "protocol": protocol,
@@ -304,16 +308,8 @@ def run_model(
         "max_new_tokens": args.max_new_tokens,
         "data": _identity(data),
         "limit": args.limit,
-        "image_size": model.cfg.image_size,
-        "batch": args.batch,
-        "model": model_sums,
         "tokenizer": {"sha256": model.text.hash, "bos": model.text.add_bos},
-        "weights": args.weights,
-        "dtype": model.dtype,
-        "int8": args.int8,
-        "device": jax.devices()[0].device_kind,
-        "software": provenance.software(),
-        "numerics": numerics.described(),
+        **model_settings,
     }
     began = last = time.time()
     for done, total in answer.run(benchmark.name, data, model, out, settings, shard):
