@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from janusflow_jax import cli
+from janusflow_jax import cli, pipeline
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.eval import clip as clip_lib, inception as inception_lib, provenance
@@ -147,6 +147,26 @@ def listing() -> str:
     return "\n".join(lines)
 
 
+def load_model(args: argparse.Namespace) -> tuple[pipeline.Pipeline, dict[str, Any]]:
+    """The model, and what results depend on beside the benchmark and its options."""
+    # A run resumes with the checkpoint that it began with, or not at all.
+    folder = provenance.resolve(args.model)
+    sums = provenance.of(folder, args.adapter)
+    args.model = str(folder)
+    model = cli.load(args)
+    return model, {
+        "image_size": model.cfg.image_size,
+        "batch": args.batch,
+        "model": sums,
+        "weights": args.weights,
+        "dtype": model.dtype,
+        "int8": args.int8,
+        "device": jax.devices()[0].device_kind,
+        "software": provenance.software(),
+        "numerics": numerics.described(),
+    }
+
+
 def generate_images(
     args: argparse.Namespace, benchmark: registry.Benchmark, out: epath.Path
 ) -> bool:
@@ -167,11 +187,7 @@ def generate_images(
     inputs.image_seeds(args.seed, data["rows"], count)
     shard = plan.shard(args.shard)
     extractor = image_scores.extractor(*scorers(args))
-    # A run resumes with the checkpoint that it began with, or not at all.
-    folder = provenance.resolve(args.model)
-    model_sums = provenance.of(folder, args.adapter)
-    args.model = str(folder)
-    model = cli.load(args)
+    model, model_settings = load_model(args)
     settings = {
         "benchmark": benchmark.name,
         "protocol": benchmark.protocol,
@@ -179,18 +195,10 @@ def generate_images(
         "limit": args.limit,
         "images": len(prompts) * count,
         "images_per_prompt": count,
-        "image_size": model.cfg.image_size,
         "guidance_scale": guidance,
         **solver,
         "seed": args.seed,
-        "batch": args.batch,
-        "model": model_sums,
-        "weights": args.weights,
-        "dtype": model.dtype,
-        "int8": args.int8,
-        "device": jax.devices()[0].device_kind,
-        "software": provenance.software(),
-        "numerics": numerics.described(),
+        **model_settings,
     }
     began = time.time()
     for done, total in generate.run(benchmark, prompts, model, out, settings, shard, extractor):
@@ -216,12 +224,15 @@ def score_images(args: argparse.Namespace, benchmark: registry.Benchmark, out: e
     settings, images = generate.read(out)
     if settings["benchmark"] != benchmark.name:
         raise ConfigError(f"--out: expected a run of {benchmark.name}; got {settings['benchmark']}")
-    folder = out / generate.IMAGES
+    if args.results and benchmark.name not in ("geneval", "dpg"):
+        raise ConfigError(f"--results: expected geneval or dpg; got {benchmark.name}: leave it out")
     if benchmark.name == "geneval" and args.results:
         result = image_scores.geneval(benchmark, settings, images, args.results)
     elif benchmark.name == "dpg" and args.results:
         if not args.questions:
-            raise ConfigError("--questions: expected DPG-Bench's dpg_bench.csv; got nothing")
+            raise ConfigError(
+                "--questions: expected DPG-Bench's dpg_bench.csv; got nothing: add it"
+            )
         result = image_scores.dpg(benchmark, settings, images, args.results, args.questions)
     elif benchmark.name.startswith("mjhq") and (args.inception or args.clip):
         references = args.references or str(files.resolve(args.data) / "mjhq30k_imgs")
@@ -229,7 +240,7 @@ def score_images(args: argparse.Namespace, benchmark: registry.Benchmark, out: e
     else:
         if benchmark.name == "geneval2":
             print(image_scores.write_image_paths(out, images))
-        print(f"{folder}\nnot scored yet; the scorer is {benchmark.scorer} (docs/benchmarks.md)")
+        print(f"{out / generate.IMAGES}: not scored yet; the scorer is {benchmark.scorer}")
         return
     table = report.write(
         out,
@@ -288,11 +299,7 @@ def run_model(
     protocol = args.protocol or benchmark.protocol
     system = answer.request(benchmark.name, data.questions[0], protocol).system
     shard = plan.shard(args.shard)
-    # A run resumes with the checkpoint that it began with, or not at all.
-    folder = provenance.resolve(args.model)
-    model_sums = provenance.of(folder, args.adapter)
-    args.model = str(folder)
-    model = cli.load(args)
+    model, model_settings = load_model(args)
     settings = {
         "benchmark": benchmark.name,
         "protocol": protocol,
@@ -301,16 +308,8 @@ def run_model(
         "max_new_tokens": args.max_new_tokens,
         "data": _identity(data),
         "limit": args.limit,
-        "image_size": model.cfg.image_size,
-        "batch": args.batch,
-        "model": model_sums,
         "tokenizer": {"sha256": model.text.hash, "bos": model.text.add_bos},
-        "weights": args.weights,
-        "dtype": model.dtype,
-        "int8": args.int8,
-        "device": jax.devices()[0].device_kind,
-        "software": provenance.software(),
-        "numerics": numerics.described(),
+        **model_settings,
     }
     began = last = time.time()
     for done, total in answer.run(benchmark.name, data, model, out, settings, shard):

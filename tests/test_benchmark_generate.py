@@ -171,10 +171,11 @@ def test_images_are_those_of_their_prompts_and_seeds(tmp_path):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_any_number_of_processes_writes_the_same_files(tmp_path, count):
-    run(tmp_path / "one")
-    for process in reversed(range(count)):
-        run(tmp_path / "many", shard=(process, count))
+    one = run(tmp_path / "one")
+    many = [run(tmp_path / "many", shard=(n, count)) for n in reversed(range(count))]
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
+    calls = [call for painter in many for call in painter.calls]
+    assert sorted(calls) == sorted(one.calls) and all(painter.calls for painter in many)
 
 
 def test_an_interrupted_run_resumes(tmp_path):
@@ -259,6 +260,13 @@ def test_features_are_in_the_order_of_the_images_stored_or_not(tmp_path):
     for compute in (means, never):
         again = generate.read_features(late, generate.Extractor("a", compute), 4)["mean"]
         np.testing.assert_array_equal(stored, again)
+
+
+def test_a_batch_without_its_features_has_no_mark(tmp_path):
+    with pytest.raises(AssertionError, match="again"):
+        run(tmp_path, extractor=generate.Extractor("a", never))
+    assert plan.read_marks(tmp_path / "manifest") == {}
+    assert len(run(tmp_path).calls) == 5
 
 
 def test_features_of_other_networks_are_not_taken(tmp_path):

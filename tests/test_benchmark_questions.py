@@ -174,7 +174,8 @@ def forms(tmp_path):
         {"id": i, **row, "options": o, "image_1": hub(1), "image_2": hub(2), "image_3": None}
         for i, o in zip(ids, ("['x', 'y']", "[]"), strict=True)
     ]
-    parquet = write_parquet(t / "mmmu" / "0.parquet", rows)
+    write_parquet(t / "mmmu" / "test-0.parquet", [{**rows[0], "id": "test_Art_1"}])
+    parquet = write_parquet(t / "mmmu" / "validation-0.parquet", rows).parent
     yield "mmmu-val", [write_tsv(t / "MMMU_DEV_VAL.tsv", tsv), parquet]
 
     row = {"question": "Why?", "answer": "so"}

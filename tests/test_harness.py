@@ -3,6 +3,7 @@
 docs/benchmarks.md says how they were run with the packages themselves.
 """
 
+import collections
 import importlib
 import sys
 import types
@@ -58,7 +59,7 @@ def square(color, mode="RGB") -> Image.Image:
 @pytest.fixture
 def lmms(monkeypatch):
     base = type("lmms", (), {"__init__": lambda self: setattr(self, "task_dict", {})})
-    manifest = lambda name, simple_class_path: (name, simple_class_path)  # noqa: E731
+    manifest = collections.namedtuple("ModelManifest", ["model_id", "simple_class_path"])
     install(
         monkeypatch,
         lmms_eval={},
@@ -87,7 +88,7 @@ def test_lmms_eval_gets_the_answers_in_its_order(lmms, model):
     rows = [(f"{'long ' * (n % 3)}{n}", short, [square((n, 0, 0))]) for n in range(7)]
     rows += [("sampled", {"temperature": 0.5, "do_sample": True}, [square((9, 0, 0))] * 2)]
     rows += [("greedy", {"temperature": 0.5, "do_sample": False}, [])]
-    rows += [("<image> or <image>?", {}, [square((1, 2, 3)), square((4, 5, 6), "P")])]
+    rows += [("<image> or <image>?", {}, [square((1, 2, 3)), square((4, 5, 6), "RGBA")])]
     requests, documents = requests_of(*rows)
     adapter = lmms.Model("path", batch_size="3", device="cuda:0")
     adapter.task_dict = documents

@@ -46,6 +46,8 @@ def test_weights_are_as_rows_of_one_group():
     got, want = stats.score(values[:6], weights[:6]), stats.score(rows, groups=groups)
     assert got.value == pytest.approx(want.value)
     assert got.interval() == pytest.approx(want.interval())
+    half = stats.score(values, np.full(7, 2.0)).interval()
+    assert half == pytest.approx(np.asarray(stats.score(values).interval()) / 2)
     # A row without weight (POPE: a right "no") changes the spread, not the value.
     more = stats.score(values, weights)
     assert more.value == got.value and more.interval() != got.interval()

@@ -213,7 +213,8 @@ def _store_features(
     """Writes the features of the images that are finite; rows after them repeat others."""
     rows = np.flatnonzero(finite)
     data = io.BytesIO()
-    np.savez(data, **{name: np.asarray(x, np.float32)[rows] for name, x in features.items()})
+    arrays: dict[str, Any] = {n: np.asarray(x, np.float32)[rows] for n, x in features.items()}
+    np.savez(data, **arrays)
     with config_files.replacing(file, suffix="features") as part:
         part.write_bytes(data.getvalue())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -30,11 +30,11 @@ class Result:
     the benchmark's own name.
     """
 
-    scores: dict[str, stats.Score | float]
+    scores: Mapping[str, stats.Score | float]
     counts: dict[str, int]
     scorer: dict[str, Any]
     warnings: list[str]
-    categories: dict[str, stats.Score | float] = dataclasses.field(default_factory=dict)
+    categories: Mapping[str, stats.Score | float] = dataclasses.field(default_factory=dict)
 
 
 def known_data(benchmark: Benchmark, settings: dict[str, Any]) -> str:
@@ -217,7 +217,7 @@ def write_image_paths(out: epath.Path, images: Sequence[dict[str, Any]]) -> epat
 
 def _named(
     name: str, scores: dict[str, stats.Score], warnings: Sequence[str]
-) -> dict[str, stats.Score | float]:
+) -> dict[str, stats.Score]:
     """The scores, whose first has the official name if nothing speaks against it."""
     overall = scores.pop("overall")
     return {"overall" if warnings else name: overall, **scores}

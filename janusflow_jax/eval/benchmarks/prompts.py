@@ -44,7 +44,9 @@ def read(name: str, path: Any, limit: int = 0) -> tuple[list[Prompt], dict[str, 
     """
     path = files.resolve(path)
     if not path.exists():
-        raise DataError(f"--data: expected the data of {name}; there is no {path}")
+        raise DataError(
+            f"--data: expected the data of {name}; there is no {path}: correct the path"
+        )
     rows, sha256 = _READERS[name](path)
     _check(path, rows)
     prompts = [Prompt(i, text.strip(), n, record) for n, (i, text, record) in enumerate(rows)]
@@ -59,14 +61,14 @@ _Row = tuple[str, Any, dict[str, Any]]  # id, text, record
 def _check(path: epath.Path, rows: list[_Row]) -> None:
     """Raises DataError: there is no prompt, one is empty, or an id is doubled or no file name."""
     if not rows:
-        raise DataError(f"{path}: expected prompts; got none")
+        raise DataError(f"{path}: expected prompts; got none: choose the benchmark's data")
     for number, (name, text, _) in enumerate(rows):
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{path}: row {number}: expected a prompt; got {text!r}")
+            raise DataError(f"{path}: row {number}: expected a prompt; got {text!r}: correct it")
         if not _ID.fullmatch(name):
             raise DataError(
                 f"{path}: row {number}: expected an id of letters, digits, '_', '-' and '.'; got "
-                f"{name!r}"
+                f"{name!r}: correct it"
             )
     name, count = Counter(name for name, _, _ in rows).most_common(1)[0]
     if count > 1:

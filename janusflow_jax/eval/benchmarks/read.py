@@ -38,6 +38,13 @@ _MAX_INDEX = 64
 """VLMEvalKit's TSV: a shorter `image` is the index of the row that has the image."""
 PIXELS = ("published", "vlmevalkit", "own")
 _SUFFIXES = (".jpg", ".png")
+_SPLITS = {
+    "mmbench-dev-en": "dev-",
+    "mmmu-val": "validation-",
+    "vqav2-val": "validation-",
+    "vqav2-testdev": "test-",
+}
+"""How names of the Hub's Parquet files begin that have the benchmark's split."""
 
 Row = dict[str, Any]
 ImageSource = bytes | epath.Path
@@ -217,6 +224,8 @@ def _rows(name: str, path: epath.Path, store: _Images) -> tuple[list[Row], list[
     """Rows as stored, and the files that were read."""
     if path.is_dir():
         tables = _below(path, ".parquet")
+        own = [x for x in tables if x.name.startswith(_SPLITS.get(name, ""))]
+        tables = own or tables
         tsv = sorted(path.glob("*.tsv"), key=str)
         if name == "mme" and not tables and not tsv:
             return _mme_folders(path)

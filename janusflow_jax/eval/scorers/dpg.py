@@ -90,7 +90,7 @@ def read_detail(
       DataError: a line, crop or prompt that does not belong there, or an answer that is missing.
     """
     lines: dict[tuple[str, int], list[str]] = {}
-    crops = [
+    crops: list[tuple[int, ...]] = [
         (x * resolution, y * resolution, (x + 1) * resolution, (y + 1) * resolution)
         for x, y in CROPS[:images_per_prompt]
     ]

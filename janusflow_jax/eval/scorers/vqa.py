@@ -38,7 +38,7 @@ _CONTRACTIONS = {wrong: word for word in _CONTRACTED for wrong in _spellings(wor
 }
 
 
-def punctuation(text: str, vlmevalkit: bool = False) -> str:
+def punctuation(text: str) -> str:
     """The script's step for punctuation.
 
     A mark that is next to a space somewhere in the text is deleted, as all are if there is a
@@ -46,14 +46,14 @@ def punctuation(text: str, vlmevalkit: bool = False) -> str:
 
     NOTE(parity): the script means to keep periods after a digit too, but its look-behind is
     mistyped and never matches; and it passes a flag (32) where a count is expected, so at most 32
-    periods are deleted. VLMEvalKit repaired the look-behind.
+    periods are deleted.
     """
     out = text
     comma = re.search(r"\d,\d", text)
     for mark in _PUNCTUATION:
         deleted = comma or f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if deleted else " ")
-    return re.sub(r"(?<!\d)\.(?!\d)" if vlmevalkit else r"\.(?!\d)", "", out, count=32)
+    return re.sub(r"\.(?!\d)", "", out, count=32)
 
 
 def normalized(text: str) -> str:

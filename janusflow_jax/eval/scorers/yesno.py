@@ -47,7 +47,7 @@ def whole_word(answer: str) -> str | None:
 
     The authors' numbers for Janus come from VLMEvalKit.
     """
-    words = {*vqa.punctuation(answer.lower(), vlmevalkit=True).split()} & {"yes", "no"}
+    words = {*vqa.punctuation(answer.lower()).split()} & {"yes", "no"}
     return words.pop() if len(words) == 1 else None
 
 
