@@ -7,6 +7,7 @@ for GPUs, are for whole rows: each position attends to the earlier ones of its s
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,7 @@ def dot_product_attention(
     # Heads next to the batch: on CPU both passes are 3.5 times as fast in this layout.
     batch, heads, length, size = q.shape
     q = (q * size**-0.5).reshape(batch, k.shape[1], -1, length, size)  # query heads of a key head
-    scores = _float32_product("BKGTH,BKSH->BKGTS", q, k.astype(q.dtype))
+    scores: Any = _float32_product("BKGTH,BKSH->BKGTS", q, k.astype(q.dtype))
     # The scales multiply scores and weights, so that no wide copy of int8 keys and values exists.
     if scales:
         k_scale, v_scale = (x.transpose(0, 2, 3, 1)[:, :, None] for x in scales)
