@@ -43,7 +43,17 @@ CHIPS = {
 }
 """By the first part of a topology's name. A line for each machine that can be planned for."""
 
-OTHER_PEAKS = {"NVIDIA A100": 312}  # TFLOP/s of devices that can be trained on, not planned for
+OTHER_PEAKS = {
+    "NVIDIA A100": 312,
+    "NVIDIA B200": 2250,
+    "NVIDIA GB200": 2500,
+    "NVIDIA GH200": 989,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H200 NVL": 835,
+    "TPU7x": 1153.5,  # a device is one of the chip's two cores
+}
+"""Dense bfloat16 TFLOP/s of devices that no topology here consists of, by `device_kind`."""
 
 
 def peak_tflops(device_kind: str) -> float:
