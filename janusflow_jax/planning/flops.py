@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ from jax.sharding import Mesh
 
 from janusflow_jax.config import TrainConfig, parts as parts_lib
 from janusflow_jax.models import attention
-from janusflow_jax.planning import compile as plan_compile
+from janusflow_jax.planning import compile as plan_compile, hlo
 from janusflow_jax.training import cross_entropy, flops, step as train_step
 
 
@@ -94,19 +96,31 @@ class Budget(NamedTuple):
 
 TEXT = {"generate": (80, 0), "understand": (200, 100)}
 """Text tokens of a typical sample, and the targets among them (benchmarks/RESULTS.md)."""
-FILL = 0.988  # share of positions that belong to a sample (benchmarks/RESULTS.md)
+FULL_ROWS = 0.929  # share of a row of images that images and their text use (the same page)
+
+
+def fill(text: float) -> float:
+    """Share of all positions that belong to a sample, in a mixture with this share of text.
+
+    Text is put behind images until half of it has rows of its own (data/rows.py).
+    """
+    rows = (1 - text) / FULL_ROWS
+    behind = min(text / 2, rows - (1 - text))
+    return 1 / (rows + text - behind)
 
 
 def typical(cfg: TrainConfig) -> flops.Work:
     """The contents of a typical batch of the config's last mixture."""
     _, weights = cfg.data.phases()[-1]
-    total = cfg.batch_rows * cfg.data.row_len * FILL
+    text = sum(w for w, s in zip(weights, cfg.data.sources, strict=True) if s.task not in TEXT)
+    full = fill(text / sum(weights))
+    total = cfg.batch_rows * cfg.data.row_len * full
     positions = pairs = targets = 0.0
     images = dict.fromkeys(TEXT, 0.0)
     for weight, source in zip(weights, cfg.data.sources, strict=True):
         share = total * weight / sum(weights)
-        text, wanted = TEXT.get(source.task, (cfg.data.row_len, cfg.data.row_len))
-        length = min(text + (cfg.model.slot_len if source.task in TEXT else 0), cfg.data.row_len)
+        tokens, wanted = TEXT.get(source.task, (cfg.data.row_len, cfg.data.row_len))
+        length = min(tokens + (cfg.model.slot_len if source.task in TEXT else 0), cfg.data.row_len)
         samples = share / length
         positions += share
         pairs += samples * length * (length + 1) / 2
@@ -121,7 +135,7 @@ def typical(cfg: TrainConfig) -> flops.Work:
         targets=int(targets),
         gen_images=int(images["generate"]),
         und_images=int(images["understand"]),
-        padding=1 - FILL,
+        padding=1 - full,
         idle_slots=1 - used / slots if slots else 0.0,
     )
 
@@ -194,18 +208,23 @@ def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
     return total
 
 
-def executed(cfg: TrainConfig, counted: float) -> float:
-    """Operations over all devices with the attention that runs, from a count with XLA's.
+def attention_kernel(op_name: str, shapes: Sequence[hlo.Shape], share: float, fused: bool) -> float:
+    """Operations of one run of a splash attention kernel on a device.
 
-    Splash attention computes only the blocks on and below the diagonal. Its backward pass computes
-    the scores twice: 7 matmuls per block where XLA's attention has 4.
+    Args:
+      op_name: its name says which pass it is.
+      shapes: of its operands; the first of four dimensions is that of the queries, [B, N, T, H].
+      share: of the T x T pairs that it computes.
+      fused: whether one kernel computes all gradients.
     """
-    if cfg.attention != "splash":
-        return counted
-    length = cfg.data.row_len
-    per_pass = flops.attention_per_pair(cfg.model) * cfg.batch_rows * length**2
-    unit, block = attention.SPLASH_UNIT, attention.SPLASH_BLOCK
+    rows, heads, length, size = next(s.dims for s in shapes if len(s.dims) == 4)
+    matmuls = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}
+    name = re.search(r"splash_m[hq]a_([a-z]+)", op_name)
+    return 2.0 * matmuls[name[1] if name else "fwd"] * rows * heads * length**2 * share * size
+
+
+def attention_share(cfg: TrainConfig) -> float:
+    """Share of the T x T pairs that splash attention computes: the blocks up to the diagonal."""
+    length, unit, block = cfg.data.row_len, attention.SPLASH_UNIT, attention.SPLASH_BLOCK
     blocks = length / (block if length % block == 0 else unit)
-    forward = 2 if cfg.remat else 1
-    splash_flops = per_pass * (forward + 7 / 2) * (blocks + 1) / (2 * blocks)
-    return counted - per_pass * (forward + 2) + splash_flops
+    return (blocks + 1) / (2 * blocks)
