@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,28 +12,46 @@ import pytest
 
 from janusflow_jax import config as c
 from janusflow_jax.config.errors import ConfigError
-from janusflow_jax.models import attention
+from janusflow_jax.models import attention, int8, layers, splash
 from janusflow_jax.parallel import sharding
 
-ROWS, LENGTH, HEADS, SIZE = 4, 256, 4, 32
+ROWS, LENGTH, HEADS, SIZE = 4, 384, 4, 32
+BLOCK = 128  # of rows of this length
+CUTS = np.array(
+    [
+        [384, 384, 384],  # one sample
+        [40, 130, 300],  # samples across the borders of blocks
+        [128, 129, 256],  # and along them
+        [0, 0, 0],  # no sample
+    ]
+)
+
+
+def segments() -> np.ndarray:
+    at = np.arange(LENGTH)
+    ids = np.sum([at >= cut for cut in CUTS.T[:, :, None]], axis=0, dtype=np.int32) + 1
+    ids[2, 260:] = 0  # padding
+    ids[1, 131:299] = 0  # a dropped prompt, behind its first token
+    ids[3] = 0
+    return ids
 
 
 def inputs(kv_heads: int = HEADS):
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (ROWS, LENGTH, HEADS, SIZE))
     k, v = (jax.random.normal(x, (ROWS, LENGTH, kv_heads, SIZE)) for x in keys[1:3])
-    cuts = np.array([[0, 256, 256], [40, 200, 256], [128, 129, 256], [3, 90, 180]])
-    at = np.arange(LENGTH)
-    ids = sum((at[None] >= cuts[:, i : i + 1]).astype(np.int32) for i in range(3))
-    ids[3] = np.where(at < 180, ids[3] + 1, 0)  # padding at the end
-    return q, k, v, jnp.asarray(ids)
+    return q, k, v, jnp.asarray(segments())
 
 
 def value_and_gradients(impl: str):
+    """Nothing reads the outputs of segment 0, so that they may differ."""
+
     def run(q, k, v, ids):
         out = attention.dot_product_attention(q, k, v, attention.row_mask(ids, impl), impl)
+        finite = jnp.isfinite(out).all()
+        out = jnp.where(ids[..., None, None] > 0, out, 0)
         weight = jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-        return jnp.sum(out * weight), out
+        return jnp.sum(out * weight), (out, finite)
 
     return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))
 
@@ -46,8 +67,73 @@ def test_it_equals_the_masked_form(kv_heads):
     ((_, got), ours) = value_and_gradients("splash_interpret")(*args)
     check((got, ours), (want, grads))
     together = args[:3] + (jnp.ones_like(args[3]),)
-    ((_, other), _) = value_and_gradients("splash_interpret")(*together)
-    assert np.abs(np.asarray(other - want)).max() > 0.1  # segments matter
+    ((_, other), _) = value_and_gradients("xla")(*together)
+    assert np.abs(np.asarray(other[0] - want[0])).max() > 0.1  # segments matter
+
+
+def test_skipped_blocks_change_no_bit(monkeypatch):
+    args = inputs()
+    got = value_and_gradients("splash_interpret")(*args)
+    causal = np.tri(LENGTH // BLOCK, dtype=bool)
+    monkeypatch.setattr(
+        splash, "executed_blocks", lambda ids, _: jnp.broadcast_to(causal, (len(ids), 3, 3))
+    )
+    want = value_and_gradients("splash_interpret")(*args)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_skipped_blocks_are_not_read():
+    q, k, v, ids = inputs()
+    v = v.at[1, 256:].set(jnp.nan).at[2, :128].set(jnp.nan)
+    got = attention.dot_product_attention(q, k, v, ids, "splash_interpret")
+    assert np.isfinite(got[1, :256]).all() and np.isfinite(got[2, 128:]).all()
+
+
+def test_executed_blocks_are_those_with_pairs():
+    ids = segments()
+    pairs = np.asarray(attention.segment_mask(jnp.asarray(ids))) & (ids[:, :, None] > 0)
+    blocks = LENGTH // BLOCK
+    needed = pairs.reshape(ROWS, blocks, BLOCK, blocks, BLOCK).any((2, 4))
+    got = splash.executed_blocks(ids, BLOCK)
+    np.testing.assert_array_equal(got, needed | np.eye(blocks, dtype=bool))
+    assert got.sum((1, 2)).tolist() == [6, 5, 3, 3]
+    traced = jax.jit(splash.executed_blocks, static_argnums=1)(ids, BLOCK)
+    np.testing.assert_array_equal(got, traced)
+
+
+def test_keys_and_values_are_not_repeated():
+    """No array that has keys' length and size is wider than the keys."""
+    rows, queries, heads, keys, kv_heads, size = 1, 3, 6, 5, 2, 7
+    q = jnp.ones((rows, queries, heads, size))
+    k, v = jnp.ones((2, rows, keys, kv_heads, size))
+    narrow = int8.keys_values(k, v)
+    scales = narrow["k_scale"], narrow["v_scale"]
+
+    def total(q, k, v, scales=None):
+        return attention.dot_product_attention(q, k, v, scales=scales).sum()
+
+    for jaxpr in (
+        jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(q, k, v),
+        jax.make_jaxpr(total)(q, narrow["k"], narrow["v"], scales),
+    ):
+        shapes = [[int(x) for x in y.split(",")] for y in re.findall(r"\[([\d,]+)\]", str(jaxpr))]
+        wide = [math.prod(x) for x in shapes if {keys, size} <= set(x)]
+        assert max(wide) == k.size
+    q, k, v, ids = inputs(kv_heads=2)
+    kernel = str(
+        jax.make_jaxpr(attention.dot_product_attention, static_argnums=4)(
+            q, k, v, ids, "splash_interpret"
+        )
+    )
+    assert f"f32[2,{ROWS * LENGTH},{SIZE}]" in kernel
+
+
+def test_both_ways_to_swap_halves_are_equal():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x = jax.random.normal(jax.random.key(0), (2, 3, 8), dtype)
+        want = np.concatenate([x[..., 4:], x[..., :4]], axis=-1)
+        np.testing.assert_array_equal(layers.swap_halves(x), want)
+        np.testing.assert_array_equal(layers.swap_by_matmul(x), want)
 
 
 def test_on_a_mesh_it_equals_one_device():

@@ -16,7 +16,7 @@ from helpers.gathers import activation_gathers, stack_gathers
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from janusflow_jax import config as c
-from janusflow_jax.models import attention
+from janusflow_jax.models import splash
 from janusflow_jax.parallel import sharding
 from janusflow_jax.planning import (
     collectives as plan_collectives,
@@ -68,7 +68,7 @@ def test_auto_attention_can_run_on_every_platform(name, topology):
     file, _, arg = name.partition(":")
     cfg = load(file, arg or None)
     prepared = plan_compile.prepare(cfg, plan_topology.parse(topology))
-    is_splash = topology.startswith("v") and cfg.data.row_len % attention.SPLASH_UNIT == 0
+    is_splash = topology.startswith("v") and cfg.data.row_len % splash.UNIT == 0
     assert prepared.attention == ("splash" if is_splash else "xla")
 
 
@@ -185,14 +185,18 @@ def test_typical_rows_are_as_full_as_packing_makes_them(text, measured):
 
 def test_operations_of_splash_attention():
     cfg = load("pretrain")
-    share = plan_flops.attention_share(cfg)
-    shapes = hlo.shapes("s8[1,8,8]{2,1,0}, bf16[2,16,4096,128]{3,2,1,0}, f32[2,16,4096,128]")
-    count = lambda name, fused=False: plan_flops.attention_kernel(name, shapes, share, fused)  # noqa: E731
-    matmul = 2 * 2 * 16 * 4096**2 * 128 * 36 / 64
+    shapes = hlo.shapes("s8[1,8,8]{2,1,0}, bf16[16,8192,128]{2,1,0}, f32[16,8192,128]")
+    count = lambda name: plan_flops.attention_kernel(name, shapes, 4096, 0.25)  # noqa: E731
+    matmul = 2 * 2 * 16 * 4096**2 * 128 / 4  # two rows
     assert count("jit(step)/splash_mha_fwd_segmented/pallas_call") == 2 * matmul
     assert count("jit(step)/splash_mha_dq_segmented") == 3 * matmul
     assert count("jit(step)/splash_mha_dkv_segmented") == 4 * matmul
-    assert count("jit(step)/splash_mha_dkv_segmented", fused=True) == 5 * matmul
+    assert count("jit(step)/flash_keys/pallas_call") == 4 * matmul
+    # A row holds 6 images with their prompts, so that 8 blocks of 512 meet 14 of 36.
+    cfg.data.sources = tuple(s for s in cfg.data.sources if s.task == "generate")
+    assert plan_flops.attention_share(cfg) == pytest.approx(14 / 64, abs=0.03)
+    cfg.data.sources = (dataclasses.replace(cfg.data.sources[0], task="text"),)
+    assert plan_flops.attention_share(cfg) == 36 / 64
 
 
 # --- collectives

@@ -46,14 +46,14 @@ def is_int8(kernel: Any) -> bool:
     return hasattr(kernel, "qvalue")
 
 
-def matmul(x: Float[Array, "*b D"], kernel: Any) -> Float[Array, "*b F"]:
+def matmul(x: Float[Array, "*b D"], kernel: Any) -> Float[Array, "..."]:
     """`x @ kernel` in the type of x.
 
-    Args: kernel: an array [D, F] or a quantized one.
+    Args: kernel: an array [D, F] or [D, N, H], or a quantized one [D, F].
     """
     if is_int8(kernel):
         return (x @ kernel.qvalue.astype(x.dtype)) * kernel.scale[0].astype(x.dtype)
-    return x @ kernel.astype(x.dtype)
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
 
 
 def keys_values(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> dict[str, Array]:

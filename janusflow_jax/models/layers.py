@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from janusflow_jax.models import int8
@@ -23,28 +24,38 @@ kernel_init: Init = nn.initializers.lecun_normal()
 
 
 class Linear(nn.Module):
-    """`x @ kernel (+ bias)` on the last axis, plus a LoRA adapter where the parameters have one."""
+    """`x @ kernel (+ bias)` on the last axis, plus a LoRA adapter where the parameters have one.
+
+    With `heads` the features are divided: [B, T, D] -> [B, T, N, F / N].
+    """
 
     features: int
     use_bias: bool = True
+    heads: int = 0
     kernel_init: Init = kernel_init
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b F"]:
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "..."]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        shape = (self.heads, self.features // self.heads) if self.heads else (self.features,)
         lead = x.shape[:-1]
         # On CPU matmuls of flattened tokens are twice as fast. On a mesh the batch is an axis of
         # its own, or XLA would gather it.
         if sharding.num_devices() == 1:
             x = x.reshape(-1, x.shape[-1])
+        if self.heads and not int8.is_int8(kernel):
+            # XLA for TPUs divides the kernel without a copy of the result.
+            kernel = kernel.reshape(-1, *shape)
         y = int8.matmul(x, kernel)
         if self.has_variable("params", "lora_a"):
             names = ("lora_a", "lora_b", "lora_scale")
             a, b, scale = (self.get_variable("params", n).astype(x.dtype) for n in names)
-            y = y + (x @ a) @ b * scale
+            y = y + ((x @ a) @ b * scale).reshape(y.shape)
+        y = y.reshape(*lead, *shape)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        return y.reshape(*lead, self.features)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(x.dtype).reshape(shape)
+        return y
 
 
 class PatchEmbed(nn.Module):
@@ -94,12 +105,25 @@ def safe_norm(
 
 
 def rope(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
-) -> Float[Array, "B T N H"]:
+    x: Float[Array, "B N T H"], positions: Int[Array, "B T"], theta: float
+) -> Float[Array, "B N T H"]:
     """Rotary positions, half-split form (pairs are i and i + H/2), angles in float32."""
     half = x.shape[-1] // 2
     freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * freq  # [B, T, H/2]
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    angle = positions[:, None, :, None].astype(jnp.float32) * freq  # [B, 1, T, H/2]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    swapped = lax.platform_dependent(x, tpu=swap_by_matmul, default=swap_halves)
+    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def swap_halves(x: Float[Array, "*b H"]) -> Float[Array, "*b H"]:
+    """[a, b] -> [b, a]."""
+    return jnp.roll(x, x.shape[-1] // 2, axis=-1)
+
+
+def swap_by_matmul(x: Float[Array, "*b H"]) -> Float[Array, "*b H"]:
+    """The same, exactly, for TPUs, which move numbers between lanes slowly."""
+    size = x.shape[-1]
+    swap = jnp.roll(jnp.eye(size, dtype=x.dtype), size // 2, axis=0)
+    return jnp.matmul(x, swap, precision="highest")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -38,11 +39,13 @@ class Attention(nn.Module):
     ) -> tuple[Array, dict[str, Array]]:
         cfg = self.cfg
         batch, length, _ = x.shape
+        # Heads before positions, as the TPU kernel wants them: so the projections write them
+        # there, and no copy is made.
         project = lambda name, heads: layers.Linear(  # noqa: E731
-            heads * cfg.head_dim, use_bias=False, name=name
-        )(x).reshape(batch, length, heads, cfg.head_dim)
+            heads * cfg.head_dim, use_bias=False, heads=heads, name=name
+        )(x).swapaxes(1, 2)
         q, k, v = (
-            sharding.constrain(project(name, heads), "batch", None, "tensor", None)
+            sharding.constrain(project(name, heads), "batch", "tensor", None, None)
             for name, heads in (
                 ("q", cfg.num_heads),
                 ("k", cfg.num_kv_heads),
@@ -51,6 +54,9 @@ class Attention(nn.Module):
         )
         q = layers.rope(q, positions, cfg.rope_theta)
         k = layers.rope(k, positions, cfg.rope_theta)
+        q, k, v = (
+            checkpoint_name(x, name).swapaxes(1, 2) for x, name in ((q, "q"), (k, "k"), (v, "v"))
+        )
         new = {"k": k, "v": v}
         if cache is not None and "k_scale" in cache:
             new = int8.keys_values(k, v)
@@ -64,7 +70,8 @@ class Attention(nn.Module):
         scales = (new["k_scale"], new["v_scale"]) if "k_scale" in new else None
         out = dot_product_attention(q, new["k"], new["v"], mask, self.impl, scales)
         out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
-        return layers.Linear(x.shape[-1], use_bias=False, name="o")(out), new
+        proj = layers.Linear(x.shape[-1], use_bias=False, name="o")(out)
+        return checkpoint_name(proj, "proj"), new
 
 
 class Mlp(nn.Module):
@@ -72,8 +79,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        gate = layers.Linear(self.width, use_bias=False, name="gate")(x)
-        up = layers.Linear(self.width, use_bias=False, name="up")(x)
+        gate = checkpoint_name(layers.Linear(self.width, use_bias=False, name="gate")(x), "gate")
+        up = checkpoint_name(layers.Linear(self.width, use_bias=False, name="up")(x), "up")
         y = sharding.constrain(jax.nn.silu(gate) * up, "batch", None, "tensor")
         return layers.Linear(x.shape[-1], use_bias=False, name="down")(y)
 

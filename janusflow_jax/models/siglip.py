@@ -29,11 +29,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        batch, length, width = x.shape
-        q, k, v = (
-            layers.Linear(width, name=name)(x).reshape(batch, length, self.num_heads, -1)
-            for name in ("q", "k", "v")
-        )
+        width = x.shape[-1]
+        q, k, v = (layers.Linear(width, heads=self.num_heads, name=n)(x) for n in ("q", "k", "v"))
         out = dot_product_attention(q, k, v, impl=self.impl).reshape(x.shape)
         return layers.Linear(width, name="o")(out)
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from janusflow_jax.config import TrainConfig, parts as parts_lib
-from janusflow_jax.models import attention
+from janusflow_jax.models import splash
 from janusflow_jax.planning import compile as plan_compile, hlo
 from janusflow_jax.training import cross_entropy, flops, step as train_step
 
@@ -109,6 +109,13 @@ def fill(text: float) -> float:
     return 1 / (rows + text - behind)
 
 
+def sample_length(cfg: TrainConfig, task: str) -> int:
+    """Positions of a typical sample; text fills a row."""
+    if task not in TEXT:
+        return cfg.data.row_len
+    return min(TEXT[task][0] + cfg.model.slot_len, cfg.data.row_len)
+
+
 def typical(cfg: TrainConfig) -> flops.Work:
     """The contents of a typical batch of the config's last mixture."""
     _, weights = cfg.data.phases()[-1]
@@ -119,8 +126,8 @@ def typical(cfg: TrainConfig) -> flops.Work:
     images = dict.fromkeys(TEXT, 0.0)
     for weight, source in zip(weights, cfg.data.sources, strict=True):
         share = total * weight / sum(weights)
-        tokens, wanted = TEXT.get(source.task, (cfg.data.row_len, cfg.data.row_len))
-        length = min(tokens + (cfg.model.slot_len if source.task in TEXT else 0), cfg.data.row_len)
+        length = sample_length(cfg, source.task)
+        wanted = TEXT[source.task][1] if source.task in TEXT else length
         samples = share / length
         positions += share
         pairs += samples * length * (length + 1) / 2
@@ -208,23 +215,34 @@ def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
     return total
 
 
-def attention_kernel(op_name: str, shapes: Sequence[hlo.Shape], share: float, fused: bool) -> float:
-    """Operations of one run of a splash attention kernel on a device.
+MATMULS = {
+    **{"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4},
+    **{"flash_forward": 2, "flash_queries": 3, "flash_keys": 4},
+}
+"""Matmuls for each pair of positions in the kernels of attention, by a part of their names."""
+
+
+def attention_kernel(op_name: str, shapes: Sequence[hlo.Shape], length: int, share: float) -> float:
+    """Operations of one run of a kernel of attention on a device.
 
     Args:
-      op_name: its name says which pass it is.
-      shapes: of its operands; the first of four dimensions is that of the queries, [B, N, T, H].
-      share: of the T x T pairs that it computes.
-      fused: whether one kernel computes all gradients.
+      shapes: of its operands; the first of numbers with more than two dimensions are the queries.
+      length: of a row.
+      share: of the pairs of positions in a row that the kernel computes.
     """
-    rows, heads, length, size = next(s.dims for s in shapes if len(s.dims) == 4)
-    matmuls = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}
-    name = re.search(r"splash_m[hq]a_([a-z]+)", op_name)
-    return 2.0 * matmuls[name[1] if name else "fwd"] * rows * heads * length**2 * share * size
+    queries = next(s for s in shapes if len(s.dims) > 2 and s.type in ("bf16", "f32"))
+    matmuls = next((n for name, n in MATMULS.items() if name in op_name), 0)
+    return 2.0 * matmuls * math.prod(queries.dims) * length * share
 
 
 def attention_share(cfg: TrainConfig) -> float:
-    """Share of the T x T pairs that splash attention computes: the blocks up to the diagonal."""
-    length, unit, block = cfg.data.row_len, attention.SPLASH_UNIT, attention.SPLASH_BLOCK
-    blocks = length / (block if length % block == 0 else unit)
-    return (blocks + 1) / (2 * blocks)
+    """Share of the pairs of positions that the kernel computes in typical rows."""
+    length, block = cfg.data.row_len, splash.block_size(cfg.data.row_len)
+    _, weights = cfg.data.phases()[-1]
+    rows = []
+    for source in cfg.data.sources:
+        sample = sample_length(cfg, source.task)
+        ids = np.arange(length) // sample + 1
+        rows.append(ids * (ids <= length // sample))
+    blocks = splash.executed_blocks(np.array(rows), block)
+    return float(np.average(blocks.mean((1, 2)), weights=weights))

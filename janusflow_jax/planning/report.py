@@ -295,9 +295,9 @@ def parts(run: Compiled, while_trips: float, assume: Assumptions) -> dict[str, P
     for cost in roofline.costs(hlo.parse(text), while_trips):
         reached = assume.tpu_matmul if chip.platform == "tpu" else assume.gpu_matmul
         if cost.kind == "kernel":
-            fused = "splash_mha_dq" not in text
-            run_flops = plan_flops.attention_kernel(cost.op_name, cost.shapes, share, fused)
-            cost, reached = cost._replace(flops=cost.times * run_flops), assume.kernel
+            length = run.cfg.data.row_len
+            one_run = plan_flops.attention_kernel(cost.op_name, cost.shapes, length, share)
+            cost, reached = cost._replace(flops=cost.times * one_run), assume.kernel
         roof = max(cost.flops / peak, cost.bytes * chip.cores / chip.hbm)
         compiler = cost.cycles / (chip.ghz * 1e9) if cost.cycles and chip.ghz else roof
         estimate = max(cost.flops / (peak * reached), cost.bytes / rate)
