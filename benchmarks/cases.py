@@ -223,7 +223,7 @@ def _train(s: Setup, name: str, tasks: str, text: int) -> Result:
         train_parts=parts,
         batch_rows=1,
         dtype=s.dtype,
-        remat=jax.default_backend() != "cpu",
+        remat="none" if jax.default_backend() == "cpu" else "full",
     )
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
     loaded = model_folder.load_model(s.ours)

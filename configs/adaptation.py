@@ -8,7 +8,7 @@ Reproduces arXiv 2411.07975 section 4, stage 1: the generation encoder and decod
     python -m janusflow_jax.train --config=configs/adaptation.py
 
 Costs 10,000 steps of 512 packed rows of 4,096 positions: 37 TFLOP a row, 1.9e8 TFLOP in all.
-Arguments: 256, test.
+Arguments: 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
 """
 
 from janusflow_jax import config as c
@@ -16,7 +16,7 @@ from janusflow_jax.config import stages
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
-    names = c.parse_arg(arg, {"256": stages.SIZE_256, "test": stages.TEST})
+    names = c.parse_arg(arg, stages.ARGUMENTS)
     cfg = stages.stage(
         names,
         {"understand": (50, -1), "generate": (50, -1)},

@@ -7,7 +7,7 @@ batch 512, understanding : generation : text 30:50:20 for 10,000 steps, then 14:
 
 Starts from `runs/adaptation`; `--config.start=` takes any run or model folder, such as a converted
 JanusFlow-1.3B. Costs 390,000 steps of 512 packed rows of 4,096 positions: 37 TFLOP a row, 7.4e9
-TFLOP in all. Arguments: 256, test.
+TFLOP in all. Arguments: 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
 """
 
 from janusflow_jax import config as c
@@ -15,7 +15,7 @@ from janusflow_jax.config import stages
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
-    names = c.parse_arg(arg, {"256": stages.SIZE_256, "test": stages.TEST})
+    names = c.parse_arg(arg, stages.ARGUMENTS)
     cfg = stages.stage(
         names,
         {"understand": (30, 14), "generate": (50, 80), "text": (20, 6)},

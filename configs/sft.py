@@ -7,7 +7,7 @@ batch 256, understanding : generation : text 21:70:9, chat form, 384 px.
 
 Starts from `runs/pretrain`; `--config.start=` takes any run or model folder. Costs 26,000 steps of
 256 packed rows of 4,096 positions: 37 TFLOP a row and SigLIP's backward pass, 2.5e8 TFLOP.
-Arguments: 256, test.
+Arguments: 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
 """
 
 from janusflow_jax import config as c
@@ -15,7 +15,7 @@ from janusflow_jax.config import stages
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
-    names = c.parse_arg(arg, {"256": stages.SIZE_256, "test": stages.TEST})
+    names = c.parse_arg(arg, stages.ARGUMENTS)
     cfg = stages.stage(
         names,
         {"understand": (21, -1), "generate": (70, -1), "text": (9, -1)},

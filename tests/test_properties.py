@@ -112,8 +112,9 @@ def test_a_packed_row_trains_as_its_samples_alone(packed):
     close(packed, PLAIN(*parameters(), batch_of([["understand"], [], ["generate"], []])), 1e-5)
 
 
-def test_remat_changes_no_loss_and_no_gradient(packed):
-    lean = gradient(janusflow.JanusFlow(CFG, remat=True))
+@pytest.mark.parametrize("remat", ["full", "names"])
+def test_remat_changes_no_loss_and_no_gradient(packed, remat):
+    lean = gradient(janusflow.JanusFlow(CFG, remat=remat))
     batch = batch_of([["understand", "generate"], [], [], []])
     close(lean(*parameters(), batch), packed, 1e-5)
 

@@ -52,7 +52,7 @@ def test_only_what_a_start_gives_must_agree(tmp_path):
 MEMORY = {
     "optim.accum_steps": 2,
     "loss.ce_chunk": 0,
-    "remat": True,
+    "remat": "full",
     "frozen_dtype": "bfloat16",
     "optim.moments_dtype": "bfloat16",
 }

@@ -34,15 +34,31 @@ def config(stage: str, arg: str | None = None) -> c.TrainConfig:
     return runpy.run_path(str(ROOT / "configs" / f"{stage}.py"))["get_config"](arg)
 
 
-@pytest.mark.parametrize("arg", [None, "256", "test"])
+@pytest.mark.parametrize("arg", [None, "256", "512", "7b", "cached", "test"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_can_work_and_has_its_name(stage, arg):
     cfg = config(stage, arg)
     assert not config_checks.train_problems(cfg)
     assert cfg.name == (f"{stage}-{arg}" if arg else stage)
     hash(cfg)
-    if arg != "test":
-        assert cfg.model.image_size == int(arg or 384) and not cfg.allow_fresh
+    if arg == "test":
+        return
+    assert not cfg.allow_fresh
+    assert cfg.model.image_size == (int(arg) if arg in ("256", "512") else 384)
+    assert cfg.model.name == ("7b" if arg == "7b" else "1p3b")
+    caches = {s.task for s in cfg.data.sources if s.cache}
+    assert caches == ({"generate"} if arg == "cached" else set())
+    assert cfg.data.row_len >= cfg.data.num_slots * cfg.model.slot_len
+
+
+def test_a_row_must_hold_an_image():
+    cfg = config("pretrain")
+    cfg.model.image_size = cfg.model.und.image_size = 1024
+    assert any(p.startswith("data.row_len: ") for p in config_checks.train_problems(cfg))
+    cfg.data.row_len = 8192
+    assert not config_checks.train_problems(cfg)
+    with pytest.raises(c.ConfigError, match="one image size"):
+        config("pretrain", "256,512")
 
 
 @pytest.mark.parametrize(

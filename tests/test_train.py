@@ -162,7 +162,7 @@ def test_the_compiled_step_holds_nothing_for_what_is_frozen():
     size = lambda t: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t))  # noqa: E731
     flops = []
     for train_parts in (c.MODEL_PARTS, ("gen_decoder", "llm/norm")):
-        cfg = config("x", train_parts=train_parts, remat=False)
+        cfg = config("x", train_parts=train_parts, remat="none")
         compiled, params, rest = compile_step(cfg)
         trained, frozen = trees.split(params, parts_lib.trained_paths(cfg))
         expected = 4 * size(trained) + size(frozen) + size(rest)

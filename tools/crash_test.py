@@ -76,7 +76,7 @@ def tiny_config(data: str, workdir: str) -> Any:
         batch_rows=BATCH_ROWS,
         num_steps=NUM_STEPS,
         seed=1,
-        remat=False,
+        remat="none",
         log_every_steps=1,
         save_every_steps=SAVE_EVERY,
     )

@@ -73,7 +73,7 @@ def make_config(
         batch_rows=args.batch_rows,
         num_steps=steps,
         seed=args.seed,
-        remat=False,
+        remat="none",
         log_every_steps=50,
         save_every_steps=1000,
     )

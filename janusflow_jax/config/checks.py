@@ -124,7 +124,13 @@ def train_problems(cfg: TrainConfig) -> list[str]:
 def _source_problems(cfg: TrainConfig) -> list[str]:
     problems = _Problems()
     require = problems.require
-    data = cfg.data
+    data, slot_len = cfg.data, cfg.model.slot_len
+    require(
+        data.row_len > slot_len or all(s.task == "text" for s in data.sources),
+        "data.row_len",
+        f"more than the {slot_len} positions of an image of {cfg.model.image_size} px",
+        data.row_len,
+    )
     labels = [(s.label, s.task == "generate") for s in data.sources]
     require(len({*labels}) == len(labels), "data.sources", "different names", labels)
     names = [s.name or (s.split, s.task) for s in cfg.evaluate.sources]

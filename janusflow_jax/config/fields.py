@@ -121,7 +121,10 @@ def from_dict(cls: Any, values: dict[str, Any], where: str = "") -> Any:
         raise ConfigError(
             f"{where or cls.__name__}: unknown keys {unknown}; known are {sorted(types)}"
         )
-    return cls(**{n: _from_json(types[n], v, f"{where}{n}") for n, v in values.items()})
+    made = cls()
+    for name, value in values.items():
+        setattr(made, name, _from_json(types[name], value, f"{where}{name}"))
+    return made
 
 
 def _from_json(kind: Any, value: Any, where: str) -> Any:

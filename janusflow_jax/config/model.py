@@ -173,4 +173,9 @@ MODEL_SIZES = {
         repa=RepaConfig(layer=3, width=768),
     ),
     "1p3b": ModelConfig,
+    "7b": lambda: ModelConfig(
+        name="7b",
+        llm=_llama(vocab_size=102400, width=4096, mlp_width=11008, num_layers=30, num_heads=32),
+        repa=RepaConfig(layer=8),
+    ),
 }

@@ -192,7 +192,8 @@ class TrainConfig:
     num_steps: int = positive(1000)
     seed: int = seed()
     dtype: str = choice("float32", "bfloat16")  # of activations
-    remat: bool = True
+    # what the backward pass computes again: whole blocks, what is cheap, or nothing
+    remat: str = choice("full", "names", "none")
     attention: str = choice("auto", *ATTENTION)
     # so many skipped steps in a row stop the run; 0: never
     max_bad_steps: int = zero_or_more(10)
@@ -211,6 +212,12 @@ class TrainConfig:
     heldout_captions: int = zero_or_more(24)
     sheet_cfg_weight: float = zero_or_more(2.0)
     sheet_num_steps: int = between(30, 1, 10_000)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "remat":  # it was True or False before 0.3
+            old = {"true": "full", "1": "full", "false": "none", "0": "none"}
+            value = old.get(str(value).lower(), value)
+        object.__setattr__(self, name, value)
 
 
 MAY_CHANGE = tuple(

@@ -14,6 +14,14 @@ ADAPTED = tuple(p for p in c.MODEL_PARTS if p not in ("llm", "und_encoder"))
 
 TEST = "seconds on a CPU: a tiny model on the quick start's data, through the same code"
 SIZE_256 = "256 px images instead of 384"
+ARGUMENTS = {
+    "256": SIZE_256,
+    "512": "512 px images instead of 384",
+    "7b": "a language model of 7B parameters instead of 1.3B",
+    "cached": "latents from data/generate/latents (tools/cache_latents.py): the VAE does not run",
+    "test": TEST,
+}
+"""The arguments of the configs of the three stages."""
 ROW_LEN = 4096
 Shares = tuple[float | int, float | int]
 START = "models/start"
@@ -89,17 +97,23 @@ def sources(weights: Mapping[str, Shares], form: str) -> tuple[c.SourceConfig, .
 def stage(
     names: set[str], weights: Mapping[str, Shares], form: str, **fields: object
 ) -> c.TrainConfig:
-    """A 1.3B run on packed rows, with the values that all stages share.
+    """A run on packed rows, with the values that all stages share.
 
     Args:
-      names: arguments of the config; '256' changes the size.
+      names: arguments of the config, some of `ARGUMENTS`.
       weights: task -> shares of positions (before, after the change; -1: the same).
       form: 'chat' or 'plain', of the sources with images.
       fields: other fields of TrainConfig.
     """
-    model = c.model_config("1p3b", 256 if "256" in names else 384)
-    slots = ROW_LEN // (model.slot_len + 40)  # 40: a short prompt
+    sizes = [int(name) for name in names if name.isdigit()]
+    if len(sizes) > 1:
+        raise c.ConfigError(f"config argument: expected one image size; got {sorted(sizes)}")
+    model = c.model_config("7b" if "7b" in names else "1p3b", *sizes)
+    slots = max(1, ROW_LEN // (model.slot_len + 40))  # 40: a short prompt
     mixture = sources(weights, form)
+    if "cached" in names:
+        for source in mixture:
+            source.cache = f"{source.path}/latents" if source.task == "generate" else ""
     tasks = {source.task for source in mixture}
     cfg = c.TrainConfig(
         model=model,
@@ -157,7 +171,7 @@ def test_twin(cfg: c.TrainConfig, own_folders: tuple[str, ...] = ()) -> c.TrainC
         if source.path in own_folders:
             return source
         split = source.split if source.split == "train" else OPENMOJI_HELDOUT
-        return dataclasses.replace(source, path=OPENMOJI, split=split)
+        return dataclasses.replace(source, path=OPENMOJI, split=split, cache="")
 
     slots = 2
     model = c.model_config("test")

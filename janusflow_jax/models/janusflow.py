@@ -71,7 +71,7 @@ class JanusFlow(nn.Module):
 
     cfg: ModelConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     impl: str = "xla"
 
     def setup(self) -> None:
@@ -79,12 +79,12 @@ class JanusFlow(nn.Module):
         self.llm = llama.Llama(cfg.llm, dtype, self.remat, self.impl)
         # XLA's attention suits the tower's head dimension and length on every platform.
         if cfg.und_encoder == "siglip":
-            self.und_encoder = siglip.Siglip(cfg.und, dtype, self.remat)
+            self.und_encoder = siglip.Siglip(cfg.und, dtype, self.remat != "none")
         elif cfg.und_encoder == "own":
-            encoder = nn.remat(LatentEncoder) if self.remat else LatentEncoder
+            encoder = LatentEncoder if self.remat == "none" else nn.remat(LatentEncoder)
             self.und_encoder = encoder(cfg, dtype)
         if cfg.repa_target == "siglip":
-            self.repa_target = siglip.Siglip(cfg.und, dtype, self.remat)
+            self.repa_target = siglip.Siglip(cfg.und, dtype, self.remat != "none")
         self.und_aligner = layers.Linear(cfg.llm.width)
         self.und_begin = BeginEmbedding(cfg.llm.width)
         self.gen_encoder = convnext.GenEncoder(cfg.gen, cfg.llm.width, dtype)

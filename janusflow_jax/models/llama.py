@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from janusflow_jax.config import LlamaConfig
 from janusflow_jax.models import int8, layers
-from janusflow_jax.models.attention import dot_product_attention
+from janusflow_jax.models.attention import SAVED_NAMES, dot_product_attention
 from janusflow_jax.parallel import sharding
 
 Cache = Any
@@ -107,7 +107,7 @@ class Body(nn.Module):
 
     cfg: LlamaConfig
     impl: str
-    remat: bool
+    remat: str
     capture: int
     keep: str
 
@@ -115,7 +115,12 @@ class Body(nn.Module):
     def __call__(
         self, carry: Any, layer: Any, cache: Any, positions: Array, mask: Array, index: Any
     ) -> tuple[Any, Any]:
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            # "names" keeps the results of all matmuls but the last, which no gradient needs.
+            keep = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+            policy = keep if self.remat == "names" else None
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         x, captured = carry
         x, kv = block(self.cfg, self.impl, name="block")(x, positions, mask, cache, index)
         if self.capture:
@@ -133,7 +138,7 @@ class Llama(nn.Module):
 
     cfg: LlamaConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"  # full | names | none
     impl: str = "xla"
 
     def setup(self) -> None:

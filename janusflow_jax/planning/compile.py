@@ -57,17 +57,31 @@ def prepare(cfg: TrainConfig, machine: Machine) -> TrainConfig:
 
 
 def batch_shapes(cfg: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch as the loader makes it, without values."""
-    rows, slots, side = cfg.batch_rows, cfg.data.num_slots, cfg.model.image_size
-    shape = jax.ShapeDtypeStruct
-    return {
+    """A global batch as the loader makes it, without values.
+
+    A source with a cache has latents to generate from, or features to understand; REPA's targets
+    are computed.
+    """
+    rows, side, m = cfg.batch_rows, cfg.model.image_size, cfg.model
+    cached = {source.task for source in cfg.data.sources if source.cache}
+    needs_gen = "generate" not in cached or bool(cfg.loss.repa_weight)
+    images = max(cfg.data.gen_slots * needs_gen, cfg.data.und_slots * ("understand" not in cached))
+    slots, shape = cfg.data.num_slots, jax.ShapeDtypeStruct
+    encoded = {}
+    if "generate" in cached:
+        latents = shape((rows, cfg.data.gen_slots, *m.latent_shape), jnp.bfloat16)
+        encoded |= {"latent_mean": latents, "latent_logvar": latents}
+    if "understand" in cached:
+        features = (rows, cfg.data.und_slots, m.num_image_tokens, m.und.width)
+        encoded["und_features"] = shape(features, jnp.bfloat16)
+    return encoded | {
         "row": shape((rows,), jnp.uint32),
         "tokens": shape((rows, cfg.data.row_len), jnp.int32),
         "segment_ids": shape((rows, cfg.data.row_len), jnp.int32),
         "positions": shape((rows, cfg.data.row_len), jnp.int32),
         "target_mask": shape((rows, cfg.data.row_len), jnp.bool_),
         "source_ids": shape((rows, cfg.data.row_len), jnp.int32),
-        "images": shape((rows, slots, side, side, 3), jnp.uint8),
+        "images": shape((rows, images, side, side, 3), jnp.uint8),
         "slot_start": shape((rows, slots), jnp.int32),
         "slot_task": shape((rows, slots), jnp.int32),
     }

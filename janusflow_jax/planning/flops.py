@@ -144,6 +144,7 @@ def typical(cfg: TrainConfig) -> flops.Work:
         und_images=int(images["understand"]),
         padding=1 - full,
         idle_slots=1 - used / slots if slots else 0.0,
+        cached=flops.CACHED.intersection(plan_compile.batch_shapes(cfg)),
     )
 
 
@@ -199,14 +200,18 @@ def head_work(cfg: TrainConfig, mesh: Mesh) -> tuple[int, int]:
 
 def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
     """Operations that the backward pass runs again: whole blocks except their last matmul, whose
-    result no gradient needs."""
-    if not cfg.remat:
+    result no gradient needs; of blocks that keep their matmul results ("names"), attention's scores
+    in XLA's form."""
+    if cfg.remat == "none":
         return 0.0
     m, und = cfg.model.llm, cfg.model.und
     positions = cfg.batch_rows * cfg.data.row_len
-    kernels = flops.llm_kernel(cfg.model) - m.num_layers * m.width * m.mlp_width
-    total = 2.0 * kernels * positions
-    total += flops.attention_per_pair(cfg.model) * positions * cfg.data.row_len
+    attention_again = flops.attention_per_pair(cfg.model) * positions * cfg.data.row_len
+    if cfg.remat == "names":
+        total = attention_again / 2
+    else:
+        kernels = flops.llm_kernel(cfg.model) - m.num_layers * m.width * m.mlp_width
+        total = 2.0 * kernels * positions + attention_again
     if "und_encoder" in trained and cfg.model.und_encoder == "siglip":
         last = 2.0 * und.num_layers * und.num_tokens * und.width * und.mlp_width
         patches = 2.0 * und.num_tokens * 3 * und.patch_size**2 * und.width
@@ -216,8 +221,12 @@ def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
 
 
 MATMULS = {
-    **{"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4},
-    **{"flash_forward": 2, "flash_queries": 3, "flash_keys": 4},
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+    "flash_forward": 2,
+    "flash_queries": 3,
+    "flash_keys": 4,
 }
 """Matmuls for each pair of positions in the kernels of attention, by a part of their names."""
 

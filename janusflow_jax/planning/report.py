@@ -40,14 +40,17 @@ PARTS = {
     "batch": "batch",
     "inputs": "inputs",
 }
+MARGIN = 0.05  # share of the memory that a choice of ours leaves free
+
+
+MATMUL = {"tpu": 0.8, "gpu": 0.65}
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
     """What a step time rests on beside the compiler's figures. None was measured by us."""
 
-    tpu_matmul: float = 0.8  # share of the peak that matmuls and convolutions reach on TPUs
-    gpu_matmul: float = 0.65  # and on GPUs
+    matmul: float | None = None  # share of the peak that matmuls reach; None: of MATMUL
     kernel: float = 0.45  # share of the peak that attention kernels reach
     memory: float = 0.9  # share of the memory's rate
     link: float = 0.8  # share of a link's rate
@@ -165,7 +168,7 @@ def report(
         sizes |= {"activations and temporaries": m.peak - sum(sizes.values()), "peak": m.peak}
     lines = [
         f"{name} on {run.machine.name}: {run.machine.chips} chips, mesh {mesh}, "
-        f"{run.cfg.attention} attention",
+        f"{run.cfg.attention} attention, remat {run.cfg.remat}",
         f"compiled in {run.seconds:.0f} s ({time.process_time():.0f} s of CPU time in all, "
         f"{peak_rss / GIB:.1f} GiB of memory); nothing was run",
         "",
@@ -217,7 +220,7 @@ def report(
         times = sum(c.times for c in cs)
         lines.append(f"  {kind:44} {times:8.0f} {result:7.0f} MB {total:7.0f} MB {ms:7.1f} ms")
     t = step_time(run, while_trips, assume)
-    matmul = assume.tpu_matmul if run.machine.chip.platform == "tpu" else assume.gpu_matmul
+    matmul = assume.matmul or MATMUL[run.machine.chip.platform]
     return "\n".join(
         [
             *lines,
@@ -243,6 +246,21 @@ def memory(run: Compiled) -> Memory:
     return Memory(parts, peak, limit, peak <= limit)
 
 
+def cheapest_remat(cfg: TrainConfig, machine: Machine, exact: bool = False) -> Compiled:
+    """Compiles with `remat` none, names and full until one leaves MARGIN of the memory free.
+
+    Returns: that program, or the one with full, which needs the least memory.
+    """
+    run = None
+    for remat in ("none", "names", "full"):
+        run = plan_compile.train(dataclasses.replace(cfg, remat=remat), machine, exact)
+        use = memory(run)
+        if use.fits and use.peak is not None and use.peak <= (1 - MARGIN) * use.limit:
+            break
+    assert run is not None
+    return run
+
+
 def advice(run: Compiled, use: Memory) -> list[str]:
     """Flags that make it fit, the cheapest first.
 
@@ -255,8 +273,10 @@ def advice(run: Compiled, use: Memory) -> list[str]:
     devices = run.machine.chips * run.machine.chip.cores // run.machine.slices // tensor
     wider = next((n for n in (2 * fsdp, 4 * fsdp, 8 * fsdp) if devices % n == 0), 0)
     tips = []
-    if not cfg.remat:
-        tips.append("--config.remat=True (recompute blocks in the backward pass)")
+    if cfg.remat == "none":
+        tips.append("--config.remat=names (recompute all but matmuls in the backward pass)")
+    if cfg.remat != "full":
+        tips.append("--config.remat=full (recompute whole blocks in the backward pass)")
     rows = cfg.batch_rows // (shape["data"] * fsdp * accum)
     if rows > 1:
         split = next(n for n in range(2, rows + 1) if rows % n == 0)
@@ -293,7 +313,7 @@ def parts(run: Compiled, while_trips: float, assume: Assumptions) -> dict[str, P
     share = plan_flops.attention_share(run.cfg)
     out: dict[str, Part] = {}
     for cost in roofline.costs(hlo.parse(text), while_trips):
-        reached = assume.tpu_matmul if chip.platform == "tpu" else assume.gpu_matmul
+        reached = assume.matmul or MATMUL[chip.platform]
         if cost.kind == "kernel":
             length = run.cfg.data.row_len
             one_run = plan_flops.attention_kernel(cost.op_name, cost.shapes, length, share)

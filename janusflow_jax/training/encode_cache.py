@@ -108,6 +108,8 @@ def make_encode(encoders: Encoders, manifest: Manifest, devices: list[Any]) -> E
     whole = NamedSharding(mesh, P())
     params = jax.device_put({"vae": encoders.vae, "siglip": encoders.siglip}, whole)
 
+    # Without it a TPU or GPU multiplies float32 with fewer digits.
+    @jax.default_matmul_precision("highest")
     def run(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
         x, out = encode.to_float(pixels, compute), {}
         if encoders.vae is not None:

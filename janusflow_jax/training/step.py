@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from janusflow_jax.config import OptimConfig, TrainConfig, parts as parts_lib
 from janusflow_jax.models import attention, janusflow, lora
-from janusflow_jax.parallel import numerics, sharding, trees
+from janusflow_jax.parallel import compiler, numerics, sharding, trees
 from janusflow_jax.training import losses, optim
 
 State = dict[str, Any]
@@ -200,4 +200,5 @@ def jit_train_step(cfg: TrainConfig, mesh: Mesh, state: State, batch: Any) -> An
         in_shardings=(where, sharding.batch_shardings(batch, mesh)),
         out_shardings=(where, replicated),
         donate_argnums=0,
+        compiler_options=compiler.options(mesh),
     )

@@ -42,7 +42,7 @@ def tiny_config(workdir: Any, **fields) -> c.TrainConfig:
     cfg.optim = dataclasses.replace(cfg.optim, lr=1e-3, warmup_steps=1, ema=0.9)
     cfg.num_steps = 2
     cfg.log_every_steps, cfg.save_every_steps = 1, 0
-    cfg.remat = False
+    cfg.remat = "none"
     for name, value in fields.items():
         setattr(cfg, name, value)
     return cfg
