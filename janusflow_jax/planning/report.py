@@ -75,18 +75,6 @@ class Part(NamedTuple):
     estimate: float  # at the assumed rates
 
 
-class StepTime(NamedTuple):
-    """Seconds of one step."""
-
-    compute: float
-    hidden: float  # communication beside computation
-    exposed: float  # communication that a chip waits for
-
-    @property
-    def total(self) -> float:
-        return max(self.compute, self.hidden) + self.exposed
-
-
 PATTERNS = {
     "VAE": r"Vae\.|latents_to_pixels",
     "SigLIP": r"und_encoder|\.siglip",
@@ -118,16 +106,7 @@ def train_report(run: Compiled, assume: Assumptions) -> str:
     rows = f"{run.cfg.batch_rows} rows"
     if run.cfg.optim.accum_steps > 1:
         rows += f" in {run.cfg.optim.accum_steps} parts"
-    text = report(run, f"{run.cfg.name}, {rows},", budget, trips, assume)
-    if run.program is None:
-        return text
-    seconds, chip = step_time(run, trips, assume).total, run.machine.chip
-    hours = seconds * run.cfg.num_steps / 3600
-    used = budget.useful / (seconds * run.machine.chips * chip.tflops * 1e12)
-    return (
-        f"{text}\n  MFU {used:.1%}; {run.cfg.num_steps:,} steps: {hours / 24:.1f} days, "
-        f"{hours * run.machine.chips:,.0f} chip-hours"
-    )
+    return report(run, f"{run.cfg.name}, {rows},", budget, trips, assume, run.cfg.num_steps)
 
 
 def sampler_reports(
@@ -155,10 +134,13 @@ def report(
     budget: plan_flops.Budget,
     while_trips: float,
     assume: Assumptions,
+    num_steps: int = 0,
 ) -> str:
     """What is known about any program.
 
-    Args: while_trips: iterations of loops whose number depends on data.
+    Args:
+      while_trips: iterations of loops whose number depends on data.
+      num_steps: of a training run.
     """
     mesh = " x ".join(f"{n} {s}" for n, s in run.mesh.shape.items())
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -209,29 +191,38 @@ def report(
         f"  {'':44} {'times':>8} {'results':>10} {'sent':>10} {'time':>10}",
     ]
     kinds: dict[str, list[plan_collectives.Collective]] = {}
-    for c in traffic(run, while_trips):
+    sent = traffic(run, while_trips)
+    for c in sent:
         kind = c.kind + ", exposed" * c.exposed + ", between slices or hosts" * c.between
         kinds.setdefault(kind, []).append(c)
     for kind, cs in kinds.items():
-        result, total = (
-            sum(x) / 1e6 for x in ((c.times * c.bytes for c in cs), (c.sent for c in cs))
-        )
+        result = sum(c.times * c.bytes for c in cs) / 1e6
+        total = sum(c.sent for c in cs) / 1e6
         ms = 1e3 * sum(link_seconds(run, c, assume) for c in cs)
         times = sum(c.times for c in cs)
         lines.append(f"  {kind:44} {times:8.0f} {result:7.0f} MB {total:7.0f} MB {ms:7.1f} ms")
-    t = step_time(run, while_trips, assume)
-    matmul = assume.matmul or MATMUL[run.machine.chip.platform]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "time, seconds (an estimate: nothing was run there)",
-            f"  {t.total:.3f}: computation {t.compute:.3f} (matmuls at {matmul:.0%} of the peak, "
-            f"attention at {assume.kernel:.0%}, memory at {assume.memory:.0%}), "
-            f"communication {t.hidden:.3f} beside it and {t.exposed:.3f} exposed (links at "
-            f"{assume.link:.0%})",
-        ]
+    exposed, hidden = (
+        sum(link_seconds(run, c, assume) for c in sent if c.exposed == waits)
+        for waits in (True, False)
     )
+    compute, chip = rows["sum"].estimate, run.machine.chip
+    total = max(compute, hidden) + exposed
+    lines += [
+        "",
+        "time, seconds (an estimate: nothing was run there)",
+        f"  {total:.3f}: computation {compute:.3f} (matmuls at "
+        f"{assume.matmul or MATMUL[chip.platform]:.0%} of the peak, attention at "
+        f"{assume.kernel:.0%}, memory at {assume.memory:.0%}), communication {hidden:.3f} beside "
+        f"it and {exposed:.3f} exposed (links at {assume.link:.0%})",
+    ]
+    if num_steps:
+        used = budget.useful / (total * run.machine.chips * chip.tflops * 1e12)
+        hours = total * num_steps / 3600
+        lines.append(
+            f"  MFU {used:.1%}; {num_steps:,} steps: {hours / 24:.1f} days, "
+            f"{hours * run.machine.chips:,.0f} chip-hours"
+        )
+    return "\n".join(lines)
 
 
 def memory(run: Compiled) -> Memory:
@@ -338,12 +329,3 @@ def link_seconds(run: Compiled, c: plan_collectives.Collective, assume: Assumpti
     coords = [getattr(devices[i], "coords", None) or () for i in c.members]
     share = 1.0 if topology.is_ring(run.machine, coords) else 0.5
     return c.sent * chip.cores / (chip.link * share * assume.link)
-
-
-def step_time(run: Compiled, while_trips: float, assume: Assumptions) -> StepTime:
-    """The estimate for one step."""
-    compute = sum(p.estimate for p in parts(run, while_trips, assume).values())
-    links = [0.0, 0.0]
-    for c in traffic(run, while_trips):
-        links[c.exposed] += link_seconds(run, c, assume)
-    return StepTime(compute, *links)
