@@ -79,9 +79,8 @@ PATTERNS = {
     "VAE": r"Vae\.|latents_to_pixels",
     "SigLIP": r"und_encoder|\.siglip",
     "LLM": r"/llm/",
-    "head and loss": r"\(head\)",
     "generation encoder and decoder": r"generation_slot|\.velocity",
-    "REPA, aligners, embedding, draws": r"jvp\(",
+    "head, REPA, aligners, draws": r"jvp\(",
     "optimizer, EMA, guard": r"^jit\(step\)",
 }
 """Parts by the JAX operation that an instruction comes from; the first that matches."""
