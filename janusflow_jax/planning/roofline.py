@@ -17,12 +17,14 @@ from janusflow_jax.planning.hlo import Computation, Instruction, Program
 
 FREE = frozenset(
     "after-all bitcast constant custom-call get-tuple-element optimization-barrier parameter "
-    "partition-id replica-id tuple".split()
+    "partition-id replica-id tuple all-gather all-reduce all-to-all collective-permute "
+    "reduce-scatter send recv".split()
 )
-"""Instructions that compute nothing. A custom call counts where it is a kernel or a matmul."""
-COPIES = ("copy-start", "slice-start")
-"""Asynchronous copies between the device's memory and a core's. Their reads count where the copy
-is used; their writes do not count."""
+"""Instructions that compute nothing. A custom call counts where it is a kernel or a matmul.
+
+Asynchronous copies between the device's memory and a core's run beside the others: what they read
+counts where it is used, what they write does not count.
+"""
 KERNEL = r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton|mosaic_gpu[^"]*)"'
 GEMM = r'custom_call_target="(__cublas\$[^"]*|__cudnn\$conv[^"]*)"'
 
@@ -47,17 +49,17 @@ def costs(program: Program, while_trips: float = 1.0) -> Iterator[Cost]:
     for computation, op, times in hlo.executed(program, while_trips):
         kernel, gemm = op.attribute(KERNEL), op.attribute(GEMM)
         passive = op.opcode in FREE and not kernel and not gemm
-        if passive or op.opcode in COPIES or op.opcode.endswith(("-done", "-update")):
+        if passive or op.opcode.endswith(("-start", "-done", "-update")):
             continue
         body = list(_inside(program, computation, op))
-        flops, _, name = max((matmul_flops(c, i), bool(i is op), i.op_name) for c, i in body)
-        total = sum(matmul_flops(c, i) for c, i in body)
-        if not flops or "/" not in name:
-            name = next((i.op_name for _, i in [(0, op), *body] if "/" in i.op_name), "")
+        counts = [(matmul_flops(c, i), i.op_name) for c, i in body]
+        total = sum(n for n, _ in counts)
+        names = [max(counts)[1]] if total else []
+        names += [op.op_name, *(n for _, n in counts)]
         cycles = op.attribute(r'"estimated_cycles":"(\d{1,18})"')  # more digits: not known
         yield Cost(
             kind="kernel" if kernel else "matmul" if total else "other",
-            op_name=name,
+            op_name=next((n for n in names if "/" in n), ""),
             times=times,
             flops=times * total,
             bytes=times * memory_bytes(program, computation, op),
@@ -83,12 +85,14 @@ def matmul_flops(computation: Computation, op: Instruction) -> float:
         return 0.0
     lhs, rhs = (computation[name].shapes[0].dims for name in op.operands[:2])
     out = op.shapes[0].dims
+    if "convBackwardFilter" in op.rest:  # cuDNN names the dimensions of the forward pass
+        rhs, out = out, rhs
+    elif "convBackwardInput" in op.rest:
+        lhs, out = out, lhs
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
     if labels is None:
-        contracted = op.attribute(
-            r'lhs_contracting_dim(?:s=\{|ension(?:s|_numbers)":\[)([\d,"]*)'
-        ).replace('"', "")
-        return 2.0 * math.prod(out) * math.prod(lhs[i] for i in hlo.ints(contracted))
+        dims = op.attribute(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)').replace('"', "")
+        return 2.0 * math.prod(out) * math.prod(lhs[i] for i in hlo.ints(dims))
     # XLA for TPU writes every matmul as a convolution. Batch dimensions become spatial ones with
     # dilations, so that only products of two elements count, not those with padding.
     x, k, y = labels.groups()
@@ -116,26 +120,29 @@ def memory_bytes(program: Program, computation: Computation, op: Instruction) ->
 
     A slice counts as what it takes, an update in place as what it changes.
     """
-    body = program.called(op)
-    if not body:
-        arguments = [n for n in dict.fromkeys(op.operands) if n in computation]
-        body = {n: computation[n]._replace(opcode="parameter", root=False) for n in arguments}
+    body, operands = program.called(op), op.operands
+    if not body:  # as a fusion of one instruction
+        arguments = {n: computation[n] for n in operands if n in computation}
+        body = {n: i._replace(opcode="parameter", root=False) for n, i in arguments.items()}
+        parameters = {n: n for n in arguments}
         body[""] = op._replace(root=True)
-        parameters = [(n, n) for n in arguments]
     else:
-        operands = op.operands
-        numbers = {n: int(i.rest.split(")")[0]) for n, i in body.items() if i.opcode == "parameter"}
-        parameters = [(n, operands[i]) for n, i in numbers.items() if operands[i] in computation]
-    read = sum(_read(program, body, n) for n, arg in parameters if _stored(computation, arg))
+        parameters = {
+            n: operands[int(i.rest.split(")")[0])]
+            for n, i in body.items()
+            if i.opcode == "parameter"
+        }
+    total = sum(
+        _read(program, body, n)
+        for n, argument in parameters.items()
+        if argument in computation and _stored(computation, argument)
+    )
     root = next(n for n, i in body.items() if i.root)
-    parts = body[root].operands if body[root].opcode == "tuple" else [root]
-    results = op.shapes
+    parts, results = body[root].operands if body[root].opcode == "tuple" else [root], op.shapes
     if len(parts) != len(results):
-        return read + sum(s.bytes for s in results if not s.local)
-    return read + sum(
-        min(_written(program, body, n), s.bytes)
-        for n, s in zip(parts, results, strict=True)
-        if not s.local
+        return total + sum(s.bytes for s in results if not s.local)
+    return total + sum(
+        _written(program, body, n) for n, s in zip(parts, results, strict=True) if not s.local
     )
 
 
