@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from janusflow_jax import config as c
 from janusflow_jax.config.errors import ConfigError
-from janusflow_jax.models import attention, int8, layers, splash
+from janusflow_jax.models import attention, flash, int8, layers, splash
 from janusflow_jax.parallel import sharding
 
 ROWS, LENGTH, HEADS, SIZE = 4, 384, 4, 32
@@ -36,10 +37,10 @@ def segments() -> np.ndarray:
     return ids
 
 
-def inputs(kv_heads: int = HEADS):
+def inputs(kv_heads: int = HEADS, size: int = SIZE):
     keys = jax.random.split(jax.random.key(0), 4)
-    q = jax.random.normal(keys[0], (ROWS, LENGTH, HEADS, SIZE))
-    k, v = (jax.random.normal(x, (ROWS, LENGTH, kv_heads, SIZE)) for x in keys[1:3])
+    q = jax.random.normal(keys[0], (ROWS, LENGTH, HEADS, size))
+    k, v = (jax.random.normal(x, (ROWS, LENGTH, kv_heads, size)) for x in keys[1:3])
     return q, k, v, jnp.asarray(segments())
 
 
@@ -60,11 +61,20 @@ def check(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_it_equals_the_masked_form(kv_heads):
-    args = inputs(kv_heads)
+@pytest.mark.parametrize(
+    ("kernel", "kv_heads", "size"),
+    [
+        ("splash", 4, SIZE),
+        ("splash", 2, SIZE),
+        ("flash", 4, SIZE),
+        ("flash", 2, 24),  # no power of two
+        ("flash", 2, 128),  # of 512 bytes: smaller blocks
+    ],
+)
+def test_it_equals_the_masked_form(kernel, kv_heads, size):
+    args = inputs(kv_heads, size)
     ((_, want), grads) = value_and_gradients("xla")(*args)
-    ((_, got), ours) = value_and_gradients("splash_interpret")(*args)
+    ((_, got), ours) = value_and_gradients(f"{kernel}_interpret")(*args)
     check((got, ours), (want, grads))
     together = args[:3] + (jnp.ones_like(args[3]),)
     ((_, other), _) = value_and_gradients("xla")(*together)
@@ -136,23 +146,62 @@ def test_both_ways_to_swap_halves_are_equal():
         np.testing.assert_array_equal(layers.swap_by_matmul(x), want)
 
 
-def test_on_a_mesh_it_equals_one_device():
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
+def test_on_a_mesh_it_equals_one_device(kernel):
     args = inputs()
     ((_, want), grads) = value_and_gradients("xla")(*args)
     mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(args, sharding.batch_shardings(args, mesh))
-        ((_, got), ours) = value_and_gradients("splash_interpret")(*placed)
+        ((_, got), ours) = value_and_gradients(f"{kernel}_interpret")(*placed)
     check((got, ours), (want, grads))
 
 
-def test_rows_that_splash_cannot_take():
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
+def test_rows_that_a_kernel_cannot_take(kernel):
     q, k, v, ids = inputs()
     with pytest.raises(ValueError, match="multiple of 128 positions; got 200"):
-        attention.dot_product_attention(q[:, :200], k[:, :200], v[:, :200], ids[:, :200], "splash")
+        attention.dot_product_attention(q[:, :200], k[:, :200], v[:, :200], ids[:, :200], kernel)
     mesh = sharding.make_mesh(c.MeshConfig(data=8))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="divide over 8 devices"):
-        attention.dot_product_attention(q, k, v, ids, "splash")
+        attention.dot_product_attention(q, k, v, ids, kernel)
+
+
+def test_flash_in_bfloat16_is_as_exact_as_the_masked_form():
+    q, k, v, ids = inputs()
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    ((_, (want, _)), grads) = value_and_gradients("xla")(
+        *(x.astype(jnp.float32) for x in half), ids
+    )
+
+    def error(impl):
+        ((_, (got, _)), ours) = value_and_gradients(impl)(*half, ids)
+        pairs = zip((got, *ours), (want, *grads), strict=True)
+        return max(float(jnp.abs(a - b).max()) for a, b in pairs)
+
+    assert error("flash_interpret") < 1.5 * error("xla")
+
+
+def test_flash_visits_only_blocks_that_may_hold_a_sample():
+    """Samples of 256 in blocks of 128: each block meets itself and at most one neighbor."""
+    ids = np.repeat(np.arange(1, 5, dtype=np.int32), 256)[None]
+    for row in (ids, np.where(np.arange(1024) % 300 < 200, ids, 0)):
+        first, end = flash.block_ranges(row, 128, 64)
+        np.testing.assert_array_equal(first[0], [0, 0, 4, 4, 8, 8, 12, 12])
+        np.testing.assert_array_equal(end[0], [4, 4, 8, 8, 12, 12, 16, 16])
+    first, end = flash.block_ranges(0 * ids, 128, 64)
+    np.testing.assert_array_equal(first[0], np.arange(0, 16, 2))
+    np.testing.assert_array_equal(end[0], np.arange(2, 18, 2))
+
+
+def test_the_masked_form_multiplies_in_the_type_of_its_inputs():
+    """A float32 operand would cost a GPU its matmul rate in bfloat16."""
+    q, k, v, ids = (x.astype(jnp.bfloat16) if x.ndim == 4 else x for x in inputs())
+    text = str(jax.make_jaxpr(value_and_gradients("xla"))(q, k, v, ids))
+    products = re.findall(r"= dot_general\[.*?\] (\w+) (\w+)", text, re.DOTALL)
+    types = dict(re.findall(r"(\w+):(\w+)\[", text))
+    assert len(products) == 6
+    assert {types[name] for pair in products for name in pair} == {"bf16"}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +212,8 @@ def test_rows_that_splash_cannot_take():
         ("auto", "tpu", 160, "xla"),
         ("auto", "tpu", 192, "xla"),
         ("auto", "tpu", 1, "xla"),
-        ("auto", "gpu", 4096, "xla"),
+        ("auto", "gpu", 4096, "flash"),
+        ("auto", "gpu", 160, "xla"),
         ("auto", "cpu", 4096, "xla"),
         ("xla", "tpu", 4096, "xla"),
         ("splash", "tpu", 4096, "splash"),
@@ -175,8 +225,16 @@ def test_auto_is_what_takes_the_rows(name, platform, length, expected):
     assert attention.implementation(name, platform, length) == expected
 
 
+def test_auto_on_a_gpu_that_is_too_old(monkeypatch):
+    for capability, expected in (("7.5", "xla"), ("8.0", "flash"), ("10.0", "flash")):
+        device = SimpleNamespace(platform="gpu", compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda d=device: [d])
+        assert attention.implementation("auto", "gpu", 4096) == expected
+
+
 @pytest.mark.parametrize(
-    ("name", "platform"), [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu"), ("cudnn", "tpu")]
+    ("name", "platform"),
+    [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu"), ("cudnn", "tpu"), ("flash", "tpu")],
 )
 def test_an_implementation_of_another_platform_is_an_error(name, platform):
     with pytest.raises(ConfigError, match=f"{name}.*{platform}"):

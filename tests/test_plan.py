@@ -69,8 +69,9 @@ def test_auto_attention_can_run_on_every_platform(name, topology):
     file, _, arg = name.partition(":")
     cfg = load(file, arg or None)
     prepared = plan_compile.prepare(cfg, plan_topology.parse(topology))
-    is_splash = topology.startswith("v") and cfg.data.row_len % splash.UNIT == 0
-    assert prepared.attention == ("splash" if is_splash else "xla")
+    kernel = "splash" if topology.startswith("v") else "flash"
+    fits = cfg.data.row_len % splash.UNIT == 0
+    assert prepared.attention == (kernel if fits else "xla")
 
 
 def test_errors_of_the_command_have_no_traceback():

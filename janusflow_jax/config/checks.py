@@ -87,8 +87,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         f"at most 2^32 rows, with those of data.skip_rows: {most} steps of {cfg.batch_rows} rows",
         cfg.num_steps,
     )
-    splash_fits = cfg.attention != "splash" or data.row_len % 128 == 0
-    require(splash_fits, "data.row_len", "a multiple of 128 for splash attention", data.row_len)
+    fits = cfg.attention not in ("splash", "flash") or data.row_len % 128 == 0
+    require(fits, "data.row_len", f"a multiple of 128 for {cfg.attention} attention", data.row_len)
     cudnn_fits = cfg.attention != "cudnn" or cfg.dtype == "bfloat16"
     require(cudnn_fits, "dtype", "bfloat16 for cudnn attention", cfg.dtype)
     require(

@@ -6,7 +6,7 @@ from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.config.fields import choice, dataclass, depth, limited, positive
 
-ATTENTION = ("xla", "cudnn", "splash")
+ATTENTION = ("xla", "cudnn", "splash", "flash")
 """Implementations of attention (`models/attention.py`); a config may also have 'auto'."""
 
 NONE, GENERATE, UNDERSTAND = 0, 1, 2

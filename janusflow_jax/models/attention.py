@@ -1,10 +1,12 @@
 """Scaled dot-product attention, in the implementations of `config.ATTENTION`.
 
-`xla` runs anywhere, `cudnn` is the fused kernel for NVIDIA GPUs. `splash`, for TPUs, is for whole
-rows: each position attends to the earlier ones of its segment.
+`xla` runs anywhere, `cudnn` is the fused kernel for NVIDIA GPUs. `splash`, for TPUs, and `flash`,
+for GPUs, are for whole rows: each position attends to the earlier ones of its segment.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from janusflow_jax.config.errors import ConfigError
-from janusflow_jax.models import splash
+from janusflow_jax.models import flash, splash
 
 SAVED_NAMES = ("q", "k", "v", "context", "proj", "gate", "up")
 """The matmul results of an LLM block that `jax.checkpoint` may keep, by `checkpoint_name`.
@@ -25,17 +27,21 @@ backward pass needs no second forward pass. `proj` is the output projection.
 def implementation(name: str, platform: str, length: int) -> str:
     """The implementation for a config's `attention` on 'cpu', 'gpu' or 'tpu', and rows of a length.
 
-    `auto` chooses what runs: splash attention for rows that it takes. It never chooses cuDNN, which
-    takes bfloat16 only.
+    `auto` chooses the platform's kernel for packed rows where it takes their length. It never
+    chooses cuDNN, which takes bfloat16 only and reads a T x T mask.
     """
     if name != "auto":
         return name
-    return "splash" if platform == "tpu" and length % splash.UNIT == 0 else "xla"
+    if platform == "tpu" and length % splash.UNIT == 0:
+        return "splash"
+    if platform == "gpu" and length % flash.WIDE == 0 and flash.runs_here():
+        return "flash"
+    return "xla"
 
 
 def check_platform(name: str, platform: str) -> None:
     """Raises ConfigError if an implementation does not run on a platform."""
-    expected = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
+    expected = {"splash": "tpu", "cudnn": "gpu", "flash": "gpu"}.get(name, platform)
     if platform != expected:
         raise ConfigError(
             f"attention: expected a {expected} for {name}; got a {platform}: set it to auto"
@@ -51,7 +57,8 @@ def segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 def row_mask(segment_ids: Int[Array, "B T"], impl: str) -> Bool[Array, "B T T"] | Int[Array, "B T"]:
     """The `mask` of `dot_product_attention` for whole rows, built once for all layers."""
-    return segment_ids if impl.startswith("splash") else segment_mask(segment_ids)
+    kernel = impl.startswith(("splash", "flash"))
+    return segment_ids if kernel else segment_mask(segment_ids)
 
 
 def dot_product_attention(
@@ -66,8 +73,8 @@ def dot_product_attention(
 
     Args:
       mask: True where a query attends; each query needs at least one key. None: everywhere.
-        Segment ids (of `row_mask`) for 'splash', which with any other mask runs as 'xla'.
-      impl: one of `config.ATTENTION`, or 'splash_interpret' for tests without a TPU.
+        Segment ids (of `row_mask`) for 'splash' and 'flash'; both run any other mask as 'xla'.
+      impl: one of `config.ATTENTION`; '_interpret' after a kernel's name is for tests on CPU.
       scales: of int8 keys and values (`int8.keys_values`).
     """
     if scales is not None and impl != "xla":
@@ -75,6 +82,8 @@ def dot_product_attention(
         scales = None
     if impl == "cudnn":
         return _cudnn(q, k, v, mask)
+    if mask is not None and mask.ndim == 2 and impl.startswith("flash"):
+        return flash.attention(q, k, v, mask, interpret=impl == "flash_interpret")
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     if mask is not None and mask.ndim == 2:
         out = splash.attention(q, k, v, mask, interpret=impl == "splash_interpret")
@@ -82,9 +91,7 @@ def dot_product_attention(
     # Heads next to the batch: on CPU both passes are 3.5 times as fast in this layout.
     batch, heads, length, size = q.shape
     q = (q * size**-0.5).reshape(batch, k.shape[1], -1, length, size)  # query heads of a key head
-    scores = jnp.einsum(
-        "BKGTH,BKSH->BKGTS", q, k.astype(q.dtype), preferred_element_type=jnp.float32
-    )
+    scores = _float32_product("BKGTH,BKSH->BKGTS", q, k.astype(q.dtype))
     # The scales multiply scores and weights, so that no wide copy of int8 keys and values exists.
     if scales:
         k_scale, v_scale = (x.transpose(0, 2, 3, 1)[:, :, None] for x in scales)
@@ -97,6 +104,32 @@ def dot_product_attention(
     out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), v.astype(q.dtype))
     out = out.reshape(batch, heads, length, size)
     return checkpoint_name(jnp.swapaxes(out, 1, 2), "context")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float32_product(spec: str, a: Array, b: Array) -> Array:
+    """An einsum with a float32 result whose gradients multiply in the type of `a`.
+
+    JAX's own gradient multiplies the float32 cotangent as it is, which no GPU does at the rate of
+    bfloat16.
+    """
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _product_forward(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _float32_product(spec, a, b), (a, b)
+
+
+def _product_backward(spec: str, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    (a, b), (of_a, of_b, of_out) = saved, spec.replace("->", ",").split(",")
+    d_out = d_out.astype(a.dtype)
+    return (
+        jnp.einsum(f"{of_out},{of_b}->{of_a}", d_out, b),
+        jnp.einsum(f"{of_out},{of_a}->{of_b}", d_out, a),
+    )
+
+
+_float32_product.defvjp(_product_forward, _product_backward)
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
