@@ -8,9 +8,10 @@ from helpers import golden
 
 from janusflow_jax import config
 from janusflow_jax.config import LossConfig
-from janusflow_jax.models import attention, convnext
+from janusflow_jax.models import attention, convnext, layers
+from janusflow_jax.planning import flops
 from janusflow_jax.sampling import image as image_sampling, text as text_sampling
-from janusflow_jax.training import losses
+from janusflow_jax.training import flops as training_flops, losses
 
 
 def close(got, want, tolerance=3e-6):
@@ -173,6 +174,13 @@ def test_a_packed_sample_sees_no_other():
     np.testing.assert_array_equal(grad > 0, (batch["segment_ids"][0] == 2) & (np.arange(60) <= 30))
 
 
+def test_a_norm_keeps_small_changes_of_its_scale_in_bfloat16():
+    x = jax.random.normal(jax.random.key(0), (8, 64), jnp.bfloat16)
+    norm = layers.RMSNorm()
+    got, one = (norm.apply({"params": {"scale": jnp.full(64, s)}}, x) for s in (1.003, 1.0))
+    assert got.dtype == jnp.bfloat16 and (got != one).mean() > 0.5
+
+
 def test_dead_channels_have_a_finite_gradient():
     module = convnext.GlobalResponseNorm()
     x = jnp.ones((1, 4, 4, 3)).at[..., 1].set(0.0)
@@ -206,6 +214,24 @@ def test_empty_slots_change_nothing():
     got, want = SUMS(params, vae, noisy), SUMS(params, vae, batch)
     for task in losses.TASKS:
         np.testing.assert_allclose(got[task], want[task], rtol=5e-6)
+
+
+@pytest.mark.slow
+def test_one_siglip_pass_serves_both_tasks(monkeypatch):
+    """The slots that both tasks may use are encoded once, with equal gradients."""
+    model, params, vae = golden.model()
+    batch = rows([[("u", 5), ("g", 7)]], 60)
+
+    def gradients():
+        traced = jax.jit(jax.grad(lambda *args: total(*args, num_und=2))).trace(params, vae, batch)
+        return flops.count(traced.jaxpr), traced.lower().compile()(params, vae, batch)
+
+    operations, got = gradients()
+    target = losses._repa_target
+    monkeypatch.setattr(losses, "_repa_target", lambda *args: target(*args[:3], None, args[4]))
+    more, want = gradients()
+    assert more - operations == training_flops.siglip(model.cfg)
+    same_gradients(got, want, 1e-5)
 
 
 def test_grouped_heads_equal_repeated_ones():

@@ -113,6 +113,10 @@ class JanusFlow(nn.Module):
             encode_clean(self.gen_encoder, x) if shared else self.und_encoder(x)
         )
 
+    def understanding_features(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S E"]:
+        """SigLIP features, which understanding reads, of images in [-1, 1]."""
+        return self.und_encoder(images)
+
     def features_slot(self, features: Float[Array, "B N E"]) -> Float[Array, "B S D"]:
         """`understanding_slot` from the features of its encoder."""
         features = self.und_aligner(features)

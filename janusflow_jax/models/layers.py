@@ -75,9 +75,10 @@ class PatchEmbed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: float32 inside, cast back, then times the scale.
+    """Root-mean-square norm, computed in float32 and then cast back.
 
-    NOTE(parity): Llama's order. flax's norm multiplies by the scale before it casts.
+    NOTE(parity): Llama casts before it multiplies by the scale. In bfloat16 that rounds the scale,
+    and small changes of it would have no effect.
     """
 
     eps: float = 1e-6
@@ -87,7 +88,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * scale.astype(x.dtype)
+        return (y * scale).astype(x.dtype)
 
 
 def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:

@@ -173,15 +173,33 @@ def budget(cfg: TrainConfig, mesh: Mesh) -> Budget:
     work, padding = more(positions=rows * length)
     work, pairs = more(pairs=float(rows * length * length))
     work, idle = more(gen_images=rows * cfg.data.gen_slots, und_images=rows * cfg.data.und_slots)
+    idle -= flops.siglip(cfg.model) * rows * shared_slots(cfg)
     work, head = more(targets=positions)
     overhead = {
         "padding": padding,
         "attention across samples and to later positions": pairs,
         "image encoders on slots without an image": idle,
         "the head where there is no target": head,
+        "rotary positions by matmuls, on TPUs": 2 * rotary(cfg),
         "recomputation (remat)": recomputed(cfg, trained),
     }
     return Budget(useful, overhead, count(jaxpr, while_trips=float(passes)))
+
+
+def rotary(cfg: TrainConfig) -> float:
+    """Operations of one pass of `layers.swap_by_matmul` over all queries and keys."""
+    m = cfg.model.llm
+    per_position = 2.0 * m.num_layers * (m.num_heads + m.num_kv_heads) * m.head_dim**2
+    return per_position * cfg.batch_rows * cfg.data.row_len
+
+
+def shared_slots(cfg: TrainConfig) -> int:
+    """Slots of a row whose one SigLIP pass serves understanding and REPA."""
+    model, data = cfg.model, cfg.data
+    uses_both = data.gen_slots and data.und_slots and cfg.loss.repa_weight
+    if not uses_both or model.und_encoder != "siglip" or model.repa_target == "siglip":
+        return 0
+    return data.gen_slots + data.und_slots - data.num_slots
 
 
 def head_work(cfg: TrainConfig, mesh: Mesh) -> tuple[int, int]:
@@ -211,7 +229,7 @@ def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
         total = attention_again / 2
     else:
         kernels = flops.llm_kernel(cfg.model) - m.num_layers * m.width * m.mlp_width
-        total = 2.0 * kernels * positions + attention_again
+        total = 2.0 * kernels * positions + attention_again + rotary(cfg)
     if "und_encoder" in trained and cfg.model.und_encoder == "siglip":
         last = 2.0 * und.num_layers * und.num_tokens * und.width * und.mlp_width
         patches = 2.0 * und.num_tokens * 3 * und.patch_size**2 * und.width

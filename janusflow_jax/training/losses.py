@@ -132,12 +132,16 @@ def loss_sums(
     # Images become the vectors of their slots: noisy latents to generate, features to understand.
     gen: Any = None
     und: Any = None
+    seen: Any = None
     if num_gen:
         x = _latents(vae_params, batch, draws, cfg, loss, model.dtype)
         z = flow.interpolate(x, draws["noise"], draws["t"])
         gen, features, t_emb = _generation_slots(run, z, draws["t"])
-    if num_und:
-        und = _understanding_slots(run, vae_params, batch, num_und, cfg, model.dtype)
+    if num_und and cfg.und_encoder == "siglip":
+        seen = _siglip_features(run, batch, num_und, model.dtype)
+        und = run("features_slot", _merge_slots(seen)).reshape(*seen.shape[:2], cfg.slot_len, -1)
+    elif num_und:
+        und = _latent_understanding_slots(run, vae_params, batch, num_und, cfg, model.dtype)
 
     # One pass of the LLM over text and slots serves both tasks.
     use_repa = bool(num_gen and loss.repa_weight)
@@ -183,7 +187,8 @@ def loss_sums(
 
     # REPA: states in the middle of the LLM align with SigLIP features of the clean image.
     if use_repa:
-        clean = _repa_target(run, batch, num_gen, model.dtype)
+        is_shared = cfg.repa_target != "siglip" and "und_features" not in batch
+        clean = _repa_target(run, batch, num_gen, seen if is_shared else None, model.dtype)
         similarity = cosine(run("project_repa", at_slots(middle)), clean)
         add_slots("repa", -jnp.mean(similarity, axis=-1) * active)
     return sums, extras
@@ -219,37 +224,50 @@ def _generation_slots(run: Apply, z: Array, t: Array) -> tuple[Array, Array, Arr
     return slots.reshape(*z.shape[:2], *slots.shape[1:]), features, t_emb
 
 
-def _understanding_slots(
+def _siglip_features(run: Apply, batch: Batch, num_und: int, dtype: Any) -> Float[Array, "B U S E"]:
+    """Features of the understanding slots, by SigLIP or from its cache."""
+    if "und_features" in batch:
+        return batch["und_features"].astype(dtype)
+    return _over_images(run, "understanding_features", batch["images"][:, -num_und:], dtype)
+
+
+def _latent_understanding_slots(
     run: Apply, vae_params: Any, batch: Batch, num_und: int, cfg: ModelConfig, dtype: Any
 ) -> Float[Array, "B U S D"]:
-    """Vectors of the understanding slots, by their encoder or from its cached features."""
-    if "und_features" in batch:
-        return encode.over_slots(
-            lambda features: run("features_slot", features.astype(dtype)), batch["und_features"]
-        )
+    """Vectors of the understanding slots, by an encoder of VAE latents."""
 
     def understand(pixels: Array) -> Array:
         x = encode.understanding_input(vae_params, pixels, cfg, dtype)
         return run("understanding_slot", x)
 
-    most = encode.IMAGES_AT_ONCE
-    if cfg.und_encoder != "siglip":
-        most = encode.PIXELS_AT_ONCE // cfg.image_size**2
+    most = encode.PIXELS_AT_ONCE // cfg.image_size**2
     images = batch["images"][:, -num_und:]
     return encode.over_slots(understand, images, encode.slots_at_once(len(images), num_und, most))
 
 
-def _repa_target(run: Apply, batch: Batch, num_gen: int, dtype: Any) -> Float[Array, "B G S E"]:
-    """SigLIP features of the clean images, by SigLIP or from its cache; no gradient."""
+def _repa_target(
+    run: Apply, batch: Batch, num_gen: int, seen: Array | None, dtype: Any
+) -> Float[Array, "B G S E"]:
+    """SigLIP features of the clean images, by SigLIP or from its cache; no gradient.
+
+    Args: seen: features [B, U, S, E] of the last slots, which understanding has computed.
+    """
     if "repa_target" in batch:
         return lax.stop_gradient(batch["repa_target"])
-    images = batch["images"][:, :num_gen]
-    features = encode.over_slots(
-        lambda pixels: run("siglip", encode.to_float(pixels, dtype)),
+    images = batch["images"]
+    unseen = min(num_gen, images.shape[1] - (0 if seen is None else seen.shape[1]))
+    features = [] if seen is None else [seen]
+    if unseen:
+        features.insert(0, _over_images(run, "siglip", images[:, :unseen], dtype))
+    return lax.stop_gradient(jnp.concatenate(features, axis=1)[:, :num_gen])
+
+
+def _over_images(run: Apply, method: str, images: Array, dtype: Any) -> Float[Array, "B K S E"]:
+    return encode.over_slots(
+        lambda pixels: run(method, encode.to_float(pixels, dtype)),
         images,
-        encode.slots_at_once(len(images), num_gen),
+        encode.slots_at_once(*images.shape[:2]),
     )
-    return lax.stop_gradient(features)
 
 
 def cosine(a: Float[Array, "*b D"], b: Float[Array, "*b D"]) -> Float[Array, "*b"]:
