@@ -28,6 +28,7 @@ from janusflow_jax.planning import (
     roofline,
     topology as plan_topology,
 )
+from janusflow_jax.training import step as train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,6 +159,7 @@ def budget_of(cfg: c.TrainConfig) -> plan_flops.Budget:
         ("pretrain", "test"),
         pytest.param("adaptation", None, marks=pytest.mark.slow),
         pytest.param("pretrain", None, marks=pytest.mark.slow),
+        pytest.param("pretrain", "7b,512,cached", marks=pytest.mark.slow),
         pytest.param("sft", None, marks=pytest.mark.slow),
     ],
 )
@@ -178,6 +180,19 @@ def test_both_counts_agree_with_less_recomputation():
         budget = budget_of(dataclasses.replace(cfg, remat=remat))
         assert abs(budget.difference) < 0.005
         assert budget.overhead[REMAT] < 0.3 * again
+
+
+def test_names_keep_what_the_attention_kernel_needs():
+    cfg = load("pretrain", "test")
+    cfg.attention, cfg.data.row_len, cfg.model.llm.head_dim = "splash", 256, 128
+    mesh = sharding.make_mesh(cfg.mesh)
+    state, batch = plan_compile.state_shapes(cfg), plan_compile.batch_shapes(cfg)
+    kernels = {}
+    for cfg.remat in ("full", "names", "none"):
+        with jax.set_mesh(mesh):
+            traced = train_step.jit_train_step(cfg, mesh, state, batch).trace(state, batch)
+        kernels[cfg.remat] = str(traced.jaxpr).count("pallas_call[")
+    assert kernels["full"] - 1 == kernels["names"] == kernels["none"] > 1
 
 
 @pytest.mark.parametrize(

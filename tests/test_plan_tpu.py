@@ -125,6 +125,14 @@ def test_adapters_of_the_released_size_train_on_one_small_chip():
     assert plan_report.memory(run).peak < 4.6 * chips.GIB
 
 
+def test_fsdp_of_16_is_one_axis_of_the_torus():
+    devices = plan_topology.devices(plan_topology.parse("v5e:16x16"))
+    mesh = sharding.make_mesh(c.MeshConfig(fsdp=16), devices)
+    for ring in mesh.devices[:, :, 0]:
+        coordinates = [sorted({device.coords[axis] for device in ring}) for axis in range(2)]
+        assert sorted(map(len, coordinates)) == [1, 16]
+
+
 def test_v4_and_single_chips():
     machine = plan_topology.parse("v4:2x2x1")
     mesh = sharding.make_mesh(c.MeshConfig(fsdp=4), plan_topology.devices(machine))
