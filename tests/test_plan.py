@@ -199,11 +199,10 @@ def test_names_keep_what_the_attention_kernel_needs():
     ("text", "measured"), [(0.06, 0.962), (0.2, 1.0), (0.09, 0.97), (0.0, 0.929)]
 )
 def test_typical_rows_are_as_full_as_packing_makes_them(text, measured):
-    assert plan_flops.fill(text) == pytest.approx(measured, abs=0.01)
+    assert 1 / sum(plan_flops.rows_of(text)) == pytest.approx(measured, abs=0.01)
 
 
-def test_operations_of_splash_attention():
-    cfg = load("pretrain")
+def test_operations_of_attention_kernels():
     shapes = hlo.shapes("s8[1,8,8]{2,1,0}, bf16[16,8192,128]{2,1,0}, f32[16,8192,128]")
     count = lambda name: plan_flops.attention_kernel(name, shapes, 4096, 0.25)  # noqa: E731
     matmul = 2 * 2 * 16 * 4096**2 * 128 / 4  # two rows
@@ -211,11 +210,19 @@ def test_operations_of_splash_attention():
     assert count("jit(step)/splash_mha_dq_segmented") == 3 * matmul
     assert count("jit(step)/splash_mha_dkv_segmented") == 4 * matmul
     assert count("jit(step)/flash_keys/pallas_call") == 4 * matmul
-    # A row holds 6 images with their prompts: 16 of the 36 blocks below the diagonal hold pairs.
-    cfg.data.sources = tuple(s for s in cfg.data.sources if s.task == "generate")
-    assert plan_flops.attention_share(cfg) == 16 / 64
-    cfg.data.sources = (dataclasses.replace(cfg.data.sources[0], task="text"),)
-    assert plan_flops.attention_share(cfg) == 36 / 64
+
+
+def test_the_chip_with_the_most_rows_of_text_attends_longest():
+    """A row of images has pairs in 16 of the 36 blocks up to the diagonal, a text in all."""
+    cfg = load("pretrain")
+    share = plan_flops.attention_share
+    assert 16 / 64 < share(cfg, 2, 1) < share(cfg, 2, 256) < share(cfg, 1, 10_000)
+    assert share(cfg, 1, 10_000) == pytest.approx(36 / 64)
+    weights = {"generate": 1.0, "text": 0.0}
+    cfg.data.sources = tuple(
+        dataclasses.replace(s, weight_after=weights.get(s.task, 0.0)) for s in cfg.data.sources
+    )
+    assert share(cfg, 2, 256) == 16 / 64
 
 
 # --- collectives

@@ -99,14 +99,22 @@ TEXT = {"generate": (80, 0), "understand": (200, 100)}
 FULL_ROWS = 0.929  # share of a row of images that images and their text use (the same page)
 
 
-def fill(text: float) -> float:
-    """Share of all positions that belong to a sample, in a mixture with this share of text.
+def rows_of(text: float) -> tuple[float, float]:
+    """Rows of images and rows of text for each row's worth of positions that samples use.
 
     Text is put behind images until half of it has rows of its own (data/rows.py).
+
+    Args: text: its share of the mixture.
     """
-    rows = (1 - text) / FULL_ROWS
-    behind = min(text / 2, rows - (1 - text))
-    return 1 / (rows + text - behind)
+    images = (1 - text) / FULL_ROWS
+    return images, text - min(text / 2, images - (1 - text))
+
+
+def text_share(cfg: TrainConfig) -> float:
+    """The share of text in the config's last mixture."""
+    _, weights = cfg.data.phases()[-1]
+    text = sum(w for w, s in zip(weights, cfg.data.sources, strict=True) if s.task not in TEXT)
+    return text / sum(weights)
 
 
 def sample_length(cfg: TrainConfig, task: str) -> int:
@@ -119,8 +127,7 @@ def sample_length(cfg: TrainConfig, task: str) -> int:
 def typical(cfg: TrainConfig) -> flops.Work:
     """The contents of a typical batch of the config's last mixture."""
     _, weights = cfg.data.phases()[-1]
-    text = sum(w for w, s in zip(weights, cfg.data.sources, strict=True) if s.task not in TEXT)
-    full = fill(text / sum(weights))
+    full = 1 / sum(rows_of(text_share(cfg)))
     total = cfg.batch_rows * cfg.data.row_len * full
     positions = pairs = targets = 0.0
     images = dict.fromkeys(TEXT, 0.0)
@@ -262,14 +269,27 @@ def attention_kernel(op_name: str, shapes: Sequence[hlo.Shape], length: int, sha
     return 2.0 * matmuls * math.prod(queries.dims) * length * share
 
 
-def attention_share(cfg: TrainConfig) -> float:
-    """Share of the pairs of positions that the kernel computes in typical rows."""
+def attention_share(cfg: TrainConfig, rows: int, chips: int) -> float:
+    """Share of the pairs of positions that the kernel computes on the slowest chip.
+
+    All wait for the chip with the most rows of text, because one long text has pairs in every block
+    up to the diagonal.
+
+    Args:
+      rows: of each chip.
+      chips: that have different rows; their largest number of rows of text is its expected value.
+    """
     length, block = cfg.data.row_len, splash.block_size(cfg.data.row_len)
-    _, weights = cfg.data.phases()[-1]
-    rows = []
-    for source in cfg.data.sources:
-        sample = sample_length(cfg, source.task)
-        ids = np.arange(length) // sample + 1
-        rows.append(ids * (ids <= length // sample))
-    blocks = splash.executed_blocks(np.array(rows), block)
-    return float(np.average(blocks.mean((1, 2)), weights=weights))
+
+    def share(task: str) -> float:
+        """Of a row of typical samples."""
+        sample = sample_length(cfg, task)
+        ids = np.arange(length)[None] // sample + 1
+        return float(splash.executed_blocks(ids * (ids <= length // sample), block).mean())
+
+    images, text = rows_of(text_share(cfg))
+    p = text / (images + text)
+    chances = [math.comb(rows, k) * p**k * (1 - p) ** (rows - k) for k in range(rows)]
+    most = sum(1 - min(x, 1.0) ** chips for x in np.cumsum(chances))
+    others = share("generate" if cfg.data.gen_slots else "understand") if p < 1 else 0.0
+    return (most * share("text") + (rows - most) * others) / rows

@@ -300,7 +300,9 @@ def parts(run: Compiled, while_trips: float, assume: Assumptions) -> dict[str, P
     text, chip = run.program.as_text(), run.machine.chip
     assert text is not None  # the type allows programs without text
     peak, rate = chip.tflops * 1e12 / chip.cores, assume.memory * chip.hbm / chip.cores
-    share = plan_flops.attention_share(run.cfg)
+    groups = run.mesh.size // run.mesh.shape["tensor"]
+    rows = max(run.cfg.batch_rows // (groups * run.cfg.optim.accum_steps), 1)
+    share = plan_flops.attention_share(run.cfg, rows, groups)
     out: dict[str, Part] = {}
     for cost in roofline.costs(hlo.parse(text), while_trips):
         reached = assume.matmul or MATMUL[chip.platform]
