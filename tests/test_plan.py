@@ -146,7 +146,7 @@ def test_operations_of_convolutions():
     assert counted(both, image, thin) == pytest.approx(3 * 2.0 * 2 * 16 * 16 * 9 * 6)
 
 
-REMAT = "recomputation (remat)"
+REMAT, OPTIMIZER = "recomputation (remat)", "optimizer, EMA, guard"
 
 
 def budget_of(cfg: c.TrainConfig) -> plan_flops.Budget:
@@ -516,6 +516,17 @@ def test_the_cheapest_remat_leaves_some_memory_free(planned, monkeypatch):
 )
 def test_the_compilers_message_has_the_memory_that_is_required(message, required):
     assert plan_compile.required_bytes(message) == required
+
+
+def test_a_part_takes_its_operations_its_bytes_or_the_compilers_cycles(planned):
+    program = types.SimpleNamespace(as_text=lambda: TPU_STACK)
+    assume = plan_report.Assumptions(kernel=0.5, memory=0.25)
+    parts = plan_report.parts(planned._replace(program=program), 1.0, assume)
+    attention, others, matmul = parts["LLM: attention, forward"], parts["other"], parts[OPTIMIZER]
+    assert attention.flops > 0 and attention.estimate == pytest.approx(2 * attention.roof)
+    assert others.estimate > others.compiler > 30_000 / 1.5e9 > others.roof
+    assert matmul.estimate == pytest.approx(4 * matmul.bytes / 819e9)
+    assert matmul.compiler == matmul.roof == pytest.approx(matmul.bytes / 819e9)
 
 
 def test_links_of_a_ring_and_of_a_line():

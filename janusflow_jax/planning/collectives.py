@@ -81,8 +81,8 @@ def _inside(
     """The collectives of an instruction: (collective, whether every chip keeps its part only of
     the result, whether the chip waits)."""
     if op.opcode.removesuffix("-start") in _FACTORS:
-        at_once = not op.opcode.endswith("-start") or '"is_sync":true' in op.rest
-        yield op, scatter, waits and at_once
+        starts = op.opcode.endswith("-start") or op.opcode == "send"
+        yield op, scatter, waits and (not starts or '"is_sync":true' in op.rest)
     name = op.attribute(r"calls=%?([\w.\-]+)")
     body = program.called(op).values()
     # On TPU an asynchronous collective is sent once, but written into the fusion that starts it,
