@@ -292,4 +292,4 @@ def attention_share(cfg: TrainConfig, rows: int, chips: int) -> float:
     chances = [math.comb(rows, k) * p**k * (1 - p) ** (rows - k) for k in range(rows)]
     most = sum(1 - min(x, 1.0) ** chips for x in np.cumsum(chances))
     others = share("generate" if cfg.data.gen_slots else "understand") if p < 1 else 0.0
-    return (most * share("text") + (rows - most) * others) / rows
+    return float(most * share("text") + (rows - most) * others) / rows
