@@ -186,10 +186,10 @@ def test_flash_visits_only_blocks_that_may_hold_a_sample():
     """Samples of 256 in blocks of 128: each block meets itself and at most one neighbor."""
     ids = np.repeat(np.arange(1, 5, dtype=np.int32), 256)[None]
     for row in (ids, np.where(np.arange(1024) % 300 < 200, ids, 0)):
-        first, end = flash.block_ranges(row, 128, 64)
+        first, end = flash.block_ranges(jnp.asarray(row), 128, 64)
         np.testing.assert_array_equal(first[0], [0, 0, 4, 4, 8, 8, 12, 12])
         np.testing.assert_array_equal(end[0], [4, 4, 8, 8, 12, 12, 16, 16])
-    first, end = flash.block_ranges(0 * ids, 128, 64)
+    first, end = flash.block_ranges(jnp.asarray(0 * ids), 128, 64)
     np.testing.assert_array_equal(first[0], np.arange(0, 16, 2))
     np.testing.assert_array_equal(end[0], np.arange(2, 18, 2))
 

@@ -182,9 +182,10 @@ def test_both_counts_agree_with_less_recomputation():
         assert budget.overhead[REMAT] < 0.3 * again
 
 
-def test_names_keep_what_the_attention_kernel_needs():
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
+def test_names_keep_what_the_attention_kernel_needs(kernel):
     cfg = load("pretrain", "test")
-    cfg.attention, cfg.data.row_len, cfg.model.llm.head_dim = "splash", 256, 128
+    cfg.attention, cfg.data.row_len, cfg.model.llm.head_dim = kernel, 256, 128
     mesh = sharding.make_mesh(cfg.mesh)
     state, batch = plan_compile.state_shapes(cfg), plan_compile.batch_shapes(cfg)
     kernels = {}

@@ -18,6 +18,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
         "xla_tpu_overlap_compute_collective_tc": True,
     },
+    "gpu": {
+        # Gathers of a layer start while the layer before it runs, reductions end beside the next.
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+        "xla_gpu_enable_pipelined_all_reduce": True,
+    },
 }
 
 
