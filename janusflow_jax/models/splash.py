@@ -130,7 +130,7 @@ def _on_device(q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool
 
     ids = segment_ids.reshape(-1)
     q, k, v = (one_sequence(x) for x in (q, k, v))
-    out = kernel(q, k, v, segment_ids=kernels.SegmentIds(ids, ids))
+    out: Any = kernel(q, k, v, segment_ids=kernels.SegmentIds(ids, ids))
     return out.reshape(heads, rows, length, -1).swapaxes(0, 1)
 
 

@@ -180,7 +180,7 @@ def budget(cfg: TrainConfig, mesh: Mesh) -> Budget:
     work, padding = more(positions=rows * length)
     work, pairs = more(pairs=float(rows * length * length))
     work, idle = more(gen_images=rows * cfg.data.gen_slots, und_images=rows * cfg.data.und_slots)
-    idle -= flops.siglip(cfg.model) * rows * shared_slots(cfg)
+    idle -= flops.siglip(cfg.model) * rows * shared_slots(cfg, work.cached)
     work, head = more(targets=positions)
     overhead = {
         "padding": padding,
@@ -200,9 +200,11 @@ def rotary(cfg: TrainConfig) -> float:
     return per_position * cfg.batch_rows * cfg.data.row_len
 
 
-def shared_slots(cfg: TrainConfig) -> int:
+def shared_slots(cfg: TrainConfig, cached: frozenset[str]) -> int:
     """Slots of a row whose one SigLIP pass serves understanding and REPA."""
     model, data = cfg.model, cfg.data
+    if cached & {"repa_target", "und_features"}:
+        return 0
     uses_both = data.gen_slots and data.und_slots and cfg.loss.repa_weight
     if not uses_both or model.und_encoder != "siglip" or model.repa_target == "siglip":
         return 0

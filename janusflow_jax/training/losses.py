@@ -132,14 +132,15 @@ def loss_sums(
     # Images become the vectors of their slots: noisy latents to generate, features to understand.
     gen: Any = None
     und: Any = None
-    seen: Any = None
+    und_features: Any = None
     if num_gen:
         x = _latents(vae_params, batch, draws, cfg, loss, model.dtype)
         z = flow.interpolate(x, draws["noise"], draws["t"])
         gen, features, t_emb = _generation_slots(run, z, draws["t"])
     if num_und and cfg.und_encoder == "siglip":
-        seen = _siglip_features(run, batch, num_und, model.dtype)
-        und = run("features_slot", _merge_slots(seen)).reshape(*seen.shape[:2], cfg.slot_len, -1)
+        und_features = _siglip_features(run, batch, num_und, model.dtype)
+        slots = run("features_slot", _merge_slots(und_features))
+        und = slots.reshape(*und_features.shape[:2], *slots.shape[1:])
     elif num_und:
         und = _latent_understanding_slots(run, vae_params, batch, num_und, cfg, model.dtype)
 
@@ -188,7 +189,7 @@ def loss_sums(
     # REPA: states in the middle of the LLM align with SigLIP features of the clean image.
     if use_repa:
         is_shared = cfg.repa_target != "siglip" and "und_features" not in batch
-        clean = _repa_target(run, batch, num_gen, seen if is_shared else None, model.dtype)
+        clean = _repa_target(run, batch, num_gen, und_features if is_shared else None, model.dtype)
         similarity = cosine(run("project_repa", at_slots(middle)), clean)
         add_slots("repa", -jnp.mean(similarity, axis=-1) * active)
     return sums, extras
@@ -246,19 +247,20 @@ def _latent_understanding_slots(
 
 
 def _repa_target(
-    run: Apply, batch: Batch, num_gen: int, seen: Array | None, dtype: Any
+    run: Apply, batch: Batch, num_gen: int, und_features: Array | None, dtype: Any
 ) -> Float[Array, "B G S E"]:
     """SigLIP features of the clean images, by SigLIP or from its cache; no gradient.
 
-    Args: seen: features [B, U, S, E] of the last slots, which understanding has computed.
+    Args: und_features: features [B, U, S, E] of the last slots, which understanding has computed.
     """
     if "repa_target" in batch:
         return lax.stop_gradient(batch["repa_target"])
-    images = batch["images"]
-    unseen = min(num_gen, images.shape[1] - (0 if seen is None else seen.shape[1]))
-    features = [] if seen is None else [seen]
-    if unseen:
-        features.insert(0, _over_images(run, "siglip", images[:, :unseen], dtype))
+    images, features = batch["images"], []
+    known = 0 if und_features is None else und_features.shape[1]
+    if others := min(num_gen, images.shape[1] - known):
+        features.append(_over_images(run, "siglip", images[:, :others], dtype))
+    if und_features is not None:
+        features.append(und_features)
     return lax.stop_gradient(jnp.concatenate(features, axis=1)[:, :num_gen])
 
 
