@@ -336,7 +336,7 @@ def run() -> None:
     cli.run(
         lambda: app.run(main, flags_parser=flag_parser.parse),
         out_of_memory="split the batch (--config.optim.accum_steps), share rows among more devices "
-        "(--config.mesh.fsdp) or set --config.remat=True; tools/plan.py computes what a run "
+        "(--config.mesh.fsdp) or set --config.remat=full; tools/plan.py computes what a run "
         "needs, docs/finetuning.md lists smaller ways to train",
     )
 

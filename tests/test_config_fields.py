@@ -66,6 +66,8 @@ def wrong_values(kind):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_value_of_another_type_or_size_is_one_line_for_its_field(name):
     for value in wrong_values(NAMES[name]):
+        if name == "remat" and value is True:  # as in 0.1
+            continue
         problems = problems_with(name, value)
         assert any(p.startswith(f"{name}: ") for p in problems), (value, problems)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -14,7 +15,7 @@ import pytest
 from helpers.gathers import activation_gathers, elements, stack_gathers
 
 from janusflow_jax import config as c
-from janusflow_jax.parallel import chips, sharding
+from janusflow_jax.parallel import chips, compiler, sharding
 from janusflow_jax.planning import (
     compile as plan_compile,
     report as plan_report,
@@ -131,6 +132,40 @@ def test_fsdp_of_16_is_one_axis_of_the_torus():
     for ring in mesh.devices[:, :, 0]:
         coordinates = [sorted({device.coords[axis] for device in ring}) for axis in range(2)]
         assert sorted(map(len, coordinates)) == [1, 16]
+
+
+def test_sums_of_gradients_run_beside_the_backward_pass():
+    machine = plan_topology.parse("v5e:4x4")
+    mesh = sharding.make_mesh(c.MeshConfig(fsdp=4), plan_topology.devices(machine))
+    rows = jax.P(("data", "fsdp"))
+
+    def loss(kernels, x):
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def block(x, kernels):
+            hidden = jax.lax.with_sharding_constraint(jax.nn.silu(x @ kernels["up"]), rows)
+            return jax.lax.with_sharding_constraint(x + hidden @ kernels["down"], rows)
+
+        x, _ = jax.lax.scan(lambda x, kernels: (block(x, kernels), None), x, kernels)
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    def shape(size: tuple[int, ...], spec: jax.P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+
+    kernels = {
+        "up": shape((3, 2048, 5632), jax.P(None, "fsdp")),
+        "down": shape((3, 5632, 2048), jax.P(None, None, "fsdp")),
+    }
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss)).lower(kernels, shape((32, 4096, 2048), rows))
+        options = compiler.options(mesh)
+    assert options == compiler.OPTIONS["tpu"]
+
+    def asynchronous(options: dict) -> int:
+        text = lowered.compile(compiler_options=plan_compile.QUICK["tpu"] | options).as_text()
+        bodies = text.split("\n}\n")
+        return sum("AsyncCollectiveStart" in x and " all-reduce(" in x for x in bodies)
+
+    assert asynchronous(options) > asynchronous({}) == 0
 
 
 def test_v4_and_single_chips():

@@ -217,10 +217,12 @@ def test_flags_change_fields_and_a_typo_is_named():
     values = flags.FlagValues()
     argv = ["train", f"--config={ROOT / 'configs' / 'emoji.py'}:test", "--config.optim.lr=0.5"]
     argv += ["--config.workdir=there", "--config.mesh.fsdp=2", "--config.tensorboard"]
+    argv += ["--config.remat=True"]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     values(argv)
     cfg = values.config
     assert (cfg.optim.lr, cfg.workdir, cfg.mesh.fsdp, cfg.tensorboard) == (0.5, "there", 2, True)
+    assert cfg.remat == "full"  # in 0.1 it was True or False
     c.check_field("optim.lr")
     with pytest.raises(c.ConfigError, match="config: .*got 'num_step'; did you mean 'num_steps'"):
         c.check_field("num_step")

@@ -118,19 +118,21 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         layers,
     )
     problems += _source_problems(cfg)
-    return list(dict.fromkeys(problems + model_problems(cfg.model)))  # some are in both
+    if of_model := model_problems(cfg.model):
+        return list(dict.fromkeys(problems + of_model))  # some are in both
+    require(
+        data.row_len > cfg.model.slot_len or all(s.task == "text" for s in data.sources),
+        "data.row_len",
+        f"more than the {cfg.model.slot_len} positions of an image of {cfg.model.image_size} px",
+        data.row_len,
+    )
+    return problems
 
 
 def _source_problems(cfg: TrainConfig) -> list[str]:
     problems = _Problems()
     require = problems.require
-    data, slot_len = cfg.data, cfg.model.slot_len
-    require(
-        data.row_len > slot_len or all(s.task == "text" for s in data.sources),
-        "data.row_len",
-        f"more than the {slot_len} positions of an image of {cfg.model.image_size} px",
-        data.row_len,
-    )
+    data = cfg.data
     labels = [(s.label, s.task == "generate") for s in data.sources]
     require(len({*labels}) == len(labels), "data.sources", "different names", labels)
     names = [s.name or (s.split, s.task) for s in cfg.evaluate.sources]

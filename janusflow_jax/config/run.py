@@ -214,9 +214,8 @@ class TrainConfig:
     sheet_num_steps: int = between(30, 1, 10_000)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "remat":  # it was True or False before 0.3
-            old = {"true": "full", "1": "full", "false": "none", "0": "none"}
-            value = old.get(str(value).lower(), value)
+        if name == "remat":  # it was True or False in 0.1
+            value = {"true": "full", "false": "none"}.get(str(value).lower(), value)
         object.__setattr__(self, name, value)
 
 

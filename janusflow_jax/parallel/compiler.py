@@ -12,11 +12,11 @@ from janusflow_jax.parallel import processes
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "tpu": {
-        # Sums of gradients run beside the computation. Without them they are synchronous.
+        # Sums of gradients over `data` run beside the backward pass. XLA would combine those of a
+        # layer into one at the layer's end, where nothing is left to run beside it.
         "xla_enable_async_all_reduce": True,
-        "xla_tpu_enable_async_collective_fusion": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
-        "xla_tpu_overlap_compute_collective_tc": True,
+        "xla_jf_crs_combiner_threshold_in_bytes": 1_000_000,
     },
     "gpu": {
         # Gathers of a layer start while the layer before it runs, reductions end beside the next.
