@@ -122,9 +122,11 @@ def test_a_spike_is_skipped_counted_and_restored(store, monkeypatch):
     spoil(monkeypatch, [32], factor=1e6)
     args = {"num_steps": 6, "keep_checkpoints": 9, "save_every_steps": 1}
     cfg = runs.tiny_config("run", **args)
-    cfg.optim.max_norm_ratio = 20.0
+    cfg.optim.max_norm_ratio, cfg.optim.warmup_steps = 20.0, 10
     train.train(cfg)
     metrics = runs.read_metrics("run")
+    # The rate rises from step to step, but not after the step that was skipped.
+    np.testing.assert_allclose(np.diff([x["lr"] for x in metrics]) / 9e-5, [1, 1, 1, 1, 0], 1e-3)
     assert [x["ok"] for x in metrics] == [1, 1, 1, 1, 0, 1]
     assert [x["bad_steps"] for x in metrics] == [0, 0, 0, 0, 1, 1]
     norms = [x["grad_norm"] for x in metrics]

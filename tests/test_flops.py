@@ -102,3 +102,5 @@ def test_peaks():
     assert chips.peak_tflops("NVIDIA A100-SXM4-80GB") == 312
     assert chips.peak_tflops("TPU v5 lite") == 197 and chips.peak_tflops("TPU v5") == 459
     assert chips.peak_tflops("NVIDIA H100 80GB HBM3") == 989 and not chips.peak_tflops("cpu")
+    assert chips.peak_tflops("NVIDIA H100 PCIe") == 756 and chips.peak_tflops("NVIDIA H200") == 989
+    assert chips.peak_tflops("TPU7x") == chips.CHIPS["tpu7x"].tflops / 2

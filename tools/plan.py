@@ -11,7 +11,6 @@ Needs XLA's compiler for them but no device: `pip install 'jax[tpu]'`, or jax-cu
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 from pathlib import Path
 
@@ -40,9 +39,10 @@ _EXACT = flags.DEFINE_bool("exact", False, "compile as a run does; much slower, 
 _BEST_REMAT = flags.DEFINE_bool(
     "best_remat", False, "try --config.remat=none, names and full, and plan the first that fits"
 )
-_EFFICIENCY = flags.DEFINE_float("efficiency", 0.5, "assumed share of peak that matmuls reach")
-_OVERLAP = flags.DEFINE_float("overlap", 0.7, "assumed share of communication that is hidden")
-STAGES = ("adaptation", "pretrain", "sft")
+_MATMUL = flags.DEFINE_float(
+    "matmul", None, "assumed share of the peak that matmuls reach; default: 0.8 on TPU, 0.65 on GPU"
+)
+_KERNEL = flags.DEFINE_float("kernel", 0.45, "assumed share of the peak that attention reaches")
 
 
 def main(argv: list[str]) -> None:
@@ -50,16 +50,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     cfg = _CONFIG.value
     machine = plan_topology.parse(_TOPOLOGY.value or "", _SLICES.value)
-    assume = plan_report.Assumptions(efficiency=_EFFICIENCY.value, overlap=_OVERLAP.value)
+    assume = plan_report.Assumptions(matmul=_MATMUL.value, kernel=_KERNEL.value)
     if _SAMPLER.value:
         runs = plan_report.sampler_reports(cfg, machine, _ROWS.value, _STEPS.value, assume)
     else:
         compile_step = plan_report.cheapest_remat if _BEST_REMAT.value else plan_compile.train
         run = compile_step(cfg, machine, exact=_EXACT.value)
-        files = [runpy.run_path(str(ROOT / f"configs/{name}.py")) for name in STAGES]
-        stages = [f["get_config"]() for f in files]
-        same_model = [stage for stage in stages if stage.model == cfg.model]
-        runs = [(run, plan_report.train_report(run, same_model, assume))]
+        runs = [(run, plan_report.train_report(run, assume))]
     fits = True
     for i, (run, text) in enumerate(runs):
         print("\n\n" * (i > 0) + text, flush=True)

@@ -1,7 +1,6 @@
-"""What a compiled step sends between chips, read from XLA's optimized program text.
+"""What a compiled step sends between chips, and whether computation can hide it.
 
-XLA's own cost analysis has no collectives and counts the body of a loop once. Here a collective
-counts as often as the loops around it run.
+A collective counts as often as the loops around it run.
 """
 
 from __future__ import annotations
@@ -9,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
+
+from janusflow_jax.planning import hlo
+from janusflow_jax.planning.hlo import Instruction, Program, Shape
 
 _FACTORS = {
     "all-gather": lambda n: (n - 1) / n,
@@ -24,56 +25,31 @@ _FACTORS = {
 }
 """Bytes that one of n chips sends in a ring, per byte of its result."""
 
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_CALLS = re.compile(
-    r"\b(?:body|calls|to_apply|branch_computations|called_computations)=(\{.*?\}|%?[\w.\-]+)"
-)
-
-
-class Instruction(NamedTuple):
-    root: bool  # of its computation
-    result: str  # its type
-    opcode: str
-    rest: str  # operands and attributes
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
-
-    def attribute(self, pattern: str) -> str:
-        """The first group of a regular expression; '' where it does not match."""
-        match = re.search(pattern, self.rest)
-        return match[1] if match else ""
-
-
-Program = dict[str, dict[str, Instruction]]
-"""Computation -> name -> instruction."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     kind: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of one chip's result: (type, dimensions)
-    group: int  # chips that take part together
+    shapes: tuple[Shape, ...]  # of one chip's result
+    members: tuple[int, ...]  # devices of the first group that takes part together
     times: float  # per step
     between: bool  # whether it crosses the slow network
+    exposed: bool  # whether the chip waits for it; computation runs beside the others
     op_name: str  # the JAX operation that it comes from
+
+    @property
+    def group(self) -> int:
+        """Chips that take part together."""
+        return len(self.members)
 
     @property
     def bytes(self) -> int:
         """Of one chip's result."""
-        return sum(_type_bytes(t) * math.prod(dims) for t, dims in self.shapes)
+        return sum(shape.bytes for shape in self.shapes)
 
     @property
     def sent(self) -> float:
         """Bytes that one chip sends per step if every collective runs as a ring."""
         return self.times * self.bytes * _FACTORS[self.kind](self.group)
-
-
-def _type_bytes(name: str) -> int:
-    bits = re.search(r"\d+", name)  # of bf16, f8e4m3fn, ...; pred has none
-    return max(int(bits[0]) // 8, 1) if bits else 1
 
 
 def collectives(
@@ -88,91 +64,44 @@ def collectives(
       devices: on which the program runs; 0: as the text says. For several TPU slices XLA writes
         the program of one slice: its collectives stay inside and its sends go to other slices.
     """
-    program = _parse(text)
+    program = hlo.parse(text)
     match = re.search(r"num_partitions=(\d+)", text)
     partitions = int(match[1]) if match else 1
     per_slice = partitions if partitions < devices else max(partitions // slices, 1)
-    out: list[Collective] = []
-
-    def walk(computation: str, times: float) -> None:
-        for op in program[computation].values():
-            if op.opcode.removesuffix("-start") in _FACTORS:
-                scatter = "all-reduce-scatter" in computation
-                out.append(_collective(op, times, scatter, partitions, per_slice))
-            elif op.opcode == "while":
-                trips = _trip_count(program, op)
-                inner = times * (while_trips if trips is None else trips)
-                walk(op.attribute(r"body=%?([\w.\-]+)"), inner)
-            elif not op.opcode.endswith(("-done", "-update")):
-                for call in _CALLS.finditer(op.rest):
-                    for called in re.findall(r"[\w.\-]+", call[1]):
-                        if called not in program:
-                            continue
-                        # On TPU an asynchronous collective is sent once, but written into the
-                        # fusion that starts it, those that overlap it and the one that ends it.
-                        ends = any(
-                            "AsyncCollectiveDone" in i.rest for i in program[called].values()
-                        )
-                        if not called.startswith("async_collective_fusion") and not ends:
-                            walk(called, times)
-
-    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
-    if entry:
-        walk(entry[1], 1.0)
-    return out
+    return [
+        _collective(inner, times, scatter, waits, partitions, per_slice)
+        for _, op, times in hlo.executed(program, while_trips)
+        for inner, scatter, waits in _inside(program, op)
+    ]
 
 
-def _parse(text: str) -> Program:
-    program: Program = {}
-    body: dict[str, Instruction] = {}
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith((" ", "HloModule")):
-            name = re.split(r"[ (]", line.removeprefix("ENTRY ").lstrip("%"))[0]
-            body = program.setdefault(name, {})
-        elif match := _INSTRUCTION.match(line):
-            root, name, *parts = match.groups()
-            body[name] = Instruction(bool(root), *parts)
-    return program
-
-
-def _trip_count(program: Program, loop: Instruction) -> float | None:
-    """Iterations of a while loop; None where they depend on data.
-
-    XLA states the number for CPU and GPU. For TPU it follows from the loop itself:
-    `i = 0; while (i < end) i += step`. The loops in which XLA overlaps a matmul with the collective
-    of its operand have a step of 2.
-    """
-    known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
-    if known:
-        return float(known)
-    condition = program[loop.attribute(r"condition=%?([\w.\-]+)")]
-    body = program[loop.attribute(r"body=%?([\w.\-]+)")]
-    test = next(op for op in condition.values() if op.root)
-    if test.opcode != "compare" or "direction=LT" not in test.rest:
-        return None
-    counter, bound = (condition[name] for name in test.operands)
-    index = counter.attribute(r"index=(\d+)")
-    result = next(op for op in body.values() if op.root)
-    if bound.opcode != "constant" or not index or result.opcode != "tuple":
-        return None
-    update = body[result.operands[int(index)]]
-    constants = (body[name] for name in update.operands if body[name].opcode == "constant")
-    step = next((_value(op) for op in constants), 1)
-    return float(math.ceil(_value(bound) / step)) if step > 0 else None
-
-
-def _value(constant: Instruction) -> int:
-    return int(constant.rest.split(")")[0])
+def _inside(
+    program: Program, op: Instruction, scatter: bool = False, waits: bool = True
+) -> Iterator[tuple[Instruction, bool, bool]]:
+    """The collectives of an instruction: (collective, whether every chip keeps its part only of
+    the result, whether the chip waits)."""
+    if op.opcode.removesuffix("-start") in _FACTORS:
+        starts = op.opcode.endswith("-start") or op.opcode == "send"
+        yield op, scatter, waits and (not starts or '"is_sync":true' in op.rest)
+    name = op.attribute(r"calls=%?([\w.\-]+)")
+    body = program.called(op).values()
+    # On TPU an asynchronous collective is sent once, but written into the fusion that starts it,
+    # those that overlap it and the one that ends it.
+    ends = any("AsyncCollectiveDone" in i.rest for i in body)
+    if name.startswith("async_collective_fusion") or ends:
+        return
+    waits = waits and not any("AsyncCollectiveStart" in i.rest for i in body)
+    for inner in body:
+        yield from _inside(program, inner, scatter or "all-reduce-scatter" in name, waits)
 
 
 def _collective(
-    op: Instruction, times: float, scatter: bool, devices: int, per_slice: int
+    op: Instruction, times: float, scatter: bool, waits: bool, devices: int, per_slice: int
 ) -> Collective:
-    """Args: scatter: whether it is an all-reduce of which every chip keeps its part only."""
     kind = op.opcode.removesuffix("-start")
-    shapes = [(t, tuple(_ints(dims))) for t, dims in _SHAPE.findall(op.result)]
+    shapes = op.shapes
     if op.opcode.endswith("-start") and kind != "all-reduce":
-        shapes = [s for s in shapes if s[1] or s[0] != "u32"]
+        shapes = [s for s in shapes if s.dims or s.type != "u32"]
         shapes = shapes[len(shapes) // 2 :]  # (operands, results)
     if kind == "send":
         shapes = shapes[:1]  # then a context and a token
@@ -184,11 +113,11 @@ def _collective(
     size = groups.shape[1]
     if scatter:
         kind = "reduce-scatter"
-        shapes = [(t, (math.prod(dims) // size,)) for t, dims in shapes]
+        shapes = [s._replace(dims=(math.prod(s.dims) // size,)) for s in shapes]
     slice_of = groups // per_slice
     between = kind == "send" or bool((slice_of != slice_of[:, :1]).any())
-    op_name = op.attribute(r'op_name="([^"]*)"')
-    return Collective(kind, tuple(shapes), size, times, between, op_name)
+    members = tuple(groups[0].tolist())
+    return Collective(kind, tuple(shapes), members, times, between, waits, op.op_name)
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
@@ -204,12 +133,12 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     order = re.search(r"(?:<=|device_ids=\()\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     ids = np.arange(devices)
     if order:
-        ids = ids.reshape(_ints(order[1]))
-        ids = ids.transpose(_ints(order[2])) if order[2] else ids
+        ids = ids.reshape(hlo.ints(order[1]))
+        ids = ids.transpose(hlo.ints(order[2])) if order[2] else ids
     if text.startswith("["):
-        return ids.reshape(_ints(text[1 : text.index("]")]))
+        return ids.reshape(hlo.ints(text[1 : text.index("]")]))
     if text.startswith("{"):
-        return np.array([_ints(group) for group in re.findall(r"\{([\d,]+)\}", text)])
+        return np.array([hlo.ints(group) for group in re.findall(r"\{([\d,]+)\}", text)])
     named = text[text.rindex("{") :]
     shape: list[int] = []
     inside: list[int] = []  # dimensions that vary within a group
@@ -223,34 +152,3 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     return np.moveaxis(ids.reshape(shape), inside, last).reshape(
         -1, math.prod(shape[i] for i in inside)
     )
-
-
-def _ints(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")] if text else []
-
-
-class Total(NamedTuple):
-    """All collectives of a kind on one of the two networks."""
-
-    kind: str
-    between: bool
-    times: float
-    bytes: float  # of results, per step
-    sent: float
-
-
-def totals(items: Iterable[Collective]) -> list[Total]:
-    """Sums by kind and network, the largest first."""
-    groups: dict[tuple[str, bool], list[Collective]] = {}
-    for c in items:
-        groups.setdefault((c.kind, c.between), []).append(c)
-    out = [
-        Total(
-            *key,
-            sum(c.times for c in cs),
-            sum(c.times * c.bytes for c in cs),
-            sum(c.sent for c in cs),
-        )
-        for key, cs in groups.items()
-    ]
-    return sorted(out, key=lambda t: -t.sent)

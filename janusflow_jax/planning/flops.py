@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from janusflow_jax.config import TrainConfig, parts as parts_lib
 from janusflow_jax.models import splash
-from janusflow_jax.planning import compile as plan_compile
+from janusflow_jax.planning import compile as plan_compile, hlo
 from janusflow_jax.training import cross_entropy, flops, step as train_step
 
 
@@ -94,19 +96,45 @@ class Budget(NamedTuple):
 
 TEXT = {"generate": (80, 0), "understand": (200, 100)}
 """Text tokens of a typical sample, and the targets among them (benchmarks/RESULTS.md)."""
-FILL = 0.988  # share of positions that belong to a sample (benchmarks/RESULTS.md)
+FULL_ROWS = 0.929  # share of a row of images that images and their text use (the same page)
+
+
+def rows_of(text: float) -> tuple[float, float]:
+    """Rows of images and rows of text for each row's worth of positions that samples use.
+
+    Text is put behind images until half of it has rows of its own (data/rows.py).
+
+    Args: text: its share of the mixture.
+    """
+    images = (1 - text) / FULL_ROWS
+    return images, text - min(text / 2, images - (1 - text))
+
+
+def text_share(cfg: TrainConfig) -> float:
+    """The share of text in the config's last mixture."""
+    _, weights = cfg.data.phases()[-1]
+    text = sum(w for w, s in zip(weights, cfg.data.sources, strict=True) if s.task not in TEXT)
+    return text / sum(weights)
+
+
+def sample_length(cfg: TrainConfig, task: str) -> int:
+    """Positions of a typical sample; text fills a row."""
+    if task not in TEXT:
+        return cfg.data.row_len
+    return min(TEXT[task][0] + cfg.model.slot_len, cfg.data.row_len)
 
 
 def typical(cfg: TrainConfig) -> flops.Work:
     """The contents of a typical batch of the config's last mixture."""
     _, weights = cfg.data.phases()[-1]
-    total = cfg.batch_rows * cfg.data.row_len * FILL
+    full = 1 / sum(rows_of(text_share(cfg)))
+    total = cfg.batch_rows * cfg.data.row_len * full
     positions = pairs = targets = 0.0
     images = dict.fromkeys(TEXT, 0.0)
     for weight, source in zip(weights, cfg.data.sources, strict=True):
         share = total * weight / sum(weights)
-        text, wanted = TEXT.get(source.task, (cfg.data.row_len, cfg.data.row_len))
-        length = min(text + (cfg.model.slot_len if source.task in TEXT else 0), cfg.data.row_len)
+        length = sample_length(cfg, source.task)
+        wanted = TEXT[source.task][1] if source.task in TEXT else length
         samples = share / length
         positions += share
         pairs += samples * length * (length + 1) / 2
@@ -121,7 +149,7 @@ def typical(cfg: TrainConfig) -> flops.Work:
         targets=int(targets),
         gen_images=int(images["generate"]),
         und_images=int(images["understand"]),
-        padding=1 - FILL,
+        padding=1 - full,
         idle_slots=1 - used / slots if slots else 0.0,
         cached=flops.CACHED.intersection(plan_compile.batch_shapes(cfg)),
     )
@@ -219,19 +247,51 @@ def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
     return total
 
 
-def executed(cfg: TrainConfig, counted: float) -> float:
-    """Operations over all devices with the attention that runs, from a count with XLA's.
+MATMULS = {
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+    "flash_forward": 2,
+    "flash_queries": 3,
+    "flash_keys": 4,
+}
+"""Matmuls for each pair of positions in the kernels of attention, by a part of their names."""
 
-    Splash attention computes only the blocks on and below the diagonal. Its backward pass computes
-    the scores twice: 7 matmuls per block where XLA's attention has 4.
+
+def attention_kernel(op_name: str, shapes: Sequence[hlo.Shape], length: int, share: float) -> float:
+    """Operations of one run of a kernel of attention on a device.
+
+    Args:
+      shapes: of its operands; the first of numbers with more than two dimensions are the queries.
+      length: of a row.
+      share: of the pairs of positions in a row that the kernel computes.
     """
-    if cfg.attention != "splash":
-        return counted
-    length = cfg.data.row_len
-    per_pass = flops.attention_per_pair(cfg.model) * cfg.batch_rows * length**2
-    unit, block = splash.UNIT, splash.BLOCK
-    blocks = length / (block if length % block == 0 else unit)
-    forward = 2 if cfg.remat == "full" else 1  # "names" keeps what its backward pass needs
-    splash_flops = per_pass * (forward + 7 / 2) * (blocks + 1) / (2 * blocks)
-    forward_of_xla = {"full": 2, "names": 1.5, "none": 1}[cfg.remat]
-    return counted - per_pass * (forward_of_xla + 2) + splash_flops
+    queries = next(s for s in shapes if len(s.dims) > 2 and s.type in ("bf16", "f32"))
+    matmuls = next((n for name, n in MATMULS.items() if name in op_name), 0)
+    return 2.0 * matmuls * math.prod(queries.dims) * length * share
+
+
+def attention_share(cfg: TrainConfig, rows: int, chips: int) -> float:
+    """Share of the pairs of positions that the kernel computes on the slowest chip.
+
+    All wait for the chip with the most rows of text, because one long text has pairs in every block
+    up to the diagonal.
+
+    Args:
+      rows: of each chip.
+      chips: that have different rows; their largest number of rows of text is its expected value.
+    """
+    length, block = cfg.data.row_len, splash.block_size(cfg.data.row_len)
+
+    def share(task: str) -> float:
+        """Of a row of typical samples."""
+        sample = sample_length(cfg, task)
+        ids = np.arange(length)[None] // sample + 1
+        return float(splash.executed_blocks(ids * (ids <= length // sample), block).mean())
+
+    images, text = rows_of(text_share(cfg))
+    p = text / (images + text)
+    chances = [math.comb(rows, k) * p**k * (1 - p) ** (rows - k) for k in range(rows)]
+    most = sum(1 - min(x, 1.0) ** chips for x in np.cumsum(chances))
+    others = share("generate" if cfg.data.gen_slots else "understand") if p < 1 else 0.0
+    return float(most * share("text") + (rows - most) * others) / rows

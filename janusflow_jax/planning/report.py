@@ -7,9 +7,10 @@ them by `Assumptions`, which every report prints.
 from __future__ import annotations
 
 import dataclasses
+import re
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from janusflow_jax.planning import (
     collectives as plan_collectives,
     compile as plan_compile,
     flops as plan_flops,
+    hlo,
+    roofline,
     sampler,
     topology,
 )
@@ -40,13 +43,17 @@ PARTS = {
 MARGIN = 0.05  # share of the memory that a choice of ours leaves free
 
 
+MATMUL = {"tpu": 0.8, "gpu": 0.65}
+
+
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
     """What a step time rests on beside the compiler's figures. None was measured by us."""
 
-    efficiency: float = 0.5  # share of the peak that matmuls and convolutions reach
-    overlap: float = 0.7  # share of the time on links that computation hides
-    link: float = 0.8  # share of the link rate that a collective reaches
+    matmul: float | None = None  # share of the peak that matmuls reach; None: of MATMUL
+    kernel: float = 0.45  # share of the peak that attention kernels reach
+    memory: float = 0.9  # share of the memory's rate
+    link: float = 0.8  # share of a link's rate
 
 
 class Memory(NamedTuple):
@@ -58,37 +65,47 @@ class Memory(NamedTuple):
     fits: bool
 
 
-class StepTime(NamedTuple):
-    """Seconds of one step by what takes them."""
+class Part(NamedTuple):
+    """What a part of the model takes in a step on one chip. Times are in seconds."""
 
-    compute: float  # matmuls and convolutions
-    state: float  # parameters and other state, through the device's memory
-    links: float  # communication
-
-    def total(self, overlap: float) -> float:
-        """Seconds of the step if computation hides this share of the communication."""
-        return max(self.links, self.compute + self.state + (1 - overlap) * self.links)
+    flops: float
+    bytes: float
+    roof: float  # at the peak rates
+    compiler: float  # the same, but the compiler's estimates where it has one
+    estimate: float  # at the assumed rates
 
 
-def train_report(run: Compiled, stage_cfgs: Sequence[TrainConfig], assume: Assumptions) -> str:
-    """The report on a compiled train step.
+PATTERNS = {
+    "VAE": r"Vae\.|latents_to_pixels",
+    "SigLIP": r"und_encoder|\.siglip",
+    "LLM": r"/llm/",
+    "generation encoder and decoder": r"generation_slot|\.velocity",
+    "head, REPA, aligners, draws": r"jvp\(",
+    "optimizer, EMA, guard": r"^jit\(step\)",
+}
+"""Parts by the JAX operation that an instruction comes from; the first that matches."""
 
-    Args: stage_cfgs: stages whose time and cost on this machine are printed too.
-    """
+
+def part(cost: roofline.Cost) -> str:
+    """The part of the model that an instruction belongs to."""
+    name = next((n for n, p in PATTERNS.items() if re.search(p, cost.op_name)), "other")
+    if name != "LLM":
+        return name
+    if cost.kind == "other":
+        return "LLM: " + ("rotary positions, layouts" if "/attn/" in cost.op_name else "the rest")
+    again = "recomputed" if "rematted_computation" in cost.op_name else ""
+    passes = again or ("backward" if "transpose(" in cost.op_name else "forward")
+    return f"LLM: {'attention' if cost.kind == 'kernel' else 'matmuls'}, {passes}"
+
+
+def train_report(run: Compiled, assume: Assumptions) -> str:
+    """The report on a compiled train step."""
     budget = plan_flops.budget(run.cfg, run.mesh)
-    executed = plan_flops.executed(run.cfg, budget.counted)
-    # The optimizer reads and writes the state once.
-    state = (run.arguments.get(part, {}) for part in ("params", "opt_state", "ema"))
-    moved = 2 * sum(map(bytes_per_device, state))
-    sent = traffic(run, float(plan_flops.head_work(run.cfg, run.mesh)[1]))
-    times = step_time(run, executed, moved, sent, assume)
+    trips = float(plan_flops.head_work(run.cfg, run.mesh)[1])
     rows = f"{run.cfg.batch_rows} rows"
     if run.cfg.optim.accum_steps > 1:
         rows += f" in {run.cfg.optim.accum_steps} parts"
-    text = report(run, f"{run.cfg.name}, {rows},", budget, executed, sent, times, assume)
-    if run.program is None or not stage_cfgs:
-        return text
-    return f"{text}\n\n{stages(stage_cfgs, run, times, assume)}"
+    return report(run, f"{run.cfg.name}, {rows},", budget, trips, assume, run.cfg.num_steps)
 
 
 def sampler_reports(
@@ -107,24 +124,22 @@ def sampler_reports(
             built = plan_compile.build(program.traced, machine)
         run = Compiled(cfg, machine, mesh, program.arguments, *built)
         budget = program.budget(machine.chip.platform)
-        moved = program.passes * sum(bytes_per_device(t) for t in program.arguments.values())
-        sent = traffic(run, float(program.passes))
-        times = step_time(run, budget.counted, moved, sent, assume)
-        yield run, report(run, program.name, budget, budget.counted, sent, times, assume)
+        yield run, report(run, program.name, budget, float(program.passes), assume)
 
 
 def report(
     run: Compiled,
     name: str,
     budget: plan_flops.Budget,
-    executed: float,
-    sent: Sequence[plan_collectives.Collective],
-    times: StepTime,
+    while_trips: float,
     assume: Assumptions,
+    num_steps: int = 0,
 ) -> str:
     """What is known about any program.
 
-    Args: executed: operations over all chips with the attention that runs; sent: from `traffic`.
+    Args:
+      while_trips: iterations of loops whose number depends on data.
+      num_steps: of a training run.
     """
     mesh = " x ".join(f"{n} {s}" for n, s in run.mesh.shape.items())
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -153,31 +168,60 @@ def report(
         **{f"+ {cause}": count for cause, count in budget.overhead.items()},
         "= total, analytic": budget.total,
         f"counted on the jaxpr ({budget.difference:+.2%})": budget.counted,
-        "executed, with the attention that runs": executed,
     }
     lines += [
         "",
         "operations, all chips, PFLOP",
         *(f"  {label:52} {count / 1e15:9.4g}" for label, count in operations.items()),
         "",
-        "collectives, per device",
-        f"  {'':38} {'times':>8} {'results':>10} {'sent':>10}",
+        f"a step by parts, per chip {'':16} TFLOP       GB     roof  compiler  estimate, ms",
     ]
-    for c in plan_collectives.totals(sent):
-        kind = c.kind + (", between slices or hosts" if c.between else "")
-        result, total = c.bytes / 1e6, c.sent / 1e6
-        lines.append(f"  {kind:38} {c.times:8.0f} {result:7.0f} MB {total:7.0f} MB")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "time, seconds (an estimate: nothing was run there)",
-            f"  computation at {assume.efficiency:.0%} of peak {times.compute:.3f}, state through "
-            f"memory {times.state:.3f}, links at {assume.link:.0%} of their rate {times.links:.3f}",
-            f"  {times.total(1.0):.3f} with all communication hidden, {times.total(0.0):.3f} with "
-            f"none, {times.total(assume.overlap):.3f} with {assume.overlap:.0%}",
-        ]
+    rows = parts(run, while_trips, assume)
+    rows["sum"] = Part(*(sum(x) for x in zip(*rows.values(), strict=True)))
+    for label, p in rows.items():
+        if p.estimate > 1e-4:
+            lines.append(
+                f"  {label:40} {p.flops / 1e12:7.2f} {p.bytes / 1e9:8.2f} {p.roof * 1e3:8.1f} "
+                f"{p.compiler * 1e3:9.1f} {p.estimate * 1e3:9.1f}"
+            )
+    lines += [
+        "",
+        "collectives, per device",
+        f"  {'':44} {'times':>8} {'results':>10} {'sent':>10} {'time':>10}",
+    ]
+    kinds: dict[str, list[plan_collectives.Collective]] = {}
+    sent = traffic(run, while_trips)
+    for c in sent:
+        kind = c.kind + ", exposed" * c.exposed + ", between slices or hosts" * c.between
+        kinds.setdefault(kind, []).append(c)
+    for kind, cs in kinds.items():
+        result = sum(c.times * c.bytes for c in cs) / 1e6
+        total = sum(c.sent for c in cs) / 1e6
+        ms = 1e3 * sum(link_seconds(run, c, assume) for c in cs)
+        times = sum(c.times for c in cs)
+        lines.append(f"  {kind:44} {times:8.0f} {result:7.0f} MB {total:7.0f} MB {ms:7.1f} ms")
+    exposed, hidden = (
+        sum(link_seconds(run, c, assume) for c in sent if c.exposed == waits)
+        for waits in (True, False)
     )
+    compute, chip = rows["sum"].estimate, run.machine.chip
+    total = max(compute, hidden) + exposed
+    lines += [
+        "",
+        "time, seconds (an estimate: nothing was run there)",
+        f"  {total:.3f}: computation {compute:.3f} (matmuls at "
+        f"{assume.matmul or MATMUL[chip.platform]:.0%} of the peak, attention at "
+        f"{assume.kernel:.0%}, memory at {assume.memory:.0%}), communication {hidden:.3f} beside "
+        f"it and {exposed:.3f} exposed (links at {assume.link:.0%})",
+    ]
+    if num_steps:
+        used = budget.useful / (total * run.machine.chips * chip.tflops * 1e12)
+        hours = total * num_steps / 3600
+        lines.append(
+            f"  MFU {used:.1%}; {num_steps:,} steps: {hours / 24:.1f} days, "
+            f"{hours * run.machine.chips:,.0f} chip-hours"
+        )
+    return "\n".join(lines)
 
 
 def memory(run: Compiled) -> Memory:
@@ -250,44 +294,39 @@ def traffic(run: Compiled, while_trips: float) -> list[plan_collectives.Collecti
     return plan_collectives.collectives(text, run.machine.islands, while_trips, run.mesh.size)
 
 
-def step_time(
-    run: Compiled,
-    executed: float,
-    moved: int,
-    sent: Sequence[plan_collectives.Collective],
-    assume: Assumptions,
-) -> StepTime:
-    """Args: executed: operations over all chips; moved: bytes of a device's state that are read or
-    written; sent: the program's collectives."""
+def parts(run: Compiled, while_trips: float, assume: Assumptions) -> dict[str, Part]:
+    """The step by parts of the model, the slowest first."""
+    assert run.program is not None
+    text, chip = run.program.as_text(), run.machine.chip
+    assert text is not None  # the type allows programs without text
+    peak, rate = chip.tflops * 1e12 / chip.cores, assume.memory * chip.hbm / chip.cores
+    groups = run.mesh.size // run.mesh.shape["tensor"]
+    rows = max(run.cfg.batch_rows // (groups * run.cfg.optim.accum_steps), 1)
+    share = plan_flops.attention_share(run.cfg, rows, groups)
+    out: dict[str, Part] = {}
+    for cost in roofline.costs(hlo.parse(text), while_trips):
+        reached = assume.matmul or MATMUL[chip.platform]
+        if cost.kind == "kernel":
+            length = run.cfg.data.row_len
+            one_run = plan_flops.attention_kernel(cost.op_name, cost.shapes, length, share)
+            cost, reached = cost._replace(flops=cost.times * one_run), assume.kernel
+        roof = max(cost.flops / peak, cost.bytes * chip.cores / chip.hbm)
+        compiler = cost.cycles / (chip.ghz * 1e9) if cost.cycles and chip.ghz else roof
+        estimate = max(cost.flops / (peak * reached), cost.bytes / rate)
+        if cost.cycles and chip.ghz:
+            estimate = max(estimate, compiler)
+        label = part(cost)
+        one = Part(cost.flops, cost.bytes, roof, compiler, estimate)
+        out[label] = Part(*map(sum, zip(out.get(label, (0.0,) * 5), one, strict=True)))
+    return dict(sorted(out.items(), key=lambda item: -item[1].estimate))
+
+
+def link_seconds(run: Compiled, c: plan_collectives.Collective, assume: Assumptions) -> float:
+    """Seconds that a collective's links are busy in a step. An open line has half a ring's rate."""
     chip = run.machine.chip
-    peak = run.machine.chips * chip.tflops * 1e12
-    inside, across = (sum(c.sent for c in sent if c.between == slow) for slow in (False, True))
-    return StepTime(
-        executed / (peak * assume.efficiency),
-        moved * chip.cores / chip.hbm,
-        (inside / chip.link + across / chip.network) * chip.cores / assume.link,
-    )
-
-
-def stages(cfgs: Sequence[TrainConfig], run: Compiled, times: StepTime, assume: Assumptions) -> str:
-    """A table: days and chip-hours of each config on the machine.
-
-    Args: times: of the compiled step, whose communication and state all stages are assumed to have.
-    """
-    header = ("stage", "steps", "s/step", "days", "chip-hours", "MFU")
-    lines = ["{:14} {:>8} {:>8} {:>8} {:>11} {:>6}".format(*header)]
-    chips = run.machine.chips
-    peak = chips * run.machine.chip.tflops * 1e12
-    for cfg in cfgs:
-        cfg = plan_compile.prepare(cfg, run.machine)
-        budget = plan_flops.budget(cfg, run.mesh)
-        compute = plan_flops.executed(cfg, budget.counted) / (peak * assume.efficiency)
-        step = times._replace(compute=compute).total(assume.overlap)
-        hours = step * cfg.num_steps / 3600
-        divides = cfg.batch_rows % sharding.row_multiple(run.mesh, cfg.optim.accum_steps) == 0
-        lines.append(
-            f"{cfg.name:14} {cfg.num_steps:8,} {step:8.3f} {hours / 24:8.1f} "
-            f"{hours * chips:11,.0f} {budget.useful / (step * peak):6.1%}"
-            + ("" if divides else f"  ({cfg.batch_rows} rows do not divide over this mesh)")
-        )
-    return "\n".join(lines)
+    if c.between:
+        return c.sent * chip.cores / (chip.network * assume.link)
+    devices = run.mesh.devices.ravel()
+    coords = [getattr(devices[i], "coords", None) or () for i in c.members]
+    share = 1.0 if topology.is_ring(run.machine, coords) else 0.5
+    return c.sent * chip.cores / (chip.link * share * assume.link)

@@ -75,6 +75,24 @@ class Machine:
         return f"{self.slices} x {shape}" if self.slices > 1 else shape
 
 
+def is_ring(machine: Machine, coords: Sequence[Sequence[int]]) -> bool:
+    """Whether devices can send around a ring of links of a torus, or only along an open line.
+
+    An axis of a slice closes to a ring where it is whole: at 16 chips (v5e, v6e), at a multiple of
+    4 (three axes). Blocks of two axes hold a ring too.
+
+    Args: coords: of the devices in the slice.
+    """
+    if machine.chip.platform == "gpu":  # all are equally near
+        return True
+    values = [sorted(set(axis)) for axis in zip(*coords, strict=True)]
+    lines = [(axis, len(v)) for axis, v in enumerate(values) if len(v) > 1]
+    if len(lines) != 1:
+        return True
+    (axis, size), multiple = lines[0], 16 if machine.chip.axes == 2 else 4
+    return size == machine.shape[axis] and size % multiple == 0
+
+
 def parse(name: str, slices: int = 1) -> Machine:
     """A machine by its name.
 

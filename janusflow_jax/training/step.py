@@ -128,7 +128,8 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
             "bad_steps": bad_steps,
             "mean_norm": jnp.where(finite, mean, state["mean_norm"]),
         }
-        metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "lr": lr(state["step"])}
+        rate = lr(state["step"] - state["bad_steps"])  # the optimizer counts its updates
+        metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "lr": rate}
         metrics |= {"bad_steps": bad_steps, "mean_grad_norm": state["mean_norm"]}
         metrics |= _task_metrics(cfg, totals, extras)
         metrics |= {f"grad_norm/{part}": optax.tree.norm(g) for part, g in grads.items()}

@@ -7,7 +7,7 @@ from janusflow_jax.planning.collectives import Collective
 
 
 def elements(item: Collective) -> int:
-    return sum(math.prod(dims) for _, dims in item.shapes)
+    return sum(math.prod(x.dims) for x in item.shapes)
 
 
 def activation_gathers(
@@ -24,7 +24,7 @@ def activation_gathers(
         c
         for c in items
         if c.kind == "all-gather"
-        and any(math.prod(d) > limit and _squeezed(d) not in known for _, d in c.shapes)
+        and any(math.prod(x.dims) > limit and _squeezed(x.dims) not in known for x in c.shapes)
     ]
 
 
@@ -36,7 +36,7 @@ def stack_gathers(
     return [
         c
         for c in items
-        if c.kind == "all-gather" and any(_squeezed(d) in stacks for _, d in c.shapes)
+        if c.kind == "all-gather" and any(_squeezed(x.dims) in stacks for x in c.shapes)
     ]
 
 
