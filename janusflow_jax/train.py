@@ -260,7 +260,7 @@ def _write_hlo(run: Run, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         folder = run.workdir / "hlo"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "step.stablehlo.txt").write_text(lowered.as_text(debug_info=True))
-        (folder / "step.optimized.txt").write_text(compiled.as_text())
+        (folder / "step.optimized.txt").write_text(compiled.as_text() or "")
         processes.log(f"program written to {folder}")
     return compiled
 

@@ -55,7 +55,7 @@ def sampler_config(
     problems = _count_problems("num_steps", num_steps)
     problems += [] if _integer(order) in (1, 2) else [f"order: expected 1 or 2; got {order!r}"]
     problems += _number_problems("shift", shift, "a finite number > 0", TINY)
-    interval = tuple(guidance_interval) if np.iterable(guidance_interval) else ()
+    interval: tuple[Any, ...] = tuple(guidance_interval) if np.iterable(guidance_interval) else ()
     if len(interval) != 2 or any(_number_problems("", x, "", 0.0, 1.0) for x in interval):
         problems.append(
             f"guidance_interval: expected two times from 0 to 1; got {guidance_interval!r}"

@@ -97,7 +97,7 @@ class Writer:
         if self._board is not None:
             pixels = np.asarray(image.convert("RGB"))
             self._board.add_image(name, pixels, step, dataformats="HWC")
-        if self._wandb_run is not None:
+        if self._wandb is not None and self._wandb_run is not None:
             self._wandb_run.log({name: self._wandb.Image(image)}, step=step)
 
     def sync(self) -> None:

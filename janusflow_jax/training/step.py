@@ -114,7 +114,9 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
         new: State = {"params": params, "opt_state": opt_state}
         if cfg.optim.ema:
             with jax.named_scope("ema"):
-                new["ema"] = optim.update_ema(state["ema"], params, cfg.optim.ema, state["step"])
+                new["ema"] = optim.update_ema(
+                    state["ema"], new["params"], cfg.optim.ema, state["step"]
+                )
 
         # A step with a non-finite loss or gradient, or a spike, changes the counters only.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
