@@ -183,7 +183,8 @@ def generate_images(
     generate.check_batch_size(benchmark, args.batch)
     prompts, data = prompts_lib.read(benchmark.name, args.data, args.limit)
     count = benchmark.images_per_prompt
-    inputs.check_generate([p.text for p in prompts], count, guidance_scale=guidance)
+    texts = [p.text for p in prompts]
+    inputs.check_generate(texts, count, guidance_scale=guidance, **solver)
     inputs.image_seeds(args.seed, data["rows"], count)
     shard = plan.shard(args.shard)
     extractor = image_scores.extractor(*scorers(args))

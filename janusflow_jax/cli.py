@@ -160,17 +160,13 @@ def add_solver_options(p: Any) -> None:
 
 
 def solver_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `Pipeline.generate` that `add_solver_options` adds, checked."""
-    from janusflow_jax.sampling import inputs
-
-    options = {
+    """The arguments of `Pipeline.generate` that `add_solver_options` adds."""
+    return {
         "num_steps": args.steps,
         "order": args.order,
         "shift": args.shift,
         "guidance_interval": tuple(args.guidance_interval),
     }
-    inputs.sampler_config(**options)
-    return options
 
 
 def load(args: argparse.Namespace) -> pipeline.Pipeline:

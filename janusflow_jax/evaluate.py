@@ -140,8 +140,8 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: epath.Path) -> dict
         )
     if not (args.prompts or args.captions):
         raise JanusFlowError("--prompts, --captions: got 0 and 0: nothing to score")
-    inputs.check_generate(["any"], 1, guidance_scale=args.cfg)
     solver = cli.solver_options(args)
+    inputs.check_generate(["any"], 1, guidance_scale=args.cfg, **solver)
     for first in (args.seed, args.seed + suite.MORE_SEED):
         inputs.image_seeds(first, max(args.prompts, len(prompts.PROMPTS)), 1)
     sheet_file = out.with_suffix(".png")

@@ -97,8 +97,10 @@ def main(argv: list[str] | None = None) -> None:
     one_seed = args.seed[0] if len(args.seed) == 1 else args.seed
     seeds = inputs.image_seeds(one_seed, len(prompts), args.images_per_prompt)
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
-    inputs.check_generate(prompts, args.images_per_prompt, guidance_scale=args.guidance_scale)
     solver = cli.solver_options(args)
+    inputs.check_generate(
+        prompts, args.images_per_prompt, guidance_scale=args.guidance_scale, **solver
+    )
     is_folder = out.is_dir() or not out.suffix
     cli.check_writable(str(out / "0000.png" if is_folder else out), "--out")
     if args.json:

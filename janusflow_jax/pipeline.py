@@ -165,8 +165,16 @@ class Pipeline:
         if isinstance(prompts, str):
             prompts = [prompts]
         prompts = list(prompts) if np.iterable(prompts) else []
-        inputs.check_generate(prompts, images_per_prompt, output, guidance_scale)
-        sampler = inputs.sampler_config(num_steps, order, shift, guidance_interval)
+        sampler = inputs.check_generate(
+            prompts,
+            images_per_prompt,
+            output,
+            guidance_scale,
+            num_steps,
+            order,
+            shift,
+            guidance_interval,
+        )
         if guidance_scale == 1:
             sampler = dataclasses.replace(sampler, guide_until=0.0)
         decodes = output in ("pil", "numpy")

@@ -85,7 +85,7 @@ def test_replay_reads_its_options_or_refuses_them(monkeypatch):
     monkeypatch.setattr(train.compile_cache, "enable", lambda: None)
     monkeypatch.setattr(train, "replay", lambda *args: calls.append(args))
     values = {"_CONFIG": "cfg", "_REPLAY": "3", "_ACCEPT_DATA": True, "_DISTRIBUTED": "off"}
-    for name, value in (values | {"_BRANCH_FROM": "", "_PROFILE": ""}).items():
+    for name, value in (values | {"_BRANCH_FROM": "", "_PROFILE": "", "_PROFILER_PORT": 0}).items():
         monkeypatch.setattr(train, name, types.SimpleNamespace(value=value))
     with pytest.raises(SystemExit):
         train.main(["train"])

@@ -23,7 +23,7 @@ def score_generation(model, refs, judge, folder, count=8):
         judge,
         count=count,
         guidance_scale=2.0,
-        num_steps=2,
+        solver={"num_steps": 2},
         seed=0,
         sheet_file=folder / "sheet.png",
     )

@@ -30,29 +30,25 @@ def check_generate(
     per_prompt: Any,
     output: str = "pil",
     guidance_scale: Any = 2.0,
-) -> None:
-    """Raises JanusFlowError with every problem of a request for images."""
+    num_steps: Any = 30,
+    order: Any = 1,
+    shift: Any = 1.0,
+    guidance_interval: Any = (0.0, 1.0),
+) -> SamplerConfig:
+    """The solver of a request for images.
+
+    Raises: JanusFlowError with every problem of the request.
+    """
     problems = [] if prompts else ["no prompt"]
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str) and not prompt.strip():
             problems.append(f"prompt {i} is empty")
         else:
             problems += _text_problems(f"prompt {i}", prompt)
+    problems += _count_problems("num_steps", num_steps)
     problems += _count_problems("images_per_prompt", per_prompt)
     problems += _number_problems("guidance_scale", guidance_scale, "a finite number", -FLOAT_MAX)
     problems += [] if output in OUTPUTS else [f"output: expected one of {OUTPUTS}; got {output!r}"]
-    if problems:
-        raise JanusFlowError("generate: " + "; ".join(problems))
-
-
-def sampler_config(
-    num_steps: Any = 30, order: Any = 1, shift: Any = 1.0, guidance_interval: Any = (0.0, 1.0)
-) -> SamplerConfig:
-    """The solver of a request for images.
-
-    Raises: JanusFlowError: every value that it cannot have.
-    """
-    problems = _count_problems("num_steps", num_steps)
     problems += [] if _integer(order) in (1, 2) else [f"order: expected 1 or 2; got {order!r}"]
     problems += _number_problems("shift", shift, "a finite number > 0", TINY)
     interval: tuple[Any, ...] = tuple(guidance_interval) if np.iterable(guidance_interval) else ()

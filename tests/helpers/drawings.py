@@ -54,7 +54,7 @@ class PerfectModel(pipeline.Pipeline):
         self.source = "it"
         self.cfg = c.model_config("emoji")
 
-    def generate(self, prompts, *, seed, guidance_scale, num_steps, output):  # pyright: ignore
+    def generate(self, prompts, *, output, **_):  # pyright: ignore
         assert output == "numpy"
         labels = [scores.parse_caption(p) for p in prompts]
         return np.stack([draw(x.name, x.color, turn=4) for x in labels])
