@@ -35,7 +35,7 @@ def read(path: Any) -> Mapping[str, Any]:
     """
     if path.suffix == ".safetensors":
         return safetensors_io.open_file(path)
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     try:
         tensors = torch.load(safetensors_io.local(path), map_location="cpu", weights_only=True)
