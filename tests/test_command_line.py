@@ -39,7 +39,8 @@ def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
         ("a red fox", 5),
         ("Two yellow taxis", 9),
     ]
-    want = {"cfg_weight": 2.0, "num_steps": 2, "dtype": "float32", "int8": False}
+    want = {"cfg_weight": 2.0, "num_steps": 2, "order": 1, "shift": 1.0}
+    want |= {"guidance_interval": [0.0, 1.0], "dtype": "float32", "int8": False}
     assert said["settings"] == want
     assert {(x["rows"], x["positions"]) for x in said["pictures"]} == {(4, 32)}
     assert said["numerics"]["random_generator"] == "threefry2x32"
