@@ -43,8 +43,9 @@ class Linear(nn.Module):
         # its own, or XLA would gather it.
         if sharding.num_devices() == 1:
             x = x.reshape(-1, x.shape[-1])
-        if self.heads and not int8.is_int8(kernel):
-            # XLA for TPUs divides the kernel without a copy of the result.
+        elif self.heads and not int8.is_int8(kernel):
+            # XLA for TPUs divides the kernel without a copy of the result. On one device it would
+            # keep a copy of the kernels of all layers.
             kernel = kernel.reshape(-1, *shape)
         y = int8.matmul(x, kernel)
         if self.has_variable("params", "lora_a"):
