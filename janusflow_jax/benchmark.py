@@ -116,7 +116,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="published",
         help="how images become RGB: as in the authors' code, as in VLMEvalKit, or as in `chat`",
     )
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    groups = {"generate": generation, "understand": understanding}
+    args.changed = {  # kind -> options of that kind alone which were given
+        kind: [
+            x.option_strings[0] for x in group._group_actions if getattr(args, x.dest) != x.default
+        ]
+        for kind, group in groups.items()
+    }
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,6 +135,11 @@ def main(argv: list[str] | None = None) -> None:
     if not args.name or not args.out:
         raise ConfigError("expected the name of a benchmark and --out: see --list and --help")
     benchmark = registry.get(args.name)
+    other = "understand" if benchmark.kind == "generate" else "generate"
+    if unread := args.changed[other]:
+        raise ConfigError(
+            f"{', '.join(unread)}: {benchmark.name} does not read them: leave them out"
+        )
     out = files.resolve(args.out)
     if benchmark.kind == "understand":
         answer_questions(args, benchmark, out)

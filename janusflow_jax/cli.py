@@ -143,7 +143,7 @@ def add_solver_options(p: Any) -> None:
         "--order",
         type=int,
         default=1,
-        help="1: Euler's method; 2: Adams-Bashforth, which needs half the steps; default 1",
+        help="1: Euler's method; 2: Adams-Bashforth, more accurate at the same cost; default 1",
     )
     p.add_argument(
         "--shift", type=float, default=1.0, metavar="S", help="above 1: more steps near noise"

@@ -143,8 +143,7 @@ class Pipeline:
         Args:
           guidance_scale: of classifier-free guidance; 1 runs the conditional branch only.
           num_steps: of the solver.
-          order: 1 is Euler's method; 2 is Adams-Bashforth, which comes as near to the exact
-            solution in half the steps.
+          order: 1 is Euler's method; 2 is Adams-Bashforth, more accurate at the same cost.
           shift: of the times of the steps; above 1: more of them near noise (docs/sampling.md).
           guidance_interval: the times at which guidance acts, from 0 (noise) to 1 (image); outside
             the conditional branch runs alone.

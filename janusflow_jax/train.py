@@ -67,6 +67,8 @@ _PROFILER_PORT = flags.DEFINE_integer(
     0,
     "port where xprof or TensorBoard can trace this process at any time (the processes of a host "
     "take this port and the next ones); 0: none",
+    lower_bound=0,
+    upper_bound=65_535,
 )
 _HLO = flags.DEFINE_bool(
     "hlo", False, "write the step as XLA gets it, and as it compiles it, into the workdir's `hlo`"
@@ -356,8 +358,9 @@ def main(argv: list[str]) -> None:
         # Slurm starts several processes on a host.
         jax.profiler.start_server(_PROFILER_PORT.value + int(os.environ.get("SLURM_LOCALID", 0)))
     if _REPLAY.value:
-        if _BRANCH_FROM.value:
-            raise ConfigError("--branch-from: begins a run, but --replay trains nothing: drop one")
+        of_training = {"branch-from": _BRANCH_FROM, "profile": _PROFILE, "hlo": _HLO}
+        if unread := [f"--{name}" for name, flag in of_training.items() if flag.value]:
+            raise ConfigError(f"{', '.join(unread)}: --replay trains nothing: drop one of them")
         sys.exit(0 if replay(cfg, _REPLAY.value, _ACCEPT_DATA.value) else 1)
     train(cfg, _BRANCH_FROM.value, _ACCEPT_DATA.value, profile, _HLO.value)
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "planning": "config parallel data models sampling checkpoints training pipeline",
     "eval": "config parallel data models sampling checkpoints training hub pipeline",
     "openmoji": "config parallel data models sampling checkpoints training hub pipeline eval",
-    "harness": "config parallel data models sampling checkpoints hub pipeline",
+    "harness": "config parallel data models sampling checkpoints hub pipeline eval",
     "cli": "config parallel checkpoints pipeline",
 }
 """Package (or module of the root) -> what it may import beside itself. Entry points: anything."""

@@ -85,13 +85,16 @@ def test_replay_reads_its_options_or_refuses_them(monkeypatch):
     monkeypatch.setattr(train.compile_cache, "enable", lambda: None)
     monkeypatch.setattr(train, "replay", lambda *args: calls.append(args))
     values = {"_CONFIG": "cfg", "_REPLAY": "3", "_ACCEPT_DATA": True, "_DISTRIBUTED": "off"}
-    for name, value in (values | {"_BRANCH_FROM": "", "_PROFILE": "", "_PROFILER_PORT": 0}).items():
+    for name, value in (
+        values | {"_BRANCH_FROM": "", "_PROFILE": "", "_HLO": False, "_PROFILER_PORT": 0}
+    ).items():
         monkeypatch.setattr(train, name, types.SimpleNamespace(value=value))
     with pytest.raises(SystemExit):
         train.main(["train"])
     assert calls == [("cfg", "3", True)]
     train._BRANCH_FROM.value = "run@2"
-    with pytest.raises(ConfigError, match="--branch-from"):
+    train._HLO.value = True
+    with pytest.raises(ConfigError, match="--branch-from, --hlo"):
         train.main(["train"])
 
 

@@ -215,7 +215,7 @@ def test_a_missing_or_changed_image_is_named_and_generated_again(tmp_path):
 def test_other_settings_change_nothing(tmp_path):
     run(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ConfigError, match="guidance_scale is 2.0 there and 5.0 now"):
+    with pytest.raises(ConfigError, match="guidance_scale: 2.0 then, 5.0 now"):
         run(tmp_path, guidance_scale=5.0)
     assert contents(tmp_path) == before
 

@@ -310,6 +310,8 @@ def test_geneval2_gets_its_file_of_paths(out, capsys):
         ("geneval --out x --model m --data d --protocol rewritten", "--protocol"),
         ("geneval --out x --model m --data d --shard 2/2", "there is no"),
         ("dpg --stage score --out x", "settings"),
+        ("geneval --out x --answers a --pixels own", "--answers, --pixels: geneval does not read"),
+        ("pope --out x --data d --order 2", "--order: pope does not read"),
     ],
 )
 def test_wrong_commands_are_named(text, message, tmp_path, monkeypatch):

@@ -17,7 +17,11 @@ NAN, INF = float("nan"), float("inf")
         ("num_steps", [1, np.int64(30), jnp.int32(2)], [0, -1, 2.0, 2.5, "2", None, NAN, INF]),
         ("order", [1, np.int64(2)], [0, 3, 1.0, "1", None]),
         ("shift", [1, 0.5, np.float32(3)], [0, -1.0, NAN, INF, "1", None]),
-        ("guidance_interval", [(0, 1), [0.2, 0.5], (0.5, 0.5)], [0.5, (0.5,), (-0.1, 1), (0, NAN)]),
+        (
+            "guidance_interval",
+            [(0, 1), [0.2, 0.5], (0.5, 0.5)],
+            [0.5, (0.5,), (-0.1, 1), (0, NAN), (0.6, 0.4)],
+        ),
         ("per_prompt", [1, np.uint8(4)], [0, -3, 1.0, "1", None]),
         (
             "guidance_scale",

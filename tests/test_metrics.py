@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.training import metrics
 
 
@@ -88,6 +89,10 @@ def test_weights_and_biases_gets_numbers_and_images(tmp_path, monkeypatch):
     assert runs[0].options.items() >= {"project": "drawings", "resume": "allow"}.items()
     assert runs[1].logged == [(2, {"loss": 0.5}), (2, {"sheet": (4, 3)})]
     assert runs[1].finished
+    refuse = types.SimpleNamespace(init=lambda **_: 1 / 0)
+    monkeypatch.setitem(sys.modules, "wandb", refuse)
+    with pytest.raises(ConfigError, match="wandb: .*division by zero.*WANDB_MODE=offline"):
+        metrics.Writer(tmp_path / "run", resume_step=2, wandb={"project": "drawings"})
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install 'janusflow_jax\[wandb\]'"):
         metrics.Writer(tmp_path / "run", resume_step=0, wandb={"project": "drawings"})

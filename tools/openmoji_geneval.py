@@ -29,6 +29,8 @@ def main() -> None:
     p.add_argument("--images", default="", help="detect: the folder images/ of the run")
     p.add_argument("--judge", default=judge_lib.START)
     args = p.parse_args()
+    if bool(args.images) != (args.action == "detect"):
+        p.error("--images: expected with detect, and with detect only")
     out = cli.check_writable(args.out, "--out")
     if args.action == "prompts":
         lines = geneval.metadata()

@@ -20,12 +20,9 @@ from vlmeval.vlm.base import BaseModel  # pyright: ignore[reportMissingImports]
 from vlmeval.vlm.janus import Janus  # pyright: ignore[reportMissingImports]
 
 from janusflow_jax import pipeline
+from janusflow_jax.eval.benchmarks.answer import MMVET_SYSTEM
 
 NAME = "janusflow_jax"
-MMVET_SYSTEM = (
-    "You are a helpful assistant. Please answer truthfully and write out your thinking step by "
-    "step to be sure you get the right answer."
-)
 
 Message = list[dict[str, Any]]
 

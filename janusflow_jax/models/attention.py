@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 
 from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.models import flash, splash
+from janusflow_jax.parallel import sharding
 
 SAVED_NAMES = ("q", "k", "v", "context", "proj", "gate", "up")
 """The matmul results of an LLM block that `jax.checkpoint` may keep, by `checkpoint_name`.
@@ -35,7 +36,7 @@ def implementation(name: str, platform: str, length: int) -> str:
         return name
     if platform == "tpu" and length % splash.UNIT == 0:
         return "splash"
-    if platform == "gpu" and length % flash.WIDE == 0 and flash.runs_here():
+    if platform == "gpu" and length % splash.UNIT == 0 and flash.runs_here():
         return "flash"
     return "xla"
 
@@ -77,18 +78,17 @@ def dot_product_attention(
         Segment ids (of `row_mask`) for 'splash' and 'flash'; both run any other mask as 'xla'.
       impl: one of `config.ATTENTION`; '_interpret' after a kernel's name is for tests on CPU.
       scales: of int8 keys and values (`int8.keys_values`).
+    Raises:
+      ValueError: whole rows that a kernel does not take.
     """
     if scales is not None and impl != "xla":
         k, v = ((x * scale).astype(q.dtype) for x, scale in zip((k, v), scales, strict=True))
         scales = None
     if impl == "cudnn":
         return _cudnn(q, k, v, mask)
-    if mask is not None and mask.ndim == 2 and impl.startswith("flash"):
-        return flash.attention(q, k, v, mask, interpret=impl == "flash_interpret")
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     if mask is not None and mask.ndim == 2:
-        out = splash.attention(q, k, v, mask, interpret=impl == "splash_interpret")
-        return jnp.swapaxes(out, 1, 2)
+        return _whole_rows(q, k, v, mask, *impl.split("_"))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     # Heads next to the batch: on CPU both passes are 3.5 times as fast in this layout.
     batch, heads, length, size = q.shape
     q = (q * size**-0.5).reshape(batch, k.shape[1], -1, length, size)  # query heads of a key head
@@ -105,6 +105,28 @@ def dot_product_attention(
     out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), v.astype(q.dtype))
     out = out.reshape(batch, heads, length, size)
     return checkpoint_name(jnp.swapaxes(out, 1, 2), "context")
+
+
+def _whole_rows(
+    q: Array, k: Array, v: Array, segment_ids: Array, kernel: str, interpret: str = ""
+) -> Array:
+    """Attention of packed rows by a platform's kernel."""
+    rows, length = segment_ids.shape
+    if length % splash.UNIT:
+        raise ValueError(
+            f"{kernel} attention: expected rows of a multiple of {splash.UNIT} positions; got "
+            f"{length}: change data.row_len, or set attention to xla"
+        )
+    if sharding.current_mesh() is not None and rows % sharding.batch_size():
+        raise ValueError(
+            f"{kernel} attention: expected rows that divide over {sharding.batch_size()} devices "
+            f"(data x fsdp); got {rows}"
+        )
+    if kernel == "flash":
+        return flash.attention(q, k, v, segment_ids, interpret=bool(interpret))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    out = splash.attention(q, k, v, segment_ids, interpret=bool(interpret))
+    return jnp.swapaxes(out, 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -45,16 +45,11 @@ def attention(
 
     A position of segment 0 (padding) attends to itself alone. Nothing reads its output.
 
-    Args: interpret: run the kernels as JAX operations, on any platform.
-    Raises:
-      ValueError: T is no multiple of WIDE, or the rows do not divide over the mesh.
+    Args:
+      q, k, v: rows that `attention.dot_product_attention` has checked.
+      interpret: run the kernels as JAX operations, on any platform.
     """
-    rows, length, heads, size = q.shape
-    if length % WIDE:
-        raise ValueError(
-            f"flash attention: expected rows of a multiple of {WIDE} positions; got {length}: "
-            "change data.row_len, or set attention to xla"
-        )
+    length, size = q.shape[1], q.shape[3]
     # Blocks are powers of two, of at least 16.
     pad = max(16, pl.next_power_of_2(size)) - size
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, pad))) for x in (q, k, v))
@@ -62,11 +57,6 @@ def attention(
     run = functools.partial(_attention, scale=size**-0.5, interpret=interpret)
     if sharding.current_mesh() is None:
         return run(q, k, v, ids)[..., :size]
-    if rows % sharding.batch_size():
-        raise ValueError(
-            f"flash attention: expected rows that divide over {sharding.batch_size()} devices "
-            f"(data x fsdp); got {rows}"
-        )
     # XLA does not partition the kernels, so on a mesh they run inside `shard_map`.
     heads_axis = "tensor" if k.shape[2] % sharding.axis_size("tensor") == 0 else None
     spec, row = P(sharding.BATCH, None, heads_axis, None), P(sharding.BATCH, None)

@@ -63,28 +63,17 @@ def attention(
     A position of segment 0 attends to itself and to some others of segment 0.
 
     Args:
+      q, k, v: rows that `attention.dot_product_attention` has checked.
       interpret: run the kernel without a TPU.
-    Raises:
-      ValueError: T is no multiple of UNIT, or the rows do not divide over the mesh.
     """
-    rows, heads, length, size = q.shape
-    if length % UNIT:
-        raise ValueError(
-            f"splash attention: expected rows of a multiple of {UNIT} positions; got "
-            f"{length}: change data.row_len, or set attention to xla"
-        )
-    q = q * size**-0.5
+    heads = q.shape[1]
+    q = q * q.shape[-1] ** -0.5
 
     def run(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
         return _on_device(q, k, v, segment_ids, interpret)
 
     if sharding.current_mesh() is None:
         return run(q, k, v, segment_ids)
-    if rows % sharding.batch_size():
-        raise ValueError(
-            f"splash attention: expected rows that divide over {sharding.batch_size()} devices "
-            f"(data x fsdp); got {rows}"
-        )
     # XLA does not partition Mosaic kernels, so on a mesh the kernel runs inside `shard_map`.
     heads_axis = None if math.gcd(heads, k.shape[1]) % sharding.axis_size("tensor") else "tensor"
     spec, ids = P(sharding.BATCH, heads_axis), P(sharding.BATCH)

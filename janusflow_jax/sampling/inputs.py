@@ -53,9 +53,10 @@ def check_generate(
     problems += _number_problems("shift", shift, "a finite number > 0", TINY)
     interval: tuple[Any, ...] = tuple(guidance_interval) if np.iterable(guidance_interval) else ()
     if len(interval) != 2 or any(_number_problems("", x, "", 0.0, 1.0) for x in interval):
-        problems.append(
-            f"guidance_interval: expected two times from 0 to 1; got {guidance_interval!r}"
-        )
+        expected = "two times from 0 to 1"
+        problems.append(f"guidance_interval: expected {expected}; got {guidance_interval!r}")
+    elif interval[0] > interval[1]:
+        problems.append(f"guidance_interval: expected its end after its begin; got {interval}")
     if problems:
         raise JanusFlowError("generate: " + "; ".join(problems))
     return SamplerConfig(

@@ -23,6 +23,7 @@ from etils import epath
 from PIL import Image
 
 from janusflow_jax.config import files
+from janusflow_jax.config.errors import ConfigError
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb_id"
@@ -53,6 +54,7 @@ class Writer:
           wandb: arguments of `wandb.init`, such as project, name and config; None: off.
         Raises:
           ImportError: `tensorboard` or `wandb` without their packages tensorboardX and wandb.
+          ConfigError: Weights & Biases cannot be reached or knows no user.
         """
         self._file = self._board = self._wandb = self._wandb_run = self._remote = None
         if jax.process_index() != 0:
@@ -77,7 +79,13 @@ class Writer:
             if not identifier.exists():
                 identifier.write_text(uuid.uuid4().hex)
             options = {**(wandb or {}), "id": identifier.read_text(), "resume": "allow"}
-            self._wandb_run = self._wandb.init(**options, dir=os.fspath(self._local.parent))
+            try:
+                self._wandb_run = self._wandb.init(**options, dir=os.fspath(self._local.parent))
+            except Exception as error:  # its errors have no common class
+                raise ConfigError(
+                    f"wandb: expected to begin a run there; got {error}: log in (`wandb login`), "
+                    "set WANDB_MODE=offline, or switch wandb off in the config"
+                ) from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one step's scalars (numbers, or arrays of one number)."""

@@ -15,6 +15,7 @@ from janusflow_jax.config import files
 from janusflow_jax.config.errors import ConfigError, DataError
 from janusflow_jax.eval import clip as clip_lib, fid, inception as inception_lib, provenance, stats
 from janusflow_jax.eval.benchmarks import generate
+from janusflow_jax.eval.benchmarks.prompts import json_lines
 from janusflow_jax.eval.benchmarks.registry import Benchmark
 from janusflow_jax.eval.scorers import dpg as dpg_rules, geneval as geneval_rules
 
@@ -73,8 +74,8 @@ def geneval(
     """
     file = files.resolve(results)
     rows = {}
-    for line in files.read_lines(_existing(file, "results.jsonl of the official GenEval")):
-        row = _json_object(line, file, "filename", "correct", "tag", "prompt", "metadata")
+    _existing(file, "results.jsonl of the official GenEval")
+    for row in json_lines(file, "filename", "correct", "tag", "prompt", "metadata"):
         key = "/".join(row["filename"].replace("\\", "/").split("/")[-3:])
         if key in rows:
             raise DataError(f"{file}: expected each image once; got {key} twice: score again")
@@ -240,13 +241,3 @@ def _existing(file: epath.Path, what: str) -> epath.Path:
     if not file.exists():
         raise DataError(f"expected {what}; there is no {file}")
     return file
-
-
-def _json_object(line: str, file: epath.Path, *keys: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{file}: expected lines of JSON; {error}") from error
-    if not isinstance(value, dict) or not {*keys} <= value.keys():
-        raise DataError(f"{file}: expected {', '.join(keys)} in each line; got {value!r:.80}")
-    return value

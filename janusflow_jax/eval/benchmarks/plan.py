@@ -24,6 +24,7 @@ from etils import epath
 from janusflow_jax.checkpoints import checksums
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import ConfigError, DataError
+from janusflow_jax.config.fields import differences
 from janusflow_jax.parallel import processes
 
 SETTINGS = "settings.json"
@@ -175,15 +176,3 @@ def read_marks(folder: Any, settings_digest: str = "") -> dict[int, dict[str, An
 def digest(settings: dict[str, Any]) -> str:
     """SHA-256 of settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Names every setting that differs, as 'guidance_scale is 2.0 there and 7.5 now'."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [
-            text
-            for key in keys
-            for text in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if old == new else [f"{name} is {old!r} there and {new!r} now"]

@@ -78,14 +78,14 @@ def _check(path: epath.Path, rows: list[_Row]) -> None:
 def _geneval(path: epath.Path) -> tuple[list[_Row], str]:
     """Lines of JSON; the line number is the id."""
     file = path / "evaluation_metadata.jsonl" if path.is_dir() else path
-    records = _json_lines(file, "prompt", "tag", "include")
+    records = json_lines(file, "prompt", "tag", "include")
     return _numbered(records), checksums.file_sha256(file)
 
 
 def _geneval2(path: epath.Path) -> tuple[list[_Row], str]:
     """Lines of JSON; the line number is the id. The official script finds images by prompt."""
     file = path / "geneval2_data.jsonl" if path.is_dir() else path
-    records = _json_lines(file, "prompt")
+    records = json_lines(file, "prompt")
     if len({x["prompt"] for x in records}) < len(records):
         raise DataError(f"{file}: expected each prompt once; got some twice: remove the copies")
     return _numbered(records), checksums.file_sha256(file)
@@ -160,8 +160,12 @@ def _numbered(records: list[dict[str, Any]]) -> list[_Row]:
     return [(f"{n:05d}", record["prompt"], record) for n, record in enumerate(records)]
 
 
-def _json_lines(file: epath.Path, *keys: str) -> list[dict[str, Any]]:
-    """The objects of a file with one a line, each with these keys."""
+def json_lines(file: epath.Path, *keys: str) -> list[dict[str, Any]]:
+    """The objects of a file with one a line, each with these keys.
+
+    Raises:
+      DataError: a line that is not such an object.
+    """
     out = []
     for number, line in enumerate(files.read_lines(file), 1):
         try:

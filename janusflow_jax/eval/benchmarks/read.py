@@ -340,11 +340,11 @@ def _parquet_rows(name: str, sources: Sequence[epath.Path], store: _Images) -> l
                 f"{source}: expected a Parquet file; {error}: download it again"
             ) from error
     if name == "gqa":
-        pictures = {row["id"]: row["image"] for row in rows if "imageId" not in row}
+        by_id = {row["id"]: row["image"] for row in rows if "imageId" not in row}
         rows = [row for row in rows if "imageId" in row]
         for row in rows:
             if not row.get("image"):
-                row["image"] = pictures.get(row["imageId"], f"{row['imageId']}.jpg")
+                row["image"] = by_id.get(row["imageId"], f"{row['imageId']}.jpg")
     if name == "mmmu-val":
         rows = [row for row in rows if str(row["id"]).startswith("validation_")]
     if name == "seed-image":
@@ -456,8 +456,8 @@ def _pope(row: Row, store: _Images) -> list[Question]:
     text, answer = row.get("text") or row["question"], _yes_no(row.get("label") or row["answer"])
     key = str(row.get("index") or row.get("id") or row["question_id"])
     splits = str(row["category"]).split(",")
-    pictures = store.of(row["image"])
-    return [Question(f"{split}/{key}", text, pictures, answer, category=split) for split in splits]
+    images = store.of(row["image"])
+    return [Question(f"{split}/{key}", text, images, answer, category=split) for split in splits]
 
 
 def _yes_no(answer: str) -> str:
