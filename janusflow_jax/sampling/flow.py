@@ -67,6 +67,27 @@ def guided_steps(cfg: SamplerConfig) -> np.ndarray:
     return (cfg.guide_from <= t) & (t < cfg.guide_until)
 
 
+def step_times(cfg: SamplerConfig) -> np.ndarray:
+    """`solver_times` in float32, by the arithmetic of `solve`."""
+    return shifted(np.arange(cfg.steps + 1, dtype=np.float32) / np.float32(cfg.steps), cfg.shift)
+
+
+def coefficients(cfg: SamplerConfig, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Of every step h and r/2 of `solve`, float32[N] each, if it begins with step `first`."""
+    times, guided = solver_times(cfg), guided_steps(cfg)
+    h = np.diff(times)
+    r = np.append(0.0, h[1:] / h[:-1])
+    r[1:][guided[1:] != guided[:-1]] = 0.0
+    r[first : first + 1] = 0.0
+    return h.astype(np.float32), (r / 2).astype(np.float32)
+
+
+def advance(z: Array, v: Array, before: Array | None, h: Array, half_r: Array) -> Array:
+    """One step of `solve`; `before` is the velocity of the last step, None for Euler's method."""
+    slope = v if before is None else (1 + half_r) * v - half_r * before
+    return z + slope * h
+
+
 def solve(
     velocity: Velocity,
     noise: Float[Array, "B h w C"],
@@ -82,11 +103,8 @@ def solve(
     Returns:
       the state at t = 1, and the state after every step.
     """
-    times, guided = solver_times(cfg), guided_steps(cfg)
-    h = np.diff(times)
-    r = np.append(0.0, h[1:] / h[:-1])
-    r[1:][guided[1:] != guided[:-1]] = 0.0
-    nodes = jnp.arange(cfg.steps), jnp.asarray(h, jnp.float32), jnp.asarray(r / 2, jnp.float32)
+    guided = guided_steps(cfg)
+    nodes = jnp.arange(cfg.steps), *map(jnp.asarray, coefficients(cfg))
 
     def steps(state: Any, first: int, end: int, is_guided: bool) -> tuple[Any, Array]:
         def step(state: Any, node: tuple[Array, Array, Array]) -> tuple[Any, Array]:
@@ -95,10 +113,7 @@ def solve(
             # The arithmetic of the first version, so that stored seeds keep their bits.
             t = shifted(k.astype(jnp.float32) / cfg.steps, cfg.shift)
             v = guide(*velocity(z, t, is_guided), guidance_scale)
-            slope = v
-            if cfg.order == 2:
-                slope = (1 + half_r) * v - half_r * before
-            z = z + slope * h
+            z = advance(z, v, before, h, half_r)
             return (z, v if cfg.order == 2 else None), z
 
         return lax.scan(step, state, jax.tree.map(lambda x: x[first:end], nodes))
