@@ -191,18 +191,19 @@ def vae_decoder(cfg: ModelConfig) -> float:
     return 2.0 * (total + 9 * before * 3 * side**2)
 
 
-def image_flops(cfg: ModelConfig, prompt: int, num_steps: int) -> float:
-    """Generating the latents of one image with guidance.
+def image_flops(cfg: ModelConfig, prompt: int, guided: int, unguided: int = 0) -> float:
+    """Generating the latents of one image.
 
     Args:
       prompt: number of its tokens.
-      num_steps: Euler steps.
+      guided, unguided: steps with two branches, and with the conditional one alone.
     """
     slot = cfg.slot_len
     llm = 2.0 * llm_kernel(cfg)
     first = llm * prompt + attention_per_pair(cfg) * prompt * (prompt + 1) / 2
     inside = slot * (slot + 1) / 2
-    pairs = inside + slot * prompt + inside + slot  # the unconditional branch sees only BOS
-    branches = 2 * (llm * slot + gen_decoder(cfg)) + attention_per_pair(cfg) * pairs
-    step = branches + gen_encoder(cfg) + aligner(cfg, "generate")
-    return first + num_steps * step
+    branch = llm * slot + gen_decoder(cfg) + attention_per_pair(cfg) * inside
+    cond = branch + attention_per_pair(cfg) * slot * prompt
+    uncond = branch + attention_per_pair(cfg) * slot  # sees only BOS
+    encoder = gen_encoder(cfg) + aligner(cfg, "generate")
+    return first + (guided + unguided) * (encoder + cond) + guided * uncond
