@@ -1,8 +1,8 @@
 """Prompts to latents: keys and values of the prompt once, then steps over the image slot.
 
-The unconditional branch keeps BOS and masks the rest of the prompt; positions do not move
-(docs/model.md). BOS attends to itself only, so both branches use the same cached prefix and differ
-in the mask alone.
+The unconditional branch keeps the prompt's head (BOS, or nothing) and masks the rest, as training
+drops a prompt; positions do not move (docs/model.md). BOS attends to itself only, so both branches
+use the same cached prefix and differ in the mask alone.
 """
 
 from __future__ import annotations
@@ -79,17 +79,19 @@ def velocity_field(
     params: Any,
     tokens: Int[Array, "B P"],
     lengths: Int[Array, " B"],
+    head: int,
 ) -> flow.Velocity:
     """The velocity field of a batch of prompts; the prompts are computed once, not every step.
 
     Args:
-      tokens: prompts, BOS first, right-padded.
+      tokens: prompts, right-padded.
       lengths: of the prompts, without padding.
+      head: `ChatFormat.head`, the tokens that the unconditional branch keeps.
     """
     cache = prefill(model, params, tokens, lengths)
     cond, uncond = (
         slot_mask(seen, tokens.shape[1], model.cfg.slot_len)
-        for seen in (lengths, jnp.ones_like(lengths))
+        for seen in (lengths, jnp.full_like(lengths, head))
     )
     positions = lengths[:, None] + jnp.arange(model.cfg.slot_len)
     twice = lambda x, axis=0: jnp.concatenate([x, x], axis=axis)  # noqa: E731
@@ -118,15 +120,16 @@ def sample(
     noise: Float[Array, "B h w C"],
     guidance_scale: float | Array,
     *,
+    head: int,
     sampler: SamplerConfig,
     trajectory: bool = False,
 ) -> Float[Array, "..."]:
-    """Scaled latents of a batch of prompts.
+    """Scaled latents of a batch of prompts; arguments as in `velocity_field`.
 
     Returns:
       float32[B, h, w, C]; with `trajectory` float32[N + 1, B, h, w, C], the noise first.
     """
-    velocity = velocity_field(model, params, tokens, lengths)
+    velocity = velocity_field(model, params, tokens, lengths, head)
     latents, states = flow.solve(velocity, noise, guidance_scale, sampler)
     if not trajectory:
         return latents
