@@ -286,7 +286,7 @@ class Pipeline:
 
         def run(tokens: Any, lengths: Any, noise: Any, x: Any, keep: Any = None) -> Any:
             prompt = (self.model, self.params, tokens, lengths)
-            options: Any = {"sampler": sampler, "first": first}
+            options: Any = {"sampler": sampler, "first": first, "head": self.text.head}
             return programs.resample(*prompt, noise, x, keep, jnp.float32(scale), **options)
 
         x = self.encode_image(originals)
@@ -344,7 +344,7 @@ class Pipeline:
         def run(source: Any, target: Any, lengths: Any, seeds: Any, x: Any) -> Any:
             scales = jnp.repeat(jnp.float32([source_guidance_scale, scale]), len(x))
             prompt = (jnp.concatenate([source, target]), lengths.T.reshape(-1))
-            options: Any = {"sampler": sampler, "first": first}
+            options: Any = {"sampler": sampler, "first": first, "head": self.text.head}
             return programs.edit(self.model, self.params, *prompt, seeds, x, scales, **options)
 
         source, target = np.split(tokens, 2)

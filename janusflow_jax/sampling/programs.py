@@ -34,10 +34,10 @@ trajectory = jax.jit(
 )
 """`image.sample` with all states, the noise first."""
 
-resample = jax.jit(image.resample, static_argnums=0, static_argnames=("sampler", "first"))
+resample = jax.jit(image.resample, static_argnums=0, static_argnames=("sampler", "first", "head"))
 """`image.resample`."""
 
-edit = jax.jit(image.edit, static_argnums=0, static_argnames=("sampler", "first"))
+edit = jax.jit(image.edit, static_argnums=0, static_argnames=("sampler", "first", "head"))
 """`image.edit`."""
 
 decode = jax.jit(
