@@ -79,6 +79,7 @@ def sampler_programs(
             array(rows),
             noise,
             scalar,
+            head=1,
             sampler=cfg,
         )
     branches = cfg.steps + guided
