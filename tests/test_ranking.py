@@ -1,14 +1,18 @@
 """The likelihood of captions, and the best of several images, on the golden model."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden
 
+from janusflow_jax import cli, generate
 from janusflow_jax.config import UNDERSTAND
 from janusflow_jax.data import samples
 from janusflow_jax.models import janusflow
+from tools import filter_generated
 
 PATHS = [str(golden.TINY / "images" / f"{n}.png") for n in range(2)]
 CAPTIONS = ["a red fox", "Two yellow taxis in the snow"]
@@ -79,3 +83,27 @@ def test_the_best_of_one_is_the_image(model):
 def test_what_cannot_be_ranked_says_why(model, call, says):
     with pytest.raises(ValueError, match=says):
         call(model)
+
+
+def test_the_filter_keeps_the_most_likely_images_of_every_prompt(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "load", lambda args: model)
+    report, out = tmp_path / "images.json", tmp_path / "rows.jsonl"
+    args = ["--model", "m", "--steps", "2", "--images-per-prompt", "3", "--json", str(report)]
+    prompts = [x for caption in CAPTIONS for x in ("--prompt", caption)]
+    generate.main([*args, *prompts, "--out", str(tmp_path / "images")])
+    files = [str(tmp_path / "images" / f"{n:04d}.png") for n in range(6)]
+    scores = model.caption_scores(files, [c for c in CAPTIONS for _ in range(3)])
+    best = [int(scores[:3].argmax()), 3 + int(scores[3:].argmax())]
+    args = ["--model", "m", "--report", str(report), "--out", str(out)]
+    filter_generated.main([*args, "--keep", "0.3"])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(x["image"], x["caption"]) for x in rows] == [
+        (f"{n:04d}.png", c) for n, c in zip(best, CAPTIONS, strict=True)
+    ]
+    filter_generated.main([*args, "--keep", "0.5"])
+    assert len(out.read_text().splitlines()) == 4
+    with pytest.raises(ValueError, match="--keep: expected a share above 0"):
+        filter_generated.main([*args, "--keep", "0"])
+    report.write_text("{}")
+    with pytest.raises(ValueError, match="expected a report of `generate --json`"):
+        filter_generated.main(args)

@@ -29,9 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     p.prog = "python tools/filter_generated.py"
     p.add_argument("--report", required=True, help="of `generate --json`")
     p.add_argument("--keep", type=float, default=0.25, help="share of each prompt; default 0.25")
-    p.add_argument(
-        "--out", required=True, help="rows for `prepare_data.py folder --rows`, JSON lines"
-    )
+    p.add_argument("--out", required=True, help="rows for prepare_data.py, JSON lines")
     args = p.parse_args(argv)
     if not 0 < args.keep <= 1:
         raise JanusFlowError(f"--keep: expected a share above 0 and at most 1; got {args.keep}")
