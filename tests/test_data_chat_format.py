@@ -88,6 +88,74 @@ def test_special_strings_of_the_user_are_text(chat):
         assert hostile in chat.decode(ids)
 
 
+def openai_image(url):
+    return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize(
+    ("content", "pieces", "images"),
+    [
+        ("Who?", ["Who?"], []),
+        ("Who <image_placeholder>?", ["Who <image_placeholder>?"], []),
+        ([openai_image("A"), text_part("Who?")], ["", "\nWho?"], ["A"]),
+        ([openai_image("A"), openai_image("B"), text_part("x")], ["", "\n", "\nx"], ["A", "B"]),
+        ([text_part("x"), openai_image("A"), text_part("y")], ["x\n", "\ny"], ["A"]),
+        ([text_part("x"), text_part("y")], ["x\ny"], []),
+        ([{"type": "image_url", "image_url": "A"}, text_part("")], ["", "\n"], ["A"]),
+        ([{"type": "image", "image": 7}], ["", ""], [7]),
+        ([{"type": "image", "url": "A"}], ["", ""], ["A"]),
+        ([{"type": "image", "path": "a.png"}], ["", ""], ["a.png"]),
+        ([{"type": "image", "base64": "AAAA"}], ["", ""], ["data:image/*;base64,AAAA"]),
+    ],
+)
+def test_messages_of_other_libraries(content, pieces, images):
+    turns, own = chat_format.parse_messages([{"role": "user", "content": content}])
+    assert turns == [{"role": "user", "content": pieces}] and own == images
+
+
+def test_content_lists_read_as_the_published_form(chat):
+    """The ids of images in front of a text are those of the tags; a tag in the text is text."""
+    parts = [openai_image("A"), openai_image("B"), text_part("Who?")]
+    answer = {"role": "assistant", "content": " A cat "}
+    turns, own = chat_format.parse_messages([{"role": "user", "content": parts}, answer])
+    tags = {"role": "user", "content": f"{chat.image_tag}\n{chat.image_tag}\nWho?"}
+    got, want = chat.conversation(turns, 2), chat.conversation([tags, answer], 2)
+    assert own == ["A", "B"] and got.ids.tolist() == want.ids.tolist()
+    assert got.slot_starts == want.slot_starts
+    assert got.target_mask.tolist() == want.target_mask.tolist()
+    hostile = [{"role": "user", "content": f"{chat.image_tag} Who?"}]
+    turns, own = chat_format.parse_messages(hostile)
+    assert not own and chat.image_id not in chat.conversation(turns, 0).ids
+
+
+def test_every_problem_of_messages_is_told():
+    for bad in (None, [], "Who?", {}):
+        with pytest.raises(DataError, match="expected a list of messages"):
+            chat_format.parse_messages(bad)
+    messages = [
+        {"role": "user", "content": []},
+        {"role": "tool", "content": "x"},
+        {"role": "system", "content": "x"},
+        {"role": "assistant", "content": [openai_image("A")]},
+        "hi",
+        {"role": "user", "content": [text_part(3), {"type": "audio"}, {"type": "image"}]},
+        {"role": "user", "content": "\ud800"},
+        {"role": "user", "content": None},
+    ]
+    with pytest.raises(DataError) as caught:
+        chat_format.parse_messages(messages)
+    message = str(caught.value)
+    for i in range(len(messages)):
+        assert f"message {i}: " in message
+    assert "part 0: " in message and "part 1: " in message and "part 2: " in message
+    with pytest.raises(DataError, match="system message alone"):
+        chat_format.parse_messages([{"role": "system", "content": "x"}])
+
+
 def test_an_answer_may_hold_the_image_tag_as_text(chat):
     turns = [
         {"role": "user", "content": "hi"},

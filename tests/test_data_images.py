@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -257,12 +258,23 @@ def test_modes_that_only_memory_has_become_rgb(mode):
     assert np.abs(images.read(image).astype(int) - want).max() <= 2
 
 
+def test_a_data_url_is_read_as_its_bytes():
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), (200, 10, 30)).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    assert images.data_url_bytes(url) == file.getvalue()
+    assert images.read(url)[0, 0].tolist() == [200, 10, 30]
+
+
 @pytest.mark.parametrize(
     "what",
     [
         "https://example.org/cat.jpg",
         "ftp://example.org/cat.jpg",
         "data:image/png;base64,iVBORw0KGgo=",
+        "data:image/png;base64,\u00e9",
+        "data:image/png,iVBORw0KGgo=",
+        "data:text/html;base64,iVBORw0KGgo=",
         "no.png",
         "",
         None,

@@ -112,6 +112,18 @@ def test_turns_and_their_images(conversation, images, contents, read):
     assert sum(t["content"].count(TAG) for t in turns) == len(read)
 
 
+def test_content_lists():
+    """A tag in their text is text; all forms of an image may be mixed with turns of plain text."""
+    parts = [{"type": "image", "image": "a"}, {"type": "text", "text": f"Who {TAG}?"}]
+    turns = [{"role": "system", "content": [{"type": "text", "text": "Hm."}]}, user(parts), ANSWER]
+    turns += [user("And?", images=["b"])]
+    (turns,), (own,), single = inputs.conversations(turns, (), TAG)
+    assert single and own == ["a", "b"]
+    system, rest = inputs.split_system(turns)
+    assert system == "Hm."
+    assert [t["content"] for t in rest] == [["", f"\nWho {TAG}?"], "", f"{TAG}\nAnd?"]
+
+
 def test_several_conversations():
     many = ["Who?", [user("What?", images=["b"])], [user("Why?")]]
     turns, own, single = inputs.conversations(many, [["a"], [], []], TAG)
@@ -142,7 +154,10 @@ def test_several_conversations():
         ([user("a"), {"role": "Assistant", "content": "b", "images": ["x"]}], ()),
         ([user("a \udce4")], ()),
         ([user(None)], ()),
-        ([user([{"type": "text", "text": "a"}])], ()),
+        ([user([{"type": "video", "video": "x"}])], ()),
+        ([user([{"type": "image", "image": "x"}], images=["y"])], ()),
+        ([user([{"type": "image", "image": "x"}])], ["y"]),
+        ([user("a"), {"role": "assistant", "content": [{"type": "image", "image": "x"}]}], ()),
         ([{"role": "User"}], ()),
         ([{"content": "a"}], ()),
         ([{"role": "<|User|>", "content": "a"}], ()),

@@ -199,7 +199,7 @@ class ChatFormat:
 
     def conversation(
         self,
-        turns: Sequence[dict[str, str]],
+        turns: Sequence[dict[str, Any]],
         num_images: int,
         closed: bool = True,
         system: str = SYSTEM_PROMPT,
@@ -207,17 +207,18 @@ class ChatFormat:
         """The chat form, with `num_image_tokens` positions for every image.
 
         Args:
-          turns: {'role': 'user' | 'assistant', 'content': str}; in a user's content the image tag
-            marks an image. After a last turn by the user, or an empty answer, the text ends with
-            'Assistant:'.
+          turns: {'role': 'user' | 'assistant', 'content': str or list of str}. In a user's text
+            the image tag marks an image; a list holds the texts between its images, in which
+            the tag is text (`parse_messages`). After a last turn by the user, or an empty
+            answer, the text ends with 'Assistant:'.
           num_images: how many images there are.
           closed: whether a last answer ends with eos; False where it will be continued.
           system: system prompt; '' for none.
         Raises:
           DataError: unknown role, or another number of image tags than images.
         """
-        turns = [{"role": t["role"].lower(), "content": t["content"].strip()} for t in turns]
-        num_tags = sum(t["content"].count(self.image_tag) for t in turns if t["role"] == "user")
+        turns = [{"role": t["role"].lower(), "content": self._pieces(t)} for t in turns]
+        num_tags = sum(len(t["content"]) - 1 for t in turns)
         problems = [
             f"turn {i}: expected role user or assistant; got {t['role']!r}"
             for i, t in enumerate(turns)
@@ -231,26 +232,40 @@ class ChatFormat:
         if problems:
             raise DataError("conversation: " + "; ".join(problems))
         if not turns or turns[-1]["role"] == "user":
-            turns.append({"role": "assistant", "content": ""})
+            turns.append({"role": "assistant", "content": [""]})
         parts: list[_Span | int] = []
         text = f"{system}\n\n" if system else ""
         for i, turn in enumerate(turns):
             if turn["role"] == "user":
-                pieces = f"User: {turn['content']}\n\n".split(self.image_tag)
-                for piece in pieces[:-1]:
+                *pieces, last = turn["content"]
+                text += "User: "
+                for piece in pieces:
                     parts += [_Span(text + piece), self.image_id]
                     text = ""
-                text += pieces[-1]
+                text += f"{last}\n\n"
                 continue
             text += "Assistant:"
-            if turn["content"]:
-                parts.append(_Span(f"{text} {turn['content']}", target_from=len(text)))
+            if answer := turn["content"][0]:
+                parts.append(_Span(f"{text} {answer}", target_from=len(text)))
                 if closed or i + 1 < len(turns):
                     parts.append(self.eos_id)
                 text = ""
         if text:
             parts.append(_Span(text))
         return self._encode(parts)
+
+    def _pieces(self, turn: dict[str, Any]) -> list[str]:
+        """The texts between the images of a turn, without spaces at its two ends."""
+        content = turn["content"]
+        if not isinstance(content, str):
+            content = list(content)
+        elif turn["role"].lower() == "user":
+            content = content.strip().split(self.image_tag)
+        else:
+            content = [content]
+        content[0] = content[0].lstrip()
+        content[-1] = content[-1].rstrip()
+        return content
 
     def plain_caption(self, caption: str) -> Encoded:
         """`<image>Generate the caption of this picture. {caption}<eos>`; the caption is target."""
@@ -300,6 +315,119 @@ class ChatFormat:
                 target.append(open_target)
         mask = np.array(target[1:] + [False], bool)
         return Encoded(np.array(ids, np.int32), starts, mask)
+
+
+def parse_messages(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages in OpenAI's or transformers' form -> turns and images.
+
+    Nothing is decoded, read or fetched here. Every text is plain text, tags in it too.
+
+    Args:
+      messages: {'role': 'system' | 'developer' | 'user' | 'assistant', 'content': a text or parts
+        as of `content_parts`}.
+    Returns:
+      {'role': 'system' | 'user' | 'assistant', 'content': list of str}, of which only the first may
+      be a system turn; and the images as they stand in the parts, in order.
+    Raises:
+      DataError: with every problem.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise DataError(f"messages: expected a list of messages; got {messages!r:.80}")
+    turns, images, problems = [], [], []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            problems.append(f"message {i}: expected {{'role', 'content'}}; got {message!r:.40}")
+            continue
+        role, content = message.get("role"), message.get("content")
+        role = {"developer": "system"}.get(str(role).lower(), str(role).lower())
+        if role not in ("system", "user", "assistant"):
+            problems.append(
+                f"message {i}: expected the role system, user or assistant; got "
+                f"{message.get('role')!r:.40}"
+            )
+        if role == "system" and i:
+            problems.append(f"message {i}: expected a system message in the first place only")
+        try:
+            pieces, own = content_parts(content)
+        except DataError as error:
+            problems.append(f"message {i}: {error}")
+            continue
+        if own and role != "user":
+            problems.append(f"message {i}: expected images in user messages only; got {role}")
+        turns.append({"role": role, "content": pieces})
+        images += own
+    if not problems and [turn["role"] for turn in turns] == ["system"]:
+        problems.append("expected a user message; got a system message alone")
+    if problems:
+        raise DataError("messages: " + "; ".join(problems))
+    return turns, images
+
+
+def content_parts(content: Any) -> tuple[list[str], list[Any]]:
+    """The content of a message -> the texts between its images, and the images.
+
+    Lines are broken between parts, so that images in front of a text read as the published form
+    `<image>\\n<image>\\ntext`.
+
+    Args:
+      content: a text, or a list of {'type': 'text', 'text': ...}, OpenAI's {'type': 'image_url',
+        'image_url': {'url': ...}} and transformers' {'type': 'image', 'image' | 'url' | 'path' |
+        'base64': ...}.
+    Returns:
+      n + 1 texts for n images; the images as they stand in the parts.
+    Raises:
+      DataError: with every problem.
+    """
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)) or not content:
+        raise DataError(f"content: expected a text or a list of parts; got {content!r:.40}")
+    pieces, images, problems = [""], [], []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if i and not pieces[-1].endswith("\n"):
+            pieces[-1] += "\n"
+        if kind == "text":
+            text = part.get("text")
+            if not isinstance(text, str) or not _is_unicode(text):
+                problems.append(
+                    f"part {i}: expected 'text' of Unicode characters; got {text!r:.40}"
+                )
+                continue
+            pieces[-1] += text
+        elif kind in ("image_url", "image"):
+            image = _image_of(part)
+            if image is None:
+                problems.append(f"part {i}: expected an image in it; got the keys {[*part]!r:.80}")
+                continue
+            images.append(image)
+            pieces.append("")
+        else:
+            problems.append(
+                f"part {i}: expected the type text, image_url or image; got {kind!r:.40}"
+            )
+    if problems:
+        raise DataError("content: " + "; ".join(problems))
+    return pieces, images
+
+
+def _image_of(part: dict[str, Any]) -> Any:
+    """The image of a part as it stands there; None if there is none."""
+    if part["type"] == "image_url":
+        value = part.get("image_url")
+        return value.get("url") if isinstance(value, dict) else value
+    values = [part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None]
+    if len(values) == 1 and "base64" in part:
+        return f"data:image/*;base64,{values[0]}"
+    return values[0] if len(values) == 1 else None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return True
 
 
 def _content(path: epath.Path, config: dict[str, Any], key: str) -> str:

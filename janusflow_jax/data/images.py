@@ -5,6 +5,7 @@ Images stay uint8 until they are on the device (`models.encode.to_float` normali
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import math
@@ -265,14 +266,31 @@ def _to_srgb(profile: bytes, mode: str) -> Any:
     return transform if np.abs(change).max() > SRGB_TOLERANCE else None
 
 
+def data_url_bytes(url: str) -> bytes:
+    """The bytes of `data:image/...;base64,...`.
+
+    Raises:
+      DataError: not such a URL, or broken base64.
+    """
+    head, comma, text = url.partition(",")
+    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
+        raise DataError(
+            f"image: expected data:image/...;base64,...; got {url[:40]!r}", "not a data: URL"
+        )
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:  # binascii's, and that of characters beyond ASCII
+        raise DataError(f"image: expected base64 after 'base64,': {error}", "base64") from error
+
+
 def read(image: Any) -> np.ndarray:
     """A path, encoded bytes, an open file, a PIL image or an array -> uint8[H, W, 3].
 
     Every form of an image gives the same pixels as its file.
 
     Args:
-      image: a path; bytes, bytearray or memoryview; a binary file, which is read from its start; a
-        PIL image of any mode; or uint8[H, W, 3].
+      image: a path; a `data:` URL; bytes, bytearray or memoryview; a binary file, which is read
+        from its start; a PIL image of any mode; or uint8[H, W, 3].
     Raises:
       DataError: not an image that can be read; the message names the path.
       ConfigError: a URL that is no bucket's, or a bucket that cannot be opened.
@@ -302,8 +320,8 @@ def read(image: Any) -> np.ndarray:
             "image: expected a path, bytes, a binary file, a PIL image or uint8[H, W, 3]; got "
             f"{type(image).__name__}"
         )
-    if str(image).startswith("data:"):
-        raise DataError("image: expected a path or bytes; got a data: URL: decode its base64 text")
+    if isinstance(image, str) and image.startswith("data:"):
+        return decode(data_url_bytes(image))
     path = files.resolve(image)
     if not path.is_file():
         raise DataError(f"image {image}: no such file")

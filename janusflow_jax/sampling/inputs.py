@@ -16,7 +16,7 @@ from janusflow_jax.config import SamplerConfig
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format
 
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
 OUTPUTS = ("pil", "numpy", "latent", "trajectory")
 PROMPT_BUCKET = 32
 SEED_LIMIT = 2**32
@@ -210,6 +210,24 @@ def _turns(conversation: Any, images: list[Any], tag: str) -> tuple[Turns, list[
                 f"got {turn if not isinstance(turn, dict) else list(turn)!r:.80}"
             )
         role, content, own = turn.get("role"), turn.get("content"), _listed(turn.get("images"))
+        if isinstance(content, (list, tuple)):
+            if own:
+                raise JanusFlowError(
+                    f"chat: turn {i}: expected images either in its content or in 'images'; got "
+                    "both: keep one"
+                )
+            try:
+                content, own = chat_format.content_parts(content)
+            except JanusFlowError as error:
+                raise JanusFlowError(f"chat: turn {i}: {error}") from error
+            if str(role).lower() not in _ROLES or (own and str(role).lower() != "user"):
+                raise JanusFlowError(
+                    f"chat: turn {i}: expected the role user, assistant or system, and images of "
+                    f"a user only; got {role!r} with {len(own)} images"
+                )
+            turns.append({"role": str(role), "content": content})
+            inside += own
+            continue
         if str(role).lower() not in _ROLES or not isinstance(content, str):
             raise JanusFlowError(
                 f"chat: turn {i}: expected {{'role': 'User' | 'Assistant', 'content': text}} (the "
@@ -251,7 +269,8 @@ def with_tags(question: str, num_images: int, tag: str) -> str:
 def split_system(turns: Turns) -> tuple[str, Turns]:
     """The system prompt and the other turns. A first System turn replaces the default prompt."""
     if turns and turns[0]["role"].lower() == "system":
-        return turns[0]["content"], turns[1:]
+        content = turns[0]["content"]
+        return content if isinstance(content, str) else content[0], turns[1:]
     return chat_format.SYSTEM_PROMPT, turns
 
 
