@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import ExifTags, Image, ImageCms
 
 from janusflow_jax.config import files
@@ -383,6 +383,44 @@ def for_generation(
     if side != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def read_mask(mask: Any, shape: tuple[int, int], size: int) -> Bool[np.ndarray, "H H"]:
+    """Which pixels of an image of `for_generation` are generated again.
+
+    Args:
+      mask: as of `read`, or bool[H, W]; white, transparent and True pixels are generated again.
+      shape: height and width of the image that the mask belongs to.
+      size: side of the result in pixels.
+    Raises:
+      DataError: not a mask that can be read, of another size than its image, or without a pixel to
+        generate.
+    """
+    if isinstance(mask, np.ndarray) and mask.dtype == bool and mask.ndim == 2:
+        mask = np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255
+    pixels = read(mask)
+    if pixels.shape[:2] != tuple(shape):
+        raise DataError(
+            f"mask: expected {shape[1]} x {shape[0]} pixels, as its image; got "
+            f"{pixels.shape[1]} x {pixels.shape[0]}: resize one of them"
+        )
+    marked = for_generation(pixels, size).mean(-1) > 127
+    if not marked.any():
+        raise DataError(
+            "mask: expected white pixels where the image is generated again; got none in its "
+            "central square"
+        )
+    return marked
+
+
+def mask_cells(mask: Bool[np.ndarray, "H H"], side: int) -> Bool[np.ndarray, "h h"]:
+    """The cells of a side x side grid that hold a marked pixel, and their neighbors: at a border
+    a cell of the VAE depends on both sides."""
+    factor = len(mask) // side
+    cells = mask.reshape(side, factor, side, factor).any((1, 3))
+    padded = np.pad(cells, 1)
+    shifts = [padded[i : i + side, j : j + side] for i in range(3) for j in range(3)]
+    return np.any(shifts, axis=0)
 
 
 def _pil(image: np.ndarray | Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ Source: arXiv 2411.07975 section 3.2.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from janusflow_jax.config import SamplerConfig
 
@@ -67,18 +68,28 @@ def guided_steps(cfg: SamplerConfig) -> np.ndarray:
     return (cfg.guide_from <= t) & (t < cfg.guide_until)
 
 
+def first_step(strength: float, cfg: SamplerConfig) -> int:
+    """The step at which an image begins to change if `strength` (0 to 1) of its path is new."""
+    return round((1 - strength) * cfg.steps)
+
+
 def solve(
     velocity: Velocity,
-    noise: Float[Array, "B h w C"],
+    z: Float[Array, "B h w C"],
     guidance_scale: float | Array,
     cfg: SamplerConfig,
+    first: int = 0,
+    project: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Float[Array, "B h w C"], Float[Array, "N B h w C"]]:
-    """Follows the velocity from t = 0 to 1.
+    """Follows the velocity from the time of step `first` to 1.
 
     Order 1 is Euler's method, `z += h v(t)`. Order 2 is the Adams-Bashforth method for steps of
     unequal size, `z += h ((1 + r/2) v(t) - r/2 v_before)` with r = h / h_before; its first step,
     and the first where guidance begins or ends, is Euler's.
 
+    Args:
+      z: the state at step `first`; the noise, if that is 0.
+      project: (state, t []) -> state, after every step.
     Returns:
       the state at t = 1, and the state after every step.
     """
@@ -86,29 +97,75 @@ def solve(
     h = np.diff(times)
     r = np.append(0.0, h[1:] / h[:-1])
     r[1:][guided[1:] != guided[:-1]] = 0.0
-    nodes = jnp.arange(cfg.steps), jnp.asarray(h, jnp.float32), jnp.asarray(r / 2, jnp.float32)
+    r[first : first + 1] = 0.0
+    steps = jnp.arange(cfg.steps), jnp.asarray(h, jnp.float32), jnp.asarray(r / 2, jnp.float32)
 
-    def steps(state: Any, first: int, end: int, is_guided: bool) -> tuple[Any, Array]:
-        def step(state: Any, node: tuple[Array, Array, Array]) -> tuple[Any, Array]:
-            z, before = state
-            k, h, half_r = node
-            # The arithmetic of the first version, so that stored seeds keep their bits.
-            t = shifted(k.astype(jnp.float32) / cfg.steps, cfg.shift)
-            v = guide(*velocity(z, t, is_guided), guidance_scale)
-            slope = v
-            if cfg.order == 2:
-                slope = (1 + half_r) * v - half_r * before
-            z = z + slope * h
-            return (z, v if cfg.order == 2 else None), z
+    def step(
+        state: tuple[Array, Array | None], node: tuple[Array, Array, Array], is_guided: bool
+    ) -> tuple[tuple[Array, Array | None], Array]:
+        z, before = state
+        k, h, half_r = node
+        v = guide(*velocity(z, _time(k, cfg), is_guided), guidance_scale)
+        slope = v if before is None else (1 + half_r) * v - half_r * before
+        z = z + slope * h
+        if project is not None:
+            z = project(z, _time(k + 1, cfg))
+        return (z, v if cfg.order == 2 else None), z
 
-        return lax.scan(step, state, jax.tree.map(lambda x: x[first:end], nodes))
+    z = z.astype(jnp.float32)
+    state = z, jnp.zeros_like(z) if cfg.order == 2 else None
+    (z, _), states = _scan(step, state, steps, guided, first)
+    return z, states
 
-    z = noise.astype(jnp.float32)
-    state, states = (z, jnp.zeros_like(z) if cfg.order == 2 else None), []
-    begin = 0
-    for is_guided, group in itertools.groupby(guided):
-        end = begin + len(list(group))
-        state, more = steps(state, begin, end, bool(is_guided))
-        states.append(more)
-        begin = end
-    return state[0], lax.concatenate(states, 0)
+
+def edit(
+    velocity: Velocity,
+    x: Float[Array, "B h w C"],
+    noise: Callable[[Array], Array],
+    guidance_scales: Float[Array, " 2*B"],
+    cfg: SamplerConfig,
+    first: int = 0,
+) -> Float[Array, "B h w C"]:
+    """FlowEdit (arXiv 2412.08629): moves an image by the difference of two velocities.
+
+    At every time it adds noise to the image, adds the change so far to a copy, and follows the
+    velocity of the copy for the target prompt minus that of the image for the source prompt. Equal
+    prompts and scales change nothing.
+
+    Args:
+      velocity: of 2 B rows, the sources first.
+      x: latents of the images.
+      noise: step [] -> float32[B, h, w, C], other noise for every step.
+      guidance_scales: of the 2 B rows.
+      cfg: of order 1.
+      first: the first step; later ones keep more of the image.
+    """
+    scales = guidance_scales[:, None, None, None]
+    steps = jnp.arange(cfg.steps), jnp.asarray(np.diff(solver_times(cfg)), jnp.float32)
+
+    def step(change: Array, node: tuple[Array, Array], is_guided: bool) -> tuple[Array, None]:
+        k, h = node
+        t = _time(k, cfg)
+        source = t * x + (1 - t) * noise(k)
+        v = guide(*velocity(jnp.concatenate([source, source + change]), t, is_guided), scales)
+        return change + (v[len(x) :] - v[: len(x)]) * h, None
+
+    change, _ = _scan(step, jnp.zeros_like(x), steps, guided_steps(cfg), first)
+    return x + change
+
+
+def _time(k: Int[Array, ""], cfg: SamplerConfig) -> Float[Array, ""]:
+    """The time of a step, by the arithmetic of the first version: stored seeds keep their bits."""
+    return shifted(k.astype(jnp.float32) / cfg.steps, cfg.shift)
+
+
+def _scan(step: Any, state: Any, nodes: Any, guided: np.ndarray, first: int) -> tuple[Any, Any]:
+    """Scans the steps from `first` on, one scan for each stretch with or without guidance."""
+    stretches = [(on, len(list(same))) for on, same in itertools.groupby(guided[first:])]
+    outputs = []
+    for is_guided, length in stretches or [(False, 0)]:
+        some = jax.tree.map(lambda x: x[first : first + length], nodes)  # noqa: B023
+        state, output = lax.scan(functools.partial(step, is_guided=bool(is_guided)), state, some)
+        outputs.append(output)
+        first += length
+    return state, jax.tree.map(lambda *xs: lax.concatenate(xs, 0), *outputs)

@@ -1,4 +1,4 @@
-"""Text to latents: keys and values of the prompt once, then steps over the image slot.
+"""Prompts to latents: keys and values of the prompt once, then steps over the image slot.
 
 The unconditional branch keeps BOS and masks the rest of the prompt; positions do not move
 (docs/model.md). BOS attends to itself only, so both branches use the same cached prefix and differ
@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from janusflow_jax.config import SamplerConfig
 from janusflow_jax.models import janusflow
+from janusflow_jax.parallel import numerics
 from janusflow_jax.sampling import flow
 
 
@@ -108,3 +109,61 @@ def sample(
     if not trajectory:
         return latents
     return lax.concatenate([noise[None].astype(jnp.float32), states], 0)
+
+
+def resample(
+    model: janusflow.JanusFlow,
+    params: Any,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    noise: Float[Array, "B h w C"],
+    x: Float[Array, "B h w C"],
+    keep: Bool[Array, "B h w"] | None,
+    guidance_scale: float | Array,
+    *,
+    sampler: SamplerConfig,
+    first: int,
+) -> Float[Array, "B h w C"]:
+    """Latents of images that are generated again from step `first` on.
+
+    Args:
+      x: scaled latents of the images.
+      keep: the cells that stay on the path from their noise to x (inpainting); None: no cell.
+    """
+    t = flow.solver_times(sampler)[first]
+    z = flow.interpolate(x, noise, jnp.full(len(x), t, jnp.float32))
+
+    def project(z: Array, t: Array) -> Array:
+        assert keep is not None
+        return jnp.where(keep[..., None], t * x + (1 - t) * noise, z)
+
+    velocity = velocity_field(model, params, tokens, lengths)
+    z, _ = flow.solve(
+        velocity, z, guidance_scale, sampler, first, None if keep is None else project
+    )
+    return z
+
+
+def edit(
+    model: janusflow.JanusFlow,
+    params: Any,
+    tokens: Int[Array, "2*B P"],
+    lengths: Int[Array, " 2*B"],
+    seeds: UInt32[Array, " B"],
+    x: Float[Array, "B h w C"],
+    guidance_scales: Float[Array, " 2*B"],
+    *,
+    sampler: SamplerConfig,
+    first: int,
+) -> Float[Array, "B h w C"]:
+    """`flow.edit` of images with latents x; the prompts of the sources come first."""
+
+    def draw(seed: Array, k: Array) -> Array:
+        key = jax.random.fold_in(numerics.key(seed), k)
+        return jax.random.normal(key, x.shape[1:], jnp.float32)
+
+    def noise(k: Array) -> Array:
+        return jax.vmap(draw, (0, None))(seeds, k)
+
+    velocity = velocity_field(model, params, tokens, lengths)
+    return flow.edit(velocity, x, noise, guidance_scales, sampler, first)

@@ -34,6 +34,12 @@ trajectory = jax.jit(
 )
 """`image.sample` with all states, the noise first."""
 
+resample = jax.jit(image.resample, static_argnums=0, static_argnames=("sampler", "first"))
+"""`image.resample`."""
+
+edit = jax.jit(image.edit, static_argnums=0, static_argnames=("sampler", "first"))
+"""`image.edit`."""
+
 decode = jax.jit(
     text.decode,
     static_argnums=0,
