@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from janusflow_jax.config import LlamaConfig
 from janusflow_jax.models import int8, layers
@@ -63,10 +63,7 @@ class Attention(nn.Module):
         if cache is not None and index is None:  # a fixed prefix before this call's own positions
             new = {n: jnp.concatenate([cache[n], y], axis=1) for n, y in new.items()}
         elif cache is not None:  # a buffer that this call's positions are written into
-            new = {
-                n: lax.dynamic_update_slice_in_dim(cache[n], y.astype(cache[n].dtype), index, 1)
-                for n, y in new.items()
-            }
+            new = {n: write(cache[n], y.astype(cache[n].dtype), index) for n, y in new.items()}
         scales = (new["k_scale"], new["v_scale"]) if "k_scale" in new else None
         out = dot_product_attention(q, new["k"], new["v"], mask, self.impl, scales)
         out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
@@ -163,7 +160,7 @@ class Llama(nn.Module):
         mask: Bool[Array, "B T S"] | Int[Array, "B T"],
         *,
         cache: Cache | None = None,
-        index: Int[Array, ""] | int | None = None,
+        index: Int[Array, "*b"] | int | None = None,
         keep: str = "none",
         capture: int = 0,
     ) -> tuple[Float[Array, "B T D"], Any, Any]:
@@ -173,7 +170,8 @@ class Llama(nn.Module):
           mask: True where a query attends; S is T, plus the prefix if there is a cache. For whole
             rows: of `attention.row_mask`.
           cache: keys and values computed before. Without `index` they precede the positions of this
-            call; with it, those of this call are written into the cache at `index`.
+            call; with it, those of this call are written into the cache at `index`, one for
+            all rows or one a row.
           keep: 'none', 'kv' (a Cache of all keys and values) or 'hidden' (the states after each
             block, before the final norm).
           capture: number of blocks after which states are returned as well; 0: none.
@@ -243,6 +241,17 @@ def empty_cache(cfg: LlamaConfig, llm: dict[str, Any], batch: int, size: int, dt
     if isinstance(llm["layers"], tuple):
         return tuple(zeros() for _ in range(cfg.num_layers))
     return zeros(cfg.num_layers)
+
+
+def write(
+    buffer: Float[Array, "B S K H"] | Int8[Array, "B S K H"],
+    x: Float[Array, "B T K H"] | Int8[Array, "B T K H"],
+    index: Any,
+) -> Array:
+    """The buffer with `x` at positions `index`.. of every row; `index` is [] or [B]."""
+    if jnp.ndim(index) == 0:
+        return lax.dynamic_update_slice_in_dim(buffer, x, index, 1)
+    return jax.vmap(lambda b, y, i: lax.dynamic_update_slice_in_dim(b, y, i, 0))(buffer, x, index)
 
 
 def lookup(

@@ -68,6 +68,27 @@ def guided_steps(cfg: SamplerConfig) -> np.ndarray:
     return (cfg.guide_from <= t) & (t < cfg.guide_until)
 
 
+def step_times(cfg: SamplerConfig) -> np.ndarray:
+    """`solver_times` in float32, by the arithmetic of `solve`."""
+    return shifted(np.arange(cfg.steps + 1, dtype=np.float32) / np.float32(cfg.steps), cfg.shift)
+
+
+def coefficients(cfg: SamplerConfig, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Of every step h and r/2 of `solve`, float32[N] each, if it begins with step `first`."""
+    times, guided = solver_times(cfg), guided_steps(cfg)
+    h = np.diff(times)
+    r = np.append(0.0, h[1:] / h[:-1])
+    r[1:][guided[1:] != guided[:-1]] = 0.0
+    r[first : first + 1] = 0.0
+    return h.astype(np.float32), (r / 2).astype(np.float32)
+
+
+def advance(z: Array, v: Array, before: Array | None, h: Array, half_r: Array) -> Array:
+    """One step of `solve`; `before` is the velocity of the last step, None for Euler's method."""
+    slope = v if before is None else (1 + half_r) * v - half_r * before
+    return z + slope * h
+
+
 def first_step(strength: float, cfg: SamplerConfig) -> int:
     """The step at which an image begins to change if `strength` (0 to 1) of its path is new."""
     return round((1 - strength) * cfg.steps)
@@ -93,12 +114,8 @@ def solve(
     Returns:
       the state at t = 1, and the state after every step.
     """
-    times, guided = solver_times(cfg), guided_steps(cfg)
-    h = np.diff(times)
-    r = np.append(0.0, h[1:] / h[:-1])
-    r[1:][guided[1:] != guided[:-1]] = 0.0
-    r[first : first + 1] = 0.0
-    steps = jnp.arange(cfg.steps), jnp.asarray(h, jnp.float32), jnp.asarray(r / 2, jnp.float32)
+    guided = guided_steps(cfg)
+    nodes = jnp.arange(cfg.steps), *map(jnp.asarray, coefficients(cfg, first))
 
     def step(
         state: tuple[Array, Array | None], node: tuple[Array, Array, Array], is_guided: bool
@@ -106,15 +123,14 @@ def solve(
         z, before = state
         k, h, half_r = node
         v = guide(*velocity(z, _time(k, cfg), is_guided), guidance_scale)
-        slope = v if before is None else (1 + half_r) * v - half_r * before
-        z = z + slope * h
+        z = advance(z, v, before, h, half_r)
         if project is not None:
             z = project(z, _time(k + 1, cfg))
         return (z, v if cfg.order == 2 else None), z
 
     z = z.astype(jnp.float32)
     state = z, jnp.zeros_like(z) if cfg.order == 2 else None
-    (z, _), states = _scan(step, state, steps, guided, first)
+    (z, _), states = _scan(step, state, nodes, guided, first)
     return z, states
 
 

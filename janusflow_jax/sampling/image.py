@@ -7,6 +7,7 @@ in the mask alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,18 +38,40 @@ def prefill(
     return cache
 
 
-def slot_masks(lengths: Int[Array, " B"], prompt_len: int, slot_len: int) -> tuple[Array, Array]:
-    """Masks bool[B, S, P + S] of the slot: with the whole prompt, and with BOS alone."""
+def slot_mask(seen: Int[Array, " R"], prompt_len: int, slot_len: int) -> Bool[Array, "R S K"]:
+    """The mask of a slot behind the first `seen` positions of each prompt."""
     causal = jnp.tril(jnp.ones((slot_len, slot_len), bool))
-    index = jnp.arange(prompt_len)
+    prompt = (jnp.arange(prompt_len) < seen[:, None])[:, None]
+    prompt = jnp.broadcast_to(prompt, (len(seen), slot_len, prompt_len))
+    slot = jnp.broadcast_to(causal, (len(seen), slot_len, slot_len))
+    return jnp.concatenate([prompt, slot], axis=-1)
 
-    def join(prompt: Array) -> Array:
-        prompt = jnp.broadcast_to(prompt[:, None], (len(lengths), slot_len, prompt_len))
-        slot = jnp.broadcast_to(causal, (len(lengths), slot_len, slot_len))
-        return jnp.concatenate([prompt, slot], axis=-1)
 
-    cond = index < lengths[:, None]
-    return join(cond), join(jnp.broadcast_to(index == 0, cond.shape))
+def velocities(
+    model: janusflow.JanusFlow,
+    params: Any,
+    z: Float[Array, "B h w C"],
+    t: Float[Array, " B"],
+    prefix: Any,
+    mask: Bool[Array, "R S K"],
+    positions: Int[Array, "R S"],
+    to_rows: Callable[[Array], Array],
+) -> Float[Array, "R h w C"]:
+    """The velocities of rows; a row is a branch (conditional or not) of an image.
+
+    Args:
+      z, t: of images.
+      prefix, mask, positions: of rows: the prompts (of `prefill`), what the slots attend to (of
+        `slot_mask`), and where they are.
+      to_rows: arrays of images [B, ...] -> [R, ...].
+    """
+
+    def run(method: str, *args: Any, **kwargs: Any) -> Any:
+        return model.apply({"params": params}, *args, method=method, **kwargs)
+
+    slot, features, t_emb = run("generation_slot", z, t)
+    hidden, _, _ = run("run_llm", to_rows(slot), positions, mask, cache=prefix)
+    return run("velocity", hidden[:, 1:], to_rows(features), to_rows(t_emb))
 
 
 def velocity_field(
@@ -64,25 +87,24 @@ def velocity_field(
       lengths: of the prompts, without padding.
     """
     cache = prefill(model, params, tokens, lengths)
-    cond, uncond = slot_masks(lengths, tokens.shape[1], model.cfg.slot_len)
+    cond, uncond = (
+        slot_mask(seen, tokens.shape[1], model.cfg.slot_len)
+        for seen in (lengths, jnp.ones_like(lengths))
+    )
     positions = lengths[:, None] + jnp.arange(model.cfg.slot_len)
     twice = lambda x, axis=0: jnp.concatenate([x, x], axis=axis)  # noqa: E731
     # With guidance both branches run as one batch of twice the size.
     both = (
+        jax.tree.map(lambda x: twice(x, x.ndim - 4), cache),
         jnp.concatenate([cond, uncond]),
         twice(positions),
-        jax.tree.map(lambda x: twice(x, x.ndim - 4), cache),
     )
 
-    def run(method: str, *args: Any, **kwargs: Any) -> Any:
-        return model.apply({"params": params}, *args, method=method, **kwargs)
-
     def velocity(z: Array, t: Array, guided: bool) -> tuple[Array, Array | None]:
-        mask, at, prefix = both if guided else (cond, positions, cache)
-        repeat = twice if guided else lambda x: x
-        slot, features, t_emb = run("generation_slot", z, jnp.full((len(z),), t, jnp.float32))
-        hidden, _, _ = run("run_llm", repeat(slot), at, mask, cache=prefix)
-        v = run("velocity", hidden[:, 1:], repeat(features), repeat(t_emb))
+        rows = both if guided else (cache, cond, positions)
+        to_rows = twice if guided else lambda x: x
+        times = jnp.full((len(z),), t, jnp.float32)
+        v = velocities(model, params, z, times, *rows, to_rows)
         return (v[: len(z)], v[len(z) :]) if guided else (v, None)
 
     return velocity

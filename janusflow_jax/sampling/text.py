@@ -1,8 +1,7 @@
 """Text generation: prefill, then compiled chunks of tokens over a buffer of keys and values.
 
-Prompts are right-padded to one length P. New token i of every row is written at index P + i of the
-buffer, but its position is the length of the row + i. The mask hides the gap, so padding changes
-nothing.
+Index i of the buffer is position i of a row. Prompts are right-padded; new tokens overwrite the
+padding, and the mask hides what is left of it. So rows may begin and end at any time.
 """
 
 from __future__ import annotations
@@ -47,6 +46,37 @@ def embed_prompt(
     return janusflow.place_slots(text, None, slots, slot_start, slot_task)
 
 
+def extend(
+    model: janusflow.JanusFlow,
+    params: Any,
+    x: Float[Array, "B C D"],
+    cache: llama.Cache,
+    begin: Int[Array, ""] | int,
+    lengths: Int[Array, " B"],
+) -> tuple[llama.Cache, Float[Array, "B V"]]:
+    """Writes the next positions of prompts, `begin` and those after it, into a buffer.
+
+    Returns:
+      the buffer, and the logits after each prompt's last position if that is among them.
+    """
+    size = jax.tree.leaves(cache)[0].shape[-3]
+    positions = begin + jnp.arange(x.shape[1])
+    mask = jnp.arange(size) <= positions[:, None]
+    hidden, _, cache = model.apply(
+        {"params": params},
+        x,
+        jnp.broadcast_to(positions, x.shape[:2]),
+        jnp.broadcast_to(mask, (len(x), *mask.shape)),
+        cache=cache,
+        index=begin,
+        keep="kv",
+        method="run_llm",
+    )
+    last = jnp.clip(lengths - 1 - begin, 0, x.shape[1] - 1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return cache, model.apply({"params": params}, hidden, method="logits")
+
+
 def prefill(
     model: janusflow.JanusFlow,
     params: Any,
@@ -55,7 +85,7 @@ def prefill(
     keys: Array,
     max_new: int,
 ) -> State:
-    """Fills the buffer with the prompt and computes the logits of the first new token.
+    """Fills a buffer with prompts and computes the logits of their first new tokens.
 
     Args:
       x: prompt embeddings, right-padded.
@@ -64,33 +94,27 @@ def prefill(
     """
     batch, size, _ = x.shape
     buffer = llama.empty_cache(model.cfg.llm, params["llm"], batch, size + max_new, x.dtype)
-    q, k = jnp.arange(size)[:, None], jnp.arange(size + max_new)[None]
-    mask = ((k <= q)[None] & (k < lengths[:, None])[:, None]) | (k == q)[None]
-    positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
-    run = {"params": params}
-    hidden, _, cache = model.apply(
-        run, x, positions, mask, cache=buffer, index=0, keep="kv", method="run_llm"
-    )
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    logits = model.apply(run, last[:, 0], method="logits")
+    cache, logits = extend(model, params, x, buffer, 0, lengths)
     return {
         "cache": cache,
         "logits": logits,
         "finite": jnp.isfinite(logits).all(-1),
-        "lengths": lengths,
-        "prompt_len": jnp.int32(size),
-        "step": jnp.int32(0),
+        "length": lengths,
+        "generated": jnp.zeros((batch,), jnp.int32),
         "done": jnp.zeros((batch,), bool),
         "keys": keys,
     }
 
 
 def sample_token(
-    logits: Float[Array, "B V"], keys: Array, temperature: Array, top_p: Array
+    logits: Float[Array, "B V"],
+    keys: Array,
+    temperature: Float[Array, " B"],
+    top_p: Float[Array, " B"],
 ) -> Int[Array, " B"]:
     """Next tokens: greedy at temperature 0, else nucleus sampling with the key of each row."""
 
-    def sample_row(row: Array, key: Array) -> Array:
+    def sample_row(row: Array, key: Array, temperature: Array, top_p: Array) -> Array:
         scaled = row / jnp.maximum(temperature, 1e-6)
         order = jnp.argsort(-scaled)
         probs = jax.nn.softmax(scaled[order])
@@ -99,30 +123,39 @@ def sample_token(
         return order[jax.random.categorical(key, jnp.where(nucleus, scaled[order], -jnp.inf))]
 
     greedy = jnp.argmax(logits, axis=-1)
-    sampled = lax.cond(temperature > 0, lambda: jax.vmap(sample_row)(logits, keys), lambda: greedy)
-    return sampled.astype(jnp.int32)
+    sampled = lax.cond(
+        jnp.any(temperature > 0),
+        lambda: jax.vmap(sample_row)(logits, keys, temperature, top_p),
+        lambda: greedy,
+    )
+    return jnp.where(temperature > 0, sampled, greedy).astype(jnp.int32)
 
 
 def decode(
     model: janusflow.JanusFlow,
     params: Any,
     state: State,
-    temperature: Array,
-    top_p: Array,
+    temperature: Float[Array, "*b"],
+    top_p: Float[Array, "*b"],
     *,
     num_tokens: int,
     eos_id: int,
 ) -> tuple[State, Int[Array, "B N"]]:
     """Generates up to `num_tokens` more tokens; stops once every row has reached EOS.
 
+    Args:
+      state: `length` int[B] positions and `generated` int[B] tokens so far; a row is `done` after
+        EOS.
+      temperature, top_p: one for all rows, or one a row.
     Returns:
       the state, whose `finite` bool[B] is whether the logits of a row were finite so far; and the
       tokens, EOS after the end of a row.
     """
     run = {"params": params}
-    batch = len(state["lengths"])
+    batch = len(state["length"])
     tokens = jnp.full((batch, num_tokens), eos_id, jnp.int32)
     total = jax.tree.leaves(state["cache"])[0].shape[-3]
+    temperature, top_p = (jnp.broadcast_to(x, (batch,)) for x in (temperature, top_p))
 
     def unfinished(carry: tuple[Array, State, Array]) -> Array:
         i, s, _ = carry
@@ -130,29 +163,27 @@ def decode(
 
     def step(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         i, s, out = carry
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, s["step"]))(s["keys"])
+        keys = jax.vmap(jax.random.fold_in)(s["keys"], s["generated"])
         token = sample_token(s["logits"], keys, temperature, top_p)
         token = jnp.where(s["done"], eos_id, token)
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], i, 1)
-        index = s["prompt_len"] + s["step"]
-        k = jnp.arange(total)
-        mask = (k < s["lengths"][:, None]) | ((k >= s["prompt_len"]) & (k <= index))
-        x = model.apply(run, token[:, None], method="embed_tokens")
+        position = s["length"]
         hidden, _, cache = model.apply(
             run,
-            x,
-            (s["lengths"] + s["step"])[:, None],
-            mask[:, None],
+            model.apply(run, token[:, None], method="embed_tokens"),
+            position[:, None],
+            (jnp.arange(total) <= position[:, None])[:, None],
             cache=s["cache"],
-            index=index,
+            index=position,
             keep="kv",
             method="run_llm",
         )
         logits = model.apply(run, hidden[:, 0], method="logits")
+        more = jnp.where(s["done"], 0, 1)
         done = s["done"] | (token == eos_id)
         finite = s["finite"] & (done | jnp.isfinite(logits).all(-1))
-        s = {**s, "cache": cache, "logits": logits, "finite": finite}
-        s = {**s, "step": s["step"] + 1, "done": done}
+        s = {**s, "cache": cache, "logits": logits, "finite": finite, "done": done}
+        s = {**s, "length": position + more, "generated": s["generated"] + more}
         return i + 1, s, out
 
     _, state, tokens = lax.while_loop(unfinished, step, (jnp.int32(0), state, tokens))
