@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from janusflow_jax.config import SamplerConfig
 from janusflow_jax.config.errors import DataError
@@ -62,6 +61,7 @@ class ChatCall:
     request: ChatRequest
     stream: bool
     include_usage: bool
+    created: int  # Unix time
     ignored: tuple[str, ...]
 
 
@@ -128,7 +128,9 @@ class Fields:
         value = self.values[there]
         if is_valid(value):
             return value
-        self.problem(there, f"expected {expected}; got {_shown(value)}" + (advice and f": {advice}"))
+        self.problem(
+            there, f"expected {expected}; got {_shown(value)}" + (advice and f": {advice}")
+        )
         return default
 
     def number(
@@ -185,8 +187,8 @@ def generation(
     """
     _require(model, model.engine.generates, "generating images")
     fields = Fields(body)
-    call = _image_fields(fields, model, limits)
-    return dataclasses.replace(_image_call(fields, call, client), ignored=fields.finish())
+    values = _image_fields(fields, model, limits)
+    return _image_call(fields.finish(), values, limits, client)
 
 
 def edit(
@@ -214,19 +216,20 @@ def edit(
     for name, files, most in (("image", images, 1), ("mask", masks, 1)):
         if len(files) > most or (name == "image" and not files):
             fields.problem(name, f"expected one file; got {len(files)}")
-    fields.finish()
+    ignored = fields.finish()
     pixels = _decoded(images[0], limits, "image")
     size, mask = model.engine.image_size, None
     if masks:
-        mask = _mask(masks[0], pixels.shape, size, limits)
+        try:
+            mask = images_lib.read_mask(_decoded(masks[0], limits, "mask"), pixels.shape[:2], size)
+        except DataError as error:
+            raise RequestError(str(error), param="mask", code="invalid_image") from error
     start = {
         "image": images_lib.for_generation(pixels, size),
         "strength": float(strength),
         "mask": mask,
     }
-    return dataclasses.replace(
-        _image_call(fields, values, client, **start), ignored=fields.finish()
-    )
+    return _image_call(ignored, values, limits, client, **start)
 
 
 def _require(model: ServedModel, holds: bool, what: str) -> None:
@@ -237,13 +240,15 @@ def _require(model: ServedModel, holds: bool, what: str) -> None:
 def _image_fields(fields: Fields, model: ServedModel, limits: Limits) -> dict[str, Any]:
     """The values that both kinds of requests for images have."""
     _model_field(fields, model)
-    native, whole = model.engine.image_size, {"whole": True}
+    native = model.engine.image_size
     n = fields.number("n", 1, 1, limits.n, whole=True)
     values: dict[str, Any] = {
         "prompt": _prompt(fields, limits),
         "n": n,
         "side": _size(fields, native, limits),
-        "seed": fields.number("seed", secrets.randbelow(SEED_LIMIT - n), 0, SEED_LIMIT - n, **whole),
+        "seed": fields.number(
+            "seed", secrets.randbelow(SEED_LIMIT - n), 0, SEED_LIMIT - n, whole=True
+        ),
         "steps": fields.number(
             "num_inference_steps",
             min(DEFAULTS["num_inference_steps"], limits.steps),
@@ -264,7 +269,7 @@ def _image_fields(fields: Fields, model: ServedModel, limits: Limits) -> dict[st
         "format": fields.choice("output_format", *image_files.FORMATS),
         "quality": fields.number("output_compression", 90, 0, 100, whole=True),
         "stream": fields.flag("stream"),
-        "partial_images": fields.number("partial_images", 0, 0, limits.partial_images, **whole),
+        "partial_images": fields.number("partial_images", 0, 0, limits.partial_images, whole=True),
     }
     if values["partial_images"] and not values["stream"]:
         fields.problem("partial_images", "expected with stream: true; got it without")
@@ -278,9 +283,8 @@ def _image_fields(fields: Fields, model: ServedModel, limits: Limits) -> dict[st
 
 
 def _image_call(
-    fields: Fields, values: Mapping[str, Any], client: str, **start: Any
+    ignored: tuple[str, ...], values: Mapping[str, Any], limits: Limits, client: str, **start: Any
 ) -> ImageCall:
-    fields.finish()
     request = ImageRequest(
         id=f"img-{uuid.uuid4().hex}",
         client=client,
@@ -289,6 +293,7 @@ def _image_call(
         guidance_scale=float(values["guidance_scale"]),
         sampler=SamplerConfig(steps=values["steps"]),
         previews=min(values["partial_images"], values["steps"] - 1),
+        deadline=time.monotonic() + limits.deadline_seconds,
         **start,
     )
     return ImageCall(
@@ -297,7 +302,7 @@ def _image_call(
         quality=max(1, values["quality"]),
         side=values["side"],
         stream=values["stream"],
-        ignored=(),
+        ignored=ignored,
     )
 
 
@@ -325,9 +330,10 @@ def _size(fields: Fields, native: int, limits: Limits) -> int:
     """The side of the answered images; a size other than the model's is resized to."""
 
     def is_valid(value: Any) -> bool:
-        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value) if isinstance(value, str) else None
-        sides = {int(x) for x in match.groups()} if match else {0}
-        return value == "auto" or sides in [{x} for x in range(MIN_SIDE, limits.size + 1)] + [{native}]
+        match = re.fullmatch(r"(\d{1,5})x\1", value) if isinstance(value, str) else None
+        return value == "auto" or bool(
+            match and (int(match[1]) == native or MIN_SIDE <= int(match[1]) <= limits.size)
+        )
 
     expected = (
         f"'auto', '{native}x{native}', or a square of {MIN_SIDE}x{MIN_SIDE} to "
@@ -353,15 +359,14 @@ def chat(body: Mapping[str, Any], model: ServedModel, limits: Limits, client: st
     _require(model, model.engine.chats, "conversations")
     fields = Fields(body)
     _model_field(fields, model)
-    whole = {"whole": True}
     most = 2**31 - 1  # the context ends an answer earlier
     values: dict[str, Any] = {
         "max_tokens": fields.number(
-            "max_completion_tokens", DEFAULTS["max_tokens"], 1, most, "max_tokens", **whole
+            "max_completion_tokens", DEFAULTS["max_tokens"], 1, most, "max_tokens", whole=True
         ),
         "temperature": float(fields.number("temperature", 0.0, 0, 2)),
         "top_p": float(fields.number("top_p", 1.0, 1e-6, 1)),
-        "seed": fields.number("seed", secrets.randbelow(SEED_LIMIT), 0, SEED_LIMIT - 1, **whole),
+        "seed": fields.number("seed", secrets.randbelow(SEED_LIMIT), 0, SEED_LIMIT - 1, whole=True),
         "stop": _stop(fields),
     }
     stream = fields.flag("stream")
@@ -372,18 +377,22 @@ def chat(body: Mapping[str, Any], model: ServedModel, limits: Limits, client: st
         "an object with include_usage: true or false",
     )
     _refuse_of_chat(fields)
-    messages = fields.read("messages", [], lambda x: isinstance(x, list) and x, "a list of messages")
-    if "messages" not in fields.values:
-        fields.problem("messages", "expected a list of messages; got none")
+    turns, urls = _turns(fields)
     ignored = fields.finish()
-    turns, images = _messages(messages, model, limits)
+    images = _images_of_chat(urls, model, limits)
     request = ChatRequest(
-        id=f"chatcmpl-{uuid.uuid4().hex}", client=client, messages=turns, images=images, **values
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+        client=client,
+        messages=turns,
+        images=images,
+        deadline=time.monotonic() + limits.deadline_seconds,
+        **values,
     )
     return ChatCall(
         request=request,
         stream=stream,
         include_usage=bool(usage.get("include_usage")),
+        created=int(time.time()),
         ignored=ignored,
     )
 
@@ -409,18 +418,23 @@ def _refuse_of_chat(fields: Fields) -> None:
     fields.refuse("response_format", lambda x: x == {"type": "text"}, "answers are text")
 
 
-def _messages(
-    messages: list[Any], model: ServedModel, limits: Limits
-) -> tuple[list[dict[str, Any]], tuple[np.ndarray, ...]]:
-    """Turns and images of the model's size, of OpenAI's messages."""
+def _turns(fields: Fields) -> tuple[list[dict[str, Any]], list[Any]]:
+    fields.known.add("messages")
     try:
-        turns, urls = chat_format.parse_messages(messages)
+        return chat_format.parse_messages(fields.values.get("messages"))
     except DataError as error:
-        raise RequestError(str(error), param="messages", code="invalid_value") from error
+        fields.problem("messages", str(error).removeprefix("messages: "))
+        return [], []
+
+
+def _images_of_chat(
+    urls: Sequence[Any], model: ServedModel, limits: Limits
+) -> tuple[np.ndarray, ...]:
+    """The images of a conversation in the model's size: large ones are not kept."""
     if urls:
         _require(model, model.engine.understands, "images in conversations")
-    if len(urls) > min(limits.images, model.engine.images_per_chat):
-        most = min(limits.images, model.engine.images_per_chat)
+    most = min(limits.images, model.engine.images_per_chat)
+    if len(urls) > most:
         raise RequestError(
             f"messages: expected at most {most} images; got {len(urls)}",
             param="messages",
@@ -430,24 +444,20 @@ def _messages(
     for i, url in enumerate(urls):
         if not isinstance(url, str) or not url.startswith("data:image/"):
             raise RequestError(
-                f"messages: image {i}: expected a data:image/... URL; this server fetches and reads "
-                "nothing: send the image itself",
+                f"messages: image {i}: expected a data:image/... URL; got another: send the image "
+                "itself, because this server fetches and reads nothing",
                 param="messages",
                 code="image_url_not_allowed",
             )
         try:
-            data = chat_format.data_url_bytes(url)
+            data = images_lib.data_url_bytes(url)
         except DataError as error:
             raise RequestError(
                 f"messages: image {i}: {error}", param="messages", code="invalid_image"
             ) from error
         pixels = _decoded(data, limits, "messages")
         images.append(images_lib.for_understanding(pixels, model.engine.image_size))
-    return turns, tuple(images)
-
-
-def deadline(limits: Limits) -> float:
-    return time.monotonic() + limits.deadline_seconds
+    return tuple(images)
 
 
 def _is_text(value: Any) -> bool:
