@@ -504,14 +504,11 @@ def text_pieces(texts: Iterator[str]) -> Iterator[str]:
     """Growing texts -> the pieces by which they grow; joined, they are the last text, stripped."""
     text = sent = ""
     for text in texts:
-        text = text.strip()
-        # Spaces at the end may be stripped later, and half a character may become another.
-        complete = text.rstrip("\ufffd").rstrip()
-        if len(complete) > len(sent) and complete.startswith(sent):
-            yield complete[len(sent) :]
-            sent = complete
-    if text != sent:
-        yield text[len(sent) :]
+        if piece := inputs.next_piece(text, sent, complete=False):
+            yield piece
+            sent += piece
+    if piece := inputs.next_piece(text, sent, complete=True):
+        yield piece
 
 
 JanusFlowPipeline = Pipeline  # the name of 0.1; remove in 0.3
