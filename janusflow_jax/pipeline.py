@@ -25,7 +25,7 @@ from PIL import Image
 from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import UNDERSTAND, ModelConfig, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, DivergedError, JanusFlowError
-from janusflow_jax.data import chat_format, images as images_lib
+from janusflow_jax.data import chat_format, images as images_lib, samples
 from janusflow_jax.hub import adapters
 from janusflow_jax.models import int8 as int8_lib, janusflow, llama
 from janusflow_jax.parallel import compile_cache, numerics, sharding
@@ -207,6 +207,157 @@ class Pipeline:
             return self.decode_latents(latents, output)
         _check_finite("generate", latents[-1] if axis else latents)
         return latents
+
+    def vary(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        prompts: str | Sequence[str],
+        *,
+        strength: float = 0.6,
+        seed: int | Sequence[int] = 0,
+        output: str = "pil",
+        **solver: Any,
+    ) -> Any:
+        """Generates images that start from others (SDEdit, arXiv 2108.01073; image-to-image).
+
+        Args:
+          images: cropped to squares; one for each prompt.
+          strength: share of the steps that are generated again: 1 is `generate` and ignores the
+            images, 0 gives them back as the VAE decodes them.
+          seed: as of `generate`.
+          output: 'pil', 'numpy' or 'latent', as of `generate`.
+          solver: `guidance_scale`, `num_steps`, `order`, `shift` and `guidance_interval` of
+            `generate`.
+        Raises: as `generate`; DataError: an image that cannot be read.
+        """
+        return self._resample(images, None, prompts, strength, seed, output, solver)
+
+    def inpaint(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        masks: Any,
+        prompts: str | Sequence[str],
+        *,
+        strength: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        output: str = "pil",
+        **solver: Any,
+    ) -> Any:
+        """Generates the marked part of images again and keeps the pixels of the rest.
+
+        Args:
+          masks: one for each image and of its size; white, transparent or True pixels are generated
+            again (`data.images.read_mask`).
+          images, prompts, strength, seed, output, solver: as of `vary`.
+        Raises: as `vary`; DataError: a mask of another size, or without a marked pixel.
+        """
+        return self._resample(images, masks, prompts, strength, seed, output, solver)
+
+    def _resample(
+        self,
+        images: Any,
+        masks: Any,
+        prompts: Any,
+        strength: Any,
+        seed: Any,
+        output: str,
+        solver: dict[str, Any],
+    ) -> Any:
+        """`vary`, or `inpaint` if there are masks."""
+        what = "vary" if masks is None else "inpaint"
+        images, prompts = inputs.pairs(what, images, prompts)
+        sampler, scale, first = inputs.check_edit(what, prompts, strength, output, **solver)
+        if scale == 1:
+            sampler = dataclasses.replace(sampler, guide_until=0.0)
+        self._require(what, *parts_lib.needed_for("generate", self.cfg), "vae")
+        ids = self.prompt_ids(prompts)
+        noise = self._noise(inputs.image_seeds(seed, len(prompts), 1))
+        originals = [images_lib.read(x) for x in images]
+        size, keep = self.cfg.image_size, ()
+        marked = np.ones((len(images), size, size, 1), bool)
+        if masks is not None:
+            masks, _ = inputs.pairs("inpaint", masks, prompts, "masks")
+            for i, (mask, image) in enumerate(zip(masks, originals, strict=True)):
+                marked[i, ..., 0] = images_lib.read_mask(mask, image.shape[:2], size)
+            side = self.cfg.latent_shape[0]
+            keep = (~np.stack([images_lib.mask_cells(m[..., 0], side) for m in marked]),)
+        tokens, lengths = inputs.pad(ids, self.text.pad_id)
+
+        def run(tokens: Any, lengths: Any, noise: Any, x: Any, keep: Any = None) -> Any:
+            prompt = (self.model, self.params, tokens, lengths)
+            options: Any = {"sampler": sampler, "first": first}
+            return programs.resample(*prompt, noise, x, keep, jnp.float32(scale), **options)
+
+        x = self.encode_image(originals)
+        latents = self._batched(run, tokens, lengths, noise, x, *keep)
+        if output == "latent":
+            _check_finite(what, latents)
+            return latents
+        pixels = self.decode_latents(latents, "numpy")
+        squares = np.stack([images_lib.for_generation(x, size) for x in originals])
+        pixels = np.where(marked, pixels, squares)
+        return [Image.fromarray(p) for p in pixels] if output == "pil" else pixels
+
+    def edit(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        prompts: str | Sequence[str],
+        *,
+        sources: str | Sequence[str] | None = None,
+        source_guidance_scale: float = 2.0,
+        strength: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        output: str = "pil",
+        **solver: Any,
+    ) -> Any:
+        """Changes what the prompts change and keeps the rest (FlowEdit, arXiv 2412.08629).
+
+        Args:
+          images: cropped to squares; one for each prompt.
+          prompts: what the images will show.
+          sources: what they show now; None: as `describe` says.
+          source_guidance_scale: of the sources. The paper's authors take 1.5 to 3.5 here and 5 to
+            14 for `guidance_scale`, with a strength of 0.65 to 0.85; their models are other ones.
+          strength: share of the steps that change the image; 0 changes nothing.
+          seed: as of `generate`.
+          output: 'pil', 'numpy' or 'latent', as of `generate`.
+          solver: `guidance_scale`, `num_steps`, `shift` and `guidance_interval` of `generate`.
+        Raises: as `vary`.
+        """
+        images, prompts = inputs.pairs("edit", images, prompts)
+        sampler, scale, first = inputs.check_edit("edit", prompts, strength, output, **solver)
+        if sampler.order != 1:
+            raise JanusFlowError(
+                "edit: expected order 1, because the noise is new at every step; got 2"
+            )
+        if scale == source_guidance_scale == 1:
+            sampler = dataclasses.replace(sampler, guide_until=0.0)
+        self._require("edit", *parts_lib.needed_for("generate", self.cfg), "vae")
+        originals = [images_lib.read(x) for x in images]
+        sources = self.describe(originals) if sources is None else sources
+        sources, _ = inputs.pairs("edit", sources, prompts, "sources")
+        inputs.check_generate(sources, 1, guidance_scale=source_guidance_scale)
+        tokens, lengths = inputs.pad(self.prompt_ids(sources + prompts), self.text.pad_id)
+        seeds = np.asarray(inputs.image_seeds(seed, len(prompts), 1), np.uint32)
+
+        def run(source: Any, target: Any, lengths: Any, seeds: Any, x: Any) -> Any:
+            scales = jnp.repeat(jnp.float32([source_guidance_scale, scale]), len(x))
+            prompt = (jnp.concatenate([source, target]), lengths.T.reshape(-1))
+            options: Any = {"sampler": sampler, "first": first}
+            return programs.edit(self.model, self.params, *prompt, seeds, x, scales, **options)
+
+        source, target = np.split(tokens, 2)
+        lengths = np.stack(np.split(lengths, 2), 1)
+        x = self.encode_image(originals)
+        latents = self._batched(run, source, target, lengths, seeds, x)
+        if output != "latent":
+            return self.decode_latents(latents, output)
+        _check_finite("edit", latents)
+        return latents
+
+    def describe(self, images: Sequence[ImageLike]) -> list[str]:
+        """What the model sees in each image, as a prompt; greedy."""
+        return self.chat([samples.QUESTION] * len(images), [[image] for image in images])
 
     def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts for `generate`.

@@ -29,7 +29,7 @@ MAY_IMPORT = {
 }
 """Package (or module of the root) -> what it may import beside itself. Entry points: anything."""
 
-ENTRY_POINTS = {"train", "generate", "chat", "evaluate", "benchmark"}
+ENTRY_POINTS = {"train", "edit", "generate", "chat", "evaluate", "benchmark"}
 
 ONLY = {
     "orbax": ("checkpoints.",),

@@ -92,3 +92,73 @@ def test_no_guidance_is_an_empty_interval():
     np.testing.assert_array_equal(
         flow.solve(two_flows, NOISE, 2.0, cfg)[0], flow.solve(exact, NOISE, 1.0, cfg)[0]
     )
+
+
+# --- from a later step on, and with a known region
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_later_first_step_continues_the_path(order):
+    cfg = SamplerConfig(steps=16, order=order)
+    begin = FLOW.move(NOISE, 0.0, 0.5)
+    z, states = flow.solve(exact, begin, 1.0, cfg, first=8)
+    assert len(states) == 8
+    np.testing.assert_allclose(z, FLOW.move(NOISE, 0.0, 1.0), atol=[0.1, 0.03][order - 1])
+
+
+def test_no_step_is_left_at_strength_zero_and_all_at_one():
+    cfg = SamplerConfig(steps=30)
+    assert [flow.first_step(s, cfg) for s in (0.0, 0.5, 0.6, 1.0)] == [30, 15, 12, 0]
+    z, states = flow.solve(exact, NOISE, 1.0, cfg, first=30)
+    np.testing.assert_array_equal(z, NOISE)
+    assert states.shape == (0, *NOISE.shape)
+
+
+def test_a_known_region_stays_on_its_path():
+    x = jax.random.normal(jax.random.key(1), NOISE.shape)
+    known = jnp.arange(4)[:, None, None] < 2
+
+    def project(z, t):
+        return jnp.where(known, t * x + (1 - t) * NOISE, z)
+
+    cfg = SamplerConfig(steps=8)
+    z, states = flow.solve(exact, NOISE, 1.0, cfg, project=project)
+    for k, state in enumerate(states):
+        t = (k + 1) / 8
+        np.testing.assert_allclose(state[:, :2], (t * x + (1 - t) * NOISE)[:, :2], atol=1e-6)
+    np.testing.assert_array_equal(z[:, :2], x[:, :2])
+    np.testing.assert_array_equal(z[:, 2:], flow.solve(exact, NOISE, 1.0, cfg)[0][:, 2:])
+
+
+# --- FlowEdit
+
+
+def edited(source, target, scales=(1.0, 1.0), **options):
+    """Images of `source`, edited to `target`; both are exact flows."""
+    x = source.mu + source.s * NOISE
+    steps = SamplerConfig(**({"steps": 10, "guide_until": 0.0} | options))
+
+    def velocity(z, t, guided):
+        a, b = jnp.split(z, 2)
+        v = jnp.concatenate([source.velocity(a, t), target.velocity(b, t)])
+        return v, jnp.zeros_like(v) if guided else None
+
+    def noise(k):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(2), k), x.shape)
+
+    scales = jnp.repeat(jnp.float32(scales), len(x))
+    return x, flow.edit(velocity, x, noise, scales, steps)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 30])
+def test_flow_edit_moves_by_the_difference_of_means(steps):
+    """Two flows of the same deviation: whatever the noise and the number of steps."""
+    x, y = edited(FLOW, ExactFlow(mu=-0.7), steps=steps)
+    np.testing.assert_allclose(y, x - 2.0, atol=1e-5)
+
+
+def test_flow_edit_with_equal_prompts_and_scales_changes_no_bit():
+    x, y = edited(FLOW, FLOW, (3.0, 3.0), guide_until=1.0)
+    np.testing.assert_array_equal(x, y)
+    x, y = edited(FLOW, FLOW, (1.0, 3.0), guide_until=1.0)
+    assert (x != y).all()

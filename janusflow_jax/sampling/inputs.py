@@ -15,6 +15,7 @@ import numpy as np
 from janusflow_jax.config import SamplerConfig
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format
+from janusflow_jax.sampling import flow
 
 Turns = list[dict[str, Any]]
 OUTPUTS = ("pil", "numpy", "latent", "trajectory")
@@ -66,6 +67,41 @@ def check_generate(
         guide_from=float(interval[0]),
         guide_until=float(interval[1]),
     )
+
+
+def check_edit(
+    what: str,
+    prompts: Sequence[Any],
+    strength: Any,
+    output: str,
+    guidance_scale: Any = 2.0,
+    **solver: Any,
+) -> tuple[SamplerConfig, float, int]:
+    """The solver of a request to change images, its guidance scale and first step.
+
+    Raises: JanusFlowError with a problem of the request.
+    """
+    if problems := _number_problems("strength", strength, "a number from 0 to 1", 0.0, 1.0):
+        raise JanusFlowError(f"{what}: {problems[0]}")
+    if output == "trajectory":
+        raise JanusFlowError(f"output: expected one of {OUTPUTS[:-1]}; got 'trajectory'")
+    sampler = check_generate(prompts, 1, output, guidance_scale, **solver)
+    return sampler, float(guidance_scale), flow.first_step(float(strength), sampler)
+
+
+def pairs(what: str, items: Any, prompts: Any, name: str = "images") -> tuple[list[Any], list[str]]:
+    """One item for each prompt, as lists; a single one of either may stand alone.
+
+    Raises: JanusFlowError: their numbers differ.
+    """
+    items = list(items) if isinstance(items, (list, tuple)) else [items]
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if len(items) != len(prompts):
+        raise JanusFlowError(
+            f"{what}: expected one prompt for each of the {name}; got {len(items)} {name} and "
+            f"{len(prompts)} prompts"
+        )
+    return items, prompts
 
 
 def check_chat(
