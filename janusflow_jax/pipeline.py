@@ -198,6 +198,7 @@ class Pipeline:
                 lengths,
                 noise,
                 jnp.float32(guidance_scale),
+                head=self.text.head,
                 sampler=sampler,
             )
 
@@ -285,7 +286,7 @@ class Pipeline:
 
         def run(tokens: Any, lengths: Any, noise: Any, x: Any, keep: Any = None) -> Any:
             prompt = (self.model, self.params, tokens, lengths)
-            options: Any = {"sampler": sampler, "first": first}
+            options: Any = {"sampler": sampler, "first": first, "head": self.text.head}
             return programs.resample(*prompt, noise, x, keep, jnp.float32(scale), **options)
 
         x = self.encode_image(originals)
@@ -343,7 +344,7 @@ class Pipeline:
         def run(source: Any, target: Any, lengths: Any, seeds: Any, x: Any) -> Any:
             scales = jnp.repeat(jnp.float32([source_guidance_scale, scale]), len(x))
             prompt = (jnp.concatenate([source, target]), lengths.T.reshape(-1))
-            options: Any = {"sampler": sampler, "first": first}
+            options: Any = {"sampler": sampler, "first": first, "head": self.text.head}
             return programs.edit(self.model, self.params, *prompt, seeds, x, scales, **options)
 
         source, target = np.split(tokens, 2)
@@ -655,14 +656,11 @@ def text_pieces(texts: Iterator[str]) -> Iterator[str]:
     """Growing texts -> the pieces by which they grow; joined, they are the last text, stripped."""
     text = sent = ""
     for text in texts:
-        text = text.strip()
-        # Spaces at the end may be stripped later, and half a character may become another.
-        complete = text.rstrip("\ufffd").rstrip()
-        if len(complete) > len(sent) and complete.startswith(sent):
-            yield complete[len(sent) :]
-            sent = complete
-    if text != sent:
-        yield text[len(sent) :]
+        if piece := inputs.next_piece(text, sent, complete=False):
+            yield piece
+            sent += piece
+    if piece := inputs.next_piece(text, sent, complete=True):
+        yield piece
 
 
 JanusFlowPipeline = Pipeline  # the name of 0.1; remove in 0.3

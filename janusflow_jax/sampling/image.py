@@ -1,8 +1,8 @@
 """Prompts to latents: keys and values of the prompt once, then steps over the image slot.
 
-The unconditional branch keeps BOS and masks the rest of the prompt; positions do not move
-(docs/model.md). BOS attends to itself only, so both branches use the same cached prefix and differ
-in the mask alone.
+The unconditional branch keeps the prompt's head (BOS, or nothing) and masks the rest, as training
+drops a prompt; positions do not move (docs/model.md). BOS attends to itself only, so both branches
+use the same cached prefix and differ in the mask alone.
 """
 
 from __future__ import annotations
@@ -47,6 +47,15 @@ def slot_mask(seen: Int[Array, " R"], prompt_len: int, slot_len: int) -> Bool[Ar
     return jnp.concatenate([prompt, slot], axis=-1)
 
 
+def slot_masks(
+    lengths: Int[Array, " B"], prompt_len: int, slot_len: int, head: int
+) -> tuple[Array, Array]:
+    """Masks bool[B, S, P + S] of the slot: with the whole prompt, and with its head alone."""
+    seen = (lengths, jnp.full_like(lengths, head))
+    cond, uncond = (slot_mask(x, prompt_len, slot_len) for x in seen)
+    return cond, uncond
+
+
 def velocities(
     model: janusflow.JanusFlow,
     params: Any,
@@ -79,18 +88,17 @@ def velocity_field(
     params: Any,
     tokens: Int[Array, "B P"],
     lengths: Int[Array, " B"],
+    head: int,
 ) -> flow.Velocity:
     """The velocity field of a batch of prompts; the prompts are computed once, not every step.
 
     Args:
-      tokens: prompts, BOS first, right-padded.
+      tokens: prompts, right-padded.
       lengths: of the prompts, without padding.
+      head: `ChatFormat.head`, the tokens that the unconditional branch keeps.
     """
     cache = prefill(model, params, tokens, lengths)
-    cond, uncond = (
-        slot_mask(seen, tokens.shape[1], model.cfg.slot_len)
-        for seen in (lengths, jnp.ones_like(lengths))
-    )
+    cond, uncond = slot_masks(lengths, tokens.shape[1], model.cfg.slot_len, head)
     positions = lengths[:, None] + jnp.arange(model.cfg.slot_len)
     twice = lambda x, axis=0: jnp.concatenate([x, x], axis=axis)  # noqa: E731
     # With guidance both branches run as one batch of twice the size.
@@ -118,15 +126,16 @@ def sample(
     noise: Float[Array, "B h w C"],
     guidance_scale: float | Array,
     *,
+    head: int,
     sampler: SamplerConfig,
     trajectory: bool = False,
 ) -> Float[Array, "..."]:
-    """Scaled latents of a batch of prompts.
+    """Scaled latents of a batch of prompts; arguments as in `velocity_field`.
 
     Returns:
       float32[B, h, w, C]; with `trajectory` float32[N + 1, B, h, w, C], the noise first.
     """
-    velocity = velocity_field(model, params, tokens, lengths)
+    velocity = velocity_field(model, params, tokens, lengths, head)
     latents, states = flow.solve(velocity, noise, guidance_scale, sampler)
     if not trajectory:
         return latents
@@ -143,6 +152,7 @@ def resample(
     keep: Bool[Array, "B h w"] | None,
     guidance_scale: float | Array,
     *,
+    head: int,
     sampler: SamplerConfig,
     first: int,
 ) -> Float[Array, "B h w C"]:
@@ -159,7 +169,7 @@ def resample(
         assert keep is not None
         return jnp.where(keep[..., None], t * x + (1 - t) * noise, z)
 
-    velocity = velocity_field(model, params, tokens, lengths)
+    velocity = velocity_field(model, params, tokens, lengths, head)
     z, _ = flow.solve(
         velocity, z, guidance_scale, sampler, first, None if keep is None else project
     )
@@ -175,6 +185,7 @@ def edit(
     x: Float[Array, "B h w C"],
     guidance_scales: Float[Array, " 2*B"],
     *,
+    head: int,
     sampler: SamplerConfig,
     first: int,
 ) -> Float[Array, "B h w C"]:
@@ -187,5 +198,5 @@ def edit(
     def noise(k: Array) -> Array:
         return jax.vmap(draw, (0, None))(seeds, k)
 
-    velocity = velocity_field(model, params, tokens, lengths)
+    velocity = velocity_field(model, params, tokens, lengths, head)
     return flow.edit(velocity, x, noise, guidance_scales, sampler, first)

@@ -316,6 +316,34 @@ def before_eos(row: np.ndarray, eos_id: int) -> list[int]:
     return row[: end[0] if len(end) else len(row)].tolist()
 
 
+def next_piece(text: str, sent: str, complete: bool) -> str:
+    """What can be sent now of a growing text, of which `sent` has been.
+
+    Spaces at its end may be stripped later, and half a character may become another, so they wait
+    until the text is complete. Joined, the pieces are the text, stripped.
+    """
+    text = text.strip()
+    if complete:
+        return text[len(sent) :]
+    text = text.rstrip("\ufffd").rstrip()
+    return text[len(sent) :] if text.startswith(sent) else ""
+
+
+def before_stop(text: str, stops: Sequence[str], complete: bool) -> tuple[str, bool]:
+    """The text before the first of the stop strings, and whether there was one.
+
+    An end that may become a stop string is left out until the text is complete.
+    """
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    if ends:
+        return text[: min(ends)], True
+    if not complete:
+        starts = (stop[:n] for stop in stops for n in range(len(stop) - 1, 0, -1))
+        held = max((len(start) for start in starts if text.endswith(start)), default=0)
+        text = text[: len(text) - held]
+    return text, False
+
+
 def length_bucket(length: int) -> int:
     """`length`, rounded up to 32s; above 256 to eighths of the next power of two."""
     step = max(PROMPT_BUCKET, 1 << max((length - 1).bit_length() - 3, 0))

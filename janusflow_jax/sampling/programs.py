@@ -22,7 +22,7 @@ IMAGES_AT_ONCE = 16
 sample = jax.jit(
     image.sample,
     static_argnums=0,
-    static_argnames="sampler",
+    static_argnames=("sampler", "head"),
     donate_argnames="noise",
 )
 """`image.sample`, which uses up the noise."""
@@ -30,14 +30,14 @@ sample = jax.jit(
 trajectory = jax.jit(
     functools.partial(image.sample, trajectory=True),
     static_argnums=0,
-    static_argnames="sampler",
+    static_argnames=("sampler", "head"),
 )
 """`image.sample` with all states, the noise first."""
 
-resample = jax.jit(image.resample, static_argnums=0, static_argnames=("sampler", "first"))
+resample = jax.jit(image.resample, static_argnums=0, static_argnames=("sampler", "first", "head"))
 """`image.resample`."""
 
-edit = jax.jit(image.edit, static_argnums=0, static_argnames=("sampler", "first"))
+edit = jax.jit(image.edit, static_argnums=0, static_argnames=("sampler", "first", "head"))
 """`image.edit`."""
 
 decode = jax.jit(

@@ -95,13 +95,20 @@ def prefill(
     batch, size, _ = x.shape
     buffer = llama.empty_cache(model.cfg.llm, params["llm"], batch, size + max_new, x.dtype)
     cache, logits = extend(model, params, x, buffer, 0, lengths)
+    return decoding(cache, logits, lengths, keys)
+
+
+def decoding(
+    cache: llama.Cache, logits: Float[Array, "B V"], lengths: Int[Array, " B"], keys: Array
+) -> State:
+    """The state of `decode` after prompts of these lengths."""
     return {
         "cache": cache,
         "logits": logits,
         "finite": jnp.isfinite(logits).all(-1),
         "length": lengths,
-        "generated": jnp.zeros((batch,), jnp.int32),
-        "done": jnp.zeros((batch,), bool),
+        "generated": jnp.zeros_like(lengths),
+        "done": jnp.zeros(lengths.shape, bool),
         "keys": keys,
     }
 

@@ -135,6 +135,8 @@ class EngineSettings:
         least = {"rows": 2, "lanes": 1, "context": 1, "prompt_tokens": 1, "queue": 1}
         least |= {"queue_per_client": 1, "watchdog": 1.0}
         values = dataclasses.asdict(self)
+        if self.context % 64:
+            raise JanusFlowError(f"context: expected a multiple of 64; got {self.context}")
         if low := [f"{n} >= {x}; got {values[n]}" for n, x in least.items() if values[n] < x]:
             raise JanusFlowError("engine: expected " + "; ".join(low))
 
@@ -156,7 +158,7 @@ class EngineLimits:
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """`counts[i]` values were at most `bounds[i]`; the last count is of all. Cumulative."""
+    """`counts[i]` values were at most `bounds[i]`, the last of which is infinity."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -177,8 +179,9 @@ class EngineStatus:
     running_images: int
     running_chats: int
     counters: Mapping[str, int]
-    """images, previews, chats, prompt_tokens, completion_tokens, row_steps, not_finite,
-    engine_resets, compilations, and failed_<code> for every code of `Failed`."""
+    """images, previews, chats, prompt_tokens, completion_tokens, row_steps, engine_resets,
+    compilations, and failed_<code> for every code of `Failed`; missing ones are 0."""
     histograms: Mapping[str, Histogram]
     """Seconds: queue, image (from submit to ImageDone), first_token, between_tokens (a piece's time
-    over its tokens), step (of all rows)."""
+    over its tokens), turn (one step of all rows and a few tokens of all lanes)."""
+    error: str = ""  # why it is not alive, if that is known
