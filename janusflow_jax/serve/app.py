@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from janusflow_jax.config.errors import JanusFlowError
-from janusflow_jax.serve import answers, checks, guard, metrics
+from janusflow_jax.serve import answers, checks, guard, metrics, page as page_files
 from janusflow_jax.serve.checks import ChatCall, ImageCall, ServedModel
 from janusflow_jax.serve.limits import Limits, RequestError
 from janusflow_jax.serve.requests import (
@@ -101,6 +101,7 @@ class Server:
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/metrics", self.read_metrics),
+                *([_page_route(name) for name in page_files.FILES] if page else []),
             ],
             middleware=middleware,
             exception_handlers={RequestError: _as_response, HTTPException: _as_response},
@@ -408,3 +409,13 @@ async def _as_response(request: Request, error: Exception) -> Response:
 
 def _client(request: Request) -> str:
     return request.state.client
+
+
+def _page_route(name: str) -> Route:
+    """The route of one file of the page."""
+    body, media_type = page_files.FILES[name]
+
+    async def send(request: Request) -> Response:
+        return Response(body, media_type=media_type, headers=page_files.HEADERS)
+
+    return Route("/" if name == "index.html" else f"/{name}", send)
