@@ -159,12 +159,8 @@ class Server:
     async def generations(self, request: Request) -> Response:
         self._check_ready()
         async with self.bodies.read(request, "application/json") as body:
-            call = await self._work(self._check_generation, body, _client(request))
+            call = await self._work(self._checked, checks.generation, body, _client(request))
         return await self._answer_images(request, call)
-
-    def _check_generation(self, body: bytes, client: str) -> ImageCall:
-        fields = checks.json_object(body)
-        return checks.generation(fields, self.model, self.limits, client)
 
     async def edits(self, request: Request) -> Response:
         self._check_ready()
@@ -179,7 +175,7 @@ class Server:
     async def chat(self, request: Request) -> Response:
         self._check_ready()
         async with self.bodies.read(request, "application/json") as body:
-            call = await self._work(self._check_chat, body, _client(request))
+            call = await self._work(self._checked, checks.chat, body, _client(request))
         if self.log_prompts:
             LOG.info("%s: %r", call.request.id, call.request.messages[-1]["content"])
         events = await self._submit(call.request)
@@ -187,8 +183,12 @@ class Server:
             return self._stream(call, self._chat_stream(call, events))
         return await self._while_connected(request, call, self._whole_chat(call, events))
 
-    def _check_chat(self, body: bytes, client: str) -> ChatCall:
-        return checks.chat(checks.json_object(body), self.model, self.limits, client)
+    def _checked(self, check: Callable, body: bytes, client: str) -> Any:
+        """The call that a function of `checks` makes of a JSON body."""
+        try:
+            return check(checks.json_object(body), self.model, self.limits, client)
+        except RecursionError as error:
+            raise RequestError("body: expected JSON that is less deeply nested") from error
 
     # Answers
 

@@ -76,8 +76,6 @@ def json_object(data: bytes) -> dict[str, Any]:
         raise RequestError(f"body: expected at most {MAX_ELEMENTS} JSON elements")
     try:
         value = json.loads(data, object_pairs_hook=_object, parse_constant=_not_json)
-    except RecursionError as error:
-        raise RequestError("body: expected JSON that is less deeply nested") from error
     except ValueError as error:
         raise RequestError(f"body: expected JSON; {error}") from error
     if not isinstance(value, dict):
@@ -134,7 +132,7 @@ class Fields:
         return default
 
     def number(
-        self, name: str, default: Any, low: float, high: float, *aliases: str, whole: bool = False
+        self, name: str, default: Any, low: Any, high: Any, *aliases: str, whole: bool = False
     ) -> Any:
         def is_valid(value: Any) -> bool:
             kinds = int if whole else (int, float)
@@ -330,7 +328,7 @@ def _size(fields: Fields, native: int, limits: Limits) -> int:
     """The side of the answered images; a size other than the model's is resized to."""
 
     def is_valid(value: Any) -> bool:
-        match = re.fullmatch(r"(\d{1,5})x\1", value) if isinstance(value, str) else None
+        match = re.fullmatch(r"([1-9]\d{0,4})x\1", value) if isinstance(value, str) else None
         return value == "auto" or bool(
             match and (int(match[1]) == native or MIN_SIDE <= int(match[1]) <= limits.size)
         )

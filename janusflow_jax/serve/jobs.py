@@ -77,7 +77,7 @@ class ImageJob(Job):
     def image_work(self) -> int:
         return self.branches * (self.steps - self.first)
 
-    def work(self) -> float:
+    def work(self) -> int:
         """Row-steps that are left."""
         left = sum(self.steps - image.step for image in self.running)
         return self.waiting * self.image_work() + self.branches * left
@@ -102,7 +102,7 @@ class ChatJob(Job):
     def waiting(self) -> int:
         return int(self.lane is None)
 
-    def work(self) -> float:
+    def work(self) -> int:
         """Tokens that are left, those of the prompt among them."""
         return max(len(self.ids) - self.prefilled, 0) + self.max_tokens - len(self.tokens)
 
@@ -217,7 +217,7 @@ def _chat_job(request: ChatRequest, model: Any, limits: EngineLimits) -> ChatJob
     size = model.cfg.image_size
     return ChatJob(
         request=request,
-        ids=prompt.ids,
+        ids=prompt.ids.tolist(),
         slot_starts=prompt.slot_starts,
         pixels=[images_lib.for_understanding(image, size) for image in request.images],
         max_tokens=min(request.max_tokens, room),

@@ -13,7 +13,7 @@ starves, and a client that sends much waits behind one that sends little.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 AGING = 2 / 3
 HALF_LIFE = 30.0
@@ -21,11 +21,12 @@ HALF_LIFE = 30.0
 _FORGOTTEN = 1e-3
 
 
+@runtime_checkable
 class Waiting(Protocol):
     client: str
     since: float  # time of its arrival
 
-    def work(self) -> float:
+    def work(self) -> int:
         """What is left of the whole request."""
         ...
 
@@ -43,12 +44,12 @@ class Order:
         self.speed = speed
         self._recent: dict[str, tuple[float, float]] = {}  # client -> work, time of that
 
-    def measured(self, work: float, seconds: float) -> None:
+    def measured(self, work: int, seconds: float) -> None:
         """Averages the speed over the last twenty or so measurements."""
         if work > 0 and seconds > 0:
             self.speed += 0.05 * (work / seconds - self.speed)
 
-    def begun(self, client: str, work: float, now: float) -> None:
+    def begun(self, client: str, work: int, now: float) -> None:
         self._recent[client] = self.recent(client, now) + work, now
         if len(self._recent) > 1000:
             known = {c: self.recent(c, now) for c in self._recent}

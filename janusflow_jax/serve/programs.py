@@ -251,7 +251,7 @@ class Programs:
             state = {"keep": jnp.zeros((rows, *shape[:2]), bool)} | dict.fromkeys(names, zeros)
             cache = jax.tree.map(
                 lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype),
-                jax.eval_shape(self.prefix, [0]),
+                jax.eval_shape(lambda: self.prefix([0])),
             )
             self._images, self._prefixes = self._place((state, cache))
         if self._can.chats:

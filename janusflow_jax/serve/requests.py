@@ -48,7 +48,7 @@ class ChatRequest:
     id: str
     client: str
     messages: list[dict[str, Any]]
-    images: tuple[UInt8[np.ndarray, "H W 3"], ...] = ()  # of any size
+    images: tuple[UInt8[np.ndarray, "_ _ 3"], ...] = ()  # of any size
     max_tokens: int = 512  # the context may end an answer earlier
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0

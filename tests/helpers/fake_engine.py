@@ -74,7 +74,7 @@ class FakeEngine:
         if self.draining:
             raise Draining("the server is ending")
         if self.jobs.qsize() >= self.max_queue:
-            raise QueueFull("the queue is full: try again later", retry_after=2)
+            raise QueueFull("the queue is full: try again later", retry_after=2.0)
         self.seen.append(request)
         on_event(Queued(self.jobs.qsize()))
         self.jobs.put((request, on_event))
@@ -170,7 +170,7 @@ def serving(engine: Any, limits: Limits | None = None, model: Any = MODEL, **opt
 @contextlib.contextmanager
 def listening(server: app.Server) -> Iterator[str]:
     sock = command.bind("127.0.0.1", 0)
-    http = command.DrainingServer(server, 5)
+    http = command.DrainingServer(server, 5.0)
     thread = threading.Thread(target=http.run, args=([sock],), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
