@@ -197,8 +197,8 @@ def decode_lanes(
 # --- on a device
 
 
-def limits(model: pipeline.Pipeline, settings: EngineSettings) -> EngineLimits:
-    """What a model can do and how much of it."""
+def limits(model: Any, settings: EngineSettings) -> EngineLimits:
+    """What a `Pipeline` can do, and how much of it at once."""
     has = {*model.params, *(["vae"] if model.vae else [])}
     can = {t: {*parts.needed_for(t, model.cfg)} <= has for t in ("generate", "understand", "text")}
     room = (settings.context - 1) // (model.cfg.num_image_tokens + 2)
