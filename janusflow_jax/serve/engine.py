@@ -67,7 +67,7 @@ class Engine:
     def __init__(
         self,
         model: Any,
-        settings: EngineSettings = EngineSettings(),  # noqa: B008 - immutable
+        settings: EngineSettings,
         *,
         device: Any = None,
         programs: Any = None,
@@ -210,10 +210,15 @@ class Engine:
                             self._lock.wait_for(lambda: self._jobs or self._stopped, IDLE_SECONDS)
         except Exception as error:
             log.exception("the engine failed")
-            self._error = f"{type(error).__name__}: {error}"
-        for job in list(self._jobs.values()):
-            code = "engine_reset" if self._error else "draining"
+            with self._lock:  # from here on `submit` refuses
+                self._error = f"{type(error).__name__}: {error}"
+        code = "engine_reset" if self._error else "draining"
+        for job in self._unfinished():
             self._end(job, Failed(code, "the server is shutting down"))
+
+    def _unfinished(self) -> list[Job]:
+        with self._lock:
+            return list(self._jobs.values())
 
     def warm_up(self) -> None:
         """Compiles the programs and measures their speed."""
@@ -228,8 +233,7 @@ class Engine:
         start = self._clock()
         try:
             previous, self._pending = self._pending, []
-            with self._lock:
-                unfinished = list(self._jobs.values())
+            unfinished = self._unfinished()
             self._drop(unfinished, start)
             images = [x for x in unfinished if isinstance(x, ImageJob) and not x.ended]
             chats = [x for x in unfinished if isinstance(x, ChatJob) and not x.ended]
@@ -480,9 +484,7 @@ class Engine:
         self._counters["engine_resets"] += 1
         self._resets = [x for x in self._resets if now - x < RESET_SECONDS] + [now]
         self._pending, self._last_turn = [], None
-        with self._lock:
-            unfinished = list(self._jobs.values())
-        for job in unfinished:
+        for job in self._unfinished():
             if (job.begun > 0) if isinstance(job, ImageJob) else not job.waiting:
                 self._end(job, Failed("engine_reset", "the engine failed and was reset: try again"))
         if len(self._resets) >= MAX_RESETS:

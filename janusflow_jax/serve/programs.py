@@ -244,6 +244,7 @@ class Programs:
 
     def reset(self) -> None:
         """Empty rows and lanes."""
+        self._images = self._prefixes = self._lanes = None  # frees their memory first
         if self._can.generates:
             rows, shape = self._settings.rows, self._cfg.latent_shape
             zeros = jnp.zeros((rows, *shape))
