@@ -255,6 +255,7 @@ class Programs:
                 jax.eval_shape(lambda: self.prefix([0])),
             )
             self._images, self._prefixes = self._place((state, cache))
+            self._no_latents = self._place(zeros[:1])
         if self._can.chats:
             lanes, llm = self._settings.lanes, self._cfg.llm
             size, dtype = self._settings.context, jnp.dtype(self._dtype)
@@ -316,7 +317,7 @@ class Programs:
     def encode(self, pixels: UInt8[np.ndarray, "H W 3"] | None) -> Any:
         """Latents [1, h, w, C] of an image; zeros of None."""
         if pixels is None:
-            return np.zeros((1, *self._cfg.latent_shape), np.float32)
+            return self._no_latents
         return programs.pixels_to_latents(self._cfg, self._dtype, self._vae, pixels[None])
 
     def insert(
