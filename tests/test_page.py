@@ -72,7 +72,7 @@ class Visit:
         return self.page.get_by_role("button", name=name, exact=True, **options)
 
     def field(self, name):
-        return self.page.get_by_label(name, exact=True)
+        return self.page.get_by_label(name, exact=True).locator("visible=true")
 
     def status(self):
         return self.page.locator("#status")
@@ -201,7 +201,7 @@ def test_images_with_previews_seeds_and_a_gallery(visit):
 )
 def test_comparing_on_one_seed(visit, what, values, titles):
     v = visit()
-    v.page.get_by_role("radio", name=what).check()
+    v.page.get_by_role("radio", name=f"By {what.lower()}").check()
     expect(v.field("Images")).to_be_disabled()
     v.generate("a whale")
     expect(v.status()).to_contain_text("Done in", timeout=20_000)
@@ -344,6 +344,15 @@ def test_settings_of_a_conversation(visit):
     assert (chat.temperature, chat.top_p, chat.seed, chat.max_tokens) == (0.5, 0.9, 7, 2)
     assert chat.messages[0] == {"role": "system", "content": ["Be brief."]}
 
+    settings = v.page.locator("#chat-settings")
+    v.field("Temperature").fill("9")
+    v.page.get_by_text("Settings", exact=True).click()
+    expect(settings).not_to_have_attribute("open", "")
+    v.say("four")
+    expect(settings).to_have_attribute("open", "")  # to show what is wrong
+    assert len(v.chats()) == 1
+    v.errors.clear()  # Chromium logs a field that it could not focus at once
+
 
 @pytest.mark.slow
 @in_a_browser
@@ -470,7 +479,7 @@ def test_it_fits(visit, width, scheme, tmp_path):
     check("start")
     v.generate("a whale " + "w" * 80, Images=3)
     expect(v.status()).to_contain_text("Done in", timeout=20_000)
-    v.page.get_by_role("radio", name="Guidance").check()
+    v.page.get_by_role("radio", name="By guidance").check()
     v.button("Generate").click()
     expect(v.page.locator("figure.done")).to_have_count(7)
     v.button("Vary").first.click()
