@@ -53,7 +53,7 @@ ONLY = {
     "lmms_eval": ("harness.lmms",),
     "vlmeval": ("harness.vlmeval",),
     "starlette": ("serve.",),
-    "uvicorn": ("serve.command", "serve.guard"),
+    "uvicorn": ("serve.listen", "serve.guard"),
     "prometheus_client": ("serve.metrics",),
 }
 """Library -> prefixes of the modules that may import it; a minus sign excludes a prefix."""

@@ -21,7 +21,7 @@ from helpers.fake_engine import FakeEngine, serving, wait_for
 from PIL import Image
 
 from janusflow_jax.data import image_files
-from janusflow_jax.serve import app, command
+from janusflow_jax.serve import app, listen
 from janusflow_jax.serve.limits import Limits
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -370,25 +370,25 @@ def test_draining_refuses_new_requests_and_ends_running_ones():
     assert answers[0].status_code == 200
 
 
-def test_an_engine_that_cannot_start_ends_the_server():
+def test_an_engine_that_fails_ends_the_server():
     engine = FakeEngine()
-    engine.start = lambda: 1 / 0
+    engine.error = "it broke"
     server = app.Server(engine, fake_engine.MODEL, Limits())
-    http = command.DrainingServer(server, 1.0)
-    http.run(sockets=[command.bind("127.0.0.1", 0)])
-    assert isinstance(server.error, ZeroDivisionError)
+    http = listen.DrainingServer(server, 1.0)
+    http.run(sockets=[listen.bind("127.0.0.1", 0)])
+    assert http.error == "it broke"
 
 
 PROGRAM = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from helpers import fake_engine
-from janusflow_jax.serve import app, command
+from janusflow_jax.serve import app, listen
 from janusflow_jax.serve.limits import Limits
 server = app.Server(fake_engine.FakeEngine(step=0.02), fake_engine.MODEL, Limits())
-sock = command.bind("127.0.0.1", 0)
+sock = listen.bind("127.0.0.1", 0)
 print(sock.getsockname()[1], flush=True)
-command.DrainingServer(server, 10.0).run(sockets=[sock])
+listen.DrainingServer(server, 10.0).run(sockets=[sock])
 """
 
 
@@ -452,10 +452,10 @@ def test_a_server_can_be_killed_and_started_again_at_once():
     with process() as (url, child):
         child.kill()
         child.wait()
-        sock = command.bind("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        sock = listen.bind("127.0.0.1", int(url.rsplit(":", 1)[1]))
         sock.close()
 
 
 def test_a_port_in_use_is_one_sentence(url):
     with pytest.raises(ValueError, match="--port .* expected a free address"):
-        command.bind("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        listen.bind("127.0.0.1", int(url.rsplit(":", 1)[1]))

@@ -74,10 +74,13 @@ def step_times(cfg: SamplerConfig) -> np.ndarray:
 
 
 def coefficients(cfg: SamplerConfig, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Of every step h and r/2 of `solve`, float32[N] each, if it begins with step `first`."""
+    """Of every step h and r/2 of `solve`, float32[N] each, if it begins with step `first`.
+
+    r is 0 where a step is Euler's.
+    """
     times, guided = solver_times(cfg), guided_steps(cfg)
     h = np.diff(times)
-    r = np.append(0.0, h[1:] / h[:-1])
+    r = np.append(0.0, h[1:] / h[:-1]) * (cfg.order == 2)
     r[1:][guided[1:] != guided[:-1]] = 0.0
     r[first : first + 1] = 0.0
     return h.astype(np.float32), (r / 2).astype(np.float32)

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import logging
 import os
-import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -64,20 +63,17 @@ class Server:
         keys: Sequence[str] = (),
         log_prompts: bool = False,
         page: bool = True,
-        on_failed_start: Callable[[], Any] = lambda: None,
     ):
         """
         Args:
-          engine: a `serve.engine.Engine`, not started yet: the application starts it, and closes it
-            at its end.
+          engine: a `serve.engine.Engine` or `Replicas`, not started yet: the application starts it,
+            and closes it at its end.
           hosts, origins, keys: as of `guard.Guard`.
           log_prompts: whether prompts go to the log.
           page: whether the web page is there.
-          on_failed_start: called when the engine cannot start; `error` says why.
         """
         self.engine, self.model, self.limits = engine, model, limits
-        self.log_prompts, self.on_failed_start = log_prompts, on_failed_start
-        self.draining, self.error = False, None
+        self.log_prompts, self.draining = log_prompts, False
         self.bodies = guard.Bodies(limits)
         self.metrics = metrics.Metrics(engine, model)
         # Decoding an image takes up to a quarter of a second and 200 MiB.
@@ -112,20 +108,12 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Compiles while the server already answers /health."""
-        threading.Thread(target=self._start, name="start", daemon=True).start()
+        self.engine.start()  # it compiles, while the server already answers /health
         try:
             yield
         finally:
             await asyncio.to_thread(self.engine.close)
             self.workers.shutdown(wait=False, cancel_futures=True)
-
-    def _start(self) -> None:
-        try:
-            self.engine.start()
-        except BaseException as error:  # noqa: BLE001  the main thread raises it
-            self.error = error
-            self.on_failed_start()
 
     def drain(self, seconds: float) -> bool:
         """Refuses new requests, waits for the running ones; whether all could end. Blocks."""
@@ -145,7 +133,7 @@ class Server:
         return _json(answers.describe(self.model, self.limits))
 
     async def health(self, request: Request) -> Response:
-        alive = self.error is None and self.engine.status().alive
+        alive = self.engine.status().alive
         return PlainTextResponse("ok" if alive else "dead", 200 if alive else 503)
 
     async def ready(self, request: Request) -> Response:

@@ -9,30 +9,22 @@ import ipaddress
 import json
 import logging
 import os
-import signal
-import socket
-import threading
 import time
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import jax
-import uvicorn
 
 from janusflow_jax import cli, pipeline
-from janusflow_jax.config import fields, files, signals
+from janusflow_jax.config import fields, files
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import provenance
-from janusflow_jax.serve import app, guard
+from janusflow_jax.serve import app, engine as engine_lib, guard, listen
 from janusflow_jax.serve.checks import ServedModel
 from janusflow_jax.serve.limits import PUBLIC, Limits
 from janusflow_jax.serve.requests import EngineSettings
 
 KEY_VARIABLE = "JANUSFLOW_API_KEY"
-HEADER_BYTES = 64 * 1024
-FLUSH_SECONDS = 10
-"""After the engine has drained: for answers that are on their way."""
 DESCRIPTION = "Serves images and conversations by OpenAI's API, with a web page."
 EPILOG = f"""\
 examples:
@@ -174,25 +166,6 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket on the address that does not listen yet.
-
-    Raises: JanusFlowError: the address is in use, or is not this machine's.
-    """
-    try:
-        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(kind, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise JanusFlowError(
-            f"--host {host} --port {port}: expected a free address of this machine; {reason}: "
-            "choose another, or end the server that uses it"
-        ) from error
-    return sock
-
-
 def serve_model(model: pipeline.Pipeline, engine: Any, args: argparse.Namespace) -> ServedModel:
     """What the API tells of a model."""
     of_model = provenance.of(model.source, args.adapter) if model.source else {}
@@ -221,8 +194,6 @@ def build(args: argparse.Namespace) -> app.Server:
 
     Raises: JanusFlowError.
     """
-    from janusflow_jax.serve import engine as engine_lib
-
     settings, limits, keys = check(args)
     model = cli.load(args)
     engine = engine_lib.Engine(model, settings)
@@ -239,57 +210,17 @@ def build(args: argparse.Namespace) -> app.Server:
     )
 
 
-class DrainingServer(uvicorn.Server):
-    """On the first signal, new requests are refused and running ones end; the second ends all."""
-
-    def __init__(self, server: app.Server, drain_seconds: float, trusted_proxies: str = ""):
-        protocol = type("Protocol", (guard.TimedProtocol,), {"limits": server.limits})
-        super().__init__(
-            uvicorn.Config(
-                server.app,
-                http=protocol,
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=bool(trusted_proxies),
-                forwarded_allow_ips=trusted_proxies or None,
-                limit_concurrency=server.limits.connections,
-                h11_max_incomplete_event_size=HEADER_BYTES,
-                timeout_graceful_shutdown=FLUSH_SECONDS,
-            )
-        )
-        self.server, self.drain_seconds, self.is_draining = server, drain_seconds, False
-        server.on_failed_start = self.end
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.is_draining:
-            signals.end(sig)
-        self.is_draining = True
-        threading.Thread(target=self._drain, args=(sig,), name="drain", daemon=True).start()
-
-    def _drain(self, sig: int) -> None:
-        name = signal.Signals(sig).name
-        cli.log(f"{name}: running requests have {self.drain_seconds:g} s; again: end at once")
-        if not self.server.drain(self.drain_seconds):
-            cli.log("some requests did not end in time and were cancelled")
-        self.end()
-
-    def end(self) -> None:
-        self.should_exit = True
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(None if argv is None else list(argv))
     check(args)
-    sock = bind(args.host, args.port)  # an address in use fails before the model loads
+    sock = listen.bind(args.host, args.port)  # an address in use fails before the model loads
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("jax", "absl", "uvicorn", "orbax", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     server = build(args)
     host, port = sock.getsockname()[:2]
     cli.log(f"{server.model.name}: http://{f'[{host}]' if ':' in host else host}:{port}")
-    DrainingServer(server, args.drain, args.trusted_proxies).run(sockets=[sock])
-    if server.error:
-        raise server.error
+    http = listen.DrainingServer(server, args.drain, args.trusted_proxies)
+    http.run(sockets=[sock])
+    if http.error:
+        raise RuntimeError(f"the engine failed: {http.error}")

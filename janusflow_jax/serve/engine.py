@@ -131,15 +131,20 @@ class Engine:
                 raise QueueFull(
                     f"queue: expected at most {limit} waiting images and chats{whose}; got {count} "
                     f"and {job.waiting} more: try again later",
-                    self._seconds_for(some),
+                    min(max(self._seconds(some) / 2, 1.0), 60.0),
                 )
 
-    def _seconds_for(self, waiting: list[Job]) -> float:
-        """How long half of some jobs will take, from 1 s to 60 s."""
-        images = sum(x.work() for x in waiting if isinstance(x, ImageJob))
-        chats = sum(x.work() for x in waiting if isinstance(x, ChatJob))
-        seconds = images / self._image_order.speed + chats / self._chat_order.speed
-        return min(max(seconds / 2, 1.0), 60.0)
+    def _seconds(self, some: Iterable[Job]) -> float:
+        """How long images take, and how long chats, one after the other; added up."""
+        orders = (ImageJob, self._image_order), (ChatJob, self._chat_order)
+        return sum(
+            x.work() / order.speed for kind, order in orders for x in some if isinstance(x, kind)
+        )
+
+    def seconds_left(self) -> float:
+        """Of everything that runs or waits."""
+        with self._lock:
+            return self._seconds(self._jobs.values())
 
     def cancel(self, id: str) -> None:
         """Ends a request as soon as possible, with Failed("cancelled"). Unknown ids are ignored."""

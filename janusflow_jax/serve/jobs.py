@@ -1,4 +1,4 @@
-"""Requests as an engine works on them: checked, tokenized, and how far each has come. No JAX.
+"""Requests as an engine works on them: checked, tokenized, and how far each has come.
 
 `prepare` runs on the caller's thread; the engine's thread gets arrays and ids.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,7 +84,7 @@ class _EngineCollector(registry.Collector):
         for name, value in sorted(status.counters.items()):
             yield core.CounterMetricFamily(f"janusflow_{name}", f"Number of {name}", value=value)
         for name, histogram in sorted(status.histograms.items()):
-            buckets = [str(bound) for bound in histogram.bounds] + ["+Inf"]
+            buckets = ["+Inf" if math.isinf(x) else str(float(x)) for x in histogram.bounds]
             yield core.HistogramMetricFamily(
                 f"janusflow_{name}_seconds",
                 f"Seconds of {name}",

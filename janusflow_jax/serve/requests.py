@@ -133,7 +133,7 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         least = {"rows": 2, "lanes": 1, "context": 1, "prompt_tokens": 1, "queue": 1}
-        least |= {"queue_per_client": 1, "watchdog": 1.0}
+        least |= {"queue_per_client": 1, "watchdog": 0.0}
         values = dataclasses.asdict(self)
         if self.context % 64:
             raise JanusFlowError(f"context: expected a multiple of 64; got {self.context}")

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 import queue
 import socket
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from janusflow_jax.config.errors import JanusFlowError
-from janusflow_jax.serve import app, checks, command
+from janusflow_jax.serve import app, checks, listen
 from janusflow_jax.serve.limits import Limits
 from janusflow_jax.serve.requests import (
     ChatRequest,
@@ -59,7 +60,7 @@ class FakeEngine:
         self.limits, self.max_queue, self.step = limits, max_queue, step
         self.jobs: queue.Queue[Any] = queue.Queue()
         self.cancelled: set[str] = set()
-        self.running = ""
+        self.running = self.error = ""
         self.draining, self.idle = False, threading.Event()
         self.counters: collections.Counter[str] = collections.Counter()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -106,7 +107,8 @@ class FakeEngine:
             running_images=int(bool(self.running)),
             running_chats=0,
             counters=dict(self.counters),
-            histograms={"step": Histogram((0.1, 1.0), (3, 4, 5), 7.0)},
+            histograms={"step": Histogram((0.1, 1.0, math.inf), (3, 4, 5), 7.0)},
+            error=self.error,
         )
 
     def _run(self) -> None:
@@ -169,8 +171,8 @@ def serving(engine: Any, limits: Limits | None = None, model: Any = MODEL, **opt
 
 @contextlib.contextmanager
 def listening(server: app.Server) -> Iterator[str]:
-    sock = command.bind("127.0.0.1", 0)
-    http = command.DrainingServer(server, 5.0)
+    sock = listen.bind("127.0.0.1", 0)
+    http = listen.DrainingServer(server, 5.0)
     thread = threading.Thread(target=http.run, args=([sock],), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
