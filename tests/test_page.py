@@ -289,7 +289,7 @@ def test_asking_about_an_image_in_a_conversation(visit):
     v.say(words)
     expect(v.page.locator(".turn.assistant[aria-busy=true] .text")).to_contain_text("What is")
     expect(v.answers()).to_have_text([f"{words} [1 images]"])
-    expect(v.page.locator(".turn.assistant .meta")).to_contain_text("12 tokens")
+    expect(v.page.locator(".turn.assistant .meta")).to_contain_text("11 tokens")
     np.testing.assert_array_equal(v.chats()[0].images[0].shape, (SIZE, SIZE, 3))
 
     # A second turn: more images from a file, a drop and a paste; one is removed again.
@@ -333,7 +333,7 @@ def test_settings_of_a_conversation(visit):
     v = visit()
     v.page.get_by_role("tab", name="Chat").click()
     v.page.get_by_text("Settings", exact=True).click()
-    values = {"Temperature": "0.5", "Top p": "0.9", "Seed": "7", "Longest answer (tokens)": "2"}
+    values = {"Temperature": "0.5", "Top p": "0.9", "Seed": "7", "Max tokens": "2"}
     for name, value in values.items():
         v.page.locator("#chat").get_by_label(name, exact=True).fill(value)
     v.field("System prompt").fill("Be brief.")
