@@ -48,7 +48,7 @@ def test_openai_client(tmp_path):
     with serving(engine, keys=["secret"]) as url:
         out = run([sys.executable, str(EXAMPLES / "openai_client.py"), url], tmp_path)
     assert "answer: Describe them. [2 images]" in out and "Which one is red? [2 images]" in out
-    assert "6 tokens" in out
+    assert "\n5 tokens" in out
     names = {"apple.png", "preview_0.png", "preview_1.png", "blue.png"}
     assert {p.name for p in tmp_path.iterdir()} == names
     assert engine.seen[2].strength == 0.5 and engine.seen[2].image is not None
