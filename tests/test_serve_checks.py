@@ -10,6 +10,7 @@ import pytest
 from helpers import fake_engine
 from PIL import Image
 
+from janusflow_jax.config import SamplerConfig
 from janusflow_jax.serve import checks
 from janusflow_jax.serve.limits import Limits, RequestError
 
@@ -67,6 +68,11 @@ def test_names_of_other_servers_for_steps_and_guidance(name):
     assert generation(guidance=1.5).request.guidance_scale == 1.5
 
 
+def test_the_solver_is_chosen_as_in_the_commands():
+    sampler = generation(steps=8, order=2, shift=3, guidance_interval=[0, 0.6]).request.sampler
+    assert sampler == SamplerConfig(steps=8, order=2, shift=3.0, guide_until=0.6)
+
+
 @pytest.mark.parametrize(
     ("size", "side"), [("auto", 32), ("32x32", 32), ("512x512", 512), ("1024x1024", 1024)]
 )
@@ -80,6 +86,9 @@ BAD_OF_IMAGES = {
     "seed": [-1, 2**32, 0.5, "1", True, 10**400],
     "num_inference_steps": [0, 101, 2.5, "30", True],
     "guidance_scale": [0.9, 20.1, float("nan"), "2", True],
+    "order": [0, 3, 1.5],
+    "shift": [0, 101, "1"],
+    "guidance_interval": [[0], [0.5, 0.4], [0, 2], "0,1", [False, True]],
     "size": ["1536x1024", "63x63", "2048x2048", "x", 512, "0032x0032"],
     "response_format": ["url", 1],
     "output_format": ["gif", ["png"]],

@@ -14,11 +14,42 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from janusflow_jax.config import SamplerConfig
+
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 """Format -> media type."""
 TEXT_KEY = "janusflow_jax"
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """IPTC's term for an image that a trained model generated."""
+
+
+def settings(
+    *,
+    prompt: str,
+    seed: int,
+    sampler: SamplerConfig,
+    guidance_scale: float,
+    model: str,
+    model_sha256: str,
+) -> dict[str, Any]:
+    """What is needed to generate an image again, under the names of the API."""
+    default = SamplerConfig()
+    out: dict[str, Any] = {
+        "prompt": prompt,
+        "seed": seed,
+        "num_inference_steps": sampler.steps,
+        "guidance_scale": guidance_scale,
+        "model": model,
+        "model_sha256": model_sha256,
+    }
+    if sampler.order != default.order:
+        out["order"] = sampler.order
+    if sampler.shift != default.shift:
+        out["shift"] = sampler.shift
+    interval = sampler.guide_from, sampler.guide_until
+    if interval != (default.guide_from, default.guide_until):
+        out["guidance_interval"] = interval
+    return out
 
 
 def encode(
@@ -34,8 +65,7 @@ def encode(
     JSON as its comment; a WebP has none.
 
     Args:
-      settings: what is needed to generate the image again: prompt, seed, num_inference_steps,
-        guidance_scale, model. Empty: only the mark.
+      settings: of `settings`, and more. Empty: only the mark.
       format: png, jpeg or webp.
       quality: of jpeg and webp, 1 to 100.
     """

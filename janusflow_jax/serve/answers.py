@@ -81,6 +81,8 @@ def describe(model: ServedModel, limits: Limits) -> dict[str, Any]:
             "image_pixels": limits.image_megapixels * 10**6,
             "deadline_seconds": limits.deadline_seconds,
         },
+        "sha256": model.sha256,
+        "system_fingerprint": model.fingerprint,
         **model.facts,
     }
     return {
@@ -100,15 +102,16 @@ def image_base64(
     if pixels.width != call.side:
         pixels = pixels.resize((call.side, call.side), Image.Resampling.LANCZOS)
     request = call.request
-    settings = {
-        "prompt": request.prompt,
-        "seed": seed,
-        "num_inference_steps": request.sampler.steps,
-        "guidance_scale": request.guidance_scale,
-    }
+    settings = image_files.settings(
+        prompt=request.prompt,
+        seed=seed,
+        sampler=request.sampler,
+        guidance_scale=request.guidance_scale,
+        model=model.name,
+        model_sha256=model.sha256,
+    )
     if request.image is not None:
         settings |= {"method": method(call), "strength": request.strength}
-    settings |= {"model": model.name, "fingerprint": model.fingerprint}
     data = image_files.encode(pixels, settings, call.format, call.quality)
     return base64.b64encode(data).decode()
 

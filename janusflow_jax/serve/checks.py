@@ -37,7 +37,8 @@ class ServedModel:
 
     name: str
     engine: EngineLimits
-    facts: Mapping[str, Any]  # dtype, device, int8, sha256, ...: for /v1/models
+    sha256: str  # of everything that was loaded
+    facts: Mapping[str, Any]  # dtype, device, int8, ...: for /v1/models
     fingerprint: str  # equal fingerprints: equal settings give equal results
     created: int  # Unix time
 
@@ -247,15 +248,7 @@ def _image_fields(fields: Fields, model: ServedModel, limits: Limits) -> dict[st
         "seed": fields.number(
             "seed", secrets.randbelow(SEED_LIMIT - n), 0, SEED_LIMIT - n, whole=True
         ),
-        "steps": fields.number(
-            "num_inference_steps",
-            min(DEFAULTS["num_inference_steps"], limits.steps),
-            1,
-            limits.steps,
-            "steps",
-            "step",
-            whole=True,
-        ),
+        "sampler": _sampler(fields, limits),
         "guidance_scale": fields.number(
             "guidance_scale",
             min(DEFAULTS["guidance_scale"], limits.guidance_scale),
@@ -289,8 +282,8 @@ def _image_call(
         prompt=values["prompt"],
         seeds=tuple(range(values["seed"], values["seed"] + values["n"])),
         guidance_scale=float(values["guidance_scale"]),
-        sampler=SamplerConfig(steps=values["steps"]),
-        previews=min(values["partial_images"], values["steps"] - 1),
+        sampler=values["sampler"],
+        previews=min(values["partial_images"], values["sampler"].steps - 1),
         deadline=time.monotonic() + limits.deadline_seconds,
         **start,
     )
@@ -301,6 +294,28 @@ def _image_call(
         side=values["side"],
         stream=values["stream"],
         ignored=ignored,
+    )
+
+
+def _sampler(fields: Fields, limits: Limits) -> SamplerConfig:
+    """How the image's equation is solved; docs/sampling.md."""
+
+    def is_interval(value: Any) -> bool:
+        numbers = isinstance(value, list) and [type(x) in (int, float) for x in value] == [True] * 2
+        return numbers and 0 <= value[0] <= value[1] <= 1
+
+    steps = min(DEFAULTS["num_inference_steps"], limits.steps)
+    steps = fields.number(
+        "num_inference_steps", steps, 1, limits.steps, "steps", "step", whole=True
+    )
+    order = fields.number("order", 1, 1, 2, whole=True)
+    shift = fields.number("shift", 1.0, 0.01, 100)
+    interval = fields.read(
+        "guidance_interval", [0, 1], is_interval, "a list of two times from 0 to 1, in order"
+    )
+    begin, end = map(float, interval)
+    return SamplerConfig(
+        steps=steps, order=order, shift=float(shift), guide_from=begin, guide_until=end
     )
 
 

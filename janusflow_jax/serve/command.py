@@ -19,7 +19,7 @@ from janusflow_jax import cli, pipeline
 from janusflow_jax.config import fields, files
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.eval import provenance
-from janusflow_jax.serve import app, engine as engine_lib, guard, listen
+from janusflow_jax.serve import app, guard, listen, replicas
 from janusflow_jax.serve.checks import ServedModel
 from janusflow_jax.serve.limits import PUBLIC, Limits
 from janusflow_jax.serve.requests import EngineSettings
@@ -89,6 +89,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="",
         metavar="ADDRESSES",
         help="whose X-Forwarded-For is believed, with commas between",
+    )
+    p.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="engines, each on a device of this machine; 0: on all of them; default 1",
     )
     p.add_argument("--no-page", action="store_true", help="the API without the web page")
     p.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
@@ -168,20 +175,20 @@ def _is_loopback(host: str) -> bool:
 
 def serve_model(model: pipeline.Pipeline, engine: Any, args: argparse.Namespace) -> ServedModel:
     """What the API tells of a model."""
-    of_model = provenance.of(model.source, args.adapter) if model.source else {}
+    sha256 = provenance.digest(model.source, args.adapter)
     facts = {
         "dtype": model.dtype,
         "int8": args.int8,
         "device": cli.accelerator(),
         "jax": jax.__version__,
         "weights": args.weights,
-        "sha256": of_model,
         "invariant": args.invariant,
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([sha256, facts], sort_keys=True).encode()).hexdigest()
     return ServedModel(
         name=args.name or model.cfg.name,
         engine=engine.limits,
+        sha256=sha256,
         facts=facts,
         fingerprint=f"jf-{digest[:16]}",
         created=int(time.time()),
@@ -196,7 +203,7 @@ def build(args: argparse.Namespace) -> app.Server:
     """
     settings, limits, keys = check(args)
     model = cli.load(args)
-    engine = engine_lib.Engine(model, settings)
+    engine = replicas.on_devices(model, settings, args.replicas)
     hosts = args.allowed_hosts or (guard.LOCAL_HOSTS if _is_loopback(args.host) else ())
     return app.Server(
         engine,
@@ -224,3 +231,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     http.run(sockets=[sock])
     if http.error:
         raise RuntimeError(f"the engine failed: {http.error}")
+    if server.engine.status().alive:  # it compiles: XLA would crash while Python shuts down
+        os._exit(0)

@@ -45,7 +45,7 @@ from janusflow_jax.serve.requests import (
 MAX_RESETS, RESET_SECONDS = 3, 600.0
 """An engine that was reset so often in this time ends."""
 IDLE_SECONDS = 0.5
-BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 HISTOGRAMS = ("queue", "image", "first_token", "between_tokens", "turn")
 
 log = logging.getLogger(__name__)

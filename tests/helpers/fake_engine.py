@@ -157,7 +157,12 @@ class FakeEngine:
 
 
 MODEL = checks.ServedModel(
-    name="fake", engine=FULL_LIMITS, facts={"dtype": "float32"}, fingerprint="jf-1", created=1
+    name="fake",
+    engine=FULL_LIMITS,
+    sha256="00",
+    facts={"dtype": "float32"},
+    fingerprint="jf-1",
+    created=1,
 )
 
 
