@@ -13,10 +13,12 @@ import shutil
 import numpy as np
 import pytest
 from helpers import offline
-from helpers.fake_engine import SIZE, FakeEngine, serving, wait_for
+from helpers.fake_engine import SIZE, FakeEngine, listening, serving, wait_for
 from PIL import Image
 
-from janusflow_jax.serve import page as page_files
+from janusflow_jax.data import image_files
+from janusflow_jax.serve import app, command, page as page_files
+from janusflow_jax.serve.engine import Engine
 from janusflow_jax.serve.requests import ChatRequest, ImageRequest
 
 try:
@@ -268,6 +270,14 @@ def test_a_saved_png_restores_its_settings(visit, tmp_path):
     v.button("Generate").click()
     expect(v.page.locator("figure.done")).to_have_count(1)
     assert v.images()[-1].seeds == (seed,) and v.images()[-1].prompt == prompt
+
+    more = {"order": 2, "shift": 3.0, "strength": 0.5, "model": "other"}
+    other = image_files.encode(np.zeros((8, 8, 3), np.uint8), {**saved, **more})
+    v.field("Restore settings from a PNG").set_input_files(upload(other))
+    expect(v.status()).to_have_text(
+        "Settings of photo.png restored. This page has no field for its order and shift. "
+        "It started from another image. Its model: other."
+    )
 
     v.field("Restore settings from a PNG").set_input_files(upload(png("red")))
     expect(v.status()).to_have_text(
@@ -523,3 +533,35 @@ def test_keyboard_and_names_for_screen_readers(visit):
     assert not nameless
     ids = v.page.evaluate("[...document.querySelectorAll('[id]')].map((x) => x.id)")
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_the_engine_of_the_golden_model(browser, golden_folder, golden_model):
+    """The images and words of the pipeline, on the page."""
+    sizes = "--rows 4 --lanes 2 --context 192 --prompt-tokens 32".split()
+    args = command.parse(["--model", str(golden_folder), *sizes])
+    settings, limits, _ = command.check(args)
+    engine = Engine(golden_model, settings)
+    server = app.Server(engine, command.serve_model(golden_model, engine, args), limits)
+    with listening(server) as url:
+        v = Visit(browser, url, None)
+        v.generate("a red fox", Images=2, Steps=4)
+        done = v.page.locator("figure.done")
+        expect(done).to_have_count(2, timeout=60_000)
+        expect(v.page.locator("figure.done .way img")).to_have_count(6)
+        seed = int(v.field("Seed").input_value())
+        want = golden_model.generate("a red fox", images_per_prompt=2, seed=seed, num_steps=4)
+        for i, image in enumerate(want):
+            shown = pixels_shown(v, done.nth(i).locator(".frame img")).astype(int)
+            assert np.abs(shown - np.asarray(image)).max() <= 1
+        v.button("Ask about it").first.click()
+        v.page.get_by_text("Settings", exact=True).click()
+        v.field("Max tokens").fill("6")
+        v.say("What is it?")
+        expect(v.answers()).to_have_count(1, timeout=60_000)
+        first = pixels_shown(v, done.first.locator(".frame img"))
+        answer = golden_model.chat("What is it?", [first], max_new_tokens=6)
+        assert v.answers().first.text_content() == answer
+        v.context.close()
+        assert not v.foreign and not v.errors

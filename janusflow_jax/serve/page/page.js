@@ -316,7 +316,12 @@ function restore(settings, name) {
   $("new-seed").checked = false;
   document.querySelector("input[name=compare][value='']").click();
   show("generate");
-  tell("status", `Settings of ${name} restored.`);
+  const notes = [`Settings of ${name} restored.`];
+  const missing = ["order", "shift", "guidance_interval"].filter((key) => key in settings);
+  if (missing.length) notes.push(`This page has no field for its ${missing.join(" and ")}.`);
+  if ("strength" in settings) notes.push("It started from another image.");
+  if (settings.model && settings.model !== modelId) notes.push(`Its model: ${settings.model}.`);
+  tell("status", notes.join(" "));
 }
 
 /** The values to compare, or [] after telling the user what is wrong with them. */
