@@ -164,9 +164,6 @@ def test_ray_dry_run(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`")
 def test_two_replicas_of_ray(golden_folder, tmp_path):
     """A local Ray: both replicas answer, an image is that of `generate`."""
-    run(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "ray_check.py"), str(golden_folder)],
-        tmp_path,
-        PYTHONPATH=str(ROOT),
-        JANUSFLOW_API_KEY="",
-    )
+    script = str(ROOT / "tests" / "helpers" / "ray_check.py")
+    home = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "JANUSFLOW_API_KEY": ""}
+    run([sys.executable, script, str(golden_folder)], tmp_path, **home)

@@ -37,7 +37,7 @@ def main(model):
     spec.loader.exec_module(launcher)
     small = "--rows 2 --lanes 1 --context 256 --prompt-tokens 64".split()
     args, served = launcher.parse(["--replicas", "2", "--", "--model", model, *small])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=True)
+    ray.init(num_cpus=2, include_dashboard=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         options = launcher.deployment_options(args)
@@ -68,5 +68,9 @@ def main(model):
 
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "300",  # a busy machine starts slowly
+    }
     main(sys.argv[1])
