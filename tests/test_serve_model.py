@@ -31,7 +31,7 @@ PICTURE = golden.TINY / "images"
 
 @pytest.fixture(scope="module")
 def client(golden_folder, golden_model):
-    args = command.parse(["--model", str(golden_folder), *SIZES])
+    args = command.parse(["--model", str(golden_folder), *SIZES, "--invariant"])
     settings, limits, _ = command.check(args)
     engine = Engine(golden_model, settings)
     server = app.Server(engine, command.serve_model(golden_model, engine, args), limits)
