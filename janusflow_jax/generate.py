@@ -20,6 +20,7 @@ from etils import epath
 from janusflow_jax import cli, pipeline
 from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import DivergedError, JanusFlowError
+from janusflow_jax.data import image_files
 from janusflow_jax.eval import provenance, sheet
 from janusflow_jax.parallel import numerics
 from janusflow_jax.sampling import inputs
@@ -36,6 +37,8 @@ Image n of the output uses seed + n; with a seed for each prompt, image j of pro
 j. In batches of one shape, which --json records (rows and prompt positions), an image does not
 depend on the others. At another shape its pixels differ by rounding: on a CPU by up to 3 of 255 in
 bfloat16, and not at all in float32.
+A PNG of one image holds its prompt, seed and settings; every PNG has the standard mark of images
+that a model generated.
 Non-finite images are named and not written, and the exit status is 1.
 The first image waits for compilation; compiled programs are cached in ~/.cache/janusflow_jax
 (JANUSFLOW_COMPILATION_CACHE=FOLDER or off)."""
@@ -98,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     seeds = inputs.image_seeds(one_seed, len(prompts), args.images_per_prompt)
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
     solver = cli.solver_options(args)
-    inputs.check_generate(
+    sampler = inputs.check_generate(
         prompts, args.images_per_prompt, guidance_scale=args.guidance_scale, **solver
     )
     is_folder = out.is_dir() or not out.suffix
@@ -109,6 +112,19 @@ def main(argv: list[str] | None = None) -> None:
     ids = model.prompt_ids(labels)  # a prompt that is too long fails before the first image
     # The digest of the adapter before generation, in case the file changes meanwhile.
     adapter = provenance.of_adapter(args.adapter) if args.adapter else ""
+    sha256 = provenance.digest(model.source, args.adapter)
+
+    def settings(n: int) -> dict[str, Any]:
+        """What image n's file says of it."""
+        return image_files.settings(
+            prompt=labels[n],
+            seed=seeds[n],
+            sampler=sampler,
+            guidance_scale=args.guidance_scale,
+            model=model.cfg.name,
+            model_sha256=sha256,
+        )
+
     start_time = time.time()
     images: list[Any] = []
     shapes: list[dict[str, int]] = []
@@ -129,15 +145,16 @@ def main(argv: list[str] | None = None) -> None:
         for n in range(begin, len(images)):
             if is_folder and images[n] is not None:
                 with config_files.naming(files[n]):
-                    sheet.save(images[n], files[n])
+                    image_files.save(images[n], files[n], settings(n))
         progress = f"{len(images)} of {len(labels)} images, {time.time() - start_time:.1f} s"
         cli.log(progress + (" (with compilation)" if not begin else ""))
     seconds = time.time() - start_time
     bad = [n for n, image in enumerate(images) if image is None]
     if not is_folder and not bad:
-        image = images[0] if len(images) == 1 else sheet.image_grid(images, labels)
+        single = len(images) == 1
+        image = images[0] if single else sheet.image_grid(images, labels)
         with config_files.naming(out):
-            sheet.save(image, out)
+            image_files.save(image, out, settings(0) if single else {})
     if args.json:
         missing = bad if is_folder else range(len(images) if bad else 0)
         records = [

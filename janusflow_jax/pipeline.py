@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,13 +23,13 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import UNDERSTAND, ModelConfig, parts as parts_lib
+from janusflow_jax.config import UNDERSTAND, ModelConfig, SamplerConfig, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, DivergedError, JanusFlowError
 from janusflow_jax.data import chat_format, images as images_lib, samples
-from janusflow_jax.hub import adapters
+from janusflow_jax.hub import adapters, download
 from janusflow_jax.models import int8 as int8_lib, janusflow, llama
 from janusflow_jax.parallel import compile_cache, numerics, sharding
-from janusflow_jax.sampling import inputs, programs
+from janusflow_jax.sampling import flow, inputs, programs
 
 CHUNK_TOKENS = 16
 MAX_BATCH = programs.IMAGES_AT_ONCE
@@ -37,6 +37,10 @@ DTYPES = ("float32", "bfloat16")
 
 ImageLike = Any
 """What `data.images.read` reads: a path, bytes, a file, a PIL image, or uint8[H, W, 3]."""
+
+OnStep = Callable[[int, float, np.ndarray], Any]
+"""(step, from 0; time of the latents, 0 noise to 1 image; latents float32[B, h, w, C]) -> None, or
+latents that replace them. An exception ends the generation."""
 
 NON_FINITE_ADVICE = (
     "use other weights, an adapter of this model, a lower guidance scale or dtype float32"
@@ -56,7 +60,9 @@ def load(
     A model without some parts does what the other parts can do; a call that needs them raises.
 
     Args:
-      path: a model folder, the workdir of a training run, or one of its checkpoints.
+      path: a model folder, the workdir of a training run, or one of its checkpoints; or
+        hf://organization/name[@revision], a published JanusFlow, which is downloaded and converted
+        once (`hub.download`).
       dtype: 'float32' or 'bfloat16'; None: float32 on CPU, bfloat16 on TPU and GPU.
       mesh: a `jax.sharding.Mesh` to spread the parameters over; None: one device.
       weights: 'ema', or 'params' for the raw weights. Folders without an EMA have only these.
@@ -74,6 +80,10 @@ def load(
             f"dtype: expected one of {DTYPES}; got {dtype!r} (the VAE overflows in float16)"
         )
     compile_cache.enable()
+    if download.is_repository(path):
+        path = download.model_of(path)
+    elif advice := download.advice(path):
+        raise CheckpointError(f"{path}: expected a model folder; got no such folder: {advice}")
     loaded = model_folder.load_model(path, weights=weights)
     chat = None
     if loaded.params and "llm" in loaded.params:
@@ -84,6 +94,15 @@ def load(
         params["llm"] = adapters.apply(params.get("llm"), adapter)
     options = {"dtype": dtype, "mesh": mesh, "source": loaded.source, "int8": int8}
     return Pipeline(loaded.cfg, params, loaded.vae, chat, **options)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """What `Pipeline.__call__` returns."""
+
+    images: Any
+    seeds: list[int] | None
+    """Of the images; None if their noise was given."""
 
 
 class Pipeline:
@@ -137,6 +156,7 @@ class Pipeline:
         best_of: int = 1,
         noise: Any = None,
         output: str = "pil",
+        on_step: OnStep | None = None,
         cfg_weight: float | None = None,
     ) -> Any:
         """Generates images, prompt by prompt.
@@ -156,6 +176,7 @@ class Pipeline:
           noise: float32[B, h, w, C], instead of noise drawn from the seeds.
           output: 'pil'; 'numpy' uint8[B, H, W, 3]; 'latent' float32[B, h, w, C], scaled;
             'trajectory' float32[N + 1, B, h, w, C], the noise first.
+          on_step: called after every step, for at most MAX_BATCH images (`OnStep`).
         Raises:
           JanusFlowError: an empty or too long prompt, a number out of range, a wrong noise shape or
             an unknown output.
@@ -193,8 +214,16 @@ class Pipeline:
         if noise.shape != shape:
             raise JanusFlowError(f"noise: expected shape {shape} (one an image); got {noise.shape}")
         tokens, lengths = inputs.pad(ids, self.text.pad_id)
+        if on_step is not None and (output == "trajectory" or len(ids) > MAX_BATCH):
+            raise JanusFlowError(
+                "on_step: expected another output than 'trajectory', and at most "
+                f"{MAX_BATCH} images; got output {output!r} and {len(ids)} images"
+            )
 
         def sample(tokens: Any, lengths: Any, noise: Any) -> Any:
+            if on_step is not None:
+                prompt = (tokens, lengths)
+                return self._step_by_step(prompt, noise, len(ids), guidance_scale, sampler, on_step)
             run = programs.trajectory if output == "trajectory" else programs.sample
             return run(
                 self.model,
@@ -221,6 +250,112 @@ class Pipeline:
             return self.decode_latents(latents, output)
         _check_finite("generate", latents[-1] if axis else latents)
         return latents
+
+    def _step_by_step(
+        self,
+        prompt: tuple[Any, Any],
+        noise: Any,
+        count: int,
+        guidance_scale: float,
+        sampler: SamplerConfig,
+        on_step: OnStep,
+    ) -> np.ndarray:
+        """`programs.sample`, a call of `programs.step` for each step.
+
+        Args:
+          prompt: tokens and lengths, also of rows that only fill the batch.
+          count: of the rows that are images.
+        """
+        z = jnp.asarray(noise)
+        before = jnp.zeros_like(z) if sampler.order == 2 else None
+        times = flow.step_times(sampler)
+        h, half_r = flow.coefficients(sampler)
+        for k, guided in enumerate(flow.guided_steps(sampler)):
+            z, before = self._run(
+                programs.step,
+                self.model,
+                self.params,
+                *prompt,
+                z,
+                before,
+                (times[k], h[k], half_r[k]),
+                jnp.float32(guidance_scale),
+                head=self.text.head,
+                guided=bool(guided),
+            )
+            latents = np.asarray(z)[:count]
+            replaced = on_step(k, float(times[k + 1]), latents)
+            if replaced is not None:
+                replaced = np.asarray(replaced, np.float32)
+                if replaced.shape != latents.shape:
+                    raise JanusFlowError(
+                        f"on_step: expected latents of shape {latents.shape} or None; got "
+                        f"{replaced.shape}"
+                    )
+                z = jnp.asarray(inputs.fill(replaced, len(z)))
+        return np.asarray(z)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 2.0,
+        num_images_per_prompt: int = 1,
+        generator: Any = None,
+        latents: Any = None,
+        output_type: str = "pil",
+        negative_prompt: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        callback_on_step_end: Any = None,
+    ) -> Images:
+        """`generate` under the argument names of diffusers' pipelines.
+
+        Args:
+          generator: the seed of the first image, or a list with one for each image; seeds, or
+            objects with `initial_seed()`, such as torch.Generator. None: a random seed.
+          latents: noise, float32[B, h, w, C].
+          output_type: 'pil', 'np' (float32[B, H, W, 3] from 0 to 1) or 'latent'.
+          negative_prompt, height, width: None, or the model's size; it has no other.
+          callback_on_step_end: called after every step as f(pipeline, step, time, {'latents':
+            ...}), with the time of the latents, from 0 (noise) to 1 (image). May return {'latents':
+            others}.
+        Raises: as `generate`.
+        """
+        size = self.cfg.image_size
+        if negative_prompt not in (None, "", []) or {height, width} - {None, size}:
+            raise JanusFlowError(
+                f"generate: expected no negative_prompt, and height and width of {size} (the "
+                f"model's) or none; got {negative_prompt!r}, {height} and {width}"
+            )
+        outputs = {"pil": "pil", "np": "numpy", "latent": "latent"}
+        if output_type not in outputs:
+            raise JanusFlowError(
+                f"output_type: expected one of {list(outputs)}; got {output_type!r}"
+            )
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts = list(prompts) if np.iterable(prompts) else []
+        inputs.check_generate(prompts, num_images_per_prompt)
+        prompts = [x for x in prompts for _ in range(num_images_per_prompt)]
+        seed = inputs.generator_seeds(generator, len(prompts))
+
+        def on_step(step: int, time: float, latents: np.ndarray) -> Any:
+            changed = callback_on_step_end(self, step, time, {"latents": latents})
+            return (changed or {}).get("latents")
+
+        images = self.generate(
+            prompts,
+            guidance_scale=guidance_scale,
+            num_steps=num_inference_steps,
+            seed=seed,
+            noise=latents,
+            output=outputs[output_type],
+            on_step=None if callback_on_step_end is None else on_step,
+        )
+        if output_type == "np":
+            images = images.astype(np.float32) / 255
+        return Images(images, None if latents is not None else seed)
 
     def vary(
         self,

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "openmoji": "config parallel data models sampling checkpoints training hub pipeline eval",
     "harness": "config parallel data models sampling checkpoints hub pipeline eval",
     "cli": "config parallel checkpoints pipeline",
+    "serve": "config parallel data models sampling checkpoints hub pipeline eval cli",
 }
 """Package (or module of the root) -> what it may import beside itself. Entry points: anything."""
 
@@ -51,6 +52,9 @@ ONLY = {
     "diffusers": (),
     "lmms_eval": ("harness.lmms",),
     "vlmeval": ("harness.vlmeval",),
+    "starlette": ("serve.",),
+    "uvicorn": ("serve.listen", "serve.guard"),
+    "prometheus_client": ("serve.metrics",),
 }
 """Library -> prefixes of the modules that may import it; a minus sign excludes a prefix."""
 

@@ -1,6 +1,8 @@
 """The Python API on the golden model: its numbers, and what must change nothing."""
 
+import base64
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from PIL import Image
 
 import janusflow_jax
 from janusflow_jax import config, pipeline
-from janusflow_jax.config.errors import CheckpointError
+from janusflow_jax.config.errors import CheckpointError, JanusFlowError
 from janusflow_jax.data import chat_format, images
 from janusflow_jax.parallel import sharding
 from janusflow_jax.sampling import flow, image as image_sampling, programs
@@ -69,6 +71,98 @@ def test_golden_pictures(model):
     assert np.abs(pixels - expected).max() <= 0.5 + 127.5 * 2e-5
     (picture,) = model.decode_latents(got[-1])
     np.testing.assert_array_equal(np.asarray(picture), pixels[0])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_step_by_step_equals_the_scan(model, order):
+    """Every state, with and without guidance in the steps; a callback may replace them."""
+    options = {"order": order, "num_steps": 3, "guidance_interval": (0.0, 0.5), "seed": 4}
+    path = model.generate(PROMPTS, output="trajectory", **options)
+    states = []
+    out = model.generate(
+        PROMPTS, output="latent", on_step=lambda *state: states.append(state), **options
+    )
+    assert [k for k, _, _ in states] == [0, 1, 2]
+    close([t for _, t, _ in states], [1 / 3, 2 / 3, 1])
+    close(np.stack([z for _, _, z in states]), path[1:])
+    close(out, path[-1])
+
+    def stop_at_noise(k, t, latents):
+        return np.zeros_like(latents) if k == 2 else None
+
+    assert not model.generate(PROMPTS, output="latent", on_step=stop_at_noise, **options).any()
+    for wrong, bad in ((lambda *_: np.zeros(3), {}), (print, {"output": "trajectory"})):
+        with pytest.raises(JanusFlowError, match="on_step"):
+            model.generate(PROMPTS, on_step=wrong, **{**options, **bad})
+
+
+class Generator:
+    """As torch.Generator."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def initial_seed(self):
+        return self.seed
+
+
+def test_names_of_diffusers(model):
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    want = model.generate(PROMPTS[:1] * 2, guidance_scale=3.0, num_steps=2, seed=7, output="numpy")
+    for generator in (7, Generator(7), [7, 8], [Generator(7 + 2**32), 8]):
+        out = model(PROMPTS[0], num_images_per_prompt=2, generator=generator, **options)
+        assert out.seeds == [7, 8]
+        np.testing.assert_array_equal(np.stack([np.asarray(x) for x in out.images]), want)
+    size = model.cfg.image_size
+    out = model(PROMPTS[:1] * 2, generator=7, output_type="np", height=size, width=size, **options)
+    close(out.images * 255, want.astype(np.float32), 1e-4)
+    noise = np.zeros((1, *model.cfg.latent_shape), np.float32)
+    out = model(PROMPTS[0], latents=noise, output_type="latent", **options)
+    assert out.seeds is None
+    close(out.images, model.generate(PROMPTS[0], guidance_scale=3.0, noise=noise, **QUICK))
+    first, second = (model(PROMPTS[0], num_inference_steps=1).seeds for _ in range(2))
+    assert first != second  # random, and told
+    seen = []
+
+    def callback(pipe, step, time, values):
+        assert pipe is model
+        seen.append((step, time))
+        return {"latents": values["latents"] * 0} if step else {}
+
+    out = model(PROMPTS[0], output_type="latent", callback_on_step_end=callback, **options)
+    assert seen == [(0, 0.5), (1, 1.0)] and not out.images.any()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"negative_prompt": "blurry"},
+        {"height": 512},
+        {"output_type": "pt"},
+        {"generator": [1, 2]},
+        {"generator": "7"},
+        {"num_images_per_prompt": 0},
+        {"num_inference_steps": 0},
+    ],
+)
+def test_what_the_names_of_diffusers_cannot_do_is_an_error(model, wrong):
+    with pytest.raises(JanusFlowError, match="expected"):
+        model("a red fox", **wrong)
+
+
+def test_chat_takes_content_lists(model):
+    """Of transformers and OpenAI: the same answer as by tags."""
+    path = str(golden.TINY / "images" / golden.facts("expected")["chat"][0]["images"][0])
+    encoded = base64.b64encode(pathlib.Path(path).read_bytes()).decode()
+    want = model.chat("What is it?", [path], max_new_tokens=6)
+    for part in (
+        {"type": "image", "image": Image.open(path)},
+        {"type": "image", "path": path},
+        {"type": "image", "base64": encoded},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}},
+    ):
+        content = [part, {"type": "text", "text": "What is it?"}]
+        assert model.chat([{"role": "user", "content": content}], max_new_tokens=6) == want
 
 
 def test_golden_answers(model):

@@ -79,7 +79,7 @@ def image(name, prompt, seeds, scale=2.0, previews=0, edit=None, **sampler):
 
 
 def photo():
-    return images_lib.for_generation(images_lib.read(golden.TINY / "images" / "00.png"), 64)
+    return images_lib.for_generation(images_lib.read(golden.TINY / "images" / "0.png"), 64)
 
 
 def half():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,6 +41,12 @@ def of(path: Any, adapter: Any = "") -> dict[str, str]:
     if model_folder.MODEL_FILE not in out and base.exists():
         out[f"base/{checksums.SUMS_FILE}"] = sha256(base)
     return out | ({"adapter": of_adapter(adapter)} if adapter else {})
+
+
+def digest(path: Any, adapter: Any = "") -> str:
+    """One SHA-256 of everything in `of`."""
+    text = json.dumps(of(path, adapter), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def of_adapter(path: Any) -> str:

@@ -142,6 +142,33 @@ def sample(
     return lax.concatenate([noise[None].astype(jnp.float32), states], 0)
 
 
+def step(
+    model: janusflow.JanusFlow,
+    params: Any,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    z: Float[Array, "B h w C"],
+    before: Float[Array, "B h w C"] | None,
+    node: tuple[Any, Any, Any],
+    guidance_scale: float | Array,
+    *,
+    head: int,
+    guided: bool,
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"] | None]:
+    """One step of `sample`; it computes the prompts too.
+
+    Args:
+      before: the velocity of the last step; None for Euler's method.
+      node: time, h and r/2 of the step (`flow.step_times`, `flow.coefficients`).
+    Returns:
+      the next state, and the velocity if `before` was given.
+    """
+    t, h, half_r = node
+    velocity = velocity_field(model, params, tokens, lengths, head)
+    v = flow.guide(*velocity(z, t, guided), guidance_scale)
+    return flow.advance(z, v, before, h, half_r), None if before is None else v
+
+
 def resample(
     model: janusflow.JanusFlow,
     params: Any,

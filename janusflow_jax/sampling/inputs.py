@@ -7,6 +7,7 @@ prompt seldom compiles anything. What is added is masked.
 from __future__ import annotations
 
 import operator
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -186,6 +187,23 @@ def image_seeds(seed: Any, num_prompts: int, per_prompt: int) -> list[int]:
         last = f" to {max(seeds)}" if len(seeds) > 1 else ""
         raise JanusFlowError(f"seed: expected 0 to 2**32 - 1; got {min(seeds)}{last}")
     return seeds
+
+
+def generator_seeds(generator: Any, count: int) -> list[int]:
+    """The seeds of `count` images from what diffusers calls a generator.
+
+    Args:
+      generator: the first seed, or one for each image; seeds, or objects with `initial_seed()`.
+        None: a random seed.
+    Raises:
+      JanusFlowError: as `image_seeds`.
+    """
+    if generator is None:
+        generator = secrets.randbelow(SEED_LIMIT - count)
+    own = lambda x: x.initial_seed() % SEED_LIMIT if hasattr(x, "initial_seed") else x  # noqa: E731
+    if isinstance(generator, (list, tuple)):
+        return image_seeds([own(x) for x in generator], count, 1)
+    return image_seeds(own(generator), count, 1)
 
 
 def conversations(

@@ -34,6 +34,9 @@ trajectory = jax.jit(
 )
 """`image.sample` with all states, the noise first."""
 
+step = jax.jit(image.step, static_argnums=0, static_argnames=("head", "guided"))
+"""`image.step`."""
+
 resample = jax.jit(image.resample, static_argnums=0, static_argnames=("sampler", "first", "head"))
 """`image.resample`."""
 

@@ -45,7 +45,7 @@ from janusflow_jax.serve.requests import (
 MAX_RESETS, RESET_SECONDS = 3, 600.0
 """An engine that was reset so often in this time ends."""
 IDLE_SECONDS = 0.5
-BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 HISTOGRAMS = ("queue", "image", "first_token", "between_tokens", "turn")
 
 log = logging.getLogger(__name__)
@@ -61,17 +61,19 @@ class Engine:
       model: a `Pipeline` without a mesh.
       device: of `jax.local_devices()`; None: the first.
       programs: None: the compiled ones of the model.
+      clock: seconds, of deadlines too.
     """
 
     def __init__(
         self,
         model: Any,
-        settings: EngineSettings = EngineSettings(),  # noqa: B008 - immutable
+        settings: EngineSettings,
         *,
         device: Any = None,
         programs: Any = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.settings = settings
+        self.settings, self._clock = settings, clock
         self.limits = programs_lib.limits(model, settings)
         self._model = model
         self._programs = programs or programs_lib.Programs(model, settings, device)
@@ -88,7 +90,7 @@ class Engine:
         self._lock = threading.Condition()
         self._jobs: dict[str, Job] = {}  # unfinished, in order of arrival
         self._draining = self._stopped = self._warm = False
-        self._error, self._beat = "", time.monotonic()
+        self._error, self._beat = "", self._clock()
 
     # --- for any thread
 
@@ -109,7 +111,7 @@ class Engine:
           Draining: the engine is ending, or has failed.
         """
         job = jobs.prepare(request, self._model, self.limits)
-        job.on_event, job.since = on_event, time.monotonic()
+        job.on_event, job.since = on_event, self._clock()
         with self._lock:
             if self._draining or self._stopped or self._error:
                 raise Draining(self._error or "the server is shutting down: try another")
@@ -138,7 +140,8 @@ class Engine:
         """How long images take, and how long chats, one after the other; added up."""
         orders = (ImageJob, self._image_order), (ChatJob, self._chat_order)
         return sum(
-            x.work() / order.speed for kind, order in orders for x in some if isinstance(x, kind)
+            (x.work() / order.speed for kind, order in orders for x in some if isinstance(x, kind)),
+            0.0,
         )
 
     def seconds_left(self) -> float:
@@ -172,7 +175,7 @@ class Engine:
             self._thread.join(timeout=5)  # it may hang in a program
 
     def status(self) -> EngineStatus:
-        now = time.monotonic()
+        now = self._clock()
         with self._lock:
             unfinished = list(self._jobs.values())
             beats = now - self._beat < self.settings.watchdog
@@ -201,16 +204,21 @@ class Engine:
             with self._programs.context():
                 self.warm_up()
                 while not self._stopped:
-                    self._beat = time.monotonic()
+                    self._beat = self._clock()
                     if not self.turn():
                         with self._lock:
                             self._lock.wait_for(lambda: self._jobs or self._stopped, IDLE_SECONDS)
         except Exception as error:
             log.exception("the engine failed")
-            self._error = f"{type(error).__name__}: {error}"
-        for job in list(self._jobs.values()):
-            code = "engine_reset" if self._error else "draining"
+            with self._lock:  # from here on `submit` refuses
+                self._error = f"{type(error).__name__}: {error}"
+        code = "engine_reset" if self._error else "draining"
+        for job in self._unfinished():
             self._end(job, Failed(code, "the server is shutting down"))
+
+    def _unfinished(self) -> list[Job]:
+        with self._lock:
+            return list(self._jobs.values())
 
     def warm_up(self) -> None:
         """Compiles the programs and measures their speed."""
@@ -222,11 +230,10 @@ class Engine:
 
     def turn(self) -> bool:
         """One turn; whether there was anything to do. A program that fails ends what is running."""
-        start = time.monotonic()
+        start = self._clock()
         try:
             previous, self._pending = self._pending, []
-            with self._lock:
-                unfinished = list(self._jobs.values())
+            unfinished = self._unfinished()
             self._drop(unfinished, start)
             images = [x for x in unfinished if isinstance(x, ImageJob) and not x.ended]
             chats = [x for x in unfinished if isinstance(x, ChatJob) and not x.ended]
@@ -265,16 +272,17 @@ class Engine:
 
     def _begin_image(self, job: ImageJob, rows: tuple[int, int], now: float) -> None:
         request = job.request
-        if not job.begun:
-            job.prefix = self._programs.prefix(job.ids)
-            job.start = self._programs.encode(request.image)
-            self._histograms["queue"].add(now - job.since)
         image = Image(job=job, index=job.begun, rows=rows, step=job.first)
+        # Before any program runs: one that fails must end the request that it ran for.
         job.begun += 1
         job.running.append(image)
         for row in rows:
             self._rows[row] = image
         self._image_order.begun(job.client, job.image_work(), now)
+        if image.index == 0:
+            self._histograms["queue"].add(now - job.since)
+            job.prefix = self._programs.prefix(job.ids)
+            job.start = self._programs.encode(request.image)
         seed, time_ = request.seeds[image.index], float(job.times[job.first])
         keep = self._programs.no_cells if job.keep is None else job.keep
         start_time = 0.0 if request.image is None else time_
@@ -349,7 +357,7 @@ class Engine:
             return
         job.done += 1
         self._counters["images"] += 1
-        self._histograms["image"].add(time.monotonic() - job.since)
+        self._histograms["image"].add(self._clock() - job.since)
         seed = job.request.seeds[image.index]
         self._emit(job, ImageDone(image.index, seed, _pasted(job, pixels)))
         if job.done == len(job.request.seeds):
@@ -472,13 +480,11 @@ class Engine:
         """After a failed program: its arrays are lost, so everything that runs ends; what waits
         stays. Raises the error if that happens often."""
         log.error("the engine is reset", exc_info=error)
-        now = time.monotonic()
+        now = self._clock()
         self._counters["engine_resets"] += 1
         self._resets = [x for x in self._resets if now - x < RESET_SECONDS] + [now]
         self._pending, self._last_turn = [], None
-        with self._lock:
-            unfinished = list(self._jobs.values())
-        for job in unfinished:
+        for job in self._unfinished():
             if (job.begun > 0) if isinstance(job, ImageJob) else not job.waiting:
                 self._end(job, Failed("engine_reset", "the engine failed and was reset: try again"))
         if len(self._resets) >= MAX_RESETS:
@@ -497,7 +503,7 @@ class Engine:
         self._last_turn = (start, rows, tokens) if rows or tokens else None
 
     def _measure_tokens(self, job: ChatJob, count: int, first: bool) -> None:
-        now = time.monotonic()
+        now = self._clock()
         self._counters["completion_tokens"] += count
         if first:
             self._histograms["first_token"].add(now - job.since)

@@ -197,8 +197,8 @@ def decode_lanes(
 # --- on a device
 
 
-def limits(model: pipeline.Pipeline, settings: EngineSettings) -> EngineLimits:
-    """What a model can do and how much of it."""
+def limits(model: Any, settings: EngineSettings) -> EngineLimits:
+    """What a `Pipeline` can do, and how much of it at once."""
     has = {*model.params, *(["vae"] if model.vae else [])}
     can = {t: {*parts.needed_for(t, model.cfg)} <= has for t in ("generate", "understand", "text")}
     room = (settings.context - 1) // (model.cfg.num_image_tokens + 2)
@@ -244,6 +244,7 @@ class Programs:
 
     def reset(self) -> None:
         """Empty rows and lanes."""
+        self._images = self._prefixes = self._lanes = None  # frees their memory first
         if self._can.generates:
             rows, shape = self._settings.rows, self._cfg.latent_shape
             zeros = jnp.zeros((rows, *shape))
@@ -254,6 +255,7 @@ class Programs:
                 jax.eval_shape(lambda: self.prefix([0])),
             )
             self._images, self._prefixes = self._place((state, cache))
+            self._no_latents = self._place(zeros[:1])
         if self._can.chats:
             lanes, llm = self._settings.lanes, self._cfg.llm
             size, dtype = self._settings.context, jnp.dtype(self._dtype)
@@ -315,7 +317,7 @@ class Programs:
     def encode(self, pixels: UInt8[np.ndarray, "H W 3"] | None) -> Any:
         """Latents [1, h, w, C] of an image; zeros of None."""
         if pixels is None:
-            return np.zeros((1, *self._cfg.latent_shape), np.float32)
+            return self._no_latents
         return programs.pixels_to_latents(self._cfg, self._dtype, self._vae, pixels[None])
 
     def insert(

@@ -35,7 +35,7 @@ class ImageRequest:
     image: UInt8[np.ndarray, "H W 3"] | None = None  # square, of the model's size
     strength: float = 1.0
     mask: Bool[np.ndarray, "H W"] | None = None  # True: generate again; False: keep
-    deadline: float | None = None  # time.monotonic()
+    deadline: float | None = None  # by the clock of the engine, time.monotonic()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,179 @@
+"""Throughput and latency of an engine against one request at a time: `benchmarks/serving.py`.
+
+The same Poisson arrivals of image requests go through three ways to serve them: `generate` for one
+request after the other, the engine in order of arrival, and the engine as it is (least work first,
+fair, with aging). The clock is the CPU time of the process, so that other programs on the machine
+do not count; where nothing waits it jumps to the next arrival. Random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import models
+import numpy as np
+
+import janusflow_jax
+from janusflow_jax.config import SamplerConfig
+from janusflow_jax.parallel import numerics
+from janusflow_jax.serve import engine as engine_lib, order
+from janusflow_jax.serve.requests import EngineSettings, Finished, ImageRequest
+
+COUNTS, COUNT_SHARES = (1, 4, 10), (0.7, 0.2, 0.1)
+STEPS, STEP_SHARES = (10, 30, 50), (0.1, 0.6, 0.3)
+GUIDED = 0.9
+PROMPT = "a red apple"
+WAYS = ("one request at a time", "steps, in order of arrival", "steps, least work first")
+
+
+class Arrival(NamedTuple):
+    seconds: float
+    count: int
+    steps: int
+    scale: float
+
+    @property
+    def work(self) -> int:
+        """Row-steps."""
+        return self.count * self.steps * (1 if self.scale == 1 else 2)
+
+
+class Clock:
+    """CPU seconds of the process, without compilations and with idle time skipped."""
+
+    def __init__(self) -> None:
+        self._skipped = -time.process_time()
+
+    def __call__(self) -> float:
+        return time.process_time() + self._skipped
+
+    def skip_to(self, seconds: float) -> None:
+        self._skipped += max(seconds - self(), 0.0)
+
+
+def traffic(number: int, seed: int) -> list[Arrival]:
+    """Requests of one mean arrival a second."""
+    draw = np.random.default_rng(seed)
+    at = np.cumsum(draw.exponential(size=number))
+    counts = draw.choice(COUNTS, number, p=COUNT_SHARES)
+    steps = draw.choice(STEPS, number, p=STEP_SHARES)
+    scales = np.where(draw.random(number) < GUIDED, 2.0, 1.0)
+    return [Arrival(*x) for x in zip(at, counts.tolist(), steps.tolist(), scales, strict=True)]
+
+
+def one_at_a_time(model: Any, arrivals: list[Arrival]) -> list[float]:
+    """Seconds from arrival to the last image of every request."""
+    clock, latencies = Clock(), []
+    for seed, x in enumerate(arrivals):
+        clock.skip_to(x.seconds)
+        generate(model, x, seed)
+        latencies.append(clock() - x.seconds)
+    return latencies
+
+
+def generate(model: Any, x: Arrival, seed: int = 0) -> None:
+    options = {"guidance_scale": x.scale, "num_steps": x.steps, "images_per_prompt": x.count}
+    model.generate(PROMPT, seed=seed, output="numpy", **options)
+
+
+def by_engine(engine: Any, clock: Clock, arrivals: list[Arrival]) -> list[float]:
+    latencies: dict[int, float] = {}
+
+    def listener(number: int) -> Callable[[Any], None]:
+        def heard(event: Any) -> None:
+            if isinstance(event, Finished):
+                latencies[number] = clock() - arrivals[number].seconds
+
+        return heard
+
+    number = 0
+    with numerics.fixed():
+        while len(latencies) < len(arrivals):
+            while number < len(arrivals) and arrivals[number].seconds <= clock():
+                x = arrivals[number]
+                request = ImageRequest(
+                    id=str(number),
+                    client=str(number),
+                    prompt=PROMPT,
+                    seeds=tuple(range(x.count)),
+                    guidance_scale=float(x.scale),
+                    sampler=SamplerConfig(steps=x.steps),
+                )
+                engine.submit(request, listener(number))
+                number += 1
+            if not engine.turn():
+                clock.skip_to(arrivals[number].seconds)
+    return [latencies[i] for i in range(len(arrivals))]
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * len(values))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="emoji")
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8])
+    args = parser.parse_args()
+    scratch = pathlib.Path(tempfile.mkdtemp())
+    model = janusflow_jax.load(models.folders(scratch, args.size, peers=False)[0])
+    settings = EngineSettings(
+        rows=args.rows, lanes=1, context=64, prompt_tokens=32, queue=10**6, queue_per_client=10**6
+    )
+    clock = Clock()
+    engine = engine_lib.Engine(model, settings, clock=clock)
+    with numerics.fixed():
+        engine.warm_up()
+    every = [Arrival(0.0, n, k, w) for n in COUNTS for k in STEPS for w in (1.0, 2.0)]
+    for x in every:
+        generate(model, x)  # compiles
+
+    # The speed of one request at a time; the loads are shares of it.
+    sample = traffic(60, seed=1)
+    start = Clock()
+    for i, x in enumerate(sample):
+        generate(model, x, i)
+    mean = start() / len(sample)
+    print(f"{args.size}: one request takes {mean:.2f} s on average, alone; {args.rows} rows")
+    for count in engine._programs.row_counts:
+        places, numbers = np.zeros((5, count), np.int32), np.zeros((5, count), np.float32)
+        places[:3] = np.arange(count)
+        with numerics.fixed():
+            start = Clock()
+            for _ in range(50):
+                engine._programs.read(engine._programs.step(places, numbers))
+        print(f"  a step of {count} rows: {start() / 50 * 1000:.1f} ms")
+    print("| load | way | all p50 | one image p50 | one image p95 | ten images p95 | requests/s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    in_order = staticmethod(lambda self, waiting, now: sorted(waiting, key=lambda x: x.since))
+    least_first = order.Order.sorted
+    for load in args.loads:
+        arrivals = [x._replace(seconds=x.seconds * mean / load) for x in traffic(args.requests, 2)]
+        for way in WAYS:
+            if way == WAYS[0]:
+                latencies = one_at_a_time(model, arrivals)
+            else:
+                order.Order.sorted = in_order.__func__ if way == WAYS[1] else least_first  # pyright: ignore
+                clock._skipped = -time.process_time()
+                latencies = by_engine(engine, clock, arrivals)
+            one = [t for t, x in zip(latencies, arrivals, strict=True) if x.count == 1]
+            ten = [t for t, x in zip(latencies, arrivals, strict=True) if x.count == 10]
+            end = max(t + x.seconds for t, x in zip(latencies, arrivals, strict=True))
+            print(
+                f"| {load} | {way} | {statistics.median(latencies):.2f} | "
+                f"{statistics.median(one):.2f} | {quantile(one, 0.95):.2f} | "
+                f"{quantile(ten, 0.95):.2f} | {len(arrivals) / end:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
