@@ -30,6 +30,7 @@ from janusflow_jax.hub.source import (
     Source,
     log_missing_scale,
     open_vae,
+    pop_batch_norm,
     reading_configs,
     save_converted,
 )
@@ -75,9 +76,10 @@ def assemble(
     if tied:
         language.pop(r"lm_head\.weight$")
     und, und_rules, pool = open_siglip(tower, log)
+    batch_norm = pop_batch_norm(autoencoder)
     with reading_configs(language, autoencoder):
         file_llm = hub_configs.llama_config_from_hf(language_json)
-        vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"))
+        vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"), batch_norm)
     log_missing_scale(autoencoder, vae_cfg, log)
     chat = chat_format.ChatFormat.load(language.folder, und.num_tokens)
     rows = file_llm.vocab_size

@@ -95,7 +95,7 @@ def plan(
 
 def vae_digest(params: Any) -> str:
     """Digest of the parameters that latents depend on."""
-    return trees.digest({name: params[name] for name in VAE_ENCODER})
+    return trees.digest({name: params[name] for name in VAE_ENCODER if name in params})
 
 
 def make_encode(encoders: Encoders, manifest: Manifest, devices: list[Any]) -> Encode:
