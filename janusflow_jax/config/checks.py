@@ -36,7 +36,7 @@ def model_problems(cfg: ModelConfig) -> list[str]:
     require(
         und.num_tokens == cfg.num_image_tokens,
         "model.und",
-        f"(image_size/16)^2 = {cfg.num_image_tokens} tokens an image",
+        f"{cfg.num_image_tokens} tokens an image, as generation has (a tower of patch {unit})",
         und.num_tokens,
     )
     require(

@@ -35,6 +35,7 @@ class SiglipConfig:
     num_heads: int = positive(16)
     mlp_width: int = positive(4096)
     norm_eps: float = positive(1e-6)
+    act: str = choice("gelu", "gelu_tanh")  # the exact GELU (JanusFlow's), or the tanh form
     final_norm: bool = True
     pixel_mean: tuple[float, ...] = ()
     pixel_std: tuple[float, ...] = limited((), lambda std: all(x > 0 for x in std), "all > 0")

@@ -479,6 +479,7 @@ def check_exportable(cfg: ModelConfig) -> None:
         ("gen.patch_size", cfg.gen.patch_size, 2),
         ("und.norm_eps", cfg.und.norm_eps, 1e-6),
         ("und.final_norm", cfg.und.final_norm, True),
+        ("und.act", cfg.und.act, "gelu"),
         ("vae.norm_eps", cfg.vae.norm_eps, 1e-6),
     )
     raise_problems(

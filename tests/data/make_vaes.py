@@ -36,8 +36,8 @@ def build(form: str, sizes: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, 
     kind = "AutoencoderKLFlux2" if form == "flux2" else "AutoencoderKL"
     count = len(sizes["block_out_channels"])
     config = {
-        **sizes,
         **FORMS[form],
+        **sizes,
         "down_block_types": ["DownEncoderBlock2D"] * count,
         "up_block_types": ["UpDecoderBlock2D"] * count,
     }
