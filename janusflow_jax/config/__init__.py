@@ -19,6 +19,7 @@ from janusflow_jax.config.model import (
     LlamaConfig,
     ModelConfig,
     RepaConfig,
+    RopeConfig,
     SiglipConfig,
     VaeConfig,
     model_config,
