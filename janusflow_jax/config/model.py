@@ -57,6 +57,7 @@ class SiglipConfig:
     num_heads: int = positive(16)
     mlp_width: int = positive(4096)
     norm_eps: float = positive(1e-6)
+    act: str = choice("gelu", "gelu_tanh")  # the exact GELU (JanusFlow's), or the tanh form
     final_norm: bool = True
     pixel_mean: tuple[float, ...] = ()
     pixel_std: tuple[float, ...] = limited((), lambda std: all(x > 0 for x in std), "all > 0")
@@ -86,8 +87,16 @@ class VaeConfig:
     layers_per_block: int = depth(2)
     norm_groups: int = positive(32)
     latent_channels: int = positive(4)
+    # The model sees (latent - shift) * scaling_factor / std. shift and std: (), or 1, C or 4 C
+    # numbers; 4 C are those of 2 x 2 latent pixels, the number of (c, y, x) at 4 c + 2 y + x.
     scaling_factor: float = positive(0.13025)
+    shift: tuple[float, ...] = ()
+    std: tuple[float, ...] = limited((), lambda std: all(x > 0 for x in std), "all > 0")
     norm_eps: float = positive(1e-6)
+    quant_convs: bool = True  # a 1 x 1 convolution after the encoder and one before the decoder
+    decoder_channels: tuple[int, ...] = limited(
+        (), lambda widths: all(x > 0 for x in widths), "() (those of the encoder) or numbers > 0"
+    )
 
     @property
     def downscale(self) -> int:

@@ -22,7 +22,7 @@ from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import GenConfig, ModelConfig, RepaConfig, SiglipConfig
 from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
-from janusflow_jax.hub import configs as hub_configs, names, tensors
+from janusflow_jax.hub import configs as hub_configs, names, tensors, towers
 from janusflow_jax.hub.source import (
     LLM_CONFIG_FILE,
     UNUSED_FILE,
@@ -30,6 +30,7 @@ from janusflow_jax.hub.source import (
     Source,
     log_missing_scale,
     open_vae,
+    pop_batch_norm,
     reading_configs,
     save_converted,
 )
@@ -39,6 +40,8 @@ from janusflow_jax.parallel import numerics
 VOCAB_UNIT = 128
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """SigLIP's heads by width, for timm folders that do not name them."""
+ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+"""`SiglipConfig.act` by the names of transformers and timm."""
 
 
 def assemble(
@@ -49,6 +52,7 @@ def assemble(
     *,
     dtype: str = "",
     gen_width: int = 768,
+    image_size: int = 0,
     seed: int = 0,
     overwrite: bool = False,
     log: Callable[[str], None] = print,
@@ -59,6 +63,7 @@ def assemble(
       llm, siglip, vae: published folders.
       dtype: 'bfloat16' or 'float32'; '' keeps each tensor's own, and new parts are float32.
       gen_width: width of the new ConvNeXt parts; seed: of their initialization.
+      image_size: in pixels; 0: the tower's own. Another one resizes its position embeddings.
       log: receives progress and remarks, a line each.
     Raises:
       ConvertError: weights, config files or tensors that do not fit; lists all tensors of a folder.
@@ -74,10 +79,11 @@ def assemble(
     language.pop(names.HF_BUFFERS)
     if tied:
         language.pop(r"lm_head\.weight$")
-    und, und_rules, pool = open_siglip(tower, log)
+    und, und_rules, pool = open_siglip(tower, log, image_size)
+    batch_norm = pop_batch_norm(autoencoder)
     with reading_configs(language, autoencoder):
         file_llm = hub_configs.llama_config_from_hf(language_json)
-        vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"))
+        vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"), batch_norm)
     log_missing_scale(autoencoder, vae_cfg, log)
     chat = chat_format.ChatFormat.load(language.folder, und.num_tokens)
     rows = file_llm.vocab_size
@@ -128,12 +134,14 @@ def assemble(
 
 
 def open_siglip(
-    source: Source, log: Callable[[str], None]
+    source: Source, log: Callable[[str], None], image_size: int = 0
 ) -> tuple[SiglipConfig, list[names.Rule], dict[str, Any]]:
     """A tower's config, the rules of its naming, and its pooling head under JanusFlow's names.
 
     Removes what a JanusFlow has no place for: the text tower, the loss, and the pooling head in
-    transformers' layout.
+    transformers' layout. A NaFlex tower becomes one of fixed size.
+
+    Args: image_size: as in `assemble`.
     """
     source.pop(names.SIGLIP_TEXT)
     for prefix in ("", "visual.trunk."):
@@ -141,16 +149,33 @@ def open_siglip(
             pool = source.pop(re.escape(prefix + names.POOL))
             pool = {f"{names.TOWER}{n.removeprefix(prefix)}": x for n, x in pool.items()}
             with reading_configs(source):
-                return _timm_config(source, prefix), names.siglip_rules(prefix), pool
+                cfg = _timm_config(source, prefix)
+            cfg = _resize(source, cfg, image_size, f"{prefix}pos_embed", log)
+            return cfg, names.siglip_rules(prefix), pool
     for prefix in ("vision_model.", ""):
         if f"{prefix}embeddings.patch_embedding.weight" in source.tensors:
             source.pop(names.HF_POOL)
             with reading_configs(source):
-                return _transformers_config(source, log), names.siglip_hf_rules(prefix), {}
+                cfg = _transformers_config(source)
+            towers.to_convolution(source.tensors, f"{prefix}embeddings.patch_embedding.weight")
+            positions = f"{prefix}embeddings.position_embedding.weight"
+            cfg = _resize(source, cfg, image_size, positions, log)
+            return cfg, names.siglip_hf_rules(prefix), {}
     raise ConvertError(
         f"{source.folder}: expected a SigLIP with the tensor names of transformers, timm or "
         f"open_clip; got {sorted(source.tensors)[:4]}"
     )
+
+
+def _resize(
+    source: Source, cfg: SiglipConfig, image_size: int, name: str, log: Callable[[str], None]
+) -> SiglipConfig:
+    """The config for images of `image_size` px (0: as it is), whose positions are resized."""
+    resized = dataclasses.replace(cfg, image_size=image_size or cfg.image_size)
+    if resized.num_tokens != cfg.num_tokens:
+        log(f"the tower's position embeddings are resized: {cfg.image_size} to {image_size} px")
+        towers.resize_positions(source.tensors, name, cfg.num_tokens, resized.num_tokens)
+    return resized
 
 
 def _timm_config(source: Source, prefix: str) -> SiglipConfig:
@@ -180,22 +205,24 @@ def _timm_config(source: Source, prefix: str) -> SiglipConfig:
         num_layers=len({n.split(".")[1] for n in shapes if n.startswith("blocks.")}),
         num_heads=num_heads,
         mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
+        act=_act(file, model_args, "act_layer", "gelu"),
     )
 
 
-def _transformers_config(source: Source, log: Callable[[str], None]) -> SiglipConfig:
-    """`vision_config` of transformers; the defaults are those of its SiglipVisionConfig."""
+def _act(file: str, values: Mapping[str, Any], key: str, default: str) -> str:
+    """`SiglipConfig.act` by the name that transformers or timm gives it."""
+    act = values.get(key, default)
+    if act not in ACTS:
+        raise ConvertError(f"{file}: {key}: expected one of {', '.join(ACTS)}; got {act!r}")
+    return ACTS[act]
+
+
+def _transformers_config(source: Source) -> SiglipConfig:
+    """`vision_config` of transformers: SiglipVisionConfig, whose defaults these are, or
+    Siglip2VisionConfig, which has `num_patches` in place of an image size."""
     file = str(source.folder / "config.json")
     values = hub_configs.present(source.json("config.json"))
     values = hub_configs.json_object(file, values, "vision_config", values)
-    act = values.get("hidden_act", "gelu_pytorch_tanh")
-    if act not in ("gelu", "gelu_pytorch_tanh"):
-        raise ConvertError(f"{file}: hidden_act: expected gelu or gelu_pytorch_tanh; got {act!r}")
-    if act == "gelu_pytorch_tanh":
-        log(
-            "JanusFlow's tower uses the exact GELU with SigLIP's weights, not the tanh "
-            "approximation (features differ by about 1e-3)"
-        )
     defaults = {
         "image_size": 224,
         "patch_size": 16,
@@ -205,7 +232,13 @@ def _transformers_config(source: Source, log: Callable[[str], None]) -> SiglipCo
         "intermediate_size": 3072,
         "layer_norm_eps": 1e-6,
     }
-    sizes = hub_configs.numbers(file, hub_configs.present(values), defaults)
+    values = hub_configs.present(values)
+    naflex = str(values.get("model_type", "")).startswith("siglip2")
+    if naflex:
+        defaults = {**defaults, "num_patches": 256}
+    sizes = hub_configs.numbers(file, values, defaults)
+    if naflex:
+        sizes["image_size"] = math.isqrt(sizes["num_patches"]) * sizes["patch_size"]
     return SiglipConfig(
         image_size=sizes["image_size"],
         patch_size=sizes["patch_size"],
@@ -214,6 +247,7 @@ def _transformers_config(source: Source, log: Callable[[str], None]) -> SiglipCo
         num_heads=sizes["num_attention_heads"],
         mlp_width=sizes["intermediate_size"],
         norm_eps=sizes["layer_norm_eps"],
+        act=_act(file, values, "hidden_act", "gelu_pytorch_tanh"),
     )
 
 

@@ -12,6 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from janusflow_jax.config import (
     GenConfig,
     LlamaConfig,
@@ -59,14 +62,9 @@ _LLAMA = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-_AUTOENCODER = {
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "latents_mean": None,
-    "latents_std": None,
-    "shift_factor": None,
-}
+_KL, _FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
+_VAE_CLASSES = {_KL: "of SDXL, SD 3 or FLUX.1", _FLUX2: "of FLUX.2"}
+_BATCH_NORM_EPS = 1e-4
 
 
 def present(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,15 +137,18 @@ def check_model(cfg: ModelConfig) -> None:
 
 
 def model_config_from_hf(
-    main: Mapping[str, Any], preprocessor: Mapping[str, Any], vae: Mapping[str, Any]
+    main: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    batch_norm: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """The model that a published folder describes.
 
     REPA's head is no part of a published model: its config comes from our own key, else its layer
     is a quarter of the depth.
 
-    Args: config.json, preprocessor_config.json ({} if there is none) and the AutoencoderKL's
-      config.json.
+    Args: config.json, preprocessor_config.json ({} if there is none) and what
+      `vae_config_from_hf` takes.
     Raises:
       ConvertError: not JanusFlow's, or values that are not implemented.
     """
@@ -168,7 +169,7 @@ def model_config_from_hf(
     llm, und, vae_cfg = (
         llama_config_from_hf(language),
         _siglip_config_from_hf(und_params),
-        vae_config_from_hf(vae),
+        vae_config_from_hf(vae, batch_norm),
     )
     defaults = {"rescale_factor": _RESCALE, "image_size": und.image_size}
     rescale, image_size = numbers("preprocessor_config.json", preprocessor, defaults).values()
@@ -296,33 +297,119 @@ def _convnext_to_hf(
     return both | encoder, both | decoder
 
 
-def vae_config_from_hf(values: Mapping[str, Any]) -> VaeConfig:
-    """config.json of diffusers' AutoencoderKL, whose defaults these are."""
+def vae_config_from_hf(
+    values: Mapping[str, Any], batch_norm: Mapping[str, Any] | None = None
+) -> VaeConfig:
+    """config.json of diffusers' AutoencoderKL or AutoencoderKLFlux2, whose defaults these are.
+
+    Args: batch_norm: FLUX.2's buffers 'running_mean' and 'running_var', of 2 x 2 latent pixels.
+    """
     values = present(values)
-    sizes = {
+    where = "config.json of the VAE"
+    kind = values.get("_class_name", _KL)
+    if kind not in _VAE_CLASSES:
+        known = " or ".join(f"{name} ({models})" for name, models in _VAE_CLASSES.items())
+        raise ConvertError(f"{where}: _class_name: expected {known}; got {kind!r}")
+    sizes: dict[str, Any] = {
         "block_out_channels": (64,),
         "layers_per_block": 1,
         "norm_num_groups": 32,
         "latent_channels": 4,
         "scaling_factor": 0.18215,
     }
-    where = "config.json of the VAE"
+    if kind == _FLUX2:
+        sizes = {
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "latent_channels": 32,
+            "batch_norm_eps": _BATCH_NORM_EPS,
+        }
     sizes = numbers(where, values, sizes)
+    channels = decoder_channels = tuple(sizes["block_out_channels"])
+    if kind == _FLUX2:
+        decoder = {"decoder_block_out_channels": channels}
+        decoder_channels = tuple(numbers(where, values, decoder)["decoder_block_out_channels"])
+        shift, std = _flux2_statistics(where, batch_norm or {}, sizes["batch_norm_eps"])
+    else:
+        shift, std = _latent_statistics(where, values, sizes["latent_channels"])
     cfg = VaeConfig(
-        channels=tuple(sizes["block_out_channels"]),
+        channels=channels,
         layers_per_block=sizes["layers_per_block"],
         norm_groups=sizes["norm_num_groups"],
         latent_channels=sizes["latent_channels"],
-        scaling_factor=sizes["scaling_factor"],
+        scaling_factor=sizes.get("scaling_factor", 1.0),
+        shift=shift,
+        std=std,
+        quant_convs=bool(values.get("use_quant_conv", True)),
+        decoder_channels=decoder_channels if decoder_channels != channels else (),
     )
-    _check(where, values, {**_AUTOENCODER, **_vae_config_to_hf(cfg)})
+    required = {k: x for k, x in vae_config_to_hf(cfg).items() if k not in _STATISTICS}
+    required["mid_block_add_attention"] = True
+    _check(where, values, required, {"_class_name": kind, "use_post_quant_conv": True})
     return cfg
 
 
-def _vae_config_to_hf(vae: VaeConfig) -> dict[str, Any]:
-    count = len(vae.channels)
+_STATISTICS = {"shift_factor", "latents_mean", "latents_std", "scaling_factor", "batch_norm_eps"}
+
+
+def _latent_statistics(
+    where: str, values: Mapping[str, Any], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`VaeConfig.shift` and `std`. As in diffusers, the mean replaces the shift."""
+    lists = {k: values[k] for k in ("latents_mean", "latents_std") if k in values}
+    if len(lists) == 1:
+        raise ConvertError(f"{where}: expected latents_mean and latents_std; got {[*lists]}")
+    for key, items in lists.items():
+        fits = isinstance(items, list) and len(items) == channels and all(map(_is_number, items))
+        if not fits:
+            raise ConvertError(f"{where}: {key}: expected {channels} numbers; got {items!r}")
+    if lists:
+        mean, std = lists.values()
+        return tuple(map(float, mean)), tuple(map(float, std))
+    shift = values.get("shift_factor", 0.0)
+    if not _is_number(shift):
+        raise ConvertError(f"{where}: shift_factor: expected a number; got {shift!r}")
+    return (float(shift),) if shift else (), ()
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < 1e37
+
+
+def _flux2_statistics(
+    where: str, batch_norm: Mapping[str, Any], eps: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`VaeConfig.shift` and `std` of FLUX.2's batch norm without a scale and a bias."""
+    names = ("running_mean", "running_var")
+    if missing := [f"bn.{n}" for n in names if n not in batch_norm]:
+        raise ConvertError(f"{where}: {_FLUX2} needs the tensors {missing}; they are missing")
+    mean, var = (np.asarray(batch_norm[n]).astype(np.float64) for n in names)
+    return tuple(mean.tolist()), tuple(np.sqrt(var + eps).tolist())
+
+
+def flux2_batch_norm(
+    vae: VaeConfig, config: Mapping[str, Any]
+) -> dict[str, Float[np.ndarray, " C4"]]:
+    """The inverse of `_flux2_statistics`, exact in float32; {} for another VAE.
+
+    Args: config: the config.json beside the tensors.
+    """
+    if config["_class_name"] != _FLUX2:
+        return {}
+    # In float64 the rounding of std**2 - eps is far below a bit of float32.
+    var = np.asarray(vae.std) ** 2 - config.get("batch_norm_eps", _BATCH_NORM_EPS)
     return {
-        "_class_name": "AutoencoderKL",
+        "running_mean": np.asarray(vae.shift, np.float32),
+        "running_var": var.astype(np.float32),
+    }
+
+
+def vae_config_to_hf(vae: VaeConfig) -> dict[str, Any]:
+    """config.json of diffusers' class."""
+    count = len(vae.channels)
+    values = {
         "act_fn": "silu",
         "in_channels": 3,
         "out_channels": 3,
@@ -332,8 +419,20 @@ def _vae_config_to_hf(vae: VaeConfig) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * count,
         "latent_channels": vae.latent_channels,
         "norm_num_groups": vae.norm_groups,
-        "scaling_factor": vae.scaling_factor,
+        "use_quant_conv": vae.quant_convs,
+        "use_post_quant_conv": vae.quant_convs,
     }
+    if vae.decoder_channels:
+        values["decoder_block_out_channels"] = list(vae.decoder_channels)
+    if len(vae.std) == 4 * vae.latent_channels:
+        flux2 = {"batch_norm_eps": _BATCH_NORM_EPS, "patch_size": [2, 2]}
+        return {"_class_name": _FLUX2, **values, **flux2}
+    values["scaling_factor"] = vae.scaling_factor
+    if vae.std:
+        values |= {"latents_mean": list(vae.shift), "latents_std": list(vae.std)}
+    elif vae.shift:
+        values["shift_factor"] = vae.shift[0]
+    return {"_class_name": _KL, **values}
 
 
 def _siglip_config_to_hf(und: SiglipConfig) -> dict[str, Any]:
@@ -380,6 +479,7 @@ def check_exportable(cfg: ModelConfig) -> None:
         ("gen.patch_size", cfg.gen.patch_size, 2),
         ("und.norm_eps", cfg.und.norm_eps, 1e-6),
         ("und.final_norm", cfg.und.final_norm, True),
+        ("und.act", cfg.und.act, "gelu"),
         ("vae.norm_eps", cfg.vae.norm_eps, 1e-6),
     )
     raise_problems(
@@ -432,5 +532,5 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
     return {
         "config.json": main,
         "preprocessor_config.json": preprocessor,
-        "vae/config.json": {**_vae_config_to_hf(cfg.vae), "sample_size": cfg.image_size},
+        "vae/config.json": {**vae_config_to_hf(cfg.vae), "sample_size": cfg.image_size},
     }

@@ -20,6 +20,7 @@ from janusflow_jax.hub.source import (
     Source,
     log_missing_scale,
     open_vae,
+    pop_batch_norm,
     reading_configs,
     save_converted,
 )
@@ -54,11 +55,13 @@ def convert(
     model_folder.check_out(out, overwrite, (janusflow, vae))
     model, autoencoder = Source(janusflow), open_vae(vae)
     pool = model.pop(re.escape(names.TOWER + names.POOL))
+    batch_norm = pop_batch_norm(autoencoder)
     with reading_configs(model, autoencoder):
         cfg = hub_configs.model_config_from_hf(
             model.json("config.json"),
             model.json("preprocessor_config.json", default={}),
             autoencoder.json("config.json"),
+            batch_norm,
         )
     log_missing_scale(autoencoder, cfg.vae, log)
     log(f"config: {cfg}")

@@ -1,7 +1,7 @@
 """Names and layouts of published tensors: tables of rules that `tensors` reads in both directions.
 
-They cover the released JanusFlow-1.3B, diffusers' AutoencoderKL, Hugging Face's Llama, and SigLIP
-in the naming of timm and of transformers.
+They cover the released JanusFlow-1.3B, diffusers' AutoencoderKL and AutoencoderKLFlux2, Hugging
+Face's Llama, and SigLIP in the naming of timm and of transformers.
 """
 
 from __future__ import annotations
@@ -195,15 +195,14 @@ def _resnet_rules(name: str, path: str, shortcut: bool) -> list[Rule]:
 
 
 def vae_rules(cfg: VaeConfig) -> list[Rule]:
-    """diffusers' AutoencoderKL."""
+    """diffusers' AutoencoderKL, and AutoencoderKLFlux2 without its buffers."""
     last = len(cfg.channels) - 1
-    rules = [
-        *_affine("quant_conv", "quant_conv", "pointwise"),
-        *_affine("post_quant_conv", "post_quant_conv", "pointwise"),
-    ]
+    up_channels = (cfg.decoder_channels or cfg.channels)[::-1]
+    quant_convs = ("quant_conv", "post_quant_conv") if cfg.quant_convs else ()
+    rules = [rule for name in quant_convs for rule in _affine(name, name, "pointwise")]
     sides = (
         ("encoder", "down", "down_blocks", "downsample", cfg.channels, cfg.layers_per_block),
-        ("decoder", "up", "up_blocks", "upsample", cfg.channels[::-1], cfg.layers_per_block + 1),
+        ("decoder", "up", "up_blocks", "upsample", up_channels, cfg.layers_per_block + 1),
     )
     for side, ours, theirs, resample, channels, layers in sides:
         rules += _affine(f"{side}.conv_in", f"{side}/conv_in", "conv")
