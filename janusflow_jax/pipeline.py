@@ -198,6 +198,7 @@ class Pipeline:
                 lengths,
                 noise,
                 jnp.float32(guidance_scale),
+                head=self.text.head,
                 sampler=sampler,
             )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import golden, published
 from helpers.parts import PARTS, llm_folder, logits
 from safetensors.numpy import load_file, save_file
 
@@ -20,6 +20,7 @@ from janusflow_jax.data import chat_format
 from janusflow_jax.hub import assemble_parts, names, source, tensors as hub_tensors
 from janusflow_jax.models import janusflow
 
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 OPTIONS = {"gen_width": 32, "log": lambda line: None}
 
 
@@ -161,10 +162,47 @@ def test_siglip_in_every_naming_computes_what_torch_does(form, tmp_path):
 def test_an_untied_head_stays_its_own():
     rng = np.random.default_rng(0)
     llm = {"embedding": rng.normal(size=(5, 3)), "head": {"kernel": rng.normal(size=(3, 5))}}
-    got = assemble_parts.grow(llm, 8)
+    got = assemble_parts.with_tags(llm, 8, [5, 6])
     np.testing.assert_array_equal(got["head"]["kernel"][:, :5], llm["head"]["kernel"])
     np.testing.assert_allclose(got["head"]["kernel"][:, 7], llm["head"]["kernel"].mean(1), 1e-5)
     np.testing.assert_allclose(got["embedding"][5], llm["embedding"].mean(0), 1e-5)
+
+
+def test_tags_in_spare_rows_are_initialized_too():
+    rng = np.random.default_rng(0)
+    llm = {"embedding": rng.normal(size=(8, 3)), "head": {"kernel": rng.normal(size=(3, 8))}}
+    got = assemble_parts.with_tags(llm, 8, [5, 6])
+    table, head = got["embedding"], got["head"]["kernel"]
+    np.testing.assert_allclose(table[5:7], np.tile(llm["embedding"][:5].mean(0), (2, 1)))
+    np.testing.assert_allclose(head[:, 6], llm["head"]["kernel"][:, :5].mean(1))
+    for i in (0, 4, 7):  # 7: a spare row that no token uses
+        np.testing.assert_array_equal(table[i], llm["embedding"][i])
+        np.testing.assert_array_equal(head[:, i], llm["head"]["kernel"][:, i])
+
+
+@pytest.mark.parametrize(
+    ("token", "config", "bos"),
+    [
+        (BOS, {}, BOS),  # SmolLM2's form: it has one and does not add it
+        (None, {"bos_token_id": 6}, "<｜▁pad▁｜>"),  # Qwen's form: the config alone has it
+        (None, {"bos_token_id": 40}, EOS),  # no special token: a default that was saved
+        (None, {}, EOS),
+    ],
+)
+def test_a_tokenizer_without_bos_gets_one(llm, tmp_path, token, config, bos):
+    published.edit(llm / "config.json", lambda values: values.update(config))
+    form = {"bos_token": token, "add_bos_token": None, "tokenizer_class": "Qwen2Tokenizer"}
+    published.edit(llm / "tokenizer_config.json", lambda values: values.update(form))
+    published.edit(llm / "tokenizer.json", lambda values: values.update(post_processor=None))
+    (llm / "special_tokens_map.json").write_text('{"bos_token": null}')
+    assert not chat_format.ChatFormat.load(llm, 4).add_bos
+    lines = []
+    tower = siglip_folder("hf", tmp_path / "siglip")
+    out = tmp_path / "model"
+    hub.assemble(llm, tower, golden.TINY / "vae", out, **OPTIONS | {"log": lines.append})
+    chat = chat_format.ChatFormat.load(out / "hub")
+    assert chat.head == 1 and chat.tokenizer.id_to_token(chat.bos_id) == bos
+    assert any(repr(bos) in line for line in lines)
 
 
 def test_tensors_that_do_not_fit_are_named(llm, tmp_path):

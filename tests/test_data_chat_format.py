@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from helpers import golden
+from tokenizers import models, pre_tokenizers
 
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format
@@ -240,6 +242,23 @@ def test_files_with_other_values_are_one_error(tmp_path, file, content):
     (tmp_path / file).write_text(content)
     with pytest.raises(DataError, match=str(tmp_path)):
         chat_format.ChatFormat.load(tmp_path)
+
+
+def test_a_prefix_space_is_no_token_behind_an_image(tmp_path):
+    """SentencePiece's form: every text begins with a space, which would repeat in every span."""
+    for name in chat_format.TOKENIZER_FILES:
+        shutil.copy(GOLDEN / "janusflow" / name, tmp_path / name)
+    words = ["<unk>", BOS, EOS, "▁", "\n", "▁a", "▁b", "a", "b", "▁\n"]
+    model = models.Unigram([(word, -float(i)) for i, word in enumerate(words)], unk_id=0)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    chat = chat_format.ChatFormat.load(tmp_path)
+    got = chat.interleaved("\na<image_placeholder>\na<image_placeholder> a<image_placeholder>b")
+    text = [x for x in got.ids.tolist() if x < len(words)]
+    assert [words[i] for i in text] == [BOS, "▁", "\n", "a", "\n", "a", "▁a", "▁b", EOS]
+    targets = got.ids[1:][got.target_mask[:-1]]
+    assert targets.tolist() == text[1:]
 
 
 def test_no_bos_when_the_config_says_so(tmp_path):

@@ -156,7 +156,7 @@ def test_sampler(index):
     noise, weight = jnp.asarray(path[0]), case["cfg_weight"]
 
     def run(p):
-        field = image_sampling.velocity_field(model, p, tokens, lengths)
+        field = image_sampling.velocity_field(model, p, tokens, lengths, 1)
         states = image_sampling.sample(
             model,
             p,
@@ -164,6 +164,7 @@ def test_sampler(index):
             lengths,
             noise,
             weight,
+            head=1,
             sampler=SamplerConfig(steps=case["steps"], guide_until=float(weight != 1)),
             trajectory=True,
         )

@@ -86,6 +86,7 @@ def test_padding_a_prompt_changes_nothing():
             jnp.asarray(lengths),
             noise,
             2.0,
+            head=1,
             sampler=config.SamplerConfig(steps=2),
         )
 

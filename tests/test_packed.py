@@ -3,16 +3,18 @@ unconditional form. On rows as the loader makes them."""
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import golden, published, runs
 from helpers.records import MIX, MODEL, data_config
 
 from janusflow_jax.config import LossConfig
-from janusflow_jax.data import chat_format, rows
-from janusflow_jax.models import encode
+from janusflow_jax.data import chat_format, rows, samples
+from janusflow_jax.models import attention, encode
 from janusflow_jax.sampling import flow, image as image_sampling
 from janusflow_jax.training import losses
 
@@ -133,6 +135,27 @@ def test_a_compacted_row_has_the_losses_of_one_with_gaps(stores, chat, monkeypat
     pytest.fail("no row has a gap")
 
 
+@pytest.mark.parametrize("bos", [True, False], ids=["BOS", "no BOS"])
+def test_training_drops_what_guidance_masks(tmp_path, bos):
+    shutil.copytree(golden.TINY / "janusflow", tmp_path / "hub")
+    published.edit(
+        tmp_path / "hub" / "tokenizer_config.json", lambda values: values.update(add_bos_token=bos)
+    )
+    chat = chat_format.ChatFormat.load(tmp_path / "hub")
+    sample = samples.encode(runs.record(0), "generate", "chat", chat, lambda n: 0)
+    (prompt,), size = sample.slot_starts, len(sample.tokens)
+    masks = image_sampling.slot_masks(jnp.asarray([prompt]), prompt, MODEL.slot_len, chat.head)
+    for drop, want in zip((False, True), masks, strict=True):
+        row = {
+            n: np.zeros(size, int)
+            for n in ("tokens", "positions", "target_mask", "source_ids", "segment_ids")
+        }
+        rows._write(row, sample, 0, 0, 1, drop)
+        seen = attention.segment_mask(jnp.asarray(row["segment_ids"])[None])[:, prompt:]
+        np.testing.assert_array_equal(seen, want)
+        assert (np.asarray(want)[:, :, :prompt].sum() == bos * MODEL.slot_len) == drop
+
+
 @pytest.mark.slow
 def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(made):
     def wanted(row):
@@ -153,7 +176,9 @@ def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(mad
     for slot, (begin, _) in enumerate(starts(row)[: int((row["slot_task"] == 1).sum())]):
         length = row["slot_start"][slot] - begin
         tokens = jnp.asarray(row["tokens"][begin : begin + length])[None]
-        field = image_sampling.velocity_field(model, params, tokens, jnp.asarray([length]))
+        field = image_sampling.velocity_field(
+            model, params, tokens, jnp.asarray([length]), made.chat.head
+        )
         conditional, unconditional = field(z[:, slot], draws["t"][0, slot], True)
         dropped = bool(row["segment_ids"][begin + 1] == 0)
         seen.add(dropped)

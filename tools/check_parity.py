@@ -179,7 +179,7 @@ def compare_generation(
         twice = [jnp.concatenate([x, x]) for x in (features, t_emb)]
         part = model.apply(run, hidden, *twice, method="velocity")
         tokens, lengths = jnp.asarray([want["ids"]]), jnp.asarray([len(want["ids"])])
-        field = image_sampling.velocity_field(model, p, tokens, lengths)
+        field = image_sampling.velocity_field(model, p, tokens, lengths, ours.text.head)
         return features, t_emb, part, field(noise, jnp.float32(0), True)
 
     features, t_emb, part, (cond, uncond) = first(params, jnp.asarray(want["hidden"]))

@@ -47,6 +47,13 @@ def model_problems(cfg: ModelConfig) -> list[str]:
     )
     heads = f"a multiple of num_kv_heads ({llm.num_kv_heads})"
     require(llm.num_heads % llm.num_kv_heads == 0, "model.llm.num_heads", heads, llm.num_heads)
+    layers = f"layers below {llm.num_layers}"
+    inside = all(0 <= layer < llm.num_layers for layer in llm.no_rope_layers)
+    require(inside, "model.llm.no_rope_layers", layers, llm.no_rope_layers)
+    rope = llm.rope
+    rising = rope.low_freq_factor < rope.high_freq_factor
+    expected = f"above low_freq_factor ({rope.low_freq_factor})"
+    require(rising, "model.llm.rope.high_freq_factor", expected, rope.high_freq_factor)
     heads = f"a multiple of num_heads ({und.num_heads})"
     require(und.width % und.num_heads == 0, "model.und.width", heads, und.width)
     for name, channels in (("channels", vae.channels), ("decoder_channels", vae.decoder_channels)):

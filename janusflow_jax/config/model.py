@@ -14,7 +14,21 @@ NONE, GENERATE, UNDERSTAND = 0, 1, 2
 
 
 @dataclass
+class RopeConfig:
+    """How rotary frequencies are scaled (`models.layers.rope_frequencies`)."""
+
+    type: str = choice("default", "linear", "llama3")
+    factor: float = positive(1.0)
+    # llama3: by the wavelength, in parts of the positions that it was trained on before
+    low_freq_factor: float = positive(1.0)
+    high_freq_factor: float = positive(4.0)
+    original_positions: int = positive(8192)
+
+
+@dataclass
 class LlamaConfig:
+    """A Llama, or one of its relatives (`hub/families.py`)."""
+
     vocab_size: int = positive(102400)
     width: int = positive(2048)
     mlp_width: int = positive(5632)
@@ -24,6 +38,14 @@ class LlamaConfig:
     head_dim: int = positive(128)
     norm_eps: float = positive(1e-6)
     rope_theta: float = positive(10000.0)
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    no_rope_layers: tuple[int, ...] = ()  # layers, from 0, without rotary positions
+    attn_bias: str = choice("", "qkv", "qkvo")  # which projections have a bias
+    mlp_bias: bool = False
+    # RMSNorm of queries and keys before RoPE; head: of each head, all: of all heads together
+    qk_norm: str = choice("", "head", "all")
+    norms: str = choice("pre", "post")  # of a sublayer's input or output
+    family: str = "llama"  # transformers' `model_type` of the same model
 
 
 @dataclass

@@ -72,8 +72,9 @@ class _Span:
 class ChatFormat:
     """A tokenizer folder, loaded. Use `ChatFormat.load`. Safe to share between threads.
 
-    `tokenizer` parses special strings in text, `text_tokenizer` treats them as text. `max_length`
-    is the longest sequence of the model, in positions.
+    `tokenizer` parses special strings in text, `text_tokenizer` treats them as text. `prefix` is
+    the token of the space that the tokenizer puts before every text, or ''. `max_length` is the
+    longest sequence of the model, in positions.
     """
 
     folder: str
@@ -90,6 +91,7 @@ class ChatFormat:
     image_tag: str
     num_image_tokens: int
     added_tags: tuple[str, ...]
+    prefix: str
     hash: str
     max_length: int
 
@@ -125,6 +127,7 @@ class ChatFormat:
         config, special, processor = values
         # NOTE(parity): as transformers does, special_tokens_map.json overrides a config that does
         # not list the added tokens itself.
+        special = {key: token for key, token in special.items() if token}
         special = config if "added_tokens_decoder" in config else config | special
         names = [_content(path, special, f"{name}_token") for name in ("bos", "eos", "pad")]
         tags = {key: _content(path, processor, key) or tag for key, tag in DEFAULT_TAGS.items()}
@@ -133,11 +136,13 @@ class ChatFormat:
         bos_id, eos_id, pad_id = (tokenizer.token_to_id(n) if n else None for n in names)
         ids = {key: _id(tokenizer, tag) for key, tag in tags.items()}
         num_image_tokens = num_image_tokens or processor.get("num_image_tokens", 0)
+        text_tokenizer = _text_only(tokenizer)
+        prefix = _prefix(text_tokenizer)
         add_bos = _adds_bos(config, tokenizer, names[0])
         if eos_id is None or (add_bos and bos_id is None):
             raise DataError(
-                f"{path}/tokenizer_config.json: expected eos_token, and bos_token or add_bos_token "
-                f"false; got {names[1]!r} and {names[0]!r}"
+                f"{path}/tokenizer_config.json: expected eos_token, and bos_token where "
+                f"add_bos_token is true; got {names[1]!r} and {names[0]!r}"
             )
         if not isinstance(num_image_tokens, int) or num_image_tokens <= 0:
             raise DataError(
@@ -147,7 +152,7 @@ class ChatFormat:
         return cls(
             folder=str(path),
             tokenizer=tokenizer,
-            text_tokenizer=_text_only(tokenizer),
+            text_tokenizer=text_tokenizer,
             bos_id=-1 if bos_id is None else bos_id,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
@@ -159,17 +164,34 @@ class ChatFormat:
             image_tag=tags["image_tag"],
             num_image_tokens=num_image_tokens,
             added_tags=tuple(added),
-            # Where 0.1 added a BOS and this version does not, lengths are measured again.
+            prefix=prefix,
+            # Where 0.1 had other ids than this version, lengths are measured again.
             hash=_digest(
-                files | ({} if add_bos or config.get("add_bos_token") is False else {"bos": b"no"})
+                files
+                | ({} if add_bos or config.get("add_bos_token") is False else {"bos": b"no"})
+                | ({"prefix": b"dropped"} if prefix else {})
             ),
             max_length=_max_length(config.get("model_max_length")),
         )
 
     @property
+    def added_ids(self) -> list[int]:
+        """The ids of `added_tags`."""
+        return [_id(self.tokenizer, tag) for tag in self.added_tags]
+
+    @property
     def vocab_needed(self) -> int:
         """Rows that the embedding table must have: the largest id plus one."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def head(self) -> int:
+        """Tokens before the text of a prompt: 1 (BOS) or 0.
+
+        A dropped prompt keeps them: in training (`data.samples`) and in the unconditional branch of
+        guidance (`sampling.image`).
+        """
+        return len(self._bos())
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raises DataError when a table of `vocab_size` rows has no row for an id."""
@@ -288,8 +310,12 @@ class ChatFormat:
             if isinstance(part, _Span):
                 encoding = self.text_tokenizer.encode(part.text, add_special_tokens=False)
                 open_target = part.target_from >= 0
-                ids += encoding.ids
-                target += [open_target and end > part.target_from for _, end in encoding.offsets]
+                # The tokenizer's space belongs before the sequence, not behind an image.
+                cut = len(ids) > self.head and encoding.tokens[:1] == [self.prefix]
+                cut = int(cut and not part.text.startswith(" "))
+                ids += encoding.ids[cut:]
+                ends = [end for _, end in encoding.offsets[cut:]]
+                target += [open_target and end > part.target_from for end in ends]
             elif part == self.image_id:
                 starts.append(len(ids))
                 ids.append(self.image_start_id)
@@ -318,9 +344,15 @@ def _adds_bos(config: dict[str, Any], tokenizer: tokenizers.Tokenizer, bos: str)
     # JanusFlow and not in the other. Other tokenizers go by the template.
     if config.get("add_bos_token") is not None:
         return bool(config["add_bos_token"])
-    if "Llama" in str(config.get("tokenizer_class")):
+    if bos and "Llama" in str(config.get("tokenizer_class")):
         return True
     return bool(bos) and tokenizer.encode("").tokens[:1] == [bos]
+
+
+def _prefix(tokenizer: tokenizers.Tokenizer) -> str:
+    """The token of a space that the tokenizer puts before a text (SentencePiece's), or ''."""
+    tokens = tokenizer.encode("\n", add_special_tokens=False).tokens
+    return "▁" if tokens[:1] == ["▁"] else ""
 
 
 def _max_length(length: Any) -> int:

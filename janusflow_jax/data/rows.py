@@ -285,9 +285,7 @@ class Rows:
         )
         slots = {"generate": self.cfg.gen_slots, "understand": self.cfg.und_slots}.get(cfg.task, 0)
         row_len, slot_len = self.cfg.row_len, self.model.slot_len
-        divided, left_out = packing.divide(
-            lengths, slot_len, row_len, slots, head=int(self.chat.add_bos)
-        )
+        divided, left_out = packing.divide(lengths, slot_len, row_len, slots, head=self.chat.head)
         if not len(divided.record):
             raise DataError(
                 f"{cfg.label}: expected samples that fit data.row_len {row_len} and the slots of "

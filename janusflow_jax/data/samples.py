@@ -166,7 +166,7 @@ def units(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFo
     Raises:
       DataError: the record makes no sample.
     """
-    slot, head = 1 + chat.num_image_tokens, int(chat.add_bos)
+    slot, head = 1 + chat.num_image_tokens, chat.head
     what = kind(record, task)
     if what == "text":
         longest = max(len(chat.plain_text(text).ids) for text in texts_of(record))
@@ -208,7 +208,7 @@ def encode(
     if what == "text":
         texts = texts_of(record)
         sample = _sample(chat.plain_text(texts[choose(len(texts))]), [])
-        head = int(chat.add_bos)
+        head = chat.head
         size = len(sample.tokens) - head
         end = size if end < 0 else min(end, size)
         if begin >= end:
@@ -218,7 +218,7 @@ def encode(
         captions = captions_of(record)
         encoded, prompt = _caption(captions[choose(len(captions))], task, form, chat)
         sample = _sample(encoded, images_of(record)[:1])
-        sample.prompt_mask[int(chat.add_bos) : prompt] = True
+        sample.prompt_mask[chat.head : prompt] = True
         return sample
     images, encode_units = _divisible(record, what, task, chat)
     end = len(images) if end < 0 else min(end, len(images))
@@ -245,7 +245,7 @@ def excerpt(
     Raises:
       DataError: the record makes no sample.
     """
-    head = int(chat.add_bos)
+    head = chat.head
     if kind(record, "text") != "text":
         sample = encode(record, "text", "chat", chat, lambda n: 0, *units)
         start = int(draw(max(len(sample.tokens) - room, 0) + 1))

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,13 +117,13 @@ def assemble(
 
     def parts() -> Iterator[tuple[str, Any]]:
         """One part after another, each read or initialized when it is asked for."""
-        yield "llm", grow(read("llm").pop("llm"), rows)
+        yield "llm", with_tags(read("llm").pop("llm"), rows, chat.added_ids)
         yield from read("und_encoder").items()
         yield from initialize(cfg, seed, cast, log)
         yield "vae", read("vae")
 
     sources = {"llm": language, "siglip": tower, "vae": autoencoder}
-    hub_files = _hub_files(language, cfg, chat)
+    hub_files = _hub_files(language, cfg, chat, log)
     hub_files[VAE_CONFIG_FILE] = (autoencoder.folder / "config.json").read_bytes()
     if pool:
         hub_files[UNUSED_FILE] = safetensors_bytes({n: np.asarray(x) for n, x in pool.items()})
@@ -225,28 +225,50 @@ def initialize(
         yield part, jax.tree.map(lambda x: np.asarray(x).astype(dtype or x.dtype), tree)
 
 
-def grow(llm: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+def with_tags(llm: dict[str, Any], vocab_size: int, new_ids: Sequence[int]) -> dict[str, Any]:
     """The table and the head with `vocab_size` rows; a tied head becomes a copy of the table.
 
-    New rows are the mean of the old ones: a new tag is then neither likely nor unlikely, and the
-    old tokens' probabilities hardly change.
+    The rows of new tags, added or spare ones of the file's table, are the mean of the rows before
+    them: a new tag is then neither likely nor unlikely, and the old tokens' probabilities hardly
+    change.
+
+    Args: new_ids: of the tags that the tokenizer did not have.
     """
     table = llm["embedding"]
     head = llm["head"]["kernel"] if "head" in llm else table.T
-    if new := vocab_size - len(table):
-        row = table.mean(0, dtype=np.float64).astype(table.dtype)
-        column = head.mean(1, dtype=np.float64).astype(head.dtype)
-        table = np.concatenate([table, np.broadcast_to(row, (new, len(row)))])
-        head = np.concatenate([head, np.broadcast_to(column[:, None], (len(column), new))], axis=1)
+    old, used = len(table), min([*new_ids, len(table)])
+    row = table[:used].mean(0, dtype=np.float64).astype(table.dtype)
+    column = head[:, :used].mean(1, dtype=np.float64).astype(head.dtype)
+    new = [*range(old, vocab_size), *(i for i in new_ids if i < old)]
+    table = np.concatenate([table, np.empty((vocab_size - old, len(row)), table.dtype)])
+    head = np.concatenate([head, np.empty((len(column), vocab_size - old), head.dtype)], axis=1)
+    table[new], head[:, new] = row, column[:, None]
     return {**llm, "embedding": table, "head": {"kernel": np.ascontiguousarray(head)}}
 
 
-def _hub_files(llm: Source, cfg: ModelConfig, chat: chat_format.ChatFormat) -> dict[str, bytes]:
-    """The language model's files, with the tags in its tokenizer, and a processor file."""
+def _bos(chat: chat_format.ChatFormat, config: Mapping[str, Any]) -> str:
+    """What a model without a BOS of its own has seen before every document, and guidance keeps:
+    the token that its config or its name says, else EOS."""
+    special = {i: t.content for i, t in chat.tokenizer.get_added_tokens_decoder().items()}
+    number = config.get("bos_token_id")
+    stated = special.get(chat.bos_id) or (special.get(number) if isinstance(number, int) else None)
+    common = "<|endoftext|>"
+    return stated or (common if common in special.values() else special[chat.eos_id])
+
+
+def _hub_files(
+    llm: Source, cfg: ModelConfig, chat: chat_format.ChatFormat, log: Callable[[str], None]
+) -> dict[str, bytes]:
+    """The language model's files, with tags and a BOS in its tokenizer, and a processor file."""
     files = llm.hub_files()
     files[LLM_CONFIG_FILE] = files.pop("config.json")
     if chat.added_tags:
         files["tokenizer.json"] = chat.tokenizer.to_str(pretty=True).encode()
+    if not chat.add_bos:
+        bos = _bos(chat, llm.json("config.json"))
+        log(f"the tokenizer adds no BOS: every text begins with {bos!r} from now on")
+        config = llm.json("tokenizer_config.json") | {"bos_token": bos, "add_bos_token": True}
+        files["tokenizer_config.json"] = json.dumps(config, indent=1).encode()
     processor = {
         "processor_class": "VLChatProcessor",
         **chat_format.DEFAULT_TAGS,

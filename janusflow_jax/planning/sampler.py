@@ -76,6 +76,7 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
             array(rows),
             noise,
             scalar,
+            head=1,
             sampler=SamplerConfig(steps=num_steps),
         )
     computed = PADDED_PROMPT**2 + num_steps * 2 * m.slot_len * (m.slot_len + PADDED_PROMPT)

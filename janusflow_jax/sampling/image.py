@@ -1,8 +1,8 @@
 """Text to latents: keys and values of the prompt once, then steps over the image slot.
 
-The unconditional branch keeps BOS and masks the rest of the prompt; positions do not move
-(docs/model.md). BOS attends to itself only, so both branches use the same cached prefix and differ
-in the mask alone.
+The unconditional branch keeps the prompt's head (BOS, or nothing) and masks the rest, as training
+drops a prompt; positions do not move (docs/model.md). BOS attends to itself only, so both branches
+use the same cached prefix and differ in the mask alone.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ def prefill(
     return cache
 
 
-def slot_masks(lengths: Int[Array, " B"], prompt_len: int, slot_len: int) -> tuple[Array, Array]:
-    """Masks bool[B, S, P + S] of the slot: with the whole prompt, and with BOS alone."""
+def slot_masks(
+    lengths: Int[Array, " B"], prompt_len: int, slot_len: int, head: int
+) -> tuple[Array, Array]:
+    """Masks bool[B, S, P + S] of the slot: with the whole prompt, and with its head alone."""
     causal = jnp.tril(jnp.ones((slot_len, slot_len), bool))
     index = jnp.arange(prompt_len)
 
@@ -47,7 +49,7 @@ def slot_masks(lengths: Int[Array, " B"], prompt_len: int, slot_len: int) -> tup
         return jnp.concatenate([prompt, slot], axis=-1)
 
     cond = index < lengths[:, None]
-    return join(cond), join(jnp.broadcast_to(index == 0, cond.shape))
+    return join(cond), join(jnp.broadcast_to(index < head, cond.shape))
 
 
 def velocity_field(
@@ -55,15 +57,17 @@ def velocity_field(
     params: Any,
     tokens: Int[Array, "B P"],
     lengths: Int[Array, " B"],
+    head: int,
 ) -> flow.Velocity:
     """The velocity field of a batch of prompts; the prompts are computed once, not every step.
 
     Args:
-      tokens: prompts, BOS first, right-padded.
+      tokens: prompts, right-padded.
       lengths: of the prompts, without padding.
+      head: `ChatFormat.head`, the tokens that the unconditional branch keeps.
     """
     cache = prefill(model, params, tokens, lengths)
-    cond, uncond = slot_masks(lengths, tokens.shape[1], model.cfg.slot_len)
+    cond, uncond = slot_masks(lengths, tokens.shape[1], model.cfg.slot_len, head)
     positions = lengths[:, None] + jnp.arange(model.cfg.slot_len)
     twice = lambda x, axis=0: jnp.concatenate([x, x], axis=axis)  # noqa: E731
     # With guidance both branches run as one batch of twice the size.
@@ -95,15 +99,16 @@ def sample(
     noise: Float[Array, "B h w C"],
     guidance_scale: float | Array,
     *,
+    head: int,
     sampler: SamplerConfig,
     trajectory: bool = False,
 ) -> Float[Array, "..."]:
-    """Scaled latents of a batch of prompts.
+    """Scaled latents of a batch of prompts; arguments as in `velocity_field`.
 
     Returns:
       float32[B, h, w, C]; with `trajectory` float32[N + 1, B, h, w, C], the noise first.
     """
-    velocity = velocity_field(model, params, tokens, lengths)
+    velocity = velocity_field(model, params, tokens, lengths, head)
     latents, states = flow.solve(velocity, noise, guidance_scale, sampler)
     if not trajectory:
         return latents

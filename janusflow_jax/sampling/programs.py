@@ -22,7 +22,7 @@ IMAGES_AT_ONCE = 16
 sample = jax.jit(
     image.sample,
     static_argnums=0,
-    static_argnames="sampler",
+    static_argnames=("sampler", "head"),
     donate_argnames="noise",
 )
 """`image.sample`, which uses up the noise."""
@@ -30,7 +30,7 @@ sample = jax.jit(
 trajectory = jax.jit(
     functools.partial(image.sample, trajectory=True),
     static_argnums=0,
-    static_argnames="sampler",
+    static_argnames=("sampler", "head"),
 )
 """`image.sample` with all states, the noise first."""
 
