@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden, vaes
-from helpers.parts import llm_folder, logits
+from helpers.parts import logits, open_start
 from helpers.published import edit
 from safetensors.numpy import load_file
 
@@ -20,22 +20,11 @@ from janusflow_jax.models import siglip
 from janusflow_jax.parallel import trees
 
 SILENT = {"log": lambda line: None}
-TOWERS = golden.ROOT.parent / "towers"
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A Llama, SigLIP 2 and FLUX.2's VAE."""
-    tmp = tmp_path_factory.mktemp("start")
-    llm, tower, vae = llm_folder(tmp / "llm"), tmp / "siglip", tmp / "vae"
-    shutil.copytree(TOWERS / "naflex", tower)
-    shutil.copytree(vaes.FOLDER / "flux2", vae)
-    for folder in (tower, vae):
-        (folder / "expected.safetensors").unlink()
-        (folder / "LICENSE").write_text(f"the license of {folder.name}")
-    (vae / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    hub.assemble(llm, tower, vae, tmp / "model", gen_width=32, dtype="bfloat16", **SILENT)
-    return tmp / "model"
+    return open_start(tmp_path_factory.mktemp("start"), dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")

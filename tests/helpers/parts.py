@@ -1,15 +1,19 @@
 """The published parts of tests/data/torch_parts, and what an assembled language model computes."""
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from helpers import golden
+from helpers import golden, vaes
+from janusflow_jax import hub
 from janusflow_jax.data import chat_format
 from janusflow_jax.models import janusflow
 
 PARTS = golden.ROOT.parent / "torch_parts"
+TOWERS = golden.ROOT.parent / "towers"
 
 
 def llm_folder(out):
@@ -33,3 +37,17 @@ def logits(loaded, tokens):
         return m.logits(m.run_llm(m.embed_tokens(tokens), positions, mask)[0])
 
     return model.apply({"params": jax.tree.map(jnp.asarray, loaded.params)}, method=run)
+
+
+def open_start(folder: Path, llm: Any = None, **options: Any) -> Path:
+    """A start of SigLIP 2 (NaFlex, tanh GELU), FLUX.2's VAE and a Llama, or the folder `llm`."""
+    llm, tower, vae = llm or llm_folder(folder / "llm"), folder / "siglip", folder / "vae"
+    shutil.copytree(TOWERS / "naflex", tower)
+    shutil.copytree(vaes.FOLDER / "flux2", vae)
+    for part in (tower, vae):
+        (part / "expected.safetensors").unlink()
+        (part / "LICENSE").write_text(f"the license of {part.name}")
+    (vae / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    options = {"gen_width": 32, "log": lambda line: None, **options}
+    hub.assemble(llm, tower, vae, folder / "model", **options)
+    return folder / "model"
