@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden, published
+from helpers.parts import PARTS, llm_folder, logits
 from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import hub, pipeline
@@ -19,24 +20,12 @@ from janusflow_jax.data import chat_format
 from janusflow_jax.hub import assemble_parts, names, source, tensors as hub_tensors
 from janusflow_jax.models import janusflow
 
-PARTS = golden.ROOT.parent / "torch_parts"
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 OPTIONS = {"gen_width": 32, "log": lambda line: None}
 
 
 def expected(name):
     return load_file(PARTS / "expected.safetensors")[name]
-
-
-def llm_folder(out):
-    """The Llama with a tokenizer that has no image tags."""
-    shutil.copytree(PARTS / "llama", out)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (golden.TINY / "janusflow" / name).read_text()
-        for i, tag in enumerate(chat_format.DEFAULT_TAGS.values()):
-            text = text.replace(tag, f"<spare_{i}>")
-        (out / name).write_text(text)
-    return out
 
 
 @pytest.fixture
@@ -101,18 +90,6 @@ def start(tmp_path_factory):
     parts = llm_folder(tmp / "llama"), siglip_folder("hf", tmp / "siglip"), golden.TINY / "vae"
     hub.assemble(*parts, tmp / "model", **OPTIONS)
     return tmp / "model"
-
-
-def logits(loaded, tokens):
-    model = janusflow.JanusFlow(loaded.cfg)
-    length = tokens.shape[1]
-    mask = jnp.tril(jnp.ones((len(tokens), length, length), bool))
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-
-    def run(m):
-        return m.logits(m.run_llm(m.embed_tokens(tokens), positions, mask)[0])
-
-    return model.apply({"params": jax.tree.map(jnp.asarray, loaded.params)}, method=run)
 
 
 def test_the_language_model_computes_what_torch_does(start):

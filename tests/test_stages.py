@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden, records, runs
+from helpers import golden, parts, records, runs
 from helpers.published import to_model
 
 from janusflow_jax import config as c, hub, pipeline, train
@@ -274,6 +274,32 @@ def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_pat
         np.testing.assert_array_equal(got[name], x, err_msg=name)
     model = pipeline.load(str(tmp_path / "again"))
     assert model.generate("a red fox", num_steps=2, output="numpy").shape == (1, 64, 64, 3)
+
+
+@pytest.mark.slow
+def test_a_start_of_open_parts_trains_and_is_published_in_parts(mixture, tmp_path):
+    start = parts.open_start(tmp_path / "parts")
+    cfg = twin("adaptation", f"start={start},test", tokenizer="")
+    run = train.train(cfg)
+    metrics = [x for x in runs.read_metrics(run) if "loss" in x]
+    assert [x["step"] for x in metrics] == [1, 2, 3, 4] and all(x["ok"] for x in metrics)
+    before, trained = (model_folder.load_model(x, weights="params") for x in (start, run))
+    assert trained.cfg == before.cfg and len(trained.cfg.vae.std) == 32
+    moved = {
+        name.split("/")[0]
+        for name, x in trees.flatten(trained.params).items()
+        if not np.array_equal(x, trees.flatten(before.params)[name])
+    }
+    assert moved == {*cfg.train_parts}
+    hub.export(run, tmp_path / "published", weights="params", log=lambda _: None)
+    assert (tmp_path / "published" / "llm" / "config.json").is_file()
+    to_model(tmp_path / "published", tmp_path / "published" / "vae", tmp_path / "again")
+    options = {"num_steps": 2, "output": "numpy"}
+    images = [
+        pipeline.load(model, weights="params").generate("a red apple", **options)
+        for model in (str(run), str(tmp_path / "again"))
+    ]
+    np.testing.assert_array_equal(*images)
 
 
 @pytest.mark.parametrize("letter", "ABCDEF")

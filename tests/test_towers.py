@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden
+from helpers.parts import TOWERS as FOLDER
 from safetensors.numpy import load_file, save_file
 
 from janusflow_jax import config
@@ -19,7 +20,6 @@ from janusflow_jax.hub import assemble_parts, source, tensors as hub_tensors, to
 from janusflow_jax.models import siglip
 from janusflow_jax.training import encode_cache
 
-FOLDER = golden.ROOT.parent / "towers"
 LIMIT = 1e-5
 
 

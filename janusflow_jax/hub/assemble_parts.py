@@ -41,8 +41,6 @@ VOCAB_UNIT = 128
 VL_TOWER = "vision_model.vision_tower."
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """SigLIP's heads by width, for timm folders that do not name them."""
-ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
-"""`SiglipConfig.act` by the names of transformers and timm."""
 
 
 def assemble(
@@ -182,7 +180,7 @@ def open_siglip(
         if f"{prefix}embeddings.patch_embedding.weight" in source.tensors:
             source.pop(names.HF_POOL)
             with reading_configs(source):
-                cfg = _transformers_config(source)
+                cfg = hub_configs.siglip_vision_config_from_hf(source.json("config.json"))
             towers.to_convolution(source.tensors, f"{prefix}embeddings.patch_embedding.weight")
             positions = f"{prefix}embeddings.position_embedding.weight"
             cfg = _resize(source, cfg, image_size, positions, log)
@@ -231,49 +229,7 @@ def _timm_config(source: Source, prefix: str) -> SiglipConfig:
         num_layers=len({n.split(".")[1] for n in shapes if n.startswith("blocks.")}),
         num_heads=num_heads,
         mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
-        act=_act(file, model_args, "act_layer", "gelu"),
-    )
-
-
-def _act(file: str, values: Mapping[str, Any], key: str, default: str) -> str:
-    """`SiglipConfig.act` by the name that transformers or timm gives it."""
-    act = values.get(key, default)
-    if act not in ACTS:
-        raise ConvertError(f"{file}: {key}: expected one of {', '.join(ACTS)}; got {act!r}")
-    return ACTS[act]
-
-
-def _transformers_config(source: Source) -> SiglipConfig:
-    """`vision_config` of transformers: SiglipVisionConfig, whose defaults these are, or
-    Siglip2VisionConfig, which has `num_patches` in place of an image size."""
-    file = str(source.folder / "config.json")
-    values = hub_configs.present(source.json("config.json"))
-    values = hub_configs.json_object(file, values, "vision_config", values)
-    defaults = {
-        "image_size": 224,
-        "patch_size": 16,
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "layer_norm_eps": 1e-6,
-    }
-    values = hub_configs.present(values)
-    naflex = str(values.get("model_type", "")).startswith("siglip2")
-    if naflex:
-        defaults = {**defaults, "num_patches": 256}
-    sizes = hub_configs.numbers(file, values, defaults)
-    if naflex:
-        sizes["image_size"] = math.isqrt(sizes["num_patches"]) * sizes["patch_size"]
-    return SiglipConfig(
-        image_size=sizes["image_size"],
-        patch_size=sizes["patch_size"],
-        width=sizes["hidden_size"],
-        num_layers=sizes["num_hidden_layers"],
-        num_heads=sizes["num_attention_heads"],
-        mlp_width=sizes["intermediate_size"],
-        norm_eps=sizes["layer_norm_eps"],
-        act=_act(file, values, "hidden_act", "gelu_pytorch_tanh"),
+        act=hub_configs.siglip_act(file, model_args, "act_layer", "gelu"),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,9 @@ from janusflow_jax.hub.tensors import raise_problems
 
 OURS = "janusflow_jax"
 """Key of config.json for what the published format cannot hold: the name and REPA's head."""
+
+SIGLIP_ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+"""`SiglipConfig.act` by the names of transformers and timm."""
 
 _LARGE = {"width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4, "patch_size": 16}
 _SO400M = {"width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362, "patch_size": 14}
@@ -155,6 +158,68 @@ def _siglip_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
         pixel_mean=tuple(values.get("pixel_mean", ())),
         pixel_std=tuple(values.get("pixel_std", ())),
     )
+
+
+def siglip_act(where: str, values: Mapping[str, Any], key: str, default: str) -> str:
+    """`SiglipConfig.act` by the name that transformers or timm gives it."""
+    act = values.get(key, default)
+    if act not in SIGLIP_ACTS:
+        raise ConvertError(f"{where}: {key}: expected one of {', '.join(SIGLIP_ACTS)}; got {act!r}")
+    return SIGLIP_ACTS[act]
+
+
+def siglip_vision_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
+    """config.json of transformers: of a whole model, or of its tower.
+
+    A SiglipVisionConfig, whose defaults these are, has an image size; a Siglip2VisionConfig
+    (NaFlex) has a square table of positions.
+    """
+    where = "config.json of the tower"
+    values = present(values)
+    values = present(json_object(where, values, "vision_config", values))
+    defaults: dict[str, Any] = {
+        "patch_size": 16,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-6,
+    }
+    naflex = "num_patches" in values or values.get("model_type") == "siglip2_vision_model"
+    defaults |= {"num_patches": 256} if naflex else {"image_size": 224}
+    sizes = numbers(where, values, defaults)
+    if naflex:
+        sizes["image_size"] = math.isqrt(sizes["num_patches"]) * sizes["patch_size"]
+    return SiglipConfig(
+        image_size=sizes["image_size"],
+        patch_size=sizes["patch_size"],
+        width=sizes["hidden_size"],
+        num_layers=sizes["num_hidden_layers"],
+        num_heads=sizes["num_attention_heads"],
+        mlp_width=sizes["intermediate_size"],
+        norm_eps=sizes["layer_norm_eps"],
+        act=siglip_act(where, values, "hidden_act", "gelu_pytorch_tanh"),
+    )
+
+
+def siglip_vision_config_to_hf(und: SiglipConfig) -> dict[str, Any]:
+    """config.json of transformers' SiglipVisionModel, without a pooling head.
+
+    It has no key for `pixel_mean` and `pixel_std`.
+    """
+    return {
+        "model_type": "siglip_vision_model",
+        "architectures": ["SiglipVisionModel"],
+        "image_size": und.image_size,
+        "patch_size": und.patch_size,
+        "hidden_size": und.width,
+        "num_hidden_layers": und.num_layers,
+        "num_attention_heads": und.num_heads,
+        "intermediate_size": und.mlp_width,
+        "layer_norm_eps": und.norm_eps,
+        "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[und.act],
+        "vision_use_head": False,
+    }
 
 
 def _gen_config_from_hf(
@@ -367,25 +432,46 @@ def _tower_name(und: SiglipConfig) -> str:
 
 
 def check_exportable(cfg: ModelConfig) -> None:
-    """Raises ConvertError that lists what the published format cannot hold of a model."""
+    """Raises ConvertError that lists what no layout can hold of a model."""
     fixed = (
         ("und_encoder", cfg.und_encoder, "siglip"),
         ("repa_target", cfg.repa_target, "und_encoder"),
-        ("gen.patch_size", cfg.gen.patch_size, 2),
-        ("llm.family", cfg.llm.family, "llama"),
-        ("und.norm_eps", cfg.und.norm_eps, 1e-6),
         ("und.final_norm", cfg.und.final_norm, True),
-        ("und.act", cfg.und.act, "gelu"),
         ("vae.norm_eps", cfg.vae.norm_eps, 1e-6),
     )
-    raise_problems(
-        f"{cfg.name}: the published format cannot hold this model",
-        [f"model.{name}: expected {x!r}; got {value!r}" for name, value, x in fixed if value != x],
+    raise_problems(f"{cfg.name}: no published format can hold this model", _unlike(fixed))
+
+
+def not_released(cfg: ModelConfig) -> list[str]:
+    """What the released format cannot hold of a model: it is then exported in parts."""
+    plain_llm = LlamaConfig()
+    others = [f.name for f in dataclasses.fields(LlamaConfig) if f.name not in families.KEYS]
+    llm = [(f"llm.{n}", getattr(cfg.llm, n), getattr(plain_llm, n)) for n in others]
+    und, vae, plain = cfg.und, cfg.vae, VaeConfig()
+    return _unlike(
+        [
+            *llm,
+            ("gen.patch_size", cfg.gen.patch_size, 2),
+            ("und.norm_eps", und.norm_eps, 1e-6),
+            ("und.act", und.act, "gelu"),
+            # The published sampler draws 4 channels and reads scaling_factor only.
+            ("vae.latent_channels", vae.latent_channels, plain.latent_channels),
+            ("vae.shift", vae.shift, plain.shift),
+            ("vae.std", vae.std, plain.std),
+            ("vae.quant_convs", vae.quant_convs, plain.quant_convs),
+            ("vae.decoder_channels", vae.decoder_channels, plain.decoder_channels),
+        ]
     )
+
+
+def _unlike(fixed: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [
+        f"model.{name}: expected {x!r}; got {value!r}" for name, value, x in fixed if value != x
+    ]
 
 
 def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The inverse of `model_config_from_hf`, for a model that passes `check_exportable`.
+    """The inverse of `model_config_from_hf`, for a model with an empty `not_released`.
 
     Args: llm_extra: more keys for `language_config`, from the language model's own config.json.
     Returns: file name -> content: config.json, preprocessor_config.json, vae/config.json.

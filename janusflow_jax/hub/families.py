@@ -103,6 +103,19 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Keys that change what a model computes -> the values that do not, and what to know."""
 
+KEYS = {
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "num_layers": "num_hidden_layers",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+"""Field of LlamaConfig -> key of config.json, of what the released format has."""
+
 _FULL = {"full_attention", "attention"}
 _ROPE = {
     "default": (),
@@ -192,17 +205,10 @@ def config_to_hf(cfg: LlamaConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
     if extra.get("model_type", "llama") != cfg.family:  # its weights were folded
         extra = {key: extra[key] for key in _TOKENS if key in extra}
     dropped = ("rope_parameters", "rope_scaling", "tie_word_embeddings", "torch_dtype", "dtype")
-    out = {key: value for key, value in extra.items() if key not in dropped} | {
+    out = {
+        **{key: value for key, value in extra.items() if key not in dropped},
         "model_type": cfg.family,
-        "hidden_size": cfg.width,
-        "intermediate_size": cfg.mlp_width,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "num_hidden_layers": cfg.num_layers,
-        "head_dim": cfg.head_dim,
-        "vocab_size": cfg.vocab_size,
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
+        **{key: getattr(cfg, field) for field, key in KEYS.items()},
         "tie_word_embeddings": False,
     }
     if cfg.rope.type != "default":

@@ -243,6 +243,12 @@ def vae_rules(cfg: VaeConfig) -> list[Rule]:
     return rules
 
 
+def own_rules(cfg: ModelConfig) -> list[Rule]:
+    """The parts that only a JanusFlow has: neither the language model nor the tower."""
+    others = ("llm/", "und_encoder/")
+    return [rule for rule in janusflow_rules(cfg) if not rule.paths[0].startswith(others)]
+
+
 def janusflow_rules(cfg: ModelConfig) -> list[Rule]:
     """The JanusFlow checkpoint, except the unused pooling head."""
     return llm_rules(cfg.llm, "language_model.") + _und_rules() + _gen_rules(cfg.gen.num_blocks)

@@ -146,9 +146,14 @@ def save_converted(
     sources: Mapping[str, Source],
     hub_files: dict[str, bytes],
     overwrite: bool,
+    licenses: Mapping[str, bytes] | None = None,
     **extra: Any,
 ) -> None:
-    """Writes the model folder, with the checksums of the sources' weights."""
+    """Writes the model folder, with the checksums of the sources' weights.
+
+    Args: licenses: files of `hub/`; default: `license_files` of the sources.
+    """
+    licenses = license_files(sources) if licenses is None else licenses
     about = {
         "made_by": "tools/convert_checkpoint.py",
         "source_dtypes": {name: s.dtypes() for name, s in sources.items()},
@@ -166,7 +171,7 @@ def save_converted(
         model_cfg=cfg,
         params=parts_and_sums(),
         vae=None,
-        hub_files={**hub_files, **license_files(sources)},
+        hub_files={**hub_files, **licenses},
         extra=about,
         overwrite=overwrite,
     )
