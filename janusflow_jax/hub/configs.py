@@ -25,6 +25,8 @@ from janusflow_jax.config import (
     checks as config_checks,
 )
 from janusflow_jax.config.errors import ConvertError
+from janusflow_jax.hub import families
+from janusflow_jax.hub.json_values import check_values, json_object, numbers, present
 from janusflow_jax.hub.tensors import raise_problems
 
 OURS = "janusflow_jax"
@@ -58,79 +60,9 @@ _CONVNEXT = {
     "use_bias": True,
     "use_mid_block": True,
 }
-_LLAMA = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
 _KL, _FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
 _VAE_CLASSES = {_KL: "of SDXL, SD 3 or FLUX.1", _FLUX2: "of FLUX.2"}
 _BATCH_NORM_EPS = 1e-4
-
-
-def present(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a JSON object; a null counts as missing."""
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def json_object(where: str, values: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """The JSON object under a key, or the default where there is none.
-
-    Raises:
-      ConvertError: another value, or none without a default.
-    """
-    value = values.get(key, default)
-    if not isinstance(value, dict):
-        raise ConvertError(f"{where}: {key}: expected a JSON object; got {value!r}")
-    return value
-
-
-def numbers(where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the keys of `defaults`; a missing one is its default.
-
-    Each is above 0 and, as its default, an integer, a number or a list of them.
-
-    Raises:
-      ConvertError: lists the values that are not.
-    """
-    out = {key: values.get(key, default) for key, default in defaults.items()}
-
-    def fits(value: Any, default: Any, most: int) -> bool:
-        if isinstance(default, list | tuple):
-            items = value if isinstance(value, list | tuple) else []
-            return bool(items) and all(fits(x, default[0], most) for x in items)
-        kinds = int if isinstance(default, int) else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < most
-
-    problems = []
-    for key, default in defaults.items():
-        most = 1001 if "layers" in key else 2**31  # more layers would take hours to compare
-        if not fits(out[key], default, most):
-            kind = "whole numbers" if isinstance(default, int) else "numbers"
-            problems.append(f"{key}: expected {kind} above 0 and below {most}; got {out[key]!r}")
-    raise_problems(f"{where}: values that no model has", problems)
-    return out
-
-
-def _check(
-    where: str,
-    values: Mapping[str, Any],
-    required: Mapping[str, Any],
-    defaults: Mapping[str, Any] | None = None,
-) -> None:
-    """Raises ConvertError for every value that is not implemented.
-
-    Args:
-      required: key -> the only value that is implemented.
-      defaults: the published module's for missing keys, where it is not the required value.
-    """
-    actual = {**required, **(defaults or {}), **values}
-    raise_problems(
-        f"{where}: unsupported values",
-        [f"{k}: expected {x!r}; got {actual[k]!r}" for k, x in required.items() if actual[k] != x],
-    )
 
 
 def check_model(cfg: ModelConfig) -> None:
@@ -166,11 +98,13 @@ def model_config_from_hf(
         json_object(f"config.json: {name}", json_object("config.json", main, name), "params")
         for name in names
     )
-    _check("config.json: language_config", present(language), {"tie_word_embeddings": False})
+    language = present(language)
+    required = {"tie_word_embeddings": False, "model_type": "llama"}  # what it builds
+    check_values("config.json: language_config", language, required)
     preprocessor = present(preprocessor)
-    _check("preprocessor_config.json", preprocessor, _PREPROCESSOR)
+    check_values("preprocessor_config.json", preprocessor, _PREPROCESSOR)
     llm, und, vae_cfg = (
-        llama_config_from_hf(language),
+        families.config_from_hf(language),
         _siglip_config_from_hf(und_params),
         vae_config_from_hf(vae, batch_norm),
     )
@@ -197,45 +131,6 @@ def model_config_from_hf(
     return cfg
 
 
-def llama_config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
-    """config.json of a Llama, or `language_config`; the defaults are transformers'."""
-    values = present(values)
-    _check("config.json of the language model", values, _LLAMA)
-    where = "config.json of the language model"
-    for key in ("rope_scaling", "rope_parameters"):  # the latter since transformers 5.0
-        rope = json_object(where, values, key, {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ConvertError(f"config.json: {key}: expected none; got {kind!r}")
-    sizes = {
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "rms_norm_eps": 1e-6,
-    }
-    sizes = numbers(where, values, sizes)
-    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    derived = {
-        "num_key_value_heads": heads,
-        "head_dim": width // heads,
-        "rope_theta": 10000.0,
-    }
-    sizes |= numbers(where, {**present(rope), **values}, derived)  # 5.0 has rope_theta in `rope`
-    return LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        width=width,
-        mlp_width=sizes["intermediate_size"],
-        num_layers=sizes["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=sizes["num_key_value_heads"],
-        head_dim=sizes["head_dim"],
-        norm_eps=sizes["rms_norm_eps"],
-        rope_theta=float(sizes["rope_theta"]),
-    )
-
-
 def _siglip_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
     """`vision_und_enc_config.params`. Sizes beside the name, which only we write, override it."""
     values = present(values)
@@ -248,7 +143,7 @@ def _siglip_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
             f"{where}.model_name: expected one of {', '.join(SIGLIP_SIZES)}, or {missing} beside "
             f"it; got {name!r}"
         )
-    _check(where, values, {"select_feature": "same"})
+    check_values(where, values, {"select_feature": "same"})
     sizes = numbers(where, values, {**_LARGE, "mlp_ratio": 4.0, "image_size": 336})
     layers, select = sizes["layers"], values.get("select_layer", -2)
     if not isinstance(select, int):
@@ -340,9 +235,9 @@ def _gen_config_from_hf(
         enc["padding"] = 0
     enc_required, dec_required = _convnext_to_hf(gen, llm, vae)
     enc_defaults = {"hidden_size": 2048, "input_channels": 3, "kernel_size": 7, "stride": 4}
-    _check("config.json: vision_gen_enc_config.params", enc, enc_required, enc_defaults)
+    check_values("config.json: vision_gen_enc_config.params", enc, enc_required, enc_defaults)
     dec_defaults = {"hidden_size": 2048, "upsamples": 2}
-    _check("config.json: vision_gen_dec_config.params", dec, dec_required, dec_defaults)
+    check_values("config.json: vision_gen_dec_config.params", dec, dec_required, dec_defaults)
     return gen
 
 
@@ -411,7 +306,7 @@ def vae_config_from_hf(
     )
     required = {k: x for k, x in vae_config_to_hf(cfg).items() if k not in _STATISTICS}
     required["mid_block_add_attention"] = True
-    _check(where, values, required, {"_class_name": kind, "use_post_quant_conv": True})
+    check_values(where, values, required, {"_class_name": kind, "use_post_quant_conv": True})
     return cfg
 
 
@@ -550,7 +445,7 @@ def check_exportable(cfg: ModelConfig) -> None:
 def not_released(cfg: ModelConfig) -> list[str]:
     """What the released format cannot hold of a model: it is then exported in parts."""
     plain_llm = LlamaConfig()
-    others = [f.name for f in dataclasses.fields(LlamaConfig) if f.name not in _LLAMA_KEYS]
+    others = [f.name for f in dataclasses.fields(LlamaConfig) if f.name not in families.KEYS]
     llm = [(f"llm.{n}", getattr(cfg.llm, n), getattr(plain_llm, n)) for n in others]
     und, vae, plain = cfg.und, cfg.vae, VaeConfig()
     return _unlike(
@@ -575,41 +470,13 @@ def _unlike(fixed: Iterable[tuple[str, Any, Any]]) -> list[str]:
     ]
 
 
-_LLAMA_KEYS = {
-    "width": "hidden_size",
-    "mlp_width": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "num_layers": "num_hidden_layers",
-    "head_dim": "head_dim",
-    "vocab_size": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-}
-"""Field of LlamaConfig -> key of transformers' LlamaConfig."""
-
-
-def llm_config_to_hf(llm: LlamaConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of transformers' language model.
-
-    Args: extra: more keys, from the language model's own config.json.
-    """
-    dropped = ("rope_parameters", "rope_scaling", "tie_word_embeddings", "torch_dtype", "dtype")
-    return {
-        **{k: v for k, v in extra.items() if k not in dropped},
-        "model_type": "llama",
-        **{key: getattr(llm, field) for field, key in _LLAMA_KEYS.items()},
-        "tie_word_embeddings": False,
-    }
-
-
 def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The inverse of `model_config_from_hf`, for a model with an empty `not_released`.
 
     Args: llm_extra: more keys for `language_config`, from the language model's own config.json.
     Returns: file name -> content: config.json, preprocessor_config.json, vae/config.json.
     """
-    language = llm_config_to_hf(cfg.llm, llm_extra)
+    language = families.config_to_hf(cfg.llm, llm_extra)
     encoder, decoder = _convnext_to_hf(cfg.gen, cfg.llm, cfg.vae)
     parts = (
         ("vision_und_enc", "CLIPVisionTower", _siglip_config_to_hf(cfg.und)),

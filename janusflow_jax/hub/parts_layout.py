@@ -20,7 +20,7 @@ import numpy as np
 from janusflow_jax.config import ModelConfig, from_dict, to_dict
 from janusflow_jax.config.errors import ConfigError, ConvertError
 from janusflow_jax.data import chat_format
-from janusflow_jax.hub import configs as hub_configs, names, tensors
+from janusflow_jax.hub import configs as hub_configs, families, names, tensors
 from janusflow_jax.hub.safetensors import LazyTensor
 from janusflow_jax.hub.source import (
     LICENSES_FILE,
@@ -54,7 +54,7 @@ def _rules(cfg: ModelConfig) -> dict[str, list[names.Rule]]:
     """Folder -> rules of its tensors; '' is the top."""
     return {
         "": names.own_rules(cfg),
-        "llm": names.llm_rules(),
+        "llm": names.llm_rules(cfg.llm),
         "siglip": names.siglip_hf_rules(_SIGLIP),
         "vae": names.vae_rules(cfg.vae),
     }
@@ -109,8 +109,11 @@ def config_files(
             "format": FORMAT,
             "model": to_dict(cfg),
         },
-        "llm/config.json": hub_configs.llm_config_to_hf(cfg.llm, llm_extra)
-        | {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtypes["llm"]},
+        "llm/config.json": families.config_to_hf(cfg.llm, llm_extra)
+        | {
+            "architectures": [families.FAMILIES[cfg.llm.family].architecture],
+            "torch_dtype": dtypes["llm"],
+        },
         "siglip/config.json": hub_configs.siglip_vision_config_to_hf(cfg.und)
         | {"torch_dtype": dtypes["siglip"]},
     }
@@ -214,7 +217,7 @@ def _read_config(sources: Mapping[str, Source]) -> ModelConfig:
             raise ConvertError(f"{file}: {error}") from error
         hub_configs.check_model(cfg)
         of_parts = {
-            "llm": hub_configs.llama_config_from_hf(sources["llm"].json("config.json")),
+            "llm": families.config_from_hf(sources["llm"].json("config.json")),
             "siglip": hub_configs.siglip_vision_config_from_hf(
                 sources["siglip"].json("config.json")
             ),
