@@ -114,7 +114,7 @@ def latents_to_pixels(
     """Scaled latents float32[B, h, w, C] -> images uint8[B, H, W, 3], and whether the decoder's
     output was finite, bool[B]."""
     module = vae.Vae(cfg.vae, jnp.dtype(dtype))
-    unscaled = latents / cfg.vae.scaling_factor
+    unscaled = vae.unscale(cfg.vae, latents)
     x = module.apply({"params": vae_params}, unscaled, method="decode")
     # NOTE(parity): rounded; the published demo truncates.
     pixels = jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)

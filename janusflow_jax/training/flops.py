@@ -170,22 +170,24 @@ def vae_encoder(cfg: ModelConfig) -> float:
     total += 2 * resnet(before, before)
     total += 4 * before * before * side**2 + 2 * before * side**4  # single-head attention
     latent = 2 * m.latent_channels
-    total += (9 * before * latent + latent * latent) * side**2
+    total += (9 * before * latent + m.quant_convs * latent * latent) * side**2
     return 2.0 * total
 
 
 def vae_decoder(cfg: ModelConfig) -> float:
     m = cfg.vae
-    side, before = cfg.latent_size, m.channels[-1]
+    widths = m.decoder_channels or m.channels
+    side, before = cfg.latent_size, widths[-1]
     latent = m.latent_channels
-    total = (latent * latent + 9 * latent * before + 2 * 18 * before * before) * side**2
+    quant = m.quant_convs * latent * latent
+    total = (quant + 9 * latent * before + 2 * 18 * before * before) * side**2
     total += 4 * before * before * side**2 + 2 * before * side**4  # single-head attention
-    for i, channels in enumerate(reversed(m.channels)):
+    for i, channels in enumerate(reversed(widths)):
         for _ in range(m.layers_per_block + 1):
             skip = before * channels if before != channels else 0
             total += (9 * before * channels + 9 * channels * channels + skip) * side**2
             before = channels
-        if i + 1 < len(m.channels):
+        if i + 1 < len(widths):
             side *= 2
             total += 9 * channels * channels * side**2
     return 2.0 * (total + 9 * before * 3 * side**2)
