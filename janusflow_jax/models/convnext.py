@@ -24,7 +24,8 @@ KERNEL = 7
 MAX_PERIOD = 10000.0
 TIMESTEP_SCALE = 1000.0
 SMALL_GRID = 64
-"""The positions up to which a depthwise convolution is a matmul on CPU (benchmarks/RESULTS.md)."""
+"""Positions of a grid up to which a depthwise convolution is a matmul on CPU
+(`benchmarks/depthwise.py`)."""
 
 
 def _shift_add(x: Array, kernel: Array) -> Array:
@@ -41,28 +42,29 @@ def _shift_add(x: Array, kernel: Array) -> Array:
     return sum(terms[1:], terms[0])
 
 
-def _grid_matmul(x: Array, kernel: Array) -> Array:
-    """Depthwise 7x7 as one matmul a channel, with a matrix from all positions of the grid to all.
+def grid_matmul(
+    x: Float[Array, "B h w C"], kernel: Float[Array, "7 7 1 C"]
+) -> Float[Array, "B h w C"]:
+    """Depthwise 7x7 as one matmul a channel, by a matrix from all positions of the grid to all.
 
-    On a grid of 4x4 it takes an eighth of the time of `_shift_add`; the work grows with the square
-    of the number of positions.
+    The work grows with the square of the number of positions: see SMALL_GRID.
     """
     batch, height, width, channels = x.shape
-    edge = max(height, width) - 1 - KERNEL // 2  # zeros for positions that are further apart
-    edge = max(edge, 0)
+    size, edge = height * width, max(max(height, width) - 1 - KERNEL // 2, 0)
     taps = jnp.pad(kernel[:, :, 0], ((edge, edge), (edge, edge), (0, 0)))
 
-    def offset(size: int) -> np.ndarray:  # [input, output] -> tap
-        return np.subtract.outer(np.arange(size), np.arange(size)) + KERNEL // 2 + edge
+    def tap(length: int) -> np.ndarray:  # [input, output]
+        return np.subtract.outer(np.arange(length), np.arange(length)) + KERNEL // 2 + edge
 
-    matrix = taps[offset(height)[:, None, :, None], offset(width)[None, :, None]]
-    size = height * width
-    out = jnp.einsum("bic,ioc->boc", x.reshape(batch, size, -1), matrix.reshape(size, size, -1))
-    return out.reshape(batch, height, width, channels)
+    matrix = taps[tap(height)[:, None, :, None], tap(width)[None, :, None]]
+    matrix = matrix.reshape(size, size, channels)
+    y = jnp.einsum("bic,ioc->boc", x.reshape(batch, size, channels), matrix)
+    return y.reshape(x.shape)
 
 
 @jax.custom_vjp
-def _shifts(x: Array, kernel: Array) -> Array:
+def shifts(x: Float[Array, "B h w C"], kernel: Float[Array, "7 7 1 C"]) -> Float[Array, "B h w C"]:
+    """Depthwise 7x7 as 49 shifted multiply-adds, in both passes."""
     return _shift_add(x, kernel)
 
 
@@ -80,12 +82,12 @@ def _shifts_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     return _shift_add(g, kernel[::-1, ::-1]), grad
 
 
-_shifts.defvjp(lambda x, k: (_shift_add(x, k), (x, k)), _shifts_bwd)
+shifts.defvjp(lambda x, k: (_shift_add(x, k), (x, k)), _shifts_bwd)
 
 
 def _depthwise_cpu(x: Array, kernel: Array) -> Array:
     is_small = x.shape[1] * x.shape[2] <= SMALL_GRID
-    return _grid_matmul(x, kernel) if is_small else _shifts(x, kernel)
+    return grid_matmul(x, kernel) if is_small else shifts(x, kernel)
 
 
 def _depthwise_conv(x: Array, kernel: Array) -> Array:
