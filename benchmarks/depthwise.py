@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from janusflow_jax.models import convnext
 
-GRIDS = (4, 6, 8, 10, 12, 16)
+GRIDS = (4, 6, 8, 10, 12)
 FORMS = {"shifts": convnext.shifts, "matmul": convnext.grid_matmul}
 
 

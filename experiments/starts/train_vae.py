@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     def step(params: Any, ema: Any, opt: Any, x: jax.Array, n: jax.Array) -> Any:
         a, b = jax.random.split(jax.random.fold_in(key, n))
         x = augment(a, encode.to_float(x, jnp.float32))
-        whole = jax.tree.map(lambda x: x.astype(jnp.float32), fixed)
+        whole = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), fixed)
         grads, out = jax.grad(lambda p: loss({**whole, **p}, x, b), has_aux=True)(params)
         updates, opt = tx.update(grads, opt, params)
         params = optax.apply_updates(params, updates)
