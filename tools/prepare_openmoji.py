@@ -44,7 +44,7 @@ def main() -> None:
         print(f"{out} {split}: {count:,} images")
     print(f"credits in {out / 'CREDITS.txt'}", flush=True)
     if args.size == SIZE and not args.new_classes:
-        cache_features(out)
+        cache_features(Path(out))
 
 
 def cache_features(data: Path) -> None:
