@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import dataclasses
 import functools
 import itertools
 import logging
@@ -73,6 +74,8 @@ class Engine:
         programs: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        context = settings.context or programs_lib.default_context(model)
+        settings = dataclasses.replace(settings, context=context)
         self.settings, self._clock = settings, clock
         self.limits = programs_lib.limits(model, settings)
         self._model = model
