@@ -1,9 +1,9 @@
 """Throughput and latency of an engine against one request at a time: `benchmarks/serving.py`.
 
-The same Poisson arrivals of image requests go through three ways to serve them: `generate` for one
-request after the other, the engine in order of arrival, and the engine as it is (least work first,
-fair, with aging). The clock is the CPU time of the process, so that other programs on the machine
-do not count; where nothing waits it jumps to the next arrival. Random weights.
+The same Poisson arrivals of image requests go through the same programs in three ways: one request
+after the other, all together in order of arrival, and as the engine is (least work first, fair,
+with aging). The clock is the CPU time of the process, so that other programs on the machine do not
+count (bind it to one core); where nothing waits it jumps to the next arrival. Random weights.
 """
 
 from __future__ import annotations
@@ -38,16 +38,14 @@ class Arrival(NamedTuple):
     steps: int
     scale: float
 
-    @property
-    def work(self) -> int:
-        """Row-steps."""
-        return self.count * self.steps * (1 if self.scale == 1 else 2)
-
 
 class Clock:
-    """CPU seconds of the process, without compilations and with idle time skipped."""
+    """CPU seconds of the process; idle time is skipped."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
         self._skipped = -time.process_time()
 
     def __call__(self) -> float:
@@ -67,22 +65,8 @@ def traffic(number: int, seed: int) -> list[Arrival]:
     return [Arrival(*x) for x in zip(at, counts.tolist(), steps.tolist(), scales, strict=True)]
 
 
-def one_at_a_time(model: Any, arrivals: list[Arrival]) -> list[float]:
-    """Seconds from arrival to the last image of every request."""
-    clock, latencies = Clock(), []
-    for seed, x in enumerate(arrivals):
-        clock.skip_to(x.seconds)
-        generate(model, x, seed)
-        latencies.append(clock() - x.seconds)
-    return latencies
-
-
-def generate(model: Any, x: Arrival, seed: int = 0) -> None:
-    options = {"guidance_scale": x.scale, "num_steps": x.steps, "images_per_prompt": x.count}
-    model.generate(PROMPT, seed=seed, output="numpy", **options)
-
-
-def by_engine(engine: Any, clock: Clock, arrivals: list[Arrival]) -> list[float]:
+def serve(engine: Any, clock: Clock, arrivals: list[Arrival], most: int) -> list[float]:
+    """Seconds from arrival to the last image of every request; `most` are in the engine at once."""
     latencies: dict[int, float] = {}
 
     def listener(number: int) -> Callable[[Any], None]:
@@ -95,8 +79,10 @@ def by_engine(engine: Any, clock: Clock, arrivals: list[Arrival]) -> list[float]
     number = 0
     with numerics.fixed():
         while len(latencies) < len(arrivals):
-            while number < len(arrivals) and arrivals[number].seconds <= clock():
+            while number < min(len(arrivals), len(latencies) + most):
                 x = arrivals[number]
+                if x.seconds > clock():
+                    break
                 request = ImageRequest(
                     id=str(number),
                     client=str(number),
@@ -107,7 +93,7 @@ def by_engine(engine: Any, clock: Clock, arrivals: list[Arrival]) -> list[float]
                 )
                 engine.submit(request, listener(number))
                 number += 1
-            if not engine.turn():
+            if not engine.turn() and number < len(arrivals):
                 clock.skip_to(arrivals[number].seconds)
     return [latencies[i] for i in range(len(arrivals))]
 
@@ -132,38 +118,31 @@ def main() -> None:
     engine = engine_lib.Engine(model, settings, clock=clock)
     with numerics.fixed():
         engine.warm_up()
-    every = [Arrival(0.0, n, k, w) for n in COUNTS for k in STEPS for w in (1.0, 2.0)]
-    for x in every:
-        generate(model, x)  # compiles
-
     # The speed of one request at a time; the loads are shares of it.
-    sample = traffic(60, seed=1)
-    start = Clock()
-    for i, x in enumerate(sample):
-        generate(model, x, i)
-    mean = start() / len(sample)
-    print(f"{args.size}: one request takes {mean:.2f} s on average, alone; {args.rows} rows")
+    sample = [x._replace(seconds=0.0) for x in traffic(40, seed=1)]
+    clock.restart()
+    serve(engine, clock, sample, most=1)
+    mean = clock() / len(sample)
+    print(f"{args.size}: one request takes {mean:.3f} s on average, alone; {args.rows} rows")
     for count in engine._programs.row_counts:
         places, numbers = np.zeros((5, count), np.int32), np.zeros((5, count), np.float32)
         places[:3] = np.arange(count)
         with numerics.fixed():
-            start = Clock()
+            clock.restart()
             for _ in range(50):
                 engine._programs.read(engine._programs.step(places, numbers))
-        print(f"  a step of {count} rows: {start() / 50 * 1000:.1f} ms")
+        print(f"  a step of {count} rows: {clock() / 50 * 1000:.1f} ms")
     print("| load | way | all p50 | one image p50 | one image p95 | ten images p95 | requests/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    in_order = staticmethod(lambda self, waiting, now: sorted(waiting, key=lambda x: x.since))
+    in_order: Any = lambda self, waiting, now: sorted(waiting, key=lambda x: x.since)  # noqa: E731
     least_first = order.Order.sorted
     for load in args.loads:
         arrivals = [x._replace(seconds=x.seconds * mean / load) for x in traffic(args.requests, 2)]
         for way in WAYS:
-            if way == WAYS[0]:
-                latencies = one_at_a_time(model, arrivals)
-            else:
-                order.Order.sorted = in_order.__func__ if way == WAYS[1] else least_first  # pyright: ignore
-                clock._skipped = -time.process_time()
-                latencies = by_engine(engine, clock, arrivals)
+            order.Order.sorted = in_order if way == WAYS[1] else least_first
+            clock.restart()
+            most = 1 if way == WAYS[0] else len(arrivals)
+            latencies = serve(engine, clock, arrivals, most)
             one = [t for t, x in zip(latencies, arrivals, strict=True) if x.count == 1]
             ten = [t for t, x in zip(latencies, arrivals, strict=True) if x.count == 10]
             end = max(t + x.seconds for t, x in zip(latencies, arrivals, strict=True))

@@ -93,8 +93,9 @@ def application(options: dict[str, Any], served: list[str]) -> Any:
             return self.server.app
 
         async def check_health(self) -> None:
-            if self.server.error or not self.server.engine.status().alive:
-                raise RuntimeError(f"the engine is dead: {self.server.error}")
+            status = self.server.engine.status()
+            if not status.alive:
+                raise RuntimeError(f"the engine is dead: {status.error or 'it makes no progress'}")
 
     return Replica.bind()
 

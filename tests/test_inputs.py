@@ -167,3 +167,17 @@ def test_several_conversations():
 def test_what_is_no_conversation_is_one_error(conversation, images):
     with pytest.raises(JanusFlowError, match="chat: "):
         inputs.conversations(conversation, images, TAG)
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "complete", "want"),
+    [
+        ("a b. c", ("b", "."), False, ("a ", True)),
+        ("one two th", ("three",), False, ("one two ", False)),
+        ("one two th", ("three",), True, ("one two th", False)),
+        ("aab", ("aaa", "bc"), False, ("aa", False)),
+        ("aab", (), False, ("aab", False)),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string(text, stops, complete, want):
+    assert inputs.before_stop(text, stops, complete) == want

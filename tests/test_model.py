@@ -8,7 +8,7 @@ from helpers import golden
 
 from janusflow_jax import config
 from janusflow_jax.config import LossConfig
-from janusflow_jax.models import attention, convnext, layers
+from janusflow_jax.models import attention, convnext, layers, llama
 from janusflow_jax.planning import flops
 from janusflow_jax.sampling import image as image_sampling, text as text_sampling
 from janusflow_jax.training import flops as training_flops, losses
@@ -263,3 +263,39 @@ def test_grouped_heads_equal_repeated_ones():
         attention.dot_product_attention(q, k, v, mask),
         attention.dot_product_attention(q, *wide, mask),
     )
+
+
+def test_each_row_writes_its_keys_at_its_own_position():
+    buffer, x = np.zeros((3, 8, 2, 4), np.float32), np.asarray(vectors(2, 3)[..., :8])
+    x = x.reshape(3, 2, 2, 4)
+    got = llama.write(jnp.asarray(buffer), jnp.asarray(x), jnp.asarray([0, 5, 2]))
+    for row, index in enumerate((0, 5, 2)):
+        want = llama.write(jnp.asarray(buffer), jnp.asarray(x), index)[row]
+        np.testing.assert_array_equal(got[row], want)
+
+
+def test_each_row_samples_with_its_own_options():
+    logits = 3 * vectors(1, 4)[:, 0]
+    keys = jax.random.split(jax.random.key(1), 4)
+    temperature, top_p = jnp.asarray([0.0, 1.0, 0.5, 2.0]), jnp.asarray([1.0, 1.0, 0.7, 0.9])
+    together = text_sampling.sample_token(logits, keys, temperature, top_p)
+    alone = [
+        text_sampling.sample_token(*(x[i : i + 1] for x in (logits, keys, temperature, top_p)))
+        for i in range(4)
+    ]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+    assert together[0] == logits[0].argmax()
+
+
+def test_a_prompt_in_pieces_is_the_prompt_at_once():
+    tiny, params, _ = golden.model()
+    x, lengths = vectors(12, 2), jnp.asarray([11, 6])
+    cache = llama.empty_cache(tiny.cfg.llm, params["llm"], 2, 16, x.dtype)
+    want, logits = text_sampling.extend(tiny, params, x, cache, 0, lengths)
+    parts = [None, None]
+    for i, begin in enumerate((0, 6)):
+        piece = x[:, begin : begin + 6]
+        cache, parts[i] = text_sampling.extend(tiny, params, piece, cache, begin, lengths)
+    close(cache["k"][:, :, :12], want["k"][:, :, :12])
+    close(parts[1][0], logits[0])
+    close(parts[0][1], logits[1])

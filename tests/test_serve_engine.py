@@ -210,3 +210,19 @@ def test_fewer_rows_are_computed_at_less_load(golden_model, engine):
         other.warm_up()
     for got, want in zip(serve(other, IMAGES), serve(engine, IMAGES), strict=True):
         assert level(results(got)[0], results(want)[0]) <= 1
+
+
+@pytest.mark.slow
+def test_an_engine_computes_on_its_own_device(golden_model, engine):
+    second = jax.local_devices()[1]
+    settings = EngineSettings(invariant=True, **SIZES)
+    other = engine_lib.Engine(golden_model, settings, device=second)
+    with numerics.fixed():
+        other.warm_up()
+    requests = [IMAGES[1], *chats(0.0)]
+    for got, want in zip(serve(other, requests), serve(engine, requests), strict=True):
+        (images, text), (expected, answer) = results(got), results(want)
+        np.testing.assert_array_equal(images, expected)
+        assert text == answer
+    assert other._programs._images["z"].devices() == {second}
+    assert jax.tree.leaves(other._programs._lanes["cache"])[0].devices() == {second}

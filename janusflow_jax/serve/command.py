@@ -37,7 +37,7 @@ requests and lets running ones end; the second ends at once. See docs/serving.md
 HELP = {
     "rows": "branches of images at once; a guided image has two",
     "lanes": "conversations at once",
-    "context": "positions of a conversation, images and answer included",
+    "context": "positions of a conversation, images and answer included; 0: 8 images and text",
     "prompt_tokens": "of an image's prompt",
     "queue": "images and chats that wait, of all clients",
     "queue_per_client": "images and chats that wait, of one client",

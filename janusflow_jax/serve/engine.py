@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import dataclasses
 import functools
 import itertools
 import logging
@@ -73,6 +74,8 @@ class Engine:
         programs: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        context = settings.context or programs_lib.default_context(model)
+        settings = dataclasses.replace(settings, context=context)
         self.settings, self._clock = settings, clock
         self.limits = programs_lib.limits(model, settings)
         self._model = model
@@ -239,7 +242,7 @@ class Engine:
             chats = [x for x in unfinished if isinstance(x, ChatJob) and not x.ended]
             self._begin_images(images, start)
             self._begin_chats(chats, start)
-            rows, tokens = self._step(), 0
+            rows = self._step()
             self._prefill(chats)
             tokens = self._decode(chats)
             for read in previous:
@@ -283,10 +286,9 @@ class Engine:
             self._histograms["queue"].add(now - job.since)
             job.prefix = self._programs.prefix(job.ids)
             job.start = self._programs.encode(request.image)
-        seed, time_ = request.seeds[image.index], float(job.times[job.first])
+        seed, t = request.seeds[image.index], float(job.times[job.first])
         keep = self._programs.no_cells if job.keep is None else job.keep
-        start_time = 0.0 if request.image is None else time_
-        self._programs.insert(job.prefix, rows, seed, job.start, keep, start_time)
+        self._programs.insert(job.prefix, rows, seed, job.start, keep, t)
         if not job.waiting:
             job.prefix = job.start = None
         if image.step == job.steps:  # strength 0

@@ -35,6 +35,7 @@ PREFILL_TOKENS = 256
 NON_FINITE = -1
 MAX_IMAGES = 8
 """In a conversation."""
+TEXT_POSITIONS, MAX_CONTEXT = 1024, 4096
 
 State = dict[str, Array]
 
@@ -195,6 +196,12 @@ def decode_lanes(
 
 
 # --- on a device
+
+
+def default_context(model: Any) -> int:
+    """Room for MAX_IMAGES and TEXT_POSITIONS, at most MAX_CONTEXT; a token reads all of it."""
+    positions = MAX_IMAGES * (model.cfg.num_image_tokens + 2) + TEXT_POSITIONS
+    return min(-(-positions // 64) * 64, MAX_CONTEXT)
 
 
 def limits(model: Any, settings: EngineSettings) -> EngineLimits:

@@ -124,7 +124,7 @@ class Draining(Exception):
 class EngineSettings:
     rows: int = 8  # branches of images at once; a guided image has two
     lanes: int = 4  # conversations at once
-    context: int = 4096  # positions of a conversation, images and answer included
+    context: int = 0  # positions of a conversation and its answer; 0: 8 images and some text
     prompt_tokens: int = 256  # of an image's prompt
     queue: int = 128  # images and chats that wait
     queue_per_client: int = 32
@@ -132,7 +132,7 @@ class EngineSettings:
     watchdog: float = 120.0  # seconds without a turn after which the engine counts as dead
 
     def __post_init__(self) -> None:
-        least = {"rows": 2, "lanes": 1, "context": 1, "prompt_tokens": 1, "queue": 1}
+        least = {"rows": 2, "lanes": 1, "context": 0, "prompt_tokens": 1, "queue": 1}
         least |= {"queue_per_client": 1, "watchdog": 0.0}
         values = dataclasses.asdict(self)
         if self.context % 64:
