@@ -1,4 +1,4 @@
-"""The notebook is stored without outputs, and runs from its first cell to its last."""
+"""The notebooks are stored without outputs, and run from their first cell to their last."""
 
 import json
 import os
@@ -10,15 +10,26 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILE = ROOT / "notebooks" / "inference.ipynb"
-CELLS = json.loads(FILE.read_text(encoding="utf-8"))["cells"]
-CODE = ["".join(c["source"]) for c in CELLS if c["cell_type"] == "code"]
+SERVE = ROOT / "notebooks" / "serve.ipynb"
 
 
-def test_outputs_are_stripped_and_cells_are_python():
-    for cell in CELLS:
+def cells_of(file: pathlib.Path) -> list[dict]:
+    return json.loads(file.read_text(encoding="utf-8"))["cells"]
+
+
+def code_of(file: pathlib.Path) -> list[str]:
+    return ["".join(c["source"]) for c in cells_of(file) if c["cell_type"] == "code"]
+
+
+CELLS, CODE = cells_of(FILE), code_of(FILE)
+
+
+@pytest.mark.parametrize("file", [FILE, SERVE])
+def test_outputs_are_stripped_and_cells_are_python(file):
+    for cell in cells_of(file):
         assert not cell.get("outputs") and cell.get("execution_count") is None
-    for source in CODE:
-        compile(source, str(FILE), "exec")  # no magics: the next test runs it as it stands
+    for source in code_of(file):
+        compile(source, str(file), "exec")  # no magics: the next tests run it as it stands
 
 
 def test_its_commands_are_the_projects():
@@ -64,6 +75,28 @@ def test_every_cell_runs(place, tmp_path):
     assert said.count("red") == said.count("blue") == said.count("green") == 1, said
     if place == "elsewhere":
         assert (folder / "data" / "openmoji").is_dir() and project_files() == before
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_server_runs(golden_folder, tmp_path):
+    """As a script, in order, on a model folder."""
+    pytest.importorskip("openai")
+    script = tmp_path / "cells.py"
+    script.write_text("\n".join(code_of(SERVE)), encoding="utf-8")
+    env = {n: x for n, x in os.environ.items() if n not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=SERVE.parent,
+        env=env | {"JANUSFLOW_MODEL": str(golden_folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "seeds [0, 1, 2, 3]" in done.stdout
+    assert done.stdout.count("image_generation.partial_image") == 3
+    assert '"prompt": "a blue whale"' in done.stdout
+    assert "answer: " in done.stdout and "exit status 0" in done.stdout
 
 
 def project_files() -> set[str]:

@@ -182,16 +182,12 @@ def listening(server: app.Server) -> Iterator[str]:
     thread.start()
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     try:
-        wait_for(lambda: http.started and engine_ready(server))
+        wait_for(lambda: http.started and server.engine.status().ready, 300.0)
         yield url
     finally:
         http.end()
         thread.join(20)
         assert not thread.is_alive()
-
-
-def engine_ready(server: app.Server) -> bool:
-    return server.engine.status().ready
 
 
 def wait_for(condition: Any, seconds: float = 60.0) -> None:

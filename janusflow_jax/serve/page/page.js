@@ -111,15 +111,15 @@ async function connect() {
   document.title = `JanusFlow: ${modelId}`;
 
   const {limits = {}, defaults = {}} = model;
+  setValue("steps", defaults.num_inference_steps);
+  setValue("guidance", defaults.guidance_scale);
+  setValue("max-tokens", defaults.max_tokens);
   setLimit("count", limits.n);
   setLimit("steps", limits.num_inference_steps);
   setLimit("guidance", limits.guidance_scale);
   setLimit("previews", limits.partial_images);
   setLimit("max-tokens", limits.max_tokens);
   if (limits.prompt_chars) $("prompt").maxLength = limits.prompt_chars;
-  setValue("steps", defaults.num_inference_steps);
-  setValue("guidance", defaults.guidance_scale);
-  setValue("max-tokens", defaults.max_tokens);
 
   $("tab-generate").hidden = model.generates === false;
   $("attach").hidden = model.understands === false;
@@ -316,7 +316,12 @@ function restore(settings, name) {
   $("new-seed").checked = false;
   document.querySelector("input[name=compare][value='']").click();
   show("generate");
-  tell("status", `Settings of ${name} restored.`);
+  const notes = [`Settings of ${name} restored.`];
+  const missing = ["order", "shift", "guidance_interval"].filter((key) => key in settings);
+  if (missing.length) notes.push(`This page has no field for its ${missing.join(" and ")}.`);
+  if ("strength" in settings) notes.push("It started from another image.");
+  if (settings.model && settings.model !== modelId) notes.push(`Its model: ${settings.model}.`);
+  tell("status", notes.join(" "));
 }
 
 /** The values to compare, or [] after telling the user what is wrong with them. */
@@ -811,6 +816,9 @@ function addActions(answer, result) {
   answer.turn.append(meta, make("div", {className: "actions"}, copy, use));
   if (follow) scrollToEnd();
 }
+
+// The browser cannot show what is wrong with a field in closed settings.
+$("chat-form").addEventListener("invalid", () => ($("chat-settings").open = true), true);
 
 $("chat-stop").onclick = () => answering?.abort();
 
