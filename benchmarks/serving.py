@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import models
@@ -55,12 +55,12 @@ class Clock:
         self._skipped += max(seconds - self(), 0.0)
 
 
-def traffic(number: int, seed: int) -> list[Arrival]:
+def traffic(number: int, seed: int, steps_of: Sequence[int]) -> list[Arrival]:
     """Requests of one mean arrival a second."""
     draw = np.random.default_rng(seed)
     at = np.cumsum(draw.exponential(size=number))
     counts = draw.choice(COUNTS, number, p=COUNT_SHARES)
-    steps = draw.choice(STEPS, number, p=STEP_SHARES)
+    steps = draw.choice(steps_of, number, p=STEP_SHARES)
     scales = np.where(draw.random(number) < GUIDED, 2.0, 1.0)
     return [Arrival(*x) for x in zip(at, counts.tolist(), steps.tolist(), scales, strict=True)]
 
@@ -105,11 +105,13 @@ def quantile(values: list[float], share: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="emoji")
+    parser.add_argument("--scratch", help="where the model is made; a temporary folder")
+    parser.add_argument("--steps", type=int, nargs=3, default=STEPS)
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8])
     args = parser.parse_args()
-    scratch = pathlib.Path(tempfile.mkdtemp())
+    scratch = pathlib.Path(args.scratch or tempfile.mkdtemp())
     model = janusflow_jax.load(models.folders(scratch, args.size, peers=False)[0])
     settings = EngineSettings(
         rows=args.rows, lanes=1, context=64, prompt_tokens=32, queue=10**6, queue_per_client=10**6
@@ -119,7 +121,7 @@ def main() -> None:
     with numerics.fixed():
         engine.warm_up()
     # The speed of one request at a time; the loads are shares of it.
-    sample = [x._replace(seconds=0.0) for x in traffic(40, seed=1)]
+    sample = [x._replace(seconds=0.0) for x in traffic(40, 1, args.steps)]
     clock.restart()
     serve(engine, clock, sample, most=1)
     mean = clock() / len(sample)
@@ -137,7 +139,8 @@ def main() -> None:
     in_order: Any = lambda self, waiting, now: sorted(waiting, key=lambda x: x.since)  # noqa: E731
     least_first = order.Order.sorted
     for load in args.loads:
-        arrivals = [x._replace(seconds=x.seconds * mean / load) for x in traffic(args.requests, 2)]
+        unit = traffic(args.requests, 2, args.steps)
+        arrivals = [x._replace(seconds=x.seconds * mean / load) for x in unit]
         for way in WAYS:
             order.Order.sorted = in_order if way == WAYS[1] else least_first
             clock.restart()

@@ -390,6 +390,7 @@ class Engine:
             return
         if job.embedded is None:
             job.embedded = self._programs.embed(job.ids, job.slots, job.slot_starts)
+        assert job.lane is not None
         position = job.lane, job.prefilled, len(job.ids)
         self._programs.extend(job.embedded, *position, job.request.seed)
         job.prefilled += self._programs.prefill_tokens
@@ -516,7 +517,7 @@ class Engine:
 
 def _pasted(job: ImageJob, pixels: np.ndarray) -> np.ndarray:
     """With a mask: the pixels that stay are those of the request's image."""
-    if job.request.mask is None:
+    if job.request.mask is None or job.request.image is None:
         return pixels
     return np.where(job.request.mask[..., None], pixels, job.request.image)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from janusflow_jax.serve.requests import ChatRequest, EngineLimits, ImageRequest
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class Job:
+class Job(abc.ABC):
     request: Request
     ids: Sequence[int]  # of the prompt
     on_event: OnEvent = lambda event: None
@@ -30,6 +31,15 @@ class Job:
     @property
     def client(self) -> str:
         return self.request.client
+
+    @property
+    @abc.abstractmethod
+    def waiting(self) -> int:
+        """Images or chats that have not begun."""
+
+    @abc.abstractmethod
+    def work(self) -> int:
+        """Row-steps or tokens that are left."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -66,7 +76,6 @@ class ImageJob(Job):
 
     @property
     def waiting(self) -> int:
-        """Images that have not begun."""
         return len(self.request.seeds) - self.begun
 
     def preview_steps(self) -> set[int]:
@@ -78,7 +87,6 @@ class ImageJob(Job):
         return self.branches * (self.steps - self.first)
 
     def work(self) -> int:
-        """Row-steps that are left."""
         left = sum(self.steps - image.step for image in self.running)
         return self.waiting * self.image_work() + self.branches * left
 
@@ -103,7 +111,6 @@ class ChatJob(Job):
         return int(self.lane is None)
 
     def work(self) -> int:
-        """Tokens that are left, those of the prompt among them."""
         return max(len(self.ids) - self.prefilled, 0) + self.max_tokens - len(self.tokens)
 
     def grow(self, tokens: Sequence[int], text: Any) -> tuple[str, str]:

@@ -23,8 +23,10 @@ _FORGOTTEN = 1e-3
 
 @runtime_checkable
 class Waiting(Protocol):
-    client: str
     since: float  # time of its arrival
+
+    @property
+    def client(self) -> str: ...
 
     def work(self) -> int:
         """What is left of the whole request."""

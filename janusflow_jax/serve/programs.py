@@ -42,7 +42,7 @@ State = dict[str, Array]
 _compilations = [0]
 
 
-def _count_compilation(event: str, seconds: float, **_: Any) -> None:
+def _count_compilation(event: str, duration_secs: float, **_: Any) -> None:
     _compilations[0] += event.endswith("jaxpr_to_mlir_module_duration")
 
 
@@ -231,7 +231,7 @@ class Programs:
     """
 
     def __init__(
-        self, model: pipeline.Pipeline, settings: EngineSettings, device: jax.Device | None = None
+        self, model: pipeline.Pipeline, settings: EngineSettings, device: Any = None
     ) -> None:
         self._module, self._cfg, self._dtype = model.model, model.cfg, model.dtype
         self._text, self._settings = model.text, settings
@@ -244,6 +244,9 @@ class Programs:
         self.row_counts = tuple(sizes)
         """The numbers of rows that `step` takes."""
         self.decode_tokens = DECODE_TOKENS
+        self._images: Any = None
+        self._prefixes: Any = None
+        self._lanes: Any = None
         self.prefill_tokens = math.gcd(settings.context, PREFILL_TOKENS)
 
     context = staticmethod(numerics.fixed)
