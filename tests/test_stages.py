@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden, parts, records, runs
+from helpers import families, golden, parts, records, runs
 from helpers.published import to_model
 
 from janusflow_jax import config as c, hub, pipeline, train
@@ -300,6 +300,44 @@ def test_a_start_of_open_parts_trains_and_is_published_in_parts(mixture, tmp_pat
         for model in (str(run), str(tmp_path / "again"))
     ]
     np.testing.assert_array_equal(*images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.FORMS)
+def test_a_language_model_of_every_family_trains(mixture, tmp_path, monkeypatch, name):
+    """Its folder becomes a start, which trains for two steps in the twin of pre-training, all of it
+    and by adapters, generates and answers in int8, and is published and read back bit for bit."""
+    tensors, values, _, _ = families.read(name)
+    llm = families.write(tmp_path / "llm", tensors, values)
+    tower, autoencoder = ROOT / "tests/data/torch_parts/siglip", golden.TINY / "vae"
+    start = str(tmp_path / "start")
+    hub.assemble(llm, tower, autoencoder, start, gen_width=32, log=lambda _: None)
+    begun = trees.flatten(model_folder.load_model(start).params)
+    short = {"evaluate": c.EvalConfig(), "num_steps": 2, "tokenizer": ""}
+    adapters = {"lora": c.LoraConfig(rank=2), "train_parts": config_stages.ADAPTED}
+    workdir = ""
+    for changes in ({}, adapters):
+        folder = str(tmp_path / f"run-{len(changes)}")
+        cfg = twin("pretrain", f"start={start},test", **short, **changes, workdir=folder)
+        workdir = train.train(cfg)
+        assert [(x["step"], x["ok"]) for x in runs.read_metrics(workdir)] == [(1, 1), (2, 1)]
+        now = model_folder.load_model(workdir, weights="params")
+        for path, x in trees.flatten(now.params).items():
+            adapted = any(path.endswith(f"/{t}/kernel") for t in c.LORA_TARGETS)
+            moves = not path.startswith("und_encoder") and (not changes or adapted)
+            if path in begun and path.startswith(("llm/layers", "und_encoder")):
+                assert np.array_equal(x, begun[path]) != moves, path
+    model = pipeline.load(workdir, int8=True)
+    assert isinstance(model.chat("What?", [runs.record(0)["image"]], max_new_tokens=3), str)
+    assert model.generate("a fox", num_steps=1, output="latent").shape == (1, 4, 4, 4)
+    hub.export(workdir, tmp_path / "published", log=lambda _: None)
+    to_model(tmp_path / "published", tmp_path / "published" / "vae", tmp_path / "again")
+    trained, again = (model_folder.load_model(path) for path in (workdir, tmp_path / "again"))
+    assert again.cfg.llm == trained.cfg.llm
+    got = trees.flatten(again.params)
+    for path, x in trees.flatten(trained.params).items():
+        if not path.startswith("repa_head"):
+            np.testing.assert_array_equal(got[path], x, err_msg=path)
 
 
 @pytest.mark.parametrize("letter", "ABCDEF")

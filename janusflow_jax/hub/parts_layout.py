@@ -102,6 +102,7 @@ def config_files(
       ConvertError: the config files would describe another model.
     """
     llm_extra = {**tokens, **json.loads(hub.get(LLM_CONFIG_FILE, b"{}"))}
+    architecture = families.FAMILIES[cfg.llm.family].architecture
     values = {
         "config.json": {
             "model_type": MODEL_TYPE,
@@ -111,7 +112,7 @@ def config_files(
         },
         "llm/config.json": families.config_to_hf(cfg.llm, llm_extra)
         | {
-            "architectures": [families.FAMILIES[cfg.llm.family].architecture],
+            "architectures": [architecture],
             "torch_dtype": dtypes["llm"],
         },
         "siglip/config.json": hub_configs.siglip_vision_config_to_hf(cfg.und)
