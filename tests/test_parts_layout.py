@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden, vaes
+from helpers import families, golden, vaes
 from helpers.parts import logits, open_start
 from helpers.published import edit
 from safetensors.numpy import load_file
@@ -131,7 +131,8 @@ def test_each_part_opens_in_its_own_library_and_computes_the_same(exported, star
     tokens = torch.tensor([tokenizer("a red apple", add_special_tokens=False)["input_ids"]])
     images = torch.rand(1, 3, 16, 16) * 2 - 1
     with torch.no_grad():
-        want = llm(tokens).logits, tower(images).last_hidden_state, vae(images).sample
+        outputs = llm(tokens).logits, tower(images).last_hidden_state, vae(images).sample
+    want = [x.numpy() for x in outputs]
     pixels = jnp.asarray(golden.nhwc(images.numpy()))
     assert golden.error(logits(loaded, jnp.asarray(tokens.numpy(), jnp.int32)), want[0]) < 1e-5
     features = siglip.Siglip(loaded.cfg.und).apply({"params": params["und_encoder"]}, pixels)
@@ -139,7 +140,37 @@ def test_each_part_opens_in_its_own_library_and_computes_the_same(exported, star
     decoded = vaes.compute(
         loaded.cfg.vae, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loaded.vae), pixels
     )["decoded"]
-    assert golden.error(decoded, golden.nhwc(want[2].numpy())) < 1e-5
+    assert golden.error(decoded, golden.nhwc(want[2])) < 1e-5
+
+
+def of_tokenizer(name):
+    """A family's tensors and config, with a table for the tests' tokenizer."""
+    tensors, values, tokens, _ = families.read(name)
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):
+        if table in tensors:
+            tensors[table] = np.resize(tensors[table], (616, tensors[table].shape[1]))
+    return tensors, values | {"vocab_size": 616}, tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_is_published_in_parts_and_opens_in_transformers(name, tmp_path):
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    tensors, values, tokens = of_tokenizer(name)
+    start = open_start(tmp_path, families.write(tmp_path / "llm", tensors, values))
+    out = tmp_path / "out"
+    hub.export(start, out, **SILENT)
+    hub.convert(out, out / "vae", tmp_path / "again", **SILENT)
+    before, after = (model_folder.load_model(x) for x in (start, tmp_path / "again"))
+    assert after.cfg == before.cfg
+    jax.tree.map(np.testing.assert_array_equal, after.params["llm"], before.params["llm"])
+    llm, info = transformers.AutoModelForCausalLM.from_pretrained(
+        out / "llm", attn_implementation="eager", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        want = llm.eval()(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+    assert golden.error(logits(before, jnp.asarray(tokens, jnp.int32)), want) < 1e-5
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def export(
       license: for the model card; '' takes what the sources named.
       shard_bytes: size of the largest weights file.
     Raises:
-      ConvertError: what the published format cannot hold, or parts that are missing.
+      ConvertError: what no layout can hold, or parts that are missing.
       CheckpointError: no model that loads, `out` exists and `overwrite` is not set, or it is no
         exported folder or not apart from the model.
     """
@@ -93,13 +93,10 @@ def export(
         log(f"exported in parts, because the released format cannot hold {line}")
     write = _in_parts if not_released else _as_released
     weights_of, others = write(loaded, hub, dtype)
-    shown = {
-        f"{folder}/{n}": x
-        for folder in weights_of
-        if folder != "vae"
-        for n, x in weights_of[folder].items()
-    }
-    card = _card(loaded, hub, shown, weights, license, bool(not_released))
+    model_tensors = [
+        x for name, of_folder in weights_of.items() if name != "vae" for x in of_folder.values()
+    ]
+    card = _card(loaded, hub, model_tensors, weights, license, bool(not_released))
 
     with files.replacing(folder) as part:
         for name, data in {**others, "README.md": card.encode()}.items():
@@ -136,7 +133,7 @@ def _as_released(
         for name, path in hub.items()
         if name not in (UNUSED_FILE, LLM_CONFIG_FILE, *CONFIGS.values())
     }
-    written = _config_files(hub, cfg, _main_dtype(published))
+    written = _config_files(hub, cfg, _main_dtype(published.values()))
     return {"": published, "vae": published_vae}, copied | written
 
 
@@ -147,7 +144,7 @@ def _in_parts(
     cfg = loaded.cfg
     out = parts_layout.to_tensors(cfg, loaded.params, loaded.vae)
     out = {folder: _cast(of_folder, "", dtype) for folder, of_folder in out.items()}
-    dtypes = {folder: _main_dtype(of_folder) for folder, of_folder in out.items()}
+    dtypes = {folder: _main_dtype(of_folder.values()) for folder, of_folder in out.items()}
     contents = {name: path.read_bytes() for name, path in hub.items()}
     chat = chat_format.ChatFormat.load(loaded.hub, cfg.num_image_tokens)
     tokens = {"bos_token_id": chat.bos_id, "eos_token_id": chat.eos_id, "pad_token_id": chat.pad_id}
@@ -157,10 +154,10 @@ def _in_parts(
     return out, others
 
 
-def _main_dtype(published: Mapping[str, LazyTensor]) -> str:
+def _main_dtype(weights: Iterable[LazyTensor]) -> str:
     """The dtype of most bytes."""
     sizes = collections.Counter()
-    for x in published.values():
+    for x in weights:
         sizes[str(x.dtype)] += x.nbytes
     return sizes.most_common(1)[0][0]
 
@@ -210,7 +207,7 @@ def _to_json(value: Any) -> bytes:
 def _card(
     loaded: model_folder.LoadedModel,
     hub: Files,
-    published: Mapping[str, LazyTensor],
+    model_tensors: Sequence[LazyTensor],
     weights: str,
     license: str,
     in_parts: bool,
@@ -236,7 +233,7 @@ def _card(
         licenses.append(f"- {source['of']}: {name}" + (f" ({texts})" if texts else ""))
     if not licenses:
         licenses = [license or "The sources of this model named no license."]
-    count = sum(math.prod(x.shape) for x in published.values())
+    count = sum(math.prod(x.shape) for x in model_tensors)
     llm, und = cfg.llm, cfg.und
     return f"""---
 {ModelCardData(library_name="janusflow_jax", pipeline_tag="any-to-any", **head).to_yaml()}
@@ -247,7 +244,7 @@ def _card(
 A JanusFlow ([arXiv 2411.07975](https://arxiv.org/abs/2411.07975)), exported by janusflow_jax.
 {origin}
 
-- {count:,} parameters, mostly {_main_dtype(published)}; the VAE is in `vae/`
+- {count:,} parameters, mostly {_main_dtype(model_tensors)}; the VAE is in `vae/`
 - images of {cfg.image_size} x {cfg.image_size}, {cfg.num_image_tokens} positions each
 - language model: {llm.num_layers} layers of width {llm.width}, {llm.vocab_size} tokens
 - SigLIP: {und.num_layers} layers of width {und.width}, patches of {und.patch_size}
