@@ -119,7 +119,7 @@ def test_a_product_that_rounds_is_float32():
         ({"model_type": "gpt2"}, "expected one of llama, qwen2, .*; got 'gpt2': take for example"),
         (
             {"rope_parameters": {"rope_type": "yarn"}},
-            "expected one of default, linear, ll.*got .yarn",
+            "one of default, linear, llama3.*got .yarn",
         ),
         ({"rope_parameters": {"full_attention": {}}}, "for all layers; got .*full_attention"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: got 0.5"),
