@@ -125,7 +125,7 @@ def assemble(
         """One part after another, each read or initialized when it is asked for."""
         llm = families.fold(read("llm").pop("llm"), language_json, file_llm)
         llm = with_tags(llm, rows, chat.added_ids)
-        size = np.sqrt(np.mean(np.square(llm["embedding"][:4096], dtype=np.float32)))
+        size = float(np.sqrt(np.mean(np.square(llm["embedding"][:4096], dtype=np.float32))))
         yield "llm", jax.tree.map(lambda x: x.astype(cast or x.dtype, copy=False), llm)
         del llm  # before the next part is read
         yield from read("und_encoder").items()
