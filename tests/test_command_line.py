@@ -16,6 +16,7 @@ from PIL import Image
 
 from janusflow_jax import chat, cli, evaluate, generate, pipeline
 from janusflow_jax.config.errors import ConfigError
+from janusflow_jax.data import image_files
 from janusflow_jax.parallel import compile_cache, processes
 
 PICTURE = str(golden.TINY / "images" / "0.png")
@@ -45,8 +46,11 @@ def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
     assert {(x["rows"], x["positions"]) for x in said["pictures"]} == {(4, 32)}
     assert said["numerics"]["random_generator"] == "threefry2x32"
     again = loaded.generate("Two yellow taxis", seed=9, num_steps=2, output="numpy")[0]
-    saved = np.asarray(Image.open(said["pictures"][2]["file"])).astype(int)
-    assert np.abs(saved - again).max() <= 1
+    file = Image.open(said["pictures"][2]["file"])
+    assert np.abs(np.asarray(file).astype(int) - again).max() <= 1
+    settings = json.loads(file.text[image_files.TEXT_KEY])
+    assert (settings["prompt"], settings["seed"]) == ("Two yellow taxis", 9)
+    assert settings["num_inference_steps"] == 2 and len(settings["model_sha256"]) == 64
     written = capsys.readouterr()
     assert "3 of 3 images" in written.err and "in float32" in written.err
     assert written.out == f"{out}/0000.png .. {out}/0002.png\n"

@@ -20,5 +20,7 @@ def test_ci_runs_the_test_command():
 def test_commands_name_files_that_exist():
     text = "\n".join(bash_blocks())
     files = re.findall(r"(?:configs|tools)/\w+\.py", text)
-    files += [m.replace(".", "/") + ".py" for m in re.findall(r"-m (janusflow_jax[\w.]*)", text)]
+    for module in re.findall(r"-m (janusflow_jax[\w.]*)", text):
+        path = module.replace(".", "/")
+        files.append(f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py")
     assert files and not [f for f in files if not (ROOT / f).exists()]

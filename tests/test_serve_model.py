@@ -47,6 +47,7 @@ def picture():
     return sorted(PICTURE.iterdir())[0].read_bytes()
 
 
+@pytest.mark.slow
 def test_what_the_model_can(client, golden_model):
     (model,) = client.models.list().data
     about = model.model_extra["janusflow"]
@@ -56,6 +57,7 @@ def test_what_the_model_can(client, golden_model):
     assert len(about["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_images_are_those_of_the_pipeline(client, golden_model):
     want = golden_model.generate("a red fox", images_per_prompt=2, seed=3, num_steps=4)
     settings = {"seed": 3, "num_inference_steps": 4}
@@ -70,6 +72,7 @@ def test_images_are_those_of_the_pipeline(client, golden_model):
     assert np.abs(pixels(last) - np.asarray(want[0])).max() <= 1
 
 
+@pytest.mark.slow
 def test_edits_keep_what_the_mask_keeps(client, golden_model):
     size = golden_model.cfg.image_size
     start = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
@@ -89,6 +92,7 @@ def test_edits_keep_what_the_mask_keeps(client, golden_model):
     assert again.model_extra["method"] == "flow_image_to_image"
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_pipeline(client, golden_model):
     want = golden_model.chat("What is it?", images=[picture()], max_new_tokens=12)
     url = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
@@ -106,6 +110,7 @@ def test_answers_are_those_of_the_pipeline(client, golden_model):
     assert usage.usage == answer.usage and answer.usage.completion_tokens == 12
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_a_bad_request(client, golden_model):
     for call in (
         lambda: client.images.generate(prompt="red fox " * 200),
