@@ -359,7 +359,7 @@ def test_draining_refuses_new_requests_and_ends_running_ones():
         running = threading.Thread(target=ask)
         running.start()
         wait_for(lambda: engine.running)
-        drained = threading.Thread(target=server.drain, args=(10.0,))
+        drained = threading.Thread(target=engine.drain, args=(10.0,))
         drained.start()
         wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)
         refused = httpx.post(f"{url}/v1/images/generations", json={"prompt": "x"})

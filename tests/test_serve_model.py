@@ -154,7 +154,7 @@ def is_ready(url):
 
 @pytest.mark.slow
 def test_the_command_ends_cleanly_and_starts_again_after_a_kill(golden_folder):
-    with command_line(golden_folder) as (url, child, lines):
+    with command_line(golden_folder, "--drain", "200") as (url, child, lines):
         wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
         wait_for(lambda: is_ready(url), 300)
         answers = []
@@ -166,7 +166,8 @@ def test_the_command_ends_cleanly_and_starts_again_after_a_kill(golden_folder):
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
-        wait_for(lambda: "janusflow_rows_used 4.0" in httpx.get(f"{url}/metrics").text)
+        submitted = 'janusflow_requests_waiting{kind="image"} 4.0'  # two of the six run
+        wait_for(lambda: submitted in httpx.get(f"{url}/metrics").text)
         child.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()

@@ -73,7 +73,7 @@ class Server:
           page: whether the web page is there.
         """
         self.engine, self.model, self.limits = engine, model, limits
-        self.log_prompts, self.draining = log_prompts, False
+        self.log_prompts = log_prompts
         self.bodies = guard.Bodies(limits)
         self.metrics = metrics.Metrics(engine, model)
         # Decoding an image takes up to a quarter of a second and 200 MiB.
@@ -115,11 +115,6 @@ class Server:
             await asyncio.to_thread(self.engine.close)
             self.workers.shutdown(wait=False, cancel_futures=True)
 
-    def drain(self, seconds: float) -> bool:
-        """Refuses new requests, waits for the running ones; whether all could end. Blocks."""
-        self.draining = True
-        return self.engine.drain(seconds)
-
     # Routes
 
     async def models(self, request: Request) -> Response:
@@ -137,9 +132,9 @@ class Server:
         return PlainTextResponse("ok" if alive else "dead", 200 if alive else 503)
 
     async def ready(self, request: Request) -> Response:
-        ready = not self.draining and self.engine.status().ready
-        state = "ready" if ready else "draining" if self.draining else "starting"
-        return PlainTextResponse(state, 200 if ready else 503)
+        status = self.engine.status()
+        state = "ready" if status.ready else "ending" if status.draining else "starting"
+        return PlainTextResponse(state, 200 if status.ready else 503)
 
     async def read_metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=metrics.MEDIA_TYPE)
@@ -263,8 +258,9 @@ class Server:
 
     def _check_ready(self) -> None:
         """Before the body is read."""
-        if self.draining or not self.engine.status().ready:
-            state = "ending" if self.draining else "starting"
+        status = self.engine.status()
+        if not status.ready:
+            state = "ending" if status.draining else "starting"
             raise RequestError(
                 f"the server is {state}: try again", 503, code=state, retry_after=RETRY_SECONDS
             )

@@ -72,7 +72,7 @@ class DrainingServer(uvicorn.Server):
     def _drain(self, sig: int) -> None:
         name = signal.Signals(sig).name
         LOG.info("%s: running requests have %g s; again: end at once", name, self.drain_seconds)
-        if not self.server.drain(self.drain_seconds):
+        if not self.server.engine.drain(self.drain_seconds):
             LOG.info("some requests did not end in time and were cancelled")
         self.end()
 
