@@ -419,7 +419,7 @@ def test_sigterm_loses_no_promised_answer():
         answers = []
 
         def ask(stream):
-            body = {"prompt": "x", "n": 2, "seed": 5, "steps": 10, "stream": stream}
+            body = {"prompt": "x", "n": 2, "seed": 5, "steps": 30, "stream": stream}
             answers.append(httpx.post(f"{url}/v1/images/generations", json=body, timeout=60))
 
         threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
@@ -428,6 +428,7 @@ def test_sigterm_loses_no_promised_answer():
         text = lambda: httpx.get(f"{url}/metrics").text  # noqa: E731
         wait_for(lambda: 'waiting{kind="image"} 1.0' in text() and "rows_used 2.0" in text())
         child.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)  # it still listens
         for thread in threads:
             thread.join()
         assert [x.status_code for x in answers] == [200, 200]
