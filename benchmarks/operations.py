@@ -27,7 +27,9 @@ STAGES = ("adaptation", "pretrain", "sft")
 def budgets(size: str) -> Iterator[tuple[str, plan_flops.Budget]]:
     """Programs by name, for one image or question; the stages' training steps for 1p3b."""
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
-    for program in sampler.sampler_programs(c.model_config(size), mesh, rows=1, num_steps=30):
+    for program in sampler.sampler_programs(
+        c.model_config(size), mesh, rows=1, cfg=c.SamplerConfig()
+    ):
         yield program.name, program.budget()
     for name in STAGES if size == "1p3b" else ():
         cfg = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()

@@ -3,7 +3,8 @@
     python tools/convert_checkpoint.py --llm DIR --siglip DIR --vae DIR --out models/start256
     python -m janusflow_jax.train --config=configs/ablation.py:F
 
-One letter is required; `test` beside it (`:A,test`) is its tiny twin.
+One letter is required; `test` beside it (`:A,test`) is its tiny twin, `own` takes the model and the
+image size of the start (`:A,own`, or `:A,start=DIR`).
 
     A  without REPA
     B  one SDXL-VAE + ConvNeXt encoder for both tasks (understanding has its own aligner)
@@ -40,7 +41,7 @@ MIXTURE = {  # shares of positions before and after the change, steps before it,
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
-    names = c.parse_arg(arg, LETTERS | {"test": stages.TEST})
+    names, start = stages.parse(arg, LETTERS | {"own": stages.OWN, "test": stages.TEST})
     letters = sorted(names & set(LETTERS))
     if len(letters) != 1:
         raise c.ConfigError(
@@ -50,11 +51,11 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     (letter,) = letters
     weights, change, steps = MIXTURE.get(letter, (BOTH, 10_000, 50_000))
     cfg = stages.stage(
-        {"256"},
+        names & {"own"} or {"256"},
         weights,
         form="plain",
-        name="-".join(["ablation", *sorted(names)]),
-        start=START,
+        name=stages.run_name("ablation", names, start),
+        start=start or START,
         train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder" or letter == "C"),
         optim=c.OptimConfig(lr=1e-4, warmup_steps=2000),
         loss=c.LossConfig(norm="mixture"),
@@ -72,4 +73,4 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         llm = ("llm/embedding", "llm/layers", "llm/norm")
         cfg.train_parts = (*llm, *(p for p in cfg.train_parts if p != "llm"))
     cfg = stages.long_run(cfg)
-    return stages.test_twin(cfg) if "test" in names else cfg
+    return stages.test_twin(cfg, own_model="own" in names) if "test" in names else cfg

@@ -8,7 +8,7 @@ Reproduces arXiv 2411.07975 section 4, stage 1: the generation encoder and decod
     python -m janusflow_jax.train --config=configs/adaptation.py
 
 Costs 10,000 steps of 512 packed rows of 4,096 positions: 24 TFLOP a row, 1.2e8 TFLOP in all.
-Arguments: 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
+Arguments: own, start=DIR, 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
 """
 
 from janusflow_jax import config as c
@@ -16,17 +16,17 @@ from janusflow_jax.config import stages
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
-    names = c.parse_arg(arg, stages.ARGUMENTS)
+    names, start = stages.parse(arg)
     cfg = stages.stage(
         names,
         {"understand": (50, -1), "generate": (50, -1)},
         form="plain",
-        name="-".join(["adaptation", *sorted(names)]),
-        start=stages.START,
+        name=stages.run_name("adaptation", names, start),
+        start=start or stages.START,
         train_parts=stages.ADAPTED,
         optim=c.OptimConfig(lr=1e-4, warmup_steps=2000),
         loss=c.LossConfig(norm="mixture"),
         num_steps=10_000,
     )
     cfg = stages.long_run(cfg)
-    return stages.test_twin(cfg) if "test" in names else cfg
+    return stages.test_twin(cfg, own_model="own" in names) if "test" in names else cfg

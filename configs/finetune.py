@@ -2,8 +2,7 @@
 
     python tools/prepare_data.py folder my_images --out data/mine \\
         --tokenizer models/janusflow/hub --heldout 0.02
-    python -m janusflow_jax.train --config=configs/finetune.py:generate \\
-        --config.start=models/janusflow
+    python -m janusflow_jax.train --config=configs/finetune.py:generate
 
 Arguments (docs/finetuning.md has what each needs in memory):
 
@@ -17,6 +16,7 @@ Arguments (docs/finetuning.md has what each needs in memory):
     emoji         the quick start's model (`runs/emoji`) on CPU, in five to ten minutes
     test          seconds on a CPU, through the same code
     256           256 px images instead of 384; not with emoji
+    own           the model of the start, if it is not the released 1.3B; start=DIR: of that start
     mine=DIR      your data set, instead of `data/mine`
     watch=DIR     the data set to watch, and to replay with `replay`, instead of `data/replay`
                   (with emoji: instead of `data/openmoji`)
@@ -46,6 +46,7 @@ NAMES = {
     "lora": "adapters on the language model",
     "light": "one device of little memory",
     "256": stages.SIZE_256,
+    "own": stages.OWN,
     "emoji": "the quick start's model",
     "test": stages.TEST,
 }
@@ -64,10 +65,10 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
             "configs/finetune.py: expected generate, understand or both (:generate or "
             f":generate,lora); got {sorted(names) or 'none'}"
         )
-    if {"emoji", "256"} <= names:
+    if len(models := sorted(names & {"emoji", "256", "own"})) > 1:
         raise c.ConfigError(
-            "configs/finetune.py: expected emoji (the quick start's model, 64 px) or 256 (the "
-            "released one's size); got both: leave one out"
+            "configs/finetune.py: expected one of emoji (the quick start's model, 64 px), 256 (the "
+            f"released one's size) and own (the start's); got {' and '.join(models)}: leave one out"
         )
     own = tuple(
         c.SourceConfig(name=f"mine_{task}", path=mine, task=task, weight=1 / len(tasks))
@@ -77,13 +78,15 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         c.SourceConfig(name=f"replay_{task}", path=replay, task=task, weight=0.0)
         for task in ("generate", "understand")
     )
+    start = folders.get("start", "models/janusflow")
+    size = 256 if "256" in names else 384
     cfg = c.TrainConfig(
         name=run_name,
-        model=c.model_config("1p3b", 256 if "256" in names else 384),
+        model=stages.model_of(start) if "own" in names else c.model_config("1p3b", size),
         data=c.DataConfig(sources=own, row_len=4096),
         optim=c.OptimConfig(lr=2e-5, warmup_steps=100, ema=0.0 if "light" in names else 0.99),
         loss=c.LossConfig(repa_weight=0.0),
-        start="models/janusflow",
+        start=start,
         train_parts=PARTS,
         dtype="bfloat16",
         batch_rows=16,
@@ -121,7 +124,8 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     cfg.data.gen_slots = slots if "generate" in trained else 0
     cfg.data.und_slots = slots if "understand" in trained else 0
     if "test" in names:
-        stages.test_twin(cfg, own_folders=tuple(folders.values()))
+        chosen = tuple(folders[n] for n in ("mine", "watch") if n in folders)
+        stages.test_twin(cfg, own_folders=chosen, own_model="own" in names)
         cfg.lora.rank = min(cfg.lora.rank, 4)
         cfg.optim.accum_steps = 1
     return cfg
@@ -129,19 +133,13 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
 
 def _split(arg: str | None) -> tuple[set[str], dict[str, str], str]:
     """The names in the argument, its folders by name, and the name of the run."""
-    words = [word.strip() for word in (arg or "").split(",")]
-    pairs = [word.split("=", 1) for word in words if "=" in word]
-    folders = {OLD_NAMES.get(name, name): folder for name, folder in pairs}
-    wrong = sorted(n for n, folder in folders.items() if n not in ("mine", "watch") or not folder)
-    if len(folders) < len(pairs):
-        raise c.ConfigError(f"configs/finetune.py: expected each folder once; got {arg!r}")
-    if wrong:
-        raise c.ConfigError(f"configs/finetune.py: expected mine=DIR or watch=DIR; got {wrong}")
-    written = {word for word in words if word and "=" not in word}
+    written, folders = c.parse_folders(arg, ("mine", "watch", "start", "kept"))
+    folders = {OLD_NAMES.get(name, name): folder for name, folder in folders.items()}
     # The words as they were written: a run that was started with old names finds its folder.
-    run_name = "-".join(["finetune", *(Path(x).name for x in folders.values()), *sorted(written)])
-    names = c.parse_arg(",".join(OLD_NAMES.get(word, word) for word in written), NAMES)
-    return names, folders, run_name
+    parts = [Path(x).name for x in folders.values()] + sorted({*written})
+    words = [OLD_NAMES.get(word, word) for word in written]
+    names = c.parse_arg(",".join([*words, *(["own"] if "start" in folders else [])]), NAMES)
+    return names, folders, "-".join(["finetune", *parts])
 
 
 def _emoji(cfg: c.TrainConfig) -> None:

@@ -7,7 +7,7 @@ batch 512, understanding : generation : text 30:50:20 for 10,000 steps, then 14:
 
 Starts from `runs/adaptation`; `--config.start=` takes any run or model folder, such as a converted
 JanusFlow-1.3B. Costs 390,000 steps of 512 packed rows of 4,096 positions: 37 TFLOP a row, 7.3e9
-TFLOP in all. Arguments: 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
+TFLOP in all. Arguments: own, start=DIR, 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
 """
 
 from janusflow_jax import config as c
@@ -15,13 +15,13 @@ from janusflow_jax.config import stages
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
-    names = c.parse_arg(arg, stages.ARGUMENTS)
+    names, start = stages.parse(arg)
     cfg = stages.stage(
         names,
         {"understand": (30, 14), "generate": (50, 80), "text": (20, 6)},
         form="plain",
-        name="-".join(["pretrain", *sorted(names)]),
-        start="-".join(["runs/adaptation", *sorted(names)]),
+        name=stages.run_name("pretrain", names, start),
+        start=start or stages.run_name("runs/adaptation", names),
         train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder"),
         optim=c.OptimConfig(lr=1e-4, warmup_steps=2000),
         loss=c.LossConfig(norm="mixture"),
@@ -29,4 +29,4 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     )
     cfg.data.change_row = 10_000 * cfg.batch_rows
     cfg = stages.long_run(cfg)
-    return stages.test_twin(cfg) if "test" in names else cfg
+    return stages.test_twin(cfg, own_model="own" in names) if "test" in names else cfg

@@ -7,7 +7,7 @@ batch 256, understanding : generation : text 21:70:9, chat form, 384 px.
 
 Starts from `runs/pretrain`; `--config.start=` takes any run or model folder. Costs 26,000 steps of
 256 packed rows of 4,096 positions: 37 TFLOP a row and SigLIP's backward pass, 2.5e8 TFLOP.
-Arguments: 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
+Arguments: own, start=DIR, 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
 """
 
 from janusflow_jax import config as c
@@ -15,13 +15,13 @@ from janusflow_jax.config import stages
 
 
 def get_config(arg: str | None = None) -> c.TrainConfig:
-    names = c.parse_arg(arg, stages.ARGUMENTS)
+    names, start = stages.parse(arg)
     cfg = stages.stage(
         names,
         {"understand": (21, -1), "generate": (70, -1), "text": (9, -1)},
         form="chat",
-        name="-".join(["sft", *sorted(names)]),
-        start="-".join(["runs/pretrain", *sorted(names)]),
+        name=stages.run_name("sft", names, start),
+        start=start or stages.run_name("runs/pretrain", names),
         train_parts=c.MODEL_PARTS,
         optim=c.OptimConfig(lr=2e-5, warmup_steps=1000),
         loss=c.LossConfig(norm="mixture"),
@@ -29,4 +29,4 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         num_steps=26_000,
     )
     cfg = stages.long_run(cfg)
-    return stages.test_twin(cfg) if "test" in names else cfg
+    return stages.test_twin(cfg, own_model="own" in names) if "test" in names else cfg

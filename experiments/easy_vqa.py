@@ -3,7 +3,8 @@
     pip install --no-deps easy-vqa
     python experiments/easy_vqa.py --out data/easy_vqa
     python tools/prepare_data.py llava data/easy_vqa/train.json --images data/easy_vqa/train \\
-        --out data/easy_vqa_train --tokenizer starts/emoji_llm/hub --heldout 0.02
+        --out data/easy_vqa_train --tokenizer starts/emoji_llm/hub --heldout 0.02 \\
+        --lengths understand:chat
     python -m janusflow_jax.train --config=experiments/easy_vqa.py
 
 easy-VQA (PyPI `easy-vqa` 1.0, MIT) has 5,000 drawings of one shape at 64 px and 48,248 questions
@@ -24,7 +25,7 @@ import argparse
 import base64
 import csv
 import dataclasses
-import importlib.util
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -155,10 +156,12 @@ def main() -> None:
     args = p.parse_args()
     data = args.data
     if data is None:
-        package = importlib.util.find_spec("easy_vqa")
-        if package is None or package.origin is None:
-            raise SystemExit("easy_vqa: not installed: pip install --no-deps easy-vqa")
-        data = Path(package.origin).parent / "data"
+        # by its distribution: the module's name is also this script's
+        try:
+            package = importlib.metadata.distribution("easy-vqa")
+        except importlib.metadata.PackageNotFoundError:
+            sys.exit("easy-vqa: not installed: pip install --no-deps easy-vqa")
+        data = Path(str(package.locate_file("easy_vqa/data")))
     test = questions(data, "test")
     images = args.out / "images"
     images.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     understanding = p.add_argument_group("understanding")
     understanding.add_argument(
-        "--answers", default="", metavar="FILE", help="score these answers, without a model"
+        "--answers",
+        default="",
+        metavar="FILE",
+        help="score these answers, without a model: of a run, lmms-eval or VLMEvalKit (TSV)",
     )
     understanding.add_argument(
         "--images", default="", help="a folder of image files; default: that of --data"

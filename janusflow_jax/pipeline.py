@@ -153,6 +153,7 @@ class Pipeline:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int | Sequence[int] = 0,
         images_per_prompt: int = 1,
+        best_of: int = 1,
         noise: Any = None,
         output: str = "pil",
         on_step: OnStep | None = None,
@@ -170,6 +171,8 @@ class Pipeline:
           seed: image n of the output gets seed + n; a list has the first seed of each prompt. In
             batches of one shape (`inputs.batch_shape`) the other prompts change no bit of an image.
           images_per_prompt: number of images of each prompt.
+          best_of: every image of the output is that one of so many, with consecutive seeds, for
+            which the model finds the prompt most likely (`caption_scores`).
           noise: float32[B, h, w, C], instead of noise drawn from the seeds.
           output: 'pil'; 'numpy' uint8[B, H, W, 3]; 'latent' float32[B, h, w, C], scaled;
             'trajectory' float32[N + 1, B, h, w, C], the noise first.
@@ -195,9 +198,11 @@ class Pipeline:
             shift,
             guidance_interval,
         )
+        inputs.check_best_of(best_of, output)
         if guidance_scale == 1:
             sampler = dataclasses.replace(sampler, guide_until=0.0)
         decodes = output in ("pil", "numpy")
+        images_per_prompt *= best_of
         self._require(
             "generating", *parts_lib.needed_for("generate", self.cfg), *(["vae"] if decodes else [])
         )
@@ -233,6 +238,14 @@ class Pipeline:
 
         axis = int(output == "trajectory")
         latents = self._batched(sample, tokens, lengths, noise, axis=axis)
+        if best_of > 1:
+            pixels = self.decode_latents(latents, "numpy")
+            labels = [p for p in prompts for _ in range(images_per_prompt)]
+            scores = self.caption_scores(list(pixels), labels).reshape(-1, best_of)
+            best = np.arange(len(scores)) * best_of + scores.argmax(1)
+            if output == "pil":
+                return [Image.fromarray(p) for p in pixels[best]]
+            return pixels[best] if decodes else latents[best]
         if decodes:
             return self.decode_latents(latents, output)
         _check_finite("generate", latents[-1] if axis else latents)
@@ -635,6 +648,43 @@ class Pipeline:
         for out in self._tokens(prompts, slots, max_new_tokens, temperature, top_p, seed):
             yield [self.text.decode(inputs.before_eos(row, eos)) for row in out]
 
+    def caption_scores(
+        self, images: Sequence[ImageLike], captions: Sequence[str]
+    ) -> Float[np.ndarray, " n"]:
+        """The log-likelihood of each caption as the model's answer to what its image shows.
+
+        Compares images for one caption; between captions the longer one is less likely.
+
+        Raises: as `chat`.
+        """
+        images, captions = inputs.pairs("caption_scores", images, captions)
+        turns = [{"role": "User", "content": f"{self.text.image_tag}\n{samples.QUESTION}"}]
+        prompts = [
+            self.text.conversation([*turns, {"role": "Assistant", "content": [caption]}], 1)
+            for caption in captions
+        ]
+        self._require("scoring captions", "llm")
+        self._check_lengths("caption", [p.ids for p in prompts], 0)
+        scores = []
+        for begin in range(0, len(prompts), MAX_BATCH):
+            batch = prompts[begin : begin + MAX_BATCH]
+            tokens, index, start, task, _ = self._rows(batch)
+            targets = np.zeros(tokens.shape, bool)
+            for row, prompt in zip(targets, batch, strict=False):
+                row[: len(prompt.ids)] = prompt.target_mask
+            most = inputs.length_bucket(max(int(p.target_mask.sum()) for p in batch))
+            slots = self.understanding_slots(images[begin : begin + MAX_BATCH])
+            rows = (tokens, slots, index, start, task, targets)
+            got = self._run(
+                programs.log_likelihood,
+                self.model,
+                self.params,
+                *rows,
+                most=min(most, tokens.shape[1]),
+            )
+            scores.append(np.asarray(got)[: len(batch)])
+        return np.concatenate(scores)
+
     def understanding_slots(self, images: Sequence[ImageLike]) -> Float[Array, "M S D"] | None:
         """The vectors of images in a prompt; M is rounded up to a power of two. None: no images.
 
@@ -712,6 +762,17 @@ class Pipeline:
         self, prompts: list[chat_format.Encoded], slots: Any, max_new: int, seed: int
     ) -> Any:
         """The state of decoding after prompts with the vectors of their images, in order."""
+        tokens, index, start, task, lengths = self._rows(prompts)
+        rows = len(tokens)
+        # The buffer holds whole chunks and doubles in size, so that few sizes compile.
+        room = CHUNK_TOKENS * inputs.batch_bucket(-(-max_new // CHUNK_TOKENS))
+        seeds = ((np.arange(rows) + seed) % inputs.SEED_LIMIT).astype(np.uint32)
+        prompt = (tokens, slots, index, start, task, lengths, seeds)
+        return self._run(programs.prefill, self.model, self.params, *prompt, max_new=room)
+
+    def _rows(self, prompts: list[chat_format.Encoded]) -> tuple[np.ndarray, ...]:
+        """Rows of a program: tokens [B, P], the numbers of the images in order, the starts and
+        tasks of their slots [B, K], and lengths [B]."""
         rows = inputs.batch_bucket(len(prompts))
         most = max(len(p.slot_starts) for p in prompts)
         shape = (rows, inputs.batch_bucket(most) if most else 0)
@@ -721,13 +782,8 @@ class Pipeline:
             for j, position in enumerate(prompt.slot_starts):
                 index[i, j], start[i, j], task[i, j] = number, position, UNDERSTAND
                 number += 1
-        # The buffer holds whole chunks and doubles in size, so that few sizes compile.
-        room = CHUNK_TOKENS * inputs.batch_bucket(-(-max_new // CHUNK_TOKENS))
         tokens, lengths = inputs.pad([p.ids for p in prompts], self.text.pad_id)
-        tokens, lengths = inputs.fill(tokens, rows), inputs.fill(lengths, rows)
-        seeds = ((np.arange(rows) + seed) % inputs.SEED_LIMIT).astype(np.uint32)
-        prompt = (tokens, slots, index, start, task, lengths, seeds)
-        return self._run(programs.prefill, self.model, self.params, *prompt, max_new=room)
+        return inputs.fill(tokens, rows), index, start, task, inputs.fill(lengths, rows)
 
     def _noise(self, seeds: list[int]) -> np.ndarray:
         """float32[B, h, w, C], each row from its own seed alone."""

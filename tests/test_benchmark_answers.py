@@ -1,5 +1,6 @@
 """Answers to the questions of benchmarks: asked once, in fixed batches, resumed, and scored."""
 
+import base64
 import dataclasses
 import hashlib
 import io
@@ -127,6 +128,67 @@ def test_answers_of_another_file_are_refused(tmp_path):
         ([{"id": "x"}], "id and answer"),
     ):
         path.write_text("".join(json.dumps(x) + "\n" for x in wrong))
+        with pytest.raises(DataError, match=message):
+            answer.read_answers(path, data)
+
+
+def harness_data(tmp_path):
+    """A TSV file of VLMEvalKit whose first row belongs to two splits."""
+    image = base64.b64encode(png(1)).decode()
+    rows = [("4", "A dog?", "Yes", "random,popular"), ("7", 'A "cat"?', "No", "random")]
+    text = "index\tquestion\tanswer\tcategory\timage\n"
+    path = tmp_path / "POPE.tsv"
+    path.write_text(text + "".join("\t".join((*row, image)) + "\n" for row in rows))
+    return read.read(registry.get("pope"), path)
+
+
+def answers_of(path, data):
+    lines = answer.read_answers(path, data)
+    assert [x["id"] for x in lines] == [q.id for q in data.questions]
+    return [x["answer"] for x in lines]
+
+
+def test_answers_of_vlmevalkit_are_taken_by_row(tmp_path):
+    data, path = harness_data(tmp_path), tmp_path / "janusflow_jax_POPE.tsv"
+    head = "index\tquestion\tanswer\tcategory\tprediction\n"
+    first, second = "4\tA dog?\tYes\t\tyes\n", '7\t"A ""cat""?"\tNo\t\t"No,\nnone"\n'
+    path.write_text(head + first + second)
+    assert answers_of(path, data) == ["yes", "yes", "No,\nnone"]
+    for text, message in (
+        (head + second + first, "row 0: expected the data that were asked"),
+        (head + first, "got none to 'random/7'"),
+        (head.replace("prediction", "other") + first, "column prediction"),
+        (head + first + "7\tA cat?\n", "row 1: expected 5 columns; got 2"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            answer.read_answers(path, data)
+
+
+def test_an_excel_file_of_vlmevalkit_is_refused(tmp_path):
+    data, path = harness_data(tmp_path), tmp_path / "janusflow_jax_POPE.xlsx"
+    path.write_bytes(b"PK")
+    with pytest.raises(DataError, match="PRED_FORMAT=tsv"):
+        answer.read_answers(path, data)
+
+
+def test_answers_of_lmms_eval_are_taken_by_row(tmp_path):
+    data, path = harness_data(tmp_path), tmp_path / "20261129_samples_pope.jsonl"
+    first = {"doc_id": 0, "target": "yes", "filtered_resps": "Yes."}
+    second = {"doc_id": 1, "target": "No", "filtered_resps": ["no"]}
+
+    def write(*lines):
+        path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+    write(second, first)  # processes write their documents in turn
+    assert answers_of(path, data) == ["Yes.", "Yes.", "no"]
+    for lines, message in (
+        ((first, second | {"target": "yes"}), "line 1: expected the data that were asked"),
+        ((first,), "got none to 'random/7'"),
+        ((first, second, first), "got two to 'random/4'"),
+        (({"doc_id": 0, "target": "yes"},), "a sample of lmms-eval"),
+    ):
+        write(*lines)
         with pytest.raises(DataError, match=message):
             answer.read_answers(path, data)
 

@@ -159,8 +159,15 @@ def test_towers_have_a_name_that_the_published_code_knows(size, image_size):
             lambda main, _: main["vision_gen_enc_config"]["params"].pop("kernel_size"),
             "kernel_size: expected 2; got 7",
         ),
-        (lambda _, vae: vae.update(shift_factor=0.1), "shift_factor: expected None; got 0.1"),
-        (lambda _, vae: vae.update(_class_name="VQModel"), "expected 'AutoencoderKL'; got 'VQM"),
+        (lambda _, vae: vae.update(shift_factor="a"), "shift_factor: expected a number; got 'a'"),
+        (lambda _, vae: vae.update(_class_name="VQModel"), "expected AutoencoderKL .*got 'VQM"),
+        (lambda _, vae: vae.update(use_quant_conv=False), "use_post_quant_conv: expected False"),
+        (lambda _, vae: vae.update(latents_std=[1.0] * 4), r"latents_std; got \['latents_std'\]"),
+        (
+            lambda _, vae: vae.update(latents_mean=[0.0] * 4, latents_std=[1.0, True, 1.0, 1.0]),
+            "latents_std: expected 4 numbers",
+        ),
+        (lambda _, vae: vae.update(_class_name="AutoencoderKLFlux2"), "needs the tensors .'bn.run"),
         (lambda main, _: main["language_config"].update(num_key_value_heads=3), "multiple"),
     ],
 )

@@ -166,7 +166,7 @@ def test_the_twin_takes_given_folders():
 
 
 def test_sizes_that_exclude_each_other_are_refused():
-    with pytest.raises(c.ConfigError, match="expected emoji .* or 256 .*; got both"):
+    with pytest.raises(c.ConfigError, match="expected one of emoji .*, 256 .* got 256 and emoji"):
         finetune("generate,emoji,256")
     assert finetune("generate,256").model.image_size == 256
 

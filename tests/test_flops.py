@@ -33,8 +33,10 @@ def test_operations_of_the_released_size():
     assert understand / tera == pytest.approx(6.5, rel=0.02)
     assert generate / tera == pytest.approx(6.2, rel=0.02)
     assert 6 * generate / tera == pytest.approx(37, rel=0.02)  # a packed row
-    picture = flops.image_flops(FULL, prompt=40, num_steps=30) / tera + 1.41
+    picture = flops.image_flops(FULL, prompt=40, guided=30) / tera + 1.41
     assert picture == pytest.approx(92.5, rel=0.01)
+    half = flops.image_flops(FULL, prompt=40, guided=15, unguided=15)
+    assert half / flops.image_flops(FULL, prompt=40, guided=30) == pytest.approx(0.76, abs=0.01)
 
 
 def test_a_frozen_llm_costs_two_thirds():

@@ -1,5 +1,6 @@
 """Published folders are converted and exported again: every bit, and nothing half done."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -336,11 +337,17 @@ def test_an_export_needs_a_tokenizer_and_leaves_out_another_towers_head(born, tm
 
 
 @pytest.mark.parametrize(
-    ("size", "message"),
-    [("emoji", r"gen\.patch_size: expected 2; got 4"), ("test", r"parts .*'llm'.*'vae'.* missing")],
+    ("fields", "message"),
+    [
+        (
+            {"und_encoder": "shared", "repa_target": "siglip"},
+            r"no published format .*(?s:.*)und_encoder: expected 'siglip'; got 'shared'",
+        ),
+        ({}, r"parts .*'llm'.*'vae'.* missing"),
+    ],
 )
-def test_what_the_published_format_cannot_hold(tmp_path, size, message):
-    cfg = config.model_config(size)
+def test_what_no_published_format_can_hold(tmp_path, fields, message):
+    cfg = dataclasses.replace(config.model_config("test"), **fields)
     model_folder.save_model(
         tmp_path / "model", model_cfg=cfg, params=None, vae=None, hub_files=None, extra={}
     )

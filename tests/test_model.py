@@ -181,6 +181,25 @@ def test_a_norm_keeps_small_changes_of_its_scale_in_bfloat16():
     assert got.dtype == jnp.bfloat16 and (got != one).any()
 
 
+@pytest.mark.parametrize("form", [convnext.grid_matmul, convnext.shifts])
+@pytest.mark.parametrize("grid", [(4, 4), (2, 9)])
+def test_depthwise_convolution(form, grid):
+    """Both forms for CPUs equal XLA's convolution, gradients included."""
+    x = jax.random.normal(jax.random.key(0), (2, *grid, 3))
+    kernel = jax.random.normal(jax.random.key(1), (convnext.KERNEL, convnext.KERNEL, 1, 3))
+
+    def conv(x, kernel):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=dimensions, feature_group_count=3
+        )
+
+    want, gradient = jax.vjp(conv, x, kernel)
+    got, own = jax.vjp(form, x, kernel)
+    cotangent = jax.random.normal(jax.random.key(2), x.shape)
+    same_gradients((got, own(cotangent)), (want, gradient(cotangent)), 1e-6)
+
+
 def test_dead_channels_have_a_finite_gradient():
     module = convnext.GlobalResponseNorm()
     x = jnp.ones((1, 4, 4, 3)).at[..., 1].set(0.0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import collections
 import io
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -20,7 +23,9 @@ from janusflow_jax.openmoji import (
     prompts,
     scores,
 )
+from tools import prepare_openmoji
 
+ROOT = Path(__file__).parents[1]
 NAMES = list(classes.CLASSES.values())
 
 
@@ -116,6 +121,22 @@ def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
         assert not bad
         tasks |= set(row["slot_task"].tolist())
     assert {GENERATE, UNDERSTAND} <= tasks
+
+
+@pytest.mark.slow
+def test_the_quick_start_reads_what_the_tool_writes(monkeypatch, tmp_path):
+    few(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_openmoji.py"])
+    prepare_openmoji.main()
+    cfg = runpy.run_path(str(ROOT / "configs" / "emoji.py"))["get_config"]("")
+    chat = chat_format.ChatFormat.load(ROOT / "starts" / "emoji_llm" / "hub")
+    all_rows = rows.Rows(cfg.data, cfg.model, chat, repa=True)
+    row, bad = all_rows.row(0)
+    assert not bad and row["images"].size == 0
+    assert {"latent_mean", "repa_target", "und_features"} <= row.keys()
+    build.build(tmp_path / "data" / "openmoji", 32, overwrite=True)
+    assert not (tmp_path / "data" / "openmoji" / "cache").exists()
 
 
 MARK = '{"moduleName": "janusflow_jax.data.openmoji_build"}'

@@ -49,6 +49,14 @@ def test_only_what_a_start_gives_must_agree(tmp_path):
     assert Path(begun.hub) == HUB
 
 
+def test_a_start_of_another_shape_is_one_sentence(tmp_path):
+    path = save_start(str(tmp_path / "other"), seed=0, llm__width=96, gen__width=48)
+    with pytest.raises(c.ConfigError, match="configs/pretrain.py:own") as error:
+        initialization.find_start(config("x", start=path, tokenizer=""))
+    assert "model.llm.width: 96 then, 16 now" in str(error.value)
+    assert len(str(error.value).splitlines()) == 2, "the title and one sentence"
+
+
 MEMORY = {
     "optim.accum_steps": 2,
     "loss.ce_chunk": 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import runpy
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden, records, runs
+from helpers import families, golden, parts, records, runs
 from helpers.published import to_model
 
 from janusflow_jax import config as c, hub, pipeline, train
@@ -59,6 +60,60 @@ def test_a_row_must_hold_an_image():
     assert not config_checks.train_problems(cfg)
     with pytest.raises(c.ConfigError, match="one image size"):
         config("pretrain", "256,512")
+
+
+@pytest.fixture
+def other(tmp_path, monkeypatch):
+    """A model with a language model and an image size that no config has; runs of it as starts."""
+    monkeypatch.chdir(tmp_path)
+    model = c.model_config("test", 96)
+    model.llm = dataclasses.replace(model.llm, width=96, num_kv_heads=2, rope_theta=5e5)
+    for start in ("models/start", "runs/adaptation-own", "runs/pretrain-own", "models/mine"):
+        Path(start).mkdir(parents=True)
+        run = c.TrainConfig(name="x", model=model)
+        Path(start, "config.json").write_text(json.dumps(c.to_dict(run)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("stage", "arg", "start"),
+    [
+        ("adaptation", "own", "models/start"),
+        ("pretrain", "own", "runs/adaptation-own"),
+        ("sft", "own", "runs/pretrain-own"),
+        ("sft", "start=models/mine", "models/mine"),
+        ("finetune", "generate,start=models/mine", "models/mine"),
+    ],
+)
+def test_a_run_takes_the_model_of_its_start(other, stage, arg, start):
+    cfg = config(stage, arg)
+    assert not config_checks.train_problems(cfg)
+    assert (cfg.model, cfg.start, cfg.allow_fresh) == (other, start, False)
+    assert cfg.data.row_len >= cfg.data.num_slots * other.slot_len > 0
+    assert cfg.name.startswith(f"{stage}-{'mine' if 'mine' in start else 'own'}")
+    twin = config(stage, arg.replace("own", f"start={start}") + ",test")
+    assert not config_checks.train_problems(twin)
+    assert (twin.model, twin.start, twin.allow_fresh) == (other, start, False)
+    assert twin.num_steps == 4
+
+
+def test_an_ablation_takes_the_model_of_its_start(other):
+    cfg = config("ablation", "C,start=models/mine")
+    assert cfg.model == dataclasses.replace(other, und_encoder="own", repa_target="siglip")
+
+
+def test_a_start_has_all_sizes_or_none(other):
+    for arg in ("own,256", "start=models/mine,7b"):
+        with pytest.raises(c.ConfigError, match="expected own, whose start has all sizes, or"):
+            config("pretrain", arg)
+    for arg in ("start=", "begin=x", "start=a,start=b"):
+        with pytest.raises(c.ConfigError, match="expected start=DIR, each once"):
+            config("pretrain", arg)
+    Path("models/mine/config.json").write_text("{}")
+    with pytest.raises(c.ConfigError, match="config.json: expected the config of a model"):
+        config("pretrain", "start=models/mine")
+    with pytest.raises(c.ConfigError, match="nowhere: expected a model folder or a run"):
+        config("pretrain", "start=nowhere")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +274,70 @@ def test_the_stages_run_one_after_another_to_a_published_folder(mixture, tmp_pat
         np.testing.assert_array_equal(got[name], x, err_msg=name)
     model = pipeline.load(str(tmp_path / "again"))
     assert model.generate("a red fox", num_steps=2, output="numpy").shape == (1, 64, 64, 3)
+
+
+@pytest.mark.slow
+def test_a_start_of_open_parts_trains_and_is_published_in_parts(mixture, tmp_path):
+    start = parts.open_start(tmp_path / "parts")
+    cfg = twin("adaptation", f"start={start},test", tokenizer="")
+    run = train.train(cfg)
+    metrics = [x for x in runs.read_metrics(run) if "loss" in x]
+    assert [x["step"] for x in metrics] == [1, 2, 3, 4] and all(x["ok"] for x in metrics)
+    before, trained = (model_folder.load_model(x, weights="params") for x in (start, run))
+    assert trained.cfg == before.cfg and len(trained.cfg.vae.std) == 32
+    moved = {
+        name.split("/")[0]
+        for name, x in trees.flatten(trained.params).items()
+        if not np.array_equal(x, trees.flatten(before.params)[name])
+    }
+    assert moved == {*cfg.train_parts}
+    hub.export(run, tmp_path / "published", weights="params", log=lambda _: None)
+    assert (tmp_path / "published" / "llm" / "config.json").is_file()
+    to_model(tmp_path / "published", tmp_path / "published" / "vae", tmp_path / "again")
+    options = {"num_steps": 2, "output": "numpy"}
+    images = [
+        pipeline.load(model, weights="params").generate("a red apple", **options)
+        for model in (str(run), str(tmp_path / "again"))
+    ]
+    np.testing.assert_array_equal(*images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.FORMS)
+def test_a_language_model_of_every_family_trains(mixture, tmp_path, monkeypatch, name):
+    """Its folder becomes a start, which trains for two steps in the twin of pre-training, all of it
+    and by adapters, generates and answers in int8, and is published and read back bit for bit."""
+    tensors, values, _, _ = families.read(name)
+    llm = families.write(tmp_path / "llm", tensors, values)
+    tower, autoencoder = ROOT / "tests/data/torch_parts/siglip", golden.TINY / "vae"
+    start = str(tmp_path / "start")
+    hub.assemble(llm, tower, autoencoder, start, gen_width=32, log=lambda _: None)
+    begun = trees.flatten(model_folder.load_model(start).params)
+    short = {"evaluate": c.EvalConfig(), "num_steps": 2, "tokenizer": ""}
+    adapters = {"lora": c.LoraConfig(rank=2), "train_parts": config_stages.ADAPTED}
+    workdir = ""
+    for changes in ({}, adapters):
+        folder = str(tmp_path / f"run-{len(changes)}")
+        cfg = twin("pretrain", f"start={start},test", **short, **changes, workdir=folder)
+        workdir = train.train(cfg)
+        assert [(x["step"], x["ok"]) for x in runs.read_metrics(workdir)] == [(1, 1), (2, 1)]
+        now = model_folder.load_model(workdir, weights="params")
+        for path, x in trees.flatten(now.params).items():
+            adapted = any(path.endswith(f"/{t}/kernel") for t in c.LORA_TARGETS)
+            moves = not path.startswith("und_encoder") and (not changes or adapted)
+            if path in begun and path.startswith(("llm/layers", "und_encoder")):
+                assert np.array_equal(x, begun[path]) != moves, path
+    model = pipeline.load(workdir, int8=True)
+    assert isinstance(model.chat("What?", [runs.record(0)["image"]], max_new_tokens=3), str)
+    assert model.generate("a fox", num_steps=1, output="latent").shape == (1, 4, 4, 4)
+    hub.export(workdir, tmp_path / "published", log=lambda _: None)
+    to_model(tmp_path / "published", tmp_path / "published" / "vae", tmp_path / "again")
+    trained, again = (model_folder.load_model(path) for path in (workdir, tmp_path / "again"))
+    assert again.cfg.llm == trained.cfg.llm
+    got = trees.flatten(again.params)
+    for path, x in trees.flatten(trained.params).items():
+        if not path.startswith("repa_head"):
+            np.testing.assert_array_equal(got[path], x, err_msg=path)
 
 
 @pytest.mark.parametrize("letter", "ABCDEF")

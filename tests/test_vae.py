@@ -141,6 +141,14 @@ def test_training_saves_a_start_that_loads(tmp_path, monkeypatch, capsys):
     assert {x.dtype for x in jax.tree.leaves(loaded.vae)} == {jnp.dtype(jnp.bfloat16)}
     with pytest.raises(CheckpointError, match="--overwrite"):
         train_vae.main(argv)
+    # The second run trains the decoder of the first, in place.
+    train_vae.main([*argv, "--overwrite", "--decoder-of", str(out), "--noise", "0.5"])
+    again = model_folder.load_model(out)
+    assert (again.meta["steps"], again.meta["decoder"]["noise"]) == (12, 0.5)
+    for name, tree in loaded.vae.items():
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(again.vae[name]), strict=True)
+        same = all(np.array_equal(a, b) for a, b in pairs)
+        assert same == (name not in train_vae.DECODER)
 
 
 @pytest.mark.slow

@@ -192,9 +192,10 @@ def compare_generation(
     path = ours.generate(args.prompt, output="trajectory", **options)
     for k in sorted({1, args.steps // 4, args.steps // 2, args.steps} - {0}):
         table.add(f"latents: step {k}", path[k], want["trajectory"][k], WHOLE)
-    scale, module = ours.cfg.vae.scaling_factor, vae.Vae(ours.cfg.vae)
+    module = vae.Vae(ours.cfg.vae)
     decode_vae = jax.jit(lambda p, z: module.apply({"params": p}, z, method="decode"))
-    decoded = decode_vae(ours.vae, jnp.asarray(want["trajectory"][-1]) / scale)
+    latents = vae.unscale(ours.cfg.vae, jnp.asarray(want["trajectory"][-1]))
+    decoded = decode_vae(ours.vae, latents)
     table.add("VAE: decoded latents", jnp.clip(decoded, -1, 1), want["image"], PART)
     pixels = ours.generate(args.prompt, output="numpy", **options).astype(np.float32)
     expected = np.round((want["image"] + 1) * 127.5)
@@ -204,9 +205,10 @@ def compare_generation(
 def compare_encoder(
     table: Table, ours: pipeline.Pipeline, pixels: np.ndarray, want: np.ndarray
 ) -> None:
-    scale, module = ours.cfg.vae.scaling_factor, vae.Vae(ours.cfg.vae)
+    module = vae.Vae(ours.cfg.vae)
     encode_vae = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode")[0])
-    table.add("VAE: encoded image", encode_vae(ours.vae, jnp.asarray(pixels)) * scale, want, WHOLE)
+    latents = vae.scale(ours.cfg.vae, encode_vae(ours.vae, jnp.asarray(pixels)))
+    table.add("VAE: encoded image", latents, want, WHOLE)
 
 
 def main(argv: list[str] | None = None) -> int:

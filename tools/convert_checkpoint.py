@@ -32,8 +32,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--janusflow", help="folder of a published JanusFlow")
     p.add_argument("--llm", help="folder of a Llama with its tokenizer")
-    p.add_argument("--siglip", help="folder of a SigLIP (from transformers, timm or open_clip)")
-    p.add_argument("--vae", help="folder of an AutoencoderKL; default: JANUSFLOW/vae if it exists")
+    p.add_argument(
+        "--siglip", help="folder of a SigLIP or SigLIP 2 (transformers, timm or open_clip)"
+    )
+    p.add_argument(
+        "--vae", help="folder of SDXL's, SD 3's or FLUX's VAE; default: JANUSFLOW/vae if it exists"
+    )
     p.add_argument("--out", required=True, help="the new model folder")
     p.add_argument(
         "--dtype",
@@ -43,6 +47,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument(
         "--gen-width", type=int, default=768, help="with --llm: width of the new ConvNeXt parts"
+    )
+    p.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        help="with --llm: in pixels; default: the tower's own",
     )
     p.add_argument("--seed", type=int, default=0, help="with --llm: seed of the new parts")
     p.add_argument(
@@ -54,6 +64,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.vae = str(vae) if vae.is_dir() else ""
     if bool(args.janusflow) == bool(args.llm or args.siglip):
         p.error("expected --janusflow DIR --vae DIR, or --llm DIR --siglip DIR --vae DIR")
+    if args.janusflow and args.image_size:
+        p.error("--image-size: expected with --llm only: a published model has its own")
     required = ("vae",) if args.janusflow else ("llm", "siglip", "vae")
     if missing := [f"--{n}" for n in required if not getattr(args, n)]:
         p.error(f"missing {', '.join(missing)}")
@@ -73,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         hub.convert(args.janusflow, args.vae, args.out, **options)
     else:
         options |= {"gen_width": args.gen_width, "seed": args.seed}
+        options["image_size"] = args.image_size
         hub.assemble(args.llm, args.siglip, args.vae, args.out, **options)
     print(f"saved to {args.out} after {time.time() - start:.1f} s")
 

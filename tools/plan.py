@@ -22,7 +22,7 @@ from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from janusflow_jax import cli  # noqa: E402
-from janusflow_jax.config import flags as flag_parser  # noqa: E402
+from janusflow_jax.config import SamplerConfig, flags as flag_parser  # noqa: E402
 from janusflow_jax.planning import (  # noqa: E402
     compile as plan_compile,
     report as plan_report,
@@ -34,7 +34,10 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, h100:8x
 _SLICES = flags.DEFINE_integer("slices", 1, "number of such slices, joined by a slow network")
 _SAMPLER = flags.DEFINE_bool("sampler", False, "plan generation and chat instead of training")
 _ROWS = flags.DEFINE_integer("rows", 16, "with --sampler: images or answers at a time")
-_STEPS = flags.DEFINE_integer("steps", 30, "with --sampler: Euler steps")
+_STEPS = flags.DEFINE_integer("steps", 30, "with --sampler: steps of an image")
+_GUIDANCE_UNTIL = flags.DEFINE_float(
+    "guidance_until", 1.0, "with --sampler: the time from 0 (noise) to 1 at which guidance ends"
+)
 _EXACT = flags.DEFINE_bool("exact", False, "compile as a run does; much slower, the same report")
 _BEST_REMAT = flags.DEFINE_bool(
     "best_remat", False, "try --config.remat=none, names and full, and plan the first that fits"
@@ -52,7 +55,8 @@ def main(argv: list[str]) -> None:
     machine = plan_topology.parse(_TOPOLOGY.value or "", _SLICES.value)
     assume = plan_report.Assumptions(matmul=_MATMUL.value, kernel=_KERNEL.value)
     if _SAMPLER.value:
-        runs = plan_report.sampler_reports(cfg, machine, _ROWS.value, _STEPS.value, assume)
+        solver = SamplerConfig(steps=_STEPS.value, guide_until=_GUIDANCE_UNTIL.value)
+        runs = plan_report.sampler_reports(cfg, machine, _ROWS.value, solver, assume)
     else:
         compile_step = plan_report.cheapest_remat if _BEST_REMAT.value else plan_compile.train
         run = compile_step(cfg, machine, exact=_EXACT.value)

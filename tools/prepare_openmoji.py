@@ -2,9 +2,10 @@
 
     python tools/prepare_openmoji.py --out data/openmoji
 
-Renders about 7,000 images and writes them as ArrayRecord files in under a minute, through
-tensorflow-datasets but without TensorFlow. The drawings are CC BY-SA 4.0; the credits are written
-beside them.
+Renders about 7,000 images and writes them as ArrayRecord files, through tensorflow-datasets but
+without TensorFlow. Then it encodes the training images with the frozen VAE and SigLIP of `starts/`
+into `OUT/cache`, which configs/emoji.py reads. Together under a minute. The drawings are CC BY-SA
+4.0; the credits are written beside them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from janusflow_jax.config import files
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.openmoji import build
 
+STARTS = Path(__file__).resolve().parents[1] / "starts"
+SIZE = 64  # of the quick start's images
+
 
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--out", default="data/openmoji", help="folder to create, on a disk")
-    p.add_argument("--size", type=int, default=64, help="side of the images in pixels")
+    p.add_argument("--size", type=int, default=SIZE, help="side of the images in pixels")
     p.add_argument(
         "--new-classes",
         action="store_true",
@@ -38,7 +42,19 @@ def main() -> None:
     counts = build.build(Path(out), args.size, args.overwrite, args.new_classes)
     for split, count in counts.items():
         print(f"{out} {split}: {count:,} images")
-    print(f"credits in {out / 'CREDITS.txt'}")
+    print(f"credits in {out / 'CREDITS.txt'}", flush=True)
+    if args.size == SIZE and not args.new_classes:
+        cache_features(Path(out))
+
+
+def cache_features(data: Path) -> None:
+    """Writes `cache/generate` and `cache/understand` of the training images into the data set."""
+    from tools import cache_latents  # JAX, which takes seconds to import
+
+    models = [str(STARTS / name) for name in ("emoji_vae", "emoji_llm")]
+    for task, *options in (("generate", "--features"), ("understand",)):
+        folder = ["--data", str(data), "--out", str(data / "cache" / task), "--task", task]
+        cache_latents.main([*folder, *options, "--model", *models, "--batch", "32"])
 
 
 if __name__ == "__main__":

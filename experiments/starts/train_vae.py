@@ -1,6 +1,8 @@
-"""Trains the quick start's VAE on OpenMoji and saves it for `starts/`.
+"""Trains the quick start's VAE on OpenMoji and saves it for `starts/`, in two runs.
 
-    python experiments/starts/train_vae.py --data data/openmoji --out starts/emoji_vae
+    python experiments/starts/train_vae.py --out starts/emoji_vae
+    python experiments/starts/train_vae.py --out starts/emoji_vae --overwrite \\
+        --decoder-of starts/emoji_vae --noise 0.5 --batch 8 --lr 0.001 --steps 1200
 
 The architecture is SDXL's at small widths. The loss is L1 and squared error of pixels, L1 of their
 local means (color) and of the differences between neighbors (edges), and a small KL term. JanusFlow
@@ -12,6 +14,7 @@ end, and its inverse into post_quant_conv: the scaled latents of the training im
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -35,6 +38,7 @@ from janusflow_jax.parallel import numerics
 from janusflow_jax.training import optim
 
 EMA = 0.995
+DECODER = ("decoder", "post_quant_conv")
 
 
 def load_split(data: str, split: str, size: int) -> np.ndarray:
@@ -55,24 +59,45 @@ def pool(x: jax.Array, size: int) -> jax.Array:
     return jnp.mean(x.reshape(b, h // size, size, w // size, size, n), axis=(2, 4))
 
 
-def loss_fn(
-    params: Any, x: jax.Array, key: jax.Array, cfg: c.VaeConfig, kl_weight: float
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """L1 + MSE + L1 of 4x4 and 8x8 means + edge L1 + KL. x: float32[B, H, W, 3] in [-1, 1].
+def pixel_loss(error: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """L1 + MSE + L1 of 4x4 and 8x8 means + edge L1 of float32[B, H, W, 3], and the four alone.
 
     With L1 on pixels alone, colors are learned long after outlines: the median is a gray image.
     """
+    edges = jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error, axis=2)))
+    l1, mse = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
+    color = jnp.mean(jnp.abs(pool(error, 4))) + jnp.mean(jnp.abs(pool(error, 8)))
+    loss = l1 + mse + color + 0.25 * edges
+    return loss, {"l1": l1, "mse": mse, "color": color, "edges": edges}
+
+
+def loss_fn(
+    params: Any, x: jax.Array, key: jax.Array, cfg: c.VaeConfig, kl_weight: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`pixel_loss` of reconstructions + KL. x: float32[B, H, W, 3] in [-1, 1]."""
     module, variables = vae.Vae(cfg), {"params": params}
     mean, logvar = module.apply(variables, x, method="encode")
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    error = module.apply(variables, z, method="decode") - x
-    edges = jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error, axis=2)))
+    loss, out = pixel_loss(module.apply(variables, z, method="decode") - x)
     kl = 0.5 * jnp.mean(jnp.sum(mean**2 + jnp.exp(logvar) - 1 - logvar, axis=(1, 2, 3)))
     kl = kl / np.prod(x.shape[1:])
-    l1, mse = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
-    color = jnp.mean(jnp.abs(pool(error, 4))) + jnp.mean(jnp.abs(pool(error, 8)))
-    loss = l1 + mse + color + 0.25 * edges + kl_weight * kl
-    return loss, {"l1": l1, "mse": mse, "color": color, "edges": edges, "kl": kl}
+    return loss + kl_weight * kl, {**out, "kl": kl}
+
+
+def decoder_loss(
+    params: Any, x: jax.Array, key: jax.Array, cfg: c.VaeConfig, noise: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`pixel_loss` of decoded latents with noise; the encoder gets no gradient.
+
+    Args:
+      noise: the deviation is uniform in [0, noise] for each image, in units of scaled latents.
+    """
+    module, variables = vae.Vae(cfg), {"params": params}
+    mean, _ = module.apply(variables, x, method="encode")
+    a, b = jax.random.split(key)
+    std = noise * jax.random.uniform(a, (len(x), 1, 1, 1)) / cfg.scaling_factor
+    z = jax.lax.stop_gradient(mean) + std * jax.random.normal(b, mean.shape)
+    return pixel_loss(module.apply(variables, z, method="decode") - x)
 
 
 def standardize(params: Any, cfg: c.VaeConfig, pixels: np.ndarray) -> Any:
@@ -135,12 +160,21 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--kl-weight", type=float, default=5e-4)
+    p.add_argument(
+        "--decoder-of",
+        default="",
+        metavar="FOLDER",
+        help="keep the encoder of this VAE and train its decoder further (the second run)",
+    )
+    p.add_argument("--noise", type=float, default=0.0, help="in the latents, for --decoder-of")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--preview", default="runs/train_vae/preview.png")
     p.add_argument(
         "--overwrite", action="store_true", help="replace a folder that this command wrote"
     )
     args = p.parse_args(argv)
+    if bool(args.decoder_of) != (args.noise > 0):
+        p.error("--decoder-of and --noise: expected both or neither")
     began = time.time()
     model_folder.check_out(args.out, args.overwrite, [args.data], made=[notice.FILE])
     model = c.model_config("emoji")
@@ -148,7 +182,27 @@ def main(argv: list[str] | None = None) -> None:
     pixels = load_split(args.data, "train", model.image_size)
     print(f"{len(pixels)} training images, {time.time() - began:.1f} s", flush=True)
     key = numerics.key(args.seed)
-    params = vae.init_params(cfg, key)
+    fixed: Any = {}
+    params: Any = vae.init_params(cfg, key)
+    loss = functools.partial(loss_fn, cfg=cfg, kl_weight=args.kl_weight)
+    maker = "experiments/starts/train_vae.py"
+    commands = [f"python {maker} --steps {args.steps} --out starts/emoji_vae"]
+    about: dict[str, Any] = {"made_by": maker, "steps": args.steps}
+    if args.decoder_of:
+        start = model_folder.load_model(args.decoder_of)
+        stored = start.vae
+        options = {"batch": args.batch, "lr": args.lr, "steps": args.steps, "noise": args.noise}
+        about |= {"steps": start.meta["steps"], "decoder": options}
+        commands = [
+            f"python {maker} --steps {start.meta['steps']} --out starts/emoji_vae",
+            f"python {maker} --out starts/emoji_vae --overwrite --decoder-of starts/emoji_vae "
+            + " ".join(f"--{name} {value}" for name, value in options.items()),
+        ]
+        fixed = {name: x for name, x in stored.items() if name not in DECODER}
+        params = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float32), {name: stored[name] for name in DECODER}
+        )
+        loss = functools.partial(decoder_loss, cfg=cfg, noise=args.noise)
     # After the same minute Muon is 4 dB better than Adam, which learns outlines first and colors
     # only after hundreds of steps (docs/decisions.md).
     tx = optim.make_optimizer(
@@ -162,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     def step(params: Any, ema: Any, opt: Any, x: jax.Array, n: jax.Array) -> Any:
         a, b = jax.random.split(jax.random.fold_in(key, n))
         x = augment(a, encode.to_float(x, jnp.float32))
-        grads, out = jax.grad(loss_fn, has_aux=True)(params, x, b, cfg, args.kl_weight)
+        whole = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), fixed)
+        grads, out = jax.grad(lambda p: loss({**whole, **p}, x, b), has_aux=True)(params)
         updates, opt = tx.update(grads, opt, params)
         params = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda e, q: EMA * e + (1 - EMA) * q, ema, params)
@@ -179,8 +234,9 @@ def main(argv: list[str] | None = None) -> None:
             line = " ".join(f"{k} {float(v):.4f}" for k, v in out.items())
             left = (time.time() - began) / (n + 1) * (args.steps - n - 1) / 60
             print(f"step {n + 1}/{args.steps} {line} {left:.1f} min left", flush=True)
-    ema = standardize(ema, cfg, pixels[:: max(1, len(pixels) // 512)])
-    ema = jax.tree.map(lambda x: x.astype(jnp.bfloat16), ema)  # scored as shipped
+    if not fixed:
+        ema = standardize(ema, cfg, pixels[:: max(1, len(pixels) // 512)])
+    ema = {**fixed, **jax.tree.map(lambda x: x.astype(jnp.bfloat16), ema)}  # scored as shipped
     shipped = jax.tree.map(lambda x: x.astype(jnp.float32), ema)
     scores = {}
     for split in ("heldout_pairs", "heldout_views"):
@@ -197,15 +253,10 @@ def main(argv: list[str] | None = None) -> None:
         params=None,
         vae=ema,
         hub_files=None,
-        extra={
-            "made_by": "experiments/starts/train_vae.py",
-            "steps": args.steps,
-            "psnr_db": scores,
-        },
+        extra=about | {"psnr_db": scores},
         overwrite=args.overwrite,
     )
-    command = f"python experiments/starts/train_vae.py --steps {args.steps} --out starts/emoji_vae"
-    notice.write(args.out, "The quick start's VAE", command)
+    notice.write(args.out, "The quick start's VAE", "\n    ".join(commands))
     print(f"saved to {args.out} after {(time.time() - began) / 60:.1f} min; see {preview}")
 
 

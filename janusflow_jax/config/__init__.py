@@ -8,7 +8,7 @@ Config files import all of it by one name: `from janusflow_jax import config as 
 
 from janusflow_jax.config.errors import ConfigError, JanusFlowError
 from janusflow_jax.config.fields import from_dict, raise_problems, to_dict
-from janusflow_jax.config.flags import check_field, parse_arg
+from janusflow_jax.config.flags import check_field, parse_arg, parse_folders
 from janusflow_jax.config.model import (
     ATTENTION,
     GENERATE,
@@ -19,6 +19,7 @@ from janusflow_jax.config.model import (
     LlamaConfig,
     ModelConfig,
     RepaConfig,
+    RopeConfig,
     SiglipConfig,
     VaeConfig,
     model_config,

@@ -36,7 +36,7 @@ def model_problems(cfg: ModelConfig) -> list[str]:
     require(
         und.num_tokens == cfg.num_image_tokens,
         "model.und",
-        f"(image_size/16)^2 = {cfg.num_image_tokens} tokens an image",
+        f"{cfg.num_image_tokens} tokens an image, as generation has (a tower of patch {unit})",
         und.num_tokens,
     )
     require(
@@ -47,14 +47,35 @@ def model_problems(cfg: ModelConfig) -> list[str]:
     )
     heads = f"a multiple of num_kv_heads ({llm.num_kv_heads})"
     require(llm.num_heads % llm.num_kv_heads == 0, "model.llm.num_heads", heads, llm.num_heads)
+    layers = f"layers below {llm.num_layers}"
+    inside = all(0 <= layer < llm.num_layers for layer in llm.no_rope_layers)
+    require(inside, "model.llm.no_rope_layers", layers, llm.no_rope_layers)
+    rope = llm.rope
+    rising = rope.low_freq_factor < rope.high_freq_factor
+    expected = f"above low_freq_factor ({rope.low_freq_factor})"
+    require(rising, "model.llm.rope.high_freq_factor", expected, rope.high_freq_factor)
     heads = f"a multiple of num_heads ({und.num_heads})"
     require(und.width % und.num_heads == 0, "model.und.width", heads, und.width)
+    for name, channels in (("channels", vae.channels), ("decoder_channels", vae.decoder_channels)):
+        require(
+            not any(width % vae.norm_groups for width in channels),
+            f"model.vae.{name}",
+            f"multiples of norm_groups ({vae.norm_groups})",
+            channels,
+        )
     require(
-        not any(channels % vae.norm_groups for channels in vae.channels),
-        "model.vae.channels",
-        f"multiples of norm_groups ({vae.norm_groups})",
-        vae.channels,
+        len(vae.decoder_channels) in (0, len(vae.channels)),
+        "model.vae.decoder_channels",
+        f"0 or {len(vae.channels)} numbers, as channels",
+        vae.decoder_channels,
     )
+    counts = (0, 1, vae.latent_channels, 4 * vae.latent_channels)
+    for name, values in (("shift", vae.shift), ("std", vae.std)):
+        length = len(values)
+        require(length in counts, f"model.vae.{name}", f"one of {counts} numbers", length)
+        even = cfg.latent_size % 2 == 0 or length != counts[-1] or length == 1
+        side = f"a latent of even size, because model.vae.{name} is of 2 x 2 latent pixels"
+        require(even, "model.image_size", side, cfg.image_size)
     pixels = len(und.pixel_mean), len(und.pixel_std)
     require(pixels in ((0, 0), (3, 3)), "model.und.pixel_mean, pixel_std", "0 or 3 numbers", pixels)
     require(

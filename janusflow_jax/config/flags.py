@@ -123,6 +123,23 @@ def check_field(path: str) -> None:
             node = SourceConfig()
 
 
+def parse_folders(arg: str | None, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Splits `a,b,mine=DIR` into the words a and b, and {mine: DIR}.
+
+    Args: names: of the folders that the argument may have.
+    Raises:
+      ConfigError: another name, no folder behind it, or one name twice.
+    """
+    words = [word.strip() for word in (arg or "").split(",")]
+    pairs = [word.split("=", 1) for word in words if "=" in word]
+    folders = dict(pairs)
+    wrong = [n for n, folder in pairs if n not in names or not folder]
+    if wrong or len(folders) < len(pairs):
+        expected = " or ".join(f"{name}=DIR" for name in names)
+        raise ConfigError(f"config argument: expected {expected}, each once; got {arg!r}")
+    return [word for word in words if word and "=" not in word], folders
+
+
 def parse_arg(arg: str | None, known: dict[str, str]) -> set[str]:
     """Splits the part of `--config=file.py:a,b` after the colon.
 

@@ -14,7 +14,21 @@ NONE, GENERATE, UNDERSTAND = 0, 1, 2
 
 
 @dataclass
+class RopeConfig:
+    """How rotary frequencies are scaled (`models.layers.rope_frequencies`)."""
+
+    type: str = choice("default", "linear", "llama3")
+    factor: float = positive(1.0)
+    # llama3: by the wavelength, in parts of the positions that it was trained on before
+    low_freq_factor: float = positive(1.0)
+    high_freq_factor: float = positive(4.0)
+    original_positions: int = positive(8192)
+
+
+@dataclass
 class LlamaConfig:
+    """A Llama, or one of its relatives (`hub/families.py`)."""
+
     vocab_size: int = positive(102400)
     width: int = positive(2048)
     mlp_width: int = positive(5632)
@@ -24,6 +38,14 @@ class LlamaConfig:
     head_dim: int = positive(128)
     norm_eps: float = positive(1e-6)
     rope_theta: float = positive(10000.0)
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    no_rope_layers: tuple[int, ...] = ()  # layers, from 0, without rotary positions
+    attn_bias: str = choice("", "qkv", "qkvo")  # which projections have a bias
+    mlp_bias: bool = False
+    # RMSNorm of queries and keys before RoPE; head: of each head, all: of all heads together
+    qk_norm: str = choice("", "head", "all")
+    norms: str = choice("pre", "post")  # of a sublayer's input or output
+    family: str = "llama"  # transformers' `model_type` of the same model
 
 
 @dataclass
@@ -35,6 +57,7 @@ class SiglipConfig:
     num_heads: int = positive(16)
     mlp_width: int = positive(4096)
     norm_eps: float = positive(1e-6)
+    act: str = choice("gelu", "gelu_tanh")  # the exact GELU (JanusFlow's), or the tanh form
     final_norm: bool = True
     pixel_mean: tuple[float, ...] = ()
     pixel_std: tuple[float, ...] = limited((), lambda std: all(x > 0 for x in std), "all > 0")
@@ -64,8 +87,16 @@ class VaeConfig:
     layers_per_block: int = depth(2)
     norm_groups: int = positive(32)
     latent_channels: int = positive(4)
+    # The model sees (latent - shift) * scaling_factor / std. shift and std: (), or 1, C or 4 C
+    # numbers; 4 C are those of 2 x 2 latent pixels, the number of (c, y, x) at 4 c + 2 y + x.
     scaling_factor: float = positive(0.13025)
+    shift: tuple[float, ...] = ()
+    std: tuple[float, ...] = limited((), lambda std: all(x > 0 for x in std), "all > 0")
     norm_eps: float = positive(1e-6)
+    quant_convs: bool = True  # a 1 x 1 convolution after the encoder and one before the decoder
+    decoder_channels: tuple[int, ...] = limited(
+        (), lambda widths: all(x > 0 for x in widths), "() (those of the encoder) or numbers > 0"
+    )
 
     @property
     def downscale(self) -> int:

@@ -5,16 +5,21 @@ of 4,096 positions and mixture ratios as shares of positions, are in docs/model.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import PurePath
 
 from janusflow_jax import config as c
+from janusflow_jax.config import files
 
 ADAPTED = tuple(p for p in c.MODEL_PARTS if p not in ("llm", "und_encoder"))
 """What adaptation trains: the new parts. The language model and SigLIP stay frozen."""
 
 TEST = "seconds on a CPU: a tiny model on the quick start's data, through the same code"
 SIZE_256 = "256 px images instead of 384"
+OWN = "the model of the run's start, of any size; start=DIR: of that start"
 ARGUMENTS = {
+    "own": OWN,
     "256": SIZE_256,
     "512": "512 px images instead of 384",
     "7b": "a language model of 7B parameters instead of 1.3B",
@@ -78,6 +83,52 @@ LONG_RUN_PROMPTS = (
 DATA = {"understand": "data/understand", "generate": "data/generate", "text": "data/text"}
 
 
+def parse(arg: str | None, known: Mapping[str, str] = ARGUMENTS) -> tuple[set[str], str]:
+    """The names in a config's argument, and the folder of `start=DIR` ('': the usual start).
+
+    `start=DIR` means `own` too.
+    """
+    words, folders = c.parse_folders(arg, ("start",))
+    names = c.parse_arg(",".join([*words, *(["own"] if folders else [])]), dict(known))
+    return names, folders.get("start", "")
+
+
+def run_name(stage: str, names: set[str], start: str = "") -> str:
+    """'pretrain-cached-own'; with `start=DIR` the folder's name stands in place of `own`."""
+    if start:
+        stage, names = f"{stage}-{PurePath(start).name}", names - {"own"}
+    return "-".join([stage, *sorted(names)])
+
+
+def model_of(path: str) -> c.ModelConfig:
+    """The model of a model folder, a run or a checkpoint, as its JSON file has it.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    for name, keys in {
+        "model.json": ("config",),
+        "config.json": ("model",),
+        "run.json": ("config", "model"),
+    }.items():
+        file = files.resolve(path) / name
+        if not file.exists():
+            continue
+        try:
+            values = json.loads(file.read_text())
+            for key in keys:
+                values = values[key]
+            return c.from_dict(c.ModelConfig, values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise c.ConfigError(
+                f"{file}: expected the config of a model; got {type(error).__name__}: {error}"
+            ) from error
+    raise c.ConfigError(
+        f"{path}: expected a model folder or a run, whose model this one takes (own); found none: "
+        "name another with start=DIR"
+    )
+
+
 def sources(weights: Mapping[str, Shares], form: str) -> tuple[c.SourceConfig, ...]:
     """One source for each task, with its shares of positions before and after `data.change_row`."""
     return tuple(
@@ -95,7 +146,7 @@ def sources(weights: Mapping[str, Shares], form: str) -> tuple[c.SourceConfig, .
 
 
 def stage(
-    names: set[str], weights: Mapping[str, Shares], form: str, **fields: object
+    names: set[str], weights: Mapping[str, Shares], form: str, start: str, **fields: object
 ) -> c.TrainConfig:
     """A run on packed rows, with the values that all stages share.
 
@@ -103,12 +154,19 @@ def stage(
       names: arguments of the config, some of `ARGUMENTS`.
       weights: task -> shares of positions (before, after the change; -1: the same).
       form: 'chat' or 'plain', of the sources with images.
+      start: what the run starts from.
       fields: other fields of TrainConfig.
     """
     sizes = [int(name) for name in names if name.isdigit()]
     if len(sizes) > 1:
         raise c.ConfigError(f"config argument: expected one image size; got {sorted(sizes)}")
-    model = c.model_config("7b" if "7b" in names else "1p3b", *sizes)
+    if "own" in names and (others := sorted(names & {"256", "512", "7b"})):
+        raise c.ConfigError(
+            f"config argument: expected own, whose start has all sizes, or {', '.join(others)}; "
+            "got both: leave one out"
+        )
+    own = "own" in names
+    model = model_of(start) if own else c.model_config("7b" if "7b" in names else "1p3b", *sizes)
     slots = max(1, ROW_LEN // (model.slot_len + 40))  # 40: a short prompt
     mixture = sources(weights, form)
     if "cached" in names:
@@ -117,6 +175,7 @@ def stage(
     tasks = {source.task for source in mixture}
     cfg = c.TrainConfig(
         model=model,
+        start=start,
         data=c.DataConfig(
             sources=mixture,
             row_len=ROW_LEN,
@@ -157,14 +216,18 @@ def long_run(cfg: c.TrainConfig) -> c.TrainConfig:
     return cfg
 
 
-def test_twin(cfg: c.TrainConfig, own_folders: tuple[str, ...] = ()) -> c.TrainConfig:
+def test_twin(
+    cfg: c.TrainConfig, own_folders: tuple[str, ...] = (), own_model: bool = False
+) -> c.TrainConfig:
     """The same run at the size of a test; everything that is not a size stays, but TensorBoard.
 
     It has 4 steps, 2 of warm-up, and changes the mixture at the third step. It starts from fresh
     parameters unless `--config.start` names a run, and measures held-out losses on few rows, also
     in the middle.
 
-    Args: own_folders: data sets that the user chose; all others become the quick start's.
+    Args:
+      own_folders: data sets that the user chose; all others become the quick start's.
+      own_model: keep the start and its model.
     """
 
     def small(source: c.SourceConfig) -> c.SourceConfig:
@@ -174,17 +237,18 @@ def test_twin(cfg: c.TrainConfig, own_folders: tuple[str, ...] = ()) -> c.TrainC
         return dataclasses.replace(source, path=OPENMOJI, split=split, cache="")
 
     slots = 2
-    model = c.model_config("test")
-    cfg.model = dataclasses.replace(
-        model,
-        name=f"{cfg.model.name}-test",
-        und_encoder=cfg.model.und_encoder,
-        repa_target=cfg.model.repa_target,
-    )
+    if not own_model:
+        cfg.model = dataclasses.replace(
+            c.model_config("test"),
+            name=f"{cfg.model.name}-test",
+            und_encoder=cfg.model.und_encoder,
+            repa_target=cfg.model.repa_target,
+        )
+        cfg.start, cfg.allow_fresh, cfg.tokenizer = "", True, "starts/emoji_llm/hub"
     cfg.data = dataclasses.replace(
         cfg.data,
         sources=tuple(small(s) for s in cfg.data.sources),
-        row_len=192,
+        row_len=slots * cfg.model.slot_len + 158,
         gen_slots=slots if cfg.data.gen_slots else 0,
         und_slots=slots if cfg.data.und_slots else 0,
         change_row=16 if cfg.data.change_row else 0,
@@ -196,7 +260,6 @@ def test_twin(cfg: c.TrainConfig, own_folders: tuple[str, ...] = ()) -> c.TrainC
     cfg.log_every_steps = cfg.save_every_steps = 1
     cfg.mesh = c.MeshConfig()
     cfg.dtype = "float32"
-    cfg.start, cfg.allow_fresh, cfg.tokenizer = "", True, "starts/emoji_llm/hub"
     cfg.prompts, cfg.sheet_num_steps = ("a red apple",), 2
     cfg.tensorboard, cfg.wandb = False, ""
     return cfg

@@ -24,7 +24,7 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums, model_folder
-from janusflow_jax.config import LORA_TARGETS, TrainConfig, files, parts as parts_lib
+from janusflow_jax.config import LORA_TARGETS, LlamaConfig, TrainConfig, files, parts as parts_lib
 from janusflow_jax.config.errors import CheckpointError, ConvertError
 from janusflow_jax.hub import names
 from janusflow_jax.hub.safetensors import LazyTensor, open_folder, write_folder
@@ -278,6 +278,6 @@ def _node(llm: dict[str, Any], target: str) -> dict[str, Any]:
 
 def _module(target: str, prefix: str = PREFIXES[0]) -> str:
     """The published path of a target, with '{}' for the layer."""
-    published = {r.paths[0]: r.name for r in names.llm_rules()}
+    published = {r.paths[0]: r.name for r in names.llm_rules(LlamaConfig())}
     name = published[f"{parts_lib.LORA_BLOCK}/{LORA_TARGETS[target]}/{target}/kernel"]
     return prefix + name.removeprefix("model.").removesuffix(".weight")

@@ -22,7 +22,7 @@ from janusflow_jax.checkpoints import model_folder
 from janusflow_jax.config import GenConfig, ModelConfig, RepaConfig, SiglipConfig
 from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
-from janusflow_jax.hub import configs as hub_configs, names, tensors
+from janusflow_jax.hub import configs as hub_configs, families, names, tensors, towers
 from janusflow_jax.hub.source import (
     LLM_CONFIG_FILE,
     UNUSED_FILE,
@@ -30,6 +30,7 @@ from janusflow_jax.hub.source import (
     Source,
     log_missing_scale,
     open_vae,
+    pop_batch_norm,
     reading_configs,
     save_converted,
 )
@@ -37,6 +38,7 @@ from janusflow_jax.models import janusflow
 from janusflow_jax.parallel import numerics
 
 VOCAB_UNIT = 128
+VL_TOWER = "vision_model.vision_tower."
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """SigLIP's heads by width, for timm folders that do not name them."""
 
@@ -49,6 +51,7 @@ def assemble(
     *,
     dtype: str = "",
     gen_width: int = 768,
+    image_size: int = 0,
     seed: int = 0,
     overwrite: bool = False,
     log: Callable[[str], None] = print,
@@ -59,6 +62,7 @@ def assemble(
       llm, siglip, vae: published folders.
       dtype: 'bfloat16' or 'float32'; '' keeps each tensor's own, and new parts are float32.
       gen_width: width of the new ConvNeXt parts; seed: of their initialization.
+      image_size: in pixels; 0: the tower's own. Another one resizes its position embeddings.
       log: receives progress and remarks, a line each.
     Raises:
       ConvertError: weights, config files or tensors that do not fit; lists all tensors of a folder.
@@ -69,15 +73,16 @@ def assemble(
     """
     model_folder.check_out(out, overwrite, (llm, siglip, vae))
     language, tower, autoencoder = Source(llm), Source(siglip), open_vae(vae)
-    language_json = language.json("config.json")
-    tied = bool(language_json.get("tie_word_embeddings", False))
+    language_json = open_llm(language, log)
+    tied = families.is_tied(language_json)
     language.pop(names.HF_BUFFERS)
     if tied:
         language.pop(r"lm_head\.weight$")
-    und, und_rules, pool = open_siglip(tower, log)
+    und, und_rules, pool = open_siglip(tower, log, image_size)
+    batch_norm = pop_batch_norm(autoencoder)
     with reading_configs(language, autoencoder):
-        file_llm = hub_configs.llama_config_from_hf(language_json)
-        vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"))
+        file_llm = families.config_from_hf(language_json)
+        vae_cfg = hub_configs.vae_config_from_hf(autoencoder.json("config.json"), batch_norm)
     log_missing_scale(autoencoder, vae_cfg, log)
     chat = chat_format.ChatFormat.load(language.folder, und.num_tokens)
     rows = file_llm.vocab_size
@@ -98,7 +103,11 @@ def assemble(
     # The shapes in the files: the table there has fewer rows, and grows when it is read.
     shapes = tensors.published_shapes(dataclasses.replace(cfg, llm=file_llm))
     files = {
-        "llm": (language, names.llm_rules(tied=tied), {"llm": shapes["llm"]}),
+        "llm": (
+            language,
+            names.llm_rules(file_llm, tied=tied, fused=families.fused_mlp(language_json)),
+            {"llm": shapes["llm"]},
+        ),
         "und_encoder": (tower, und_rules, {"und_encoder": shapes["und_encoder"]}),
         "vae": (autoencoder, names.vae_rules(vae_cfg), tensors.vae_shapes(vae_cfg)),
     }
@@ -113,13 +122,18 @@ def assemble(
 
     def parts() -> Iterator[tuple[str, Any]]:
         """One part after another, each read or initialized when it is asked for."""
-        yield "llm", with_tags(read("llm").pop("llm"), rows, chat.added_ids)
+        llm = families.fold(read("llm").pop("llm"), language_json, file_llm)
+        llm = with_tags(llm, rows, chat.added_ids)
+        size = np.sqrt(np.mean(np.square(llm["embedding"], dtype=np.float32)))
+        yield "llm", jax.tree.map(lambda x: x.astype(cast or x.dtype), llm)
+        del llm
         yield from read("und_encoder").items()
-        yield from initialize(cfg, seed, cast, log)
+        for part, tree in initialize(cfg, seed, cast, log):
+            yield part, tree if cfg.llm.norms == "pre" else scale_vectors(part, tree, size)
         yield "vae", read("vae")
 
     sources = {"llm": language, "siglip": tower, "vae": autoencoder}
-    hub_files = _hub_files(language, cfg, chat, log)
+    hub_files = _hub_files(language, language_json, cfg, chat, log)
     hub_files[VAE_CONFIG_FILE] = (autoencoder.folder / "config.json").read_bytes()
     if pool:
         hub_files[UNUSED_FILE] = safetensors_bytes({n: np.asarray(x) for n, x in pool.items()})
@@ -127,30 +141,65 @@ def assemble(
     return cfg
 
 
+def open_llm(source: Source, log: Callable[[str], None]) -> dict[str, Any]:
+    """A language model's config.json. Of a DeepSeek-VL or a Janus, keeps the language model."""
+    values = source.json("config.json")
+    if "language_config" not in values:
+        return values
+    prefix = "language_model."
+    inside = {n.removeprefix(prefix): x for n, x in source.tensors.items() if n.startswith(prefix)}
+    log(f"{source.folder}: {len(inside)} of {len(source.tensors)} tensors are its language model")
+    source.tensors = inside
+    return hub_configs.json_object(
+        str(source.folder / "config.json"), values, "language_config", None
+    )
+
+
 def open_siglip(
-    source: Source, log: Callable[[str], None]
+    source: Source, log: Callable[[str], None], image_size: int = 0
 ) -> tuple[SiglipConfig, list[names.Rule], dict[str, Any]]:
     """A tower's config, the rules of its naming, and its pooling head under JanusFlow's names.
 
     Removes what a JanusFlow has no place for: the text tower, the loss, and the pooling head in
-    transformers' layout.
+    transformers' layout. A NaFlex tower becomes one of fixed size.
+
+    Args: image_size: as in `assemble`.
     """
     source.pop(names.SIGLIP_TEXT)
-    for prefix in ("", "visual.trunk."):
+    if f"{VL_TOWER}patch_embed.proj.weight" in source.tensors:  # keep the tower of a DeepSeek-VL
+        source.tensors = source.pop(re.escape(VL_TOWER))
+    for prefix in ("", "visual.trunk.", VL_TOWER):
         if f"{prefix}patch_embed.proj.weight" in source.tensors:
             pool = source.pop(re.escape(prefix + names.POOL))
             pool = {f"{names.TOWER}{n.removeprefix(prefix)}": x for n, x in pool.items()}
             with reading_configs(source):
-                return _timm_config(source, prefix), names.siglip_rules(prefix), pool
+                cfg = _timm_config(source, prefix)
+            cfg = _resize(source, cfg, image_size, f"{prefix}pos_embed", log)
+            return cfg, names.siglip_rules(prefix), pool
     for prefix in ("vision_model.", ""):
         if f"{prefix}embeddings.patch_embedding.weight" in source.tensors:
             source.pop(names.HF_POOL)
             with reading_configs(source):
-                return _transformers_config(source, log), names.siglip_hf_rules(prefix), {}
+                cfg = hub_configs.siglip_vision_config_from_hf(source.json("config.json"))
+            towers.to_convolution(source.tensors, f"{prefix}embeddings.patch_embedding.weight")
+            positions = f"{prefix}embeddings.position_embedding.weight"
+            cfg = _resize(source, cfg, image_size, positions, log)
+            return cfg, names.siglip_hf_rules(prefix), {}
     raise ConvertError(
         f"{source.folder}: expected a SigLIP with the tensor names of transformers, timm or "
         f"open_clip; got {sorted(source.tensors)[:4]}"
     )
+
+
+def _resize(
+    source: Source, cfg: SiglipConfig, image_size: int, name: str, log: Callable[[str], None]
+) -> SiglipConfig:
+    """The config for images of `image_size` px (0: as it is), whose positions are resized."""
+    resized = dataclasses.replace(cfg, image_size=image_size or cfg.image_size)
+    if resized.num_tokens != cfg.num_tokens:
+        log(f"the tower's position embeddings are resized: {cfg.image_size} to {image_size} px")
+        towers.resize_positions(source.tensors, name, cfg.num_tokens, resized.num_tokens)
+    return resized
 
 
 def _timm_config(source: Source, prefix: str) -> SiglipConfig:
@@ -180,40 +229,7 @@ def _timm_config(source: Source, prefix: str) -> SiglipConfig:
         num_layers=len({n.split(".")[1] for n in shapes if n.startswith("blocks.")}),
         num_heads=num_heads,
         mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
-    )
-
-
-def _transformers_config(source: Source, log: Callable[[str], None]) -> SiglipConfig:
-    """`vision_config` of transformers; the defaults are those of its SiglipVisionConfig."""
-    file = str(source.folder / "config.json")
-    values = hub_configs.present(source.json("config.json"))
-    values = hub_configs.json_object(file, values, "vision_config", values)
-    act = values.get("hidden_act", "gelu_pytorch_tanh")
-    if act not in ("gelu", "gelu_pytorch_tanh"):
-        raise ConvertError(f"{file}: hidden_act: expected gelu or gelu_pytorch_tanh; got {act!r}")
-    if act == "gelu_pytorch_tanh":
-        log(
-            "JanusFlow's tower uses the exact GELU with SigLIP's weights, not the tanh "
-            "approximation (features differ by about 1e-3)"
-        )
-    defaults = {
-        "image_size": 224,
-        "patch_size": 16,
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "layer_norm_eps": 1e-6,
-    }
-    sizes = hub_configs.numbers(file, hub_configs.present(values), defaults)
-    return SiglipConfig(
-        image_size=sizes["image_size"],
-        patch_size=sizes["patch_size"],
-        width=sizes["hidden_size"],
-        num_layers=sizes["num_hidden_layers"],
-        num_heads=sizes["num_attention_heads"],
-        mlp_width=sizes["intermediate_size"],
-        norm_eps=sizes["layer_norm_eps"],
+        act=hub_configs.siglip_act(file, model_args, "act_layer", "gelu"),
     )
 
 
@@ -256,6 +272,25 @@ def with_tags(llm: dict[str, Any], vocab_size: int, new_ids: Sequence[int]) -> d
     return {**llm, "embedding": table, "head": {"kernel": np.ascontiguousarray(head)}}
 
 
+def scale_vectors(part: str, tree: dict[str, Any], size: float) -> dict[str, Any]:
+    """New parts whose vectors have the size of the token table's rows.
+
+    The first block of a model with norms of outputs reads the vectors as they are: an image's of
+    size 1 would hide the text.
+    """
+    whole = part in ("und_aligner", "gen_aligner", "und_begin")
+    times = lambda x: (x * size).astype(x.dtype)  # noqa: E731
+    if whole:
+        return jax.tree.map(times, tree)
+    if part != "gen_encoder":
+        return tree
+    time = tree["time_embed"]
+    return {
+        **tree,
+        "time_embed": {**time, "linear_2": jax.tree.map(times, time["linear_2"])},
+    }
+
+
 def _bos(chat: chat_format.ChatFormat, config: Mapping[str, Any]) -> str:
     """What a model without a BOS of its own has seen before every document, and guidance keeps:
     the token that its config or its name says, else EOS."""
@@ -267,15 +302,27 @@ def _bos(chat: chat_format.ChatFormat, config: Mapping[str, Any]) -> str:
 
 
 def _hub_files(
-    llm: Source, cfg: ModelConfig, chat: chat_format.ChatFormat, log: Callable[[str], None]
+    llm: Source,
+    values: Mapping[str, Any],
+    cfg: ModelConfig,
+    chat: chat_format.ChatFormat,
+    log: Callable[[str], None],
 ) -> dict[str, bytes]:
-    """The language model's files, with tags and a BOS in its tokenizer, and a processor file."""
+    """The language model's files, with tags and a BOS in its tokenizer, and a processor file.
+
+    Args: values: its config.json.
+    """
     files = llm.hub_files()
-    files[LLM_CONFIG_FILE] = files.pop("config.json")
+    config = files.pop("config.json")
+    files[LLM_CONFIG_FILE] = config
+    if json.loads(config) != values:  # of a DeepSeek-VL: what describes its own images goes too
+        files[LLM_CONFIG_FILE] = json.dumps(values, indent=1).encode()
+        files.pop("processor_config.json", None)
+        files.pop("preprocessor_config.json", None)
     if chat.added_tags:
         files["tokenizer.json"] = chat.tokenizer.to_str(pretty=True).encode()
     if not chat.add_bos:
-        bos = _bos(chat, llm.json("config.json"))
+        bos = _bos(chat, values)
         log(f"the tokenizer adds no BOS: every text begins with {bos!r} from now on")
         config = llm.json("tokenizer_config.json") | {"bos_token": bos, "add_bos_token": True}
         files["tokenizer_config.json"] = json.dumps(config, indent=1).encode()

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from janusflow_jax.config import (
     GenConfig,
@@ -22,10 +25,15 @@ from janusflow_jax.config import (
     checks as config_checks,
 )
 from janusflow_jax.config.errors import ConvertError
+from janusflow_jax.hub import families
+from janusflow_jax.hub.json_values import check_values, json_object, numbers, present
 from janusflow_jax.hub.tensors import raise_problems
 
 OURS = "janusflow_jax"
 """Key of config.json for what the published format cannot hold: the name and REPA's head."""
+
+SIGLIP_ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+"""`SiglipConfig.act` by the names of transformers and timm."""
 
 _LARGE = {"width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4, "patch_size": 16}
 _SO400M = {"width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362, "patch_size": 14}
@@ -52,84 +60,9 @@ _CONVNEXT = {
     "use_bias": True,
     "use_mid_block": True,
 }
-_LLAMA = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-_AUTOENCODER = {
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "latents_mean": None,
-    "latents_std": None,
-    "shift_factor": None,
-}
-
-
-def present(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a JSON object; a null counts as missing."""
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def json_object(where: str, values: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """The JSON object under a key, or the default where there is none.
-
-    Raises:
-      ConvertError: another value, or none without a default.
-    """
-    value = values.get(key, default)
-    if not isinstance(value, dict):
-        raise ConvertError(f"{where}: {key}: expected a JSON object; got {value!r}")
-    return value
-
-
-def numbers(where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the keys of `defaults`; a missing one is its default.
-
-    Each is above 0 and, as its default, an integer, a number or a list of them.
-
-    Raises:
-      ConvertError: lists the values that are not.
-    """
-    out = {key: values.get(key, default) for key, default in defaults.items()}
-
-    def fits(value: Any, default: Any, most: int) -> bool:
-        if isinstance(default, list | tuple):
-            items = value if isinstance(value, list | tuple) else []
-            return bool(items) and all(fits(x, default[0], most) for x in items)
-        kinds = int if isinstance(default, int) else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < most
-
-    problems = []
-    for key, default in defaults.items():
-        most = 1001 if "layers" in key else 2**31  # more layers would take hours to compare
-        if not fits(out[key], default, most):
-            kind = "whole numbers" if isinstance(default, int) else "numbers"
-            problems.append(f"{key}: expected {kind} above 0 and below {most}; got {out[key]!r}")
-    raise_problems(f"{where}: values that no model has", problems)
-    return out
-
-
-def _check(
-    where: str,
-    values: Mapping[str, Any],
-    required: Mapping[str, Any],
-    defaults: Mapping[str, Any] | None = None,
-) -> None:
-    """Raises ConvertError for every value that is not implemented.
-
-    Args:
-      required: key -> the only value that is implemented.
-      defaults: the published module's for missing keys, where it is not the required value.
-    """
-    actual = {**required, **(defaults or {}), **values}
-    raise_problems(
-        f"{where}: unsupported values",
-        [f"{k}: expected {x!r}; got {actual[k]!r}" for k, x in required.items() if actual[k] != x],
-    )
+_KL, _FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
+_VAE_CLASSES = {_KL: "of SDXL, SD 3 or FLUX.1", _FLUX2: "of FLUX.2"}
+_BATCH_NORM_EPS = 1e-4
 
 
 def check_model(cfg: ModelConfig) -> None:
@@ -139,15 +72,18 @@ def check_model(cfg: ModelConfig) -> None:
 
 
 def model_config_from_hf(
-    main: Mapping[str, Any], preprocessor: Mapping[str, Any], vae: Mapping[str, Any]
+    main: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    batch_norm: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """The model that a published folder describes.
 
     REPA's head is no part of a published model: its config comes from our own key, else its layer
     is a quarter of the depth.
 
-    Args: config.json, preprocessor_config.json ({} if there is none) and the AutoencoderKL's
-      config.json.
+    Args: config.json, preprocessor_config.json ({} if there is none) and what
+      `vae_config_from_hf` takes.
     Raises:
       ConvertError: not JanusFlow's, or values that are not implemented.
     """
@@ -162,13 +98,15 @@ def model_config_from_hf(
         json_object(f"config.json: {name}", json_object("config.json", main, name), "params")
         for name in names
     )
-    _check("config.json: language_config", present(language), {"tie_word_embeddings": False})
+    language = present(language)
+    required = {"tie_word_embeddings": False, "model_type": "llama"}  # what it builds
+    check_values("config.json: language_config", language, required)
     preprocessor = present(preprocessor)
-    _check("preprocessor_config.json", preprocessor, _PREPROCESSOR)
+    check_values("preprocessor_config.json", preprocessor, _PREPROCESSOR)
     llm, und, vae_cfg = (
-        llama_config_from_hf(language),
+        families.config_from_hf(language),
         _siglip_config_from_hf(und_params),
-        vae_config_from_hf(vae),
+        vae_config_from_hf(vae, batch_norm),
     )
     defaults = {"rescale_factor": _RESCALE, "image_size": und.image_size}
     rescale, image_size = numbers("preprocessor_config.json", preprocessor, defaults).values()
@@ -193,45 +131,6 @@ def model_config_from_hf(
     return cfg
 
 
-def llama_config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
-    """config.json of a Llama, or `language_config`; the defaults are transformers'."""
-    values = present(values)
-    _check("config.json of the language model", values, _LLAMA)
-    where = "config.json of the language model"
-    for key in ("rope_scaling", "rope_parameters"):  # the latter since transformers 5.0
-        rope = json_object(where, values, key, {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ConvertError(f"config.json: {key}: expected none; got {kind!r}")
-    sizes = {
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "rms_norm_eps": 1e-6,
-    }
-    sizes = numbers(where, values, sizes)
-    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    derived = {
-        "num_key_value_heads": heads,
-        "head_dim": width // heads,
-        "rope_theta": 10000.0,
-    }
-    sizes |= numbers(where, {**present(rope), **values}, derived)  # 5.0 has rope_theta in `rope`
-    return LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        width=width,
-        mlp_width=sizes["intermediate_size"],
-        num_layers=sizes["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=sizes["num_key_value_heads"],
-        head_dim=sizes["head_dim"],
-        norm_eps=sizes["rms_norm_eps"],
-        rope_theta=float(sizes["rope_theta"]),
-    )
-
-
 def _siglip_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
     """`vision_und_enc_config.params`. Sizes beside the name, which only we write, override it."""
     values = present(values)
@@ -244,7 +143,7 @@ def _siglip_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
             f"{where}.model_name: expected one of {', '.join(SIGLIP_SIZES)}, or {missing} beside "
             f"it; got {name!r}"
         )
-    _check(where, values, {"select_feature": "same"})
+    check_values(where, values, {"select_feature": "same"})
     sizes = numbers(where, values, {**_LARGE, "mlp_ratio": 4.0, "image_size": 336})
     layers, select = sizes["layers"], values.get("select_layer", -2)
     if not isinstance(select, int):
@@ -261,6 +160,68 @@ def _siglip_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
     )
 
 
+def siglip_act(where: str, values: Mapping[str, Any], key: str, default: str) -> str:
+    """`SiglipConfig.act` by the name that transformers or timm gives it."""
+    act = values.get(key, default)
+    if act not in SIGLIP_ACTS:
+        raise ConvertError(f"{where}: {key}: expected one of {', '.join(SIGLIP_ACTS)}; got {act!r}")
+    return SIGLIP_ACTS[act]
+
+
+def siglip_vision_config_from_hf(values: Mapping[str, Any]) -> SiglipConfig:
+    """config.json of transformers: of a whole model, or of its tower.
+
+    A SiglipVisionConfig, whose defaults these are, has an image size; a Siglip2VisionConfig
+    (NaFlex) has a square table of positions.
+    """
+    where = "config.json of the tower"
+    values = present(values)
+    values = present(json_object(where, values, "vision_config", values))
+    defaults: dict[str, Any] = {
+        "patch_size": 16,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-6,
+    }
+    naflex = "num_patches" in values or values.get("model_type") == "siglip2_vision_model"
+    defaults |= {"num_patches": 256} if naflex else {"image_size": 224}
+    sizes = numbers(where, values, defaults)
+    if naflex:
+        sizes["image_size"] = math.isqrt(sizes["num_patches"]) * sizes["patch_size"]
+    return SiglipConfig(
+        image_size=sizes["image_size"],
+        patch_size=sizes["patch_size"],
+        width=sizes["hidden_size"],
+        num_layers=sizes["num_hidden_layers"],
+        num_heads=sizes["num_attention_heads"],
+        mlp_width=sizes["intermediate_size"],
+        norm_eps=sizes["layer_norm_eps"],
+        act=siglip_act(where, values, "hidden_act", "gelu_pytorch_tanh"),
+    )
+
+
+def siglip_vision_config_to_hf(und: SiglipConfig) -> dict[str, Any]:
+    """config.json of transformers' SiglipVisionModel, without a pooling head.
+
+    It has no key for `pixel_mean` and `pixel_std`.
+    """
+    return {
+        "model_type": "siglip_vision_model",
+        "architectures": ["SiglipVisionModel"],
+        "image_size": und.image_size,
+        "patch_size": und.patch_size,
+        "hidden_size": und.width,
+        "num_hidden_layers": und.num_layers,
+        "num_attention_heads": und.num_heads,
+        "intermediate_size": und.mlp_width,
+        "layer_norm_eps": und.norm_eps,
+        "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[und.act],
+        "vision_use_head": False,
+    }
+
+
 def _gen_config_from_hf(
     enc: dict[str, Any], dec: dict[str, Any], llm: LlamaConfig, vae: VaeConfig
 ) -> GenConfig:
@@ -274,9 +235,9 @@ def _gen_config_from_hf(
         enc["padding"] = 0
     enc_required, dec_required = _convnext_to_hf(gen, llm, vae)
     enc_defaults = {"hidden_size": 2048, "input_channels": 3, "kernel_size": 7, "stride": 4}
-    _check("config.json: vision_gen_enc_config.params", enc, enc_required, enc_defaults)
+    check_values("config.json: vision_gen_enc_config.params", enc, enc_required, enc_defaults)
     dec_defaults = {"hidden_size": 2048, "upsamples": 2}
-    _check("config.json: vision_gen_dec_config.params", dec, dec_required, dec_defaults)
+    check_values("config.json: vision_gen_dec_config.params", dec, dec_required, dec_defaults)
     return gen
 
 
@@ -296,33 +257,119 @@ def _convnext_to_hf(
     return both | encoder, both | decoder
 
 
-def vae_config_from_hf(values: Mapping[str, Any]) -> VaeConfig:
-    """config.json of diffusers' AutoencoderKL, whose defaults these are."""
+def vae_config_from_hf(
+    values: Mapping[str, Any], batch_norm: Mapping[str, Any] | None = None
+) -> VaeConfig:
+    """config.json of diffusers' AutoencoderKL or AutoencoderKLFlux2, whose defaults these are.
+
+    Args: batch_norm: FLUX.2's buffers 'running_mean' and 'running_var', of 2 x 2 latent pixels.
+    """
     values = present(values)
-    sizes = {
+    where = "config.json of the VAE"
+    kind = values.get("_class_name", _KL)
+    if kind not in _VAE_CLASSES:
+        known = " or ".join(f"{name} ({models})" for name, models in _VAE_CLASSES.items())
+        raise ConvertError(f"{where}: _class_name: expected {known}; got {kind!r}")
+    sizes: dict[str, Any] = {
         "block_out_channels": (64,),
         "layers_per_block": 1,
         "norm_num_groups": 32,
         "latent_channels": 4,
         "scaling_factor": 0.18215,
     }
-    where = "config.json of the VAE"
+    if kind == _FLUX2:
+        sizes = {
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "latent_channels": 32,
+            "batch_norm_eps": _BATCH_NORM_EPS,
+        }
     sizes = numbers(where, values, sizes)
+    channels = decoder_channels = tuple(sizes["block_out_channels"])
+    if kind == _FLUX2:
+        decoder = {"decoder_block_out_channels": channels}
+        decoder_channels = tuple(numbers(where, values, decoder)["decoder_block_out_channels"])
+        shift, std = _flux2_statistics(where, batch_norm or {}, sizes["batch_norm_eps"])
+    else:
+        shift, std = _latent_statistics(where, values, sizes["latent_channels"])
     cfg = VaeConfig(
-        channels=tuple(sizes["block_out_channels"]),
+        channels=channels,
         layers_per_block=sizes["layers_per_block"],
         norm_groups=sizes["norm_num_groups"],
         latent_channels=sizes["latent_channels"],
-        scaling_factor=sizes["scaling_factor"],
+        scaling_factor=sizes.get("scaling_factor", 1.0),
+        shift=shift,
+        std=std,
+        quant_convs=bool(values.get("use_quant_conv", True)),
+        decoder_channels=decoder_channels if decoder_channels != channels else (),
     )
-    _check(where, values, {**_AUTOENCODER, **_vae_config_to_hf(cfg)})
+    required = {k: x for k, x in vae_config_to_hf(cfg).items() if k not in _STATISTICS}
+    required["mid_block_add_attention"] = True
+    check_values(where, values, required, {"_class_name": kind, "use_post_quant_conv": True})
     return cfg
 
 
-def _vae_config_to_hf(vae: VaeConfig) -> dict[str, Any]:
-    count = len(vae.channels)
+_STATISTICS = {"shift_factor", "latents_mean", "latents_std", "scaling_factor", "batch_norm_eps"}
+
+
+def _latent_statistics(
+    where: str, values: Mapping[str, Any], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`VaeConfig.shift` and `std`. As in diffusers, the mean replaces the shift."""
+    lists = {k: values[k] for k in ("latents_mean", "latents_std") if k in values}
+    if len(lists) == 1:
+        raise ConvertError(f"{where}: expected latents_mean and latents_std; got {[*lists]}")
+    for key, items in lists.items():
+        fits = isinstance(items, list) and len(items) == channels and all(map(_is_number, items))
+        if not fits:
+            raise ConvertError(f"{where}: {key}: expected {channels} numbers; got {items!r}")
+    if lists:
+        mean, std = lists.values()
+        return tuple(map(float, mean)), tuple(map(float, std))
+    shift = values.get("shift_factor", 0.0)
+    if not _is_number(shift):
+        raise ConvertError(f"{where}: shift_factor: expected a number; got {shift!r}")
+    return (float(shift),) if shift else (), ()
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < 1e37
+
+
+def _flux2_statistics(
+    where: str, batch_norm: Mapping[str, Any], eps: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`VaeConfig.shift` and `std` of FLUX.2's batch norm without a scale and a bias."""
+    names = ("running_mean", "running_var")
+    if missing := [f"bn.{n}" for n in names if n not in batch_norm]:
+        raise ConvertError(f"{where}: {_FLUX2} needs the tensors {missing}; they are missing")
+    mean, var = (np.asarray(batch_norm[n]).astype(np.float64) for n in names)
+    return tuple(mean.tolist()), tuple(np.sqrt(var + eps).tolist())
+
+
+def flux2_batch_norm(
+    vae: VaeConfig, config: Mapping[str, Any]
+) -> dict[str, Float[np.ndarray, " C4"]]:
+    """The inverse of `_flux2_statistics`, exact in float32; {} for another VAE.
+
+    Args: config: the config.json beside the tensors.
+    """
+    if config["_class_name"] != _FLUX2:
+        return {}
+    # In float64 the rounding of std**2 - eps is far below a bit of float32.
+    var = np.asarray(vae.std) ** 2 - config.get("batch_norm_eps", _BATCH_NORM_EPS)
     return {
-        "_class_name": "AutoencoderKL",
+        "running_mean": np.asarray(vae.shift, np.float32),
+        "running_var": var.astype(np.float32),
+    }
+
+
+def vae_config_to_hf(vae: VaeConfig) -> dict[str, Any]:
+    """config.json of diffusers' class."""
+    count = len(vae.channels)
+    values = {
         "act_fn": "silu",
         "in_channels": 3,
         "out_channels": 3,
@@ -332,8 +379,20 @@ def _vae_config_to_hf(vae: VaeConfig) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * count,
         "latent_channels": vae.latent_channels,
         "norm_num_groups": vae.norm_groups,
-        "scaling_factor": vae.scaling_factor,
+        "use_quant_conv": vae.quant_convs,
+        "use_post_quant_conv": vae.quant_convs,
     }
+    if vae.decoder_channels:
+        values["decoder_block_out_channels"] = list(vae.decoder_channels)
+    if len(vae.std) == 4 * vae.latent_channels:
+        flux2 = {"batch_norm_eps": _BATCH_NORM_EPS, "patch_size": [2, 2]}
+        return {"_class_name": _FLUX2, **values, **flux2}
+    values["scaling_factor"] = vae.scaling_factor
+    if vae.std:
+        values |= {"latents_mean": list(vae.shift), "latents_std": list(vae.std)}
+    elif vae.shift:
+        values["shift_factor"] = vae.shift[0]
+    return {"_class_name": _KL, **values}
 
 
 def _siglip_config_to_hf(und: SiglipConfig) -> dict[str, Any]:
@@ -373,43 +432,52 @@ def _tower_name(und: SiglipConfig) -> str:
 
 
 def check_exportable(cfg: ModelConfig) -> None:
-    """Raises ConvertError that lists what the published format cannot hold of a model."""
+    """Raises ConvertError that lists what no layout can hold of a model."""
     fixed = (
         ("und_encoder", cfg.und_encoder, "siglip"),
         ("repa_target", cfg.repa_target, "und_encoder"),
-        ("gen.patch_size", cfg.gen.patch_size, 2),
-        ("und.norm_eps", cfg.und.norm_eps, 1e-6),
         ("und.final_norm", cfg.und.final_norm, True),
         ("vae.norm_eps", cfg.vae.norm_eps, 1e-6),
     )
-    raise_problems(
-        f"{cfg.name}: the published format cannot hold this model",
-        [f"model.{name}: expected {x!r}; got {value!r}" for name, value, x in fixed if value != x],
+    raise_problems(f"{cfg.name}: no published format can hold this model", _unlike(fixed))
+
+
+def not_released(cfg: ModelConfig) -> list[str]:
+    """What the released format cannot hold of a model: it is then exported in parts."""
+    plain_llm = LlamaConfig()
+    others = [f.name for f in dataclasses.fields(LlamaConfig) if f.name not in families.KEYS]
+    llm = [(f"llm.{n}", getattr(cfg.llm, n), getattr(plain_llm, n)) for n in others]
+    und, vae, plain = cfg.und, cfg.vae, VaeConfig()
+    return _unlike(
+        [
+            *llm,
+            ("gen.patch_size", cfg.gen.patch_size, 2),
+            ("und.norm_eps", und.norm_eps, 1e-6),
+            ("und.act", und.act, "gelu"),
+            # The published sampler draws 4 channels and reads scaling_factor only.
+            ("vae.latent_channels", vae.latent_channels, plain.latent_channels),
+            ("vae.shift", vae.shift, plain.shift),
+            ("vae.std", vae.std, plain.std),
+            ("vae.quant_convs", vae.quant_convs, plain.quant_convs),
+            ("vae.decoder_channels", vae.decoder_channels, plain.decoder_channels),
+        ]
     )
 
 
+def _unlike(fixed: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [
+        f"model.{name}: expected {x!r}; got {value!r}" for name, value, x in fixed if value != x
+    ]
+
+
 def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The inverse of `model_config_from_hf`, for a model that passes `check_exportable`.
+    """The inverse of `model_config_from_hf`, for a model with an empty `not_released`.
 
     Args: llm_extra: more keys for `language_config`, from the language model's own config.json.
     Returns: file name -> content: config.json, preprocessor_config.json, vae/config.json.
     """
-    llm = cfg.llm
-    dropped = ("rope_parameters", "rope_scaling", "tie_word_embeddings", "torch_dtype", "dtype")
-    language = {k: v for k, v in llm_extra.items() if k not in dropped} | {
-        "model_type": "llama",
-        "hidden_size": llm.width,
-        "intermediate_size": llm.mlp_width,
-        "num_attention_heads": llm.num_heads,
-        "num_key_value_heads": llm.num_kv_heads,
-        "num_hidden_layers": llm.num_layers,
-        "head_dim": llm.head_dim,
-        "vocab_size": llm.vocab_size,
-        "rms_norm_eps": llm.norm_eps,
-        "rope_theta": llm.rope_theta,
-        "tie_word_embeddings": False,
-    }
-    encoder, decoder = _convnext_to_hf(cfg.gen, llm, cfg.vae)
+    language = families.config_to_hf(cfg.llm, llm_extra)
+    encoder, decoder = _convnext_to_hf(cfg.gen, cfg.llm, cfg.vae)
     parts = (
         ("vision_und_enc", "CLIPVisionTower", _siglip_config_to_hf(cfg.und)),
         ("vision_gen_enc", "ShallowUViTEncoder", encoder),
@@ -432,5 +500,5 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
     return {
         "config.json": main,
         "preprocessor_config.json": preprocessor,
-        "vae/config.json": {**_vae_config_to_hf(cfg.vae), "sample_size": cfg.image_size},
+        "vae/config.json": {**vae_config_to_hf(cfg.vae), "sample_size": cfg.image_size},
     }

@@ -1,4 +1,7 @@
-"""A published JanusFlow folder -> a model folder. All is checked first, then moved part by part."""
+"""A released or exported JanusFlow folder -> a model folder.
+
+All is checked first, then moved part by part.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ import numpy as np
 from safetensors.numpy import save as safetensors_bytes
 
 from janusflow_jax.checkpoints import model_folder
-from janusflow_jax.config import ModelConfig
+from janusflow_jax.config import ModelConfig, files
 from janusflow_jax.config.errors import ConvertError
 from janusflow_jax.data import chat_format
-from janusflow_jax.hub import configs as hub_configs, names, tensors
+from janusflow_jax.hub import configs as hub_configs, names, parts_layout, tensors
 from janusflow_jax.hub.source import (
     UNUSED_FILE,
     VAE_CONFIG_FILE,
     Source,
     log_missing_scale,
     open_vae,
+    pop_batch_norm,
     reading_configs,
     save_converted,
 )
@@ -39,7 +43,8 @@ def convert(
     Memory holds the largest part once.
 
     Args:
-      janusflow: folder with config.json, tokenizer and processor files, and safetensors.
+      janusflow: folder with config.json, tokenizer and processor files, and safetensors, or one
+        that `export` wrote in parts (`parts_layout`).
       vae: folder of diffusers' AutoencoderKL.
       dtype: 'bfloat16' or 'float32'; '' keeps each tensor's own, and an export then returns every
         bit.
@@ -52,13 +57,21 @@ def convert(
         is no model folder, or is not apart from what is read.
     """
     model_folder.check_out(out, overwrite, (janusflow, vae))
-    model, autoencoder = Source(janusflow), open_vae(vae)
+    model = Source(janusflow)
+    if model.json("config.json").get("model_type") == parts_layout.MODEL_TYPE:
+        own = model.folder / "vae"
+        if files.resolve(vae) != own:
+            raise ConvertError(f"vae: expected {own}, which config.json describes; got {vae}")
+        return parts_layout.convert(janusflow, out, dtype=dtype, overwrite=overwrite, log=log)
+    autoencoder = open_vae(vae)
     pool = model.pop(re.escape(names.TOWER + names.POOL))
+    batch_norm = pop_batch_norm(autoencoder)
     with reading_configs(model, autoencoder):
         cfg = hub_configs.model_config_from_hf(
             model.json("config.json"),
             model.json("preprocessor_config.json", default={}),
             autoencoder.json("config.json"),
+            batch_norm,
         )
     log_missing_scale(autoencoder, cfg.vae, log)
     log(f"config: {cfg}")

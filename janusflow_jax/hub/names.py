@@ -1,7 +1,7 @@
 """Names and layouts of published tensors: tables of rules that `tensors` reads in both directions.
 
-They cover the released JanusFlow-1.3B, diffusers' AutoencoderKL, Hugging Face's Llama, and SigLIP
-in the naming of timm and of transformers.
+They cover the released JanusFlow-1.3B, diffusers' AutoencoderKL and AutoencoderKLFlux2, Hugging
+Face's Llama, and SigLIP in the naming of timm and of transformers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from janusflow_jax.config import ModelConfig, VaeConfig
+from janusflow_jax.config import LlamaConfig, ModelConfig, VaeConfig
 
 TOWER = "vision_und_enc_model.vision_tower."
 POOL = "attn_pool."
@@ -91,24 +91,41 @@ def _norm(name: str, path: str) -> list[Rule]:
     return [Rule(f"{name}.weight", (f"{path}/scale",)), Rule(f"{name}.bias", (f"{path}/bias",))]
 
 
-def llm_rules(prefix: str = "", tied: bool = False) -> list[Rule]:
-    """Hugging Face's Llama. In a JanusFlow its prefix is 'language_model.'.
+def llm_rules(
+    cfg: LlamaConfig, prefix: str = "", tied: bool = False, fused: bool = False
+) -> list[Rule]:
+    """transformers' Llama and its relatives. In a JanusFlow the prefix is 'language_model.'.
 
-    Args: tied: the head is the embedding table, so no rule reads a head.
+    Args:
+      tied: the head is the embedding table, so no rule reads a head.
+      fused: the MLP has Granite 4's names, and gate and up are one tensor.
     """
+    post = cfg.norms == "post"
+    attn_norm, mlp_norm = (
+        ("post_attention_layernorm", "post_feedforward_layernorm")
+        if post
+        else ("input_layernorm", "post_attention_layernorm")
+    )
     block, ours = f"{prefix}model.layers.{{}}", "llm/layers/block"
     rules = [
         Rule(f"{prefix}model.embed_tokens.weight", ("llm/embedding",)),
         Rule(f"{prefix}model.norm.weight", ("llm/norm/scale",)),
-        Rule(f"{block}.input_layernorm.weight", (f"{ours}/attn_norm/scale",)),
-        Rule(f"{block}.post_attention_layernorm.weight", (f"{ours}/mlp_norm/scale",)),
+        Rule(f"{block}.{attn_norm}.weight", (f"{ours}/attn_norm/scale",)),
+        Rule(f"{block}.{mlp_norm}.weight", (f"{ours}/mlp_norm/scale",)),
     ]
     if not tied:
         rules.append(Rule(f"{prefix}lm_head.weight", ("llm/head/kernel",), "linear"))
-    for part, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-        for n in names:
-            path = f"{ours}/{'attn' if part == 'self_attn' else part}/{n}/kernel"
-            rules.append(Rule(f"{block}.{part}.{n}_proj.weight", (path,), "linear"))
+    for n in "qkvo":
+        name, path = f"{block}.self_attn.{n}_proj", f"{ours}/attn/{n}"
+        rules += _affine(name, path)[: 1 + (n in cfg.attn_bias)]
+    for n in "qk" if cfg.qk_norm else "":
+        rules.append(Rule(f"{block}.self_attn.{n}_norm.weight", (f"{ours}/attn/{n}_norm/scale",)))
+    mlp, kernels = f"{block}.shared_mlp", [f"{ours}/mlp/{n}/kernel" for n in ("gate", "up", "down")]
+    if fused:
+        rules.append(Rule(f"{mlp}.input_linear.weight", (kernels[0], kernels[1]), "linear"))
+        return [*rules, Rule(f"{mlp}.output_linear.weight", (kernels[2],), "linear")]
+    for n in ("gate", "up", "down"):
+        rules += _affine(f"{block}.mlp.{n}_proj", f"{ours}/mlp/{n}")[: 1 + cfg.mlp_bias]
     return rules
 
 
@@ -195,15 +212,14 @@ def _resnet_rules(name: str, path: str, shortcut: bool) -> list[Rule]:
 
 
 def vae_rules(cfg: VaeConfig) -> list[Rule]:
-    """diffusers' AutoencoderKL."""
+    """diffusers' AutoencoderKL, and AutoencoderKLFlux2 without its buffers."""
     last = len(cfg.channels) - 1
-    rules = [
-        *_affine("quant_conv", "quant_conv", "pointwise"),
-        *_affine("post_quant_conv", "post_quant_conv", "pointwise"),
-    ]
+    up_channels = (cfg.decoder_channels or cfg.channels)[::-1]
+    quant_convs = ("quant_conv", "post_quant_conv") if cfg.quant_convs else ()
+    rules = [rule for name in quant_convs for rule in _affine(name, name, "pointwise")]
     sides = (
         ("encoder", "down", "down_blocks", "downsample", cfg.channels, cfg.layers_per_block),
-        ("decoder", "up", "up_blocks", "upsample", cfg.channels[::-1], cfg.layers_per_block + 1),
+        ("decoder", "up", "up_blocks", "upsample", up_channels, cfg.layers_per_block + 1),
     )
     for side, ours, theirs, resample, channels, layers in sides:
         rules += _affine(f"{side}.conv_in", f"{side}/conv_in", "conv")
@@ -227,6 +243,12 @@ def vae_rules(cfg: VaeConfig) -> list[Rule]:
     return rules
 
 
+def own_rules(cfg: ModelConfig) -> list[Rule]:
+    """The parts that only a JanusFlow has: neither the language model nor the tower."""
+    others = ("llm/", "und_encoder/")
+    return [rule for rule in janusflow_rules(cfg) if not rule.paths[0].startswith(others)]
+
+
 def janusflow_rules(cfg: ModelConfig) -> list[Rule]:
     """The JanusFlow checkpoint, except the unused pooling head."""
-    return llm_rules("language_model.") + _und_rules() + _gen_rules(cfg.gen.num_blocks)
+    return llm_rules(cfg.llm, "language_model.") + _und_rules() + _gen_rules(cfg.gen.num_blocks)

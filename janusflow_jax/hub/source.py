@@ -69,7 +69,7 @@ class Source:
 
 
 def open_vae(path: Any) -> Source:
-    """An AutoencoderKL's folder, its tensors under their current names."""
+    """The folder of an autoencoder of diffusers, its tensors under their current names."""
     source = Source(path, ("diffusion_pytorch_model",))
     renamed = {names.current_vae_name(n): x for n, x in source.tensors.items()}
     if len(renamed) < len(source.tensors):
@@ -78,9 +78,14 @@ def open_vae(path: Any) -> Source:
     return source
 
 
+def pop_batch_norm(vae: Source) -> dict[str, Any]:
+    """Removes and returns FLUX.2's buffers, which become a part of the config; {} without them."""
+    return {name.removeprefix("bn."): x for name, x in vae.pop(r"bn\.").items()}
+
+
 def log_missing_scale(vae: Source, cfg: VaeConfig, log: Callable[[str], None]) -> None:
     """Logs that a VAE's config has no scaling_factor: a wrong one changes every image."""
-    if vae.json("config.json").get("scaling_factor") is None:
+    if vae.json("config.json").get("scaling_factor") is None and cfg.scaling_factor != 1:
         log(
             f"{vae.folder / 'config.json'}: no scaling_factor: using diffusers' default "
             f"{cfg.scaling_factor}; the published JanusFlow's VAE (SDXL's) has "
@@ -141,9 +146,14 @@ def save_converted(
     sources: Mapping[str, Source],
     hub_files: dict[str, bytes],
     overwrite: bool,
+    licenses: Mapping[str, bytes] | None = None,
     **extra: Any,
 ) -> None:
-    """Writes the model folder, with the checksums of the sources' weights."""
+    """Writes the model folder, with the checksums of the sources' weights.
+
+    Args: licenses: files of `hub/`; default: `license_files` of the sources.
+    """
+    licenses = license_files(sources) if licenses is None else licenses
     about = {
         "made_by": "tools/convert_checkpoint.py",
         "source_dtypes": {name: s.dtypes() for name, s in sources.items()},
@@ -161,7 +171,7 @@ def save_converted(
         model_cfg=cfg,
         params=parts_and_sums(),
         vae=None,
-        hub_files={**hub_files, **license_files(sources)},
+        hub_files={**hub_files, **licenses},
         extra=about,
         overwrite=overwrite,
     )

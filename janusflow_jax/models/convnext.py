@@ -1,7 +1,7 @@
 """The generation encoder and decoder: shallow ConvNeXt V2 stacks around the LLM.
 
 Source: arXiv 2411.07975 section 3, and the published code. FiLM by the time embedding comes after
-the residual addition, so its initialization must leave the block near the identity.
+the residual addition, so its initialization must leave the block the identity.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
@@ -22,6 +23,9 @@ from janusflow_jax.parallel import sharding
 KERNEL = 7
 MAX_PERIOD = 10000.0
 TIMESTEP_SCALE = 1000.0
+SMALL_GRID = 64
+"""Positions of a grid up to which a depthwise convolution is a matmul on CPU
+(`benchmarks/depthwise.py`)."""
 
 
 def _shift_add(x: Array, kernel: Array) -> Array:
@@ -38,12 +42,33 @@ def _shift_add(x: Array, kernel: Array) -> Array:
     return sum(terms[1:], terms[0])
 
 
+def grid_matmul(
+    x: Float[Array, "B h w C"], kernel: Float[Array, "7 7 1 C"]
+) -> Float[Array, "B h w C"]:
+    """Depthwise 7x7 as one matmul a channel, by a matrix from all positions of the grid to all.
+
+    The work grows with the square of the number of positions: see SMALL_GRID.
+    """
+    batch, height, width, channels = x.shape
+    size, edge = height * width, max(max(height, width) - 1 - KERNEL // 2, 0)
+    taps = jnp.pad(kernel[:, :, 0], ((edge, edge), (edge, edge), (0, 0)))
+
+    def tap(length: int) -> np.ndarray:  # [input, output]
+        return np.subtract.outer(np.arange(length), np.arange(length)) + KERNEL // 2 + edge
+
+    matrix = taps[tap(height)[:, None, :, None], tap(width)[None, :, None]]
+    matrix = matrix.reshape(size, size, channels)
+    y = jnp.einsum("bic,ioc->boc", x.reshape(batch, size, channels), matrix)
+    return y.reshape(x.shape)
+
+
 @jax.custom_vjp
-def _depthwise_cpu(x: Array, kernel: Array) -> Array:
+def shifts(x: Float[Array, "B h w C"], kernel: Float[Array, "7 7 1 C"]) -> Float[Array, "B h w C"]:
+    """Depthwise 7x7 as 49 shifted multiply-adds, in both passes."""
     return _shift_add(x, kernel)
 
 
-def _depthwise_cpu_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _shifts_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
     edge = KERNEL // 2
     p = jnp.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
@@ -57,7 +82,12 @@ def _depthwise_cpu_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Arr
     return _shift_add(g, kernel[::-1, ::-1]), grad
 
 
-_depthwise_cpu.defvjp(lambda x, k: (_shift_add(x, k), (x, k)), _depthwise_cpu_bwd)
+shifts.defvjp(lambda x, k: (_shift_add(x, k), (x, k)), _shifts_bwd)
+
+
+def _depthwise_cpu(x: Array, kernel: Array) -> Array:
+    is_small = x.shape[1] * x.shape[2] <= SMALL_GRID
+    return grid_matmul(x, kernel) if is_small else shifts(x, kernel)
 
 
 def _depthwise_conv(x: Array, kernel: Array) -> Array:
@@ -114,8 +144,8 @@ class Block(nn.Module):
         h = layers.gelu(layers.Linear(4 * width, name="linear_1")(h))
         h = sharding.constrain(h, "batch", None, None, "tensor")
         h = GlobalResponseNorm(name="grn")(h)
-        x = x + layers.Linear(width, name="linear_2")(h)
-        # Zero, so that a fresh block starts without FiLM. The paper gives no initialization.
+        # Zeros, so that a fresh block is the identity. The paper gives no initialization.
+        x = x + layers.Linear(width, kernel_init=nn.initializers.zeros, name="linear_2")(h)
         film = layers.Linear(2 * width, kernel_init=nn.initializers.zeros, name="film")
         scale, shift = jnp.split(film(jax.nn.silu(t_emb))[:, None, None], 2, axis=-1)
         return x * (1 + scale) + shift

@@ -76,7 +76,7 @@ def scaled_latents(
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     if posterior is not None:
         mean = mean + jnp.exp(0.5 * logvar) * posterior
-    return lax.stop_gradient(mean * cfg.vae.scaling_factor)
+    return lax.stop_gradient(vae.scale(cfg.vae, mean))
 
 
 def understanding_input(

@@ -57,7 +57,7 @@ class LatentEncoder(nn.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S G"]:
         mean, _ = self.vae.encode(images)
-        return encode_clean(self.convnext, mean * self.cfg.vae.scaling_factor)
+        return encode_clean(self.convnext, vae.scale(self.cfg.vae, mean))
 
 
 def encode_clean(encoder: Any, latents: Float[Array, "B H W C"]) -> Float[Array, "B S G"]:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from janusflow_jax.config import RopeConfig
 from janusflow_jax.models import int8
 from janusflow_jax.parallel import sharding
 
@@ -106,12 +107,26 @@ def safe_norm(
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
+def rope_frequencies(half: int, theta: float, scaling: RopeConfig) -> Float[Array, " half"]:
+    """Radians a position of each of the `half` pairs of numbers in a head.
+
+    Source: transformers' modeling_rope_utils; llama3 is that of Llama 3.1.
+    """
+    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling.type == "linear":
+        return freq / scaling.factor
+    if scaling.type == "llama3":  # long waves are stretched, short ones stay
+        turns = scaling.original_positions * freq / (2 * jnp.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        return freq * (kept + (1 - kept) / scaling.factor)
+    return freq
+
+
 def rope(
-    x: Float[Array, "B N T H"], positions: Int[Array, "B T"], theta: float
+    x: Float[Array, "B N T H"], positions: Int[Array, "B T"], freq: Float[Array, " half"]
 ) -> Float[Array, "B N T H"]:
     """Rotary positions, half-split form (pairs are i and i + H/2), angles in float32."""
-    half = x.shape[-1] // 2
-    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, None, :, None].astype(jnp.float32) * freq  # [B, 1, T, H/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)

@@ -1,6 +1,7 @@
 """The language model: Llama with RMSNorm, rotary positions, SwiGLU, grouped heads, untied head.
 
-Source: Llama, arXiv 2302.13971; the reference is transformers' Llama. Training runs one `nn.scan`
+Source: Llama, arXiv 2302.13971; the reference is transformers' Llama. Its relatives (Qwen, OLMo 2,
+SmolLM 3 and others) differ by fields of `LlamaConfig`. Training runs one `nn.scan`
 over layers with stacked parameters. For inference `unstack` gives each layer its own arrays, and
 the same blocks run one after another: a scan copies the weights of a layer out of the stack before
 it uses them, which is half the time of a decoded token. Keys and values go in and come out as
@@ -9,6 +10,7 @@ values, never as mutable state.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -42,7 +44,7 @@ class Attention(nn.Module):
         # Heads before positions, as the TPU kernel wants them: so the projections write them
         # there, and no copy is made.
         project = lambda name, heads: layers.Linear(  # noqa: E731
-            heads * cfg.head_dim, use_bias=False, heads=heads, name=name
+            heads * cfg.head_dim, use_bias=name in cfg.attn_bias, heads=heads, name=name
         )(x).swapaxes(1, 2)
         q, k, v = (
             sharding.constrain(project(name, heads), "batch", "tensor", None, None)
@@ -52,11 +54,14 @@ class Attention(nn.Module):
                 ("v", cfg.num_kv_heads),
             )
         )
-        q = layers.rope(q, positions, cfg.rope_theta)
-        k = layers.rope(k, positions, cfg.rope_theta)
-        q, k, v = (
-            checkpoint_name(x, name).swapaxes(1, 2) for x, name in ((q, "q"), (k, "k"), (v, "v"))
-        )
+        if cfg.qk_norm:
+            # Kept before the norms, because their gradients need it.
+            q, k = (self._qk_norm(checkpoint_name(x, n), n) for x, n in ((q, "q"), (k, "k")))
+        freq = layers.rope_frequencies(cfg.head_dim // 2, cfg.rope_theta, cfg.rope)
+        q, k = (layers.rope(x, positions, freq) for x in (q, k))
+        if not cfg.qk_norm:
+            q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, checkpoint_name(v, "v")))
         new = {"k": k, "v": v}
         if cache is not None and "k_scale" in cache:
             new = int8.keys_values(k, v)
@@ -67,19 +72,30 @@ class Attention(nn.Module):
         scales = (new["k_scale"], new["v_scale"]) if "k_scale" in new else None
         out = dot_product_attention(q, new["k"], new["v"], mask, self.impl, scales)
         out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
-        proj = layers.Linear(x.shape[-1], use_bias=False, name="o")(out)
+        proj = layers.Linear(x.shape[-1], use_bias="o" in cfg.attn_bias, name="o")(out)
         return checkpoint_name(proj, "proj"), new
+
+    def _qk_norm(self, x: Array, name: str) -> Array:
+        """RMSNorm of queries or keys [B, N, T, H], of each head or of all together."""
+        norm = layers.RMSNorm(self.cfg.norm_eps, name=f"{name}_norm")
+        if self.cfg.qk_norm == "head":
+            return norm(x)
+        batch, heads, length, size = x.shape
+        x = norm(x.swapaxes(1, 2).reshape(batch, length, heads * size))
+        return x.reshape(batch, length, heads, size).swapaxes(1, 2)
 
 
 class Mlp(nn.Module):
     width: int
+    use_bias: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        gate = checkpoint_name(layers.Linear(self.width, use_bias=False, name="gate")(x), "gate")
-        up = checkpoint_name(layers.Linear(self.width, use_bias=False, name="up")(x), "up")
+        linear = functools.partial(layers.Linear, use_bias=self.use_bias)
+        gate = checkpoint_name(linear(self.width, name="gate")(x), "gate")
+        up = checkpoint_name(linear(self.width, name="up")(x), "up")
         y = sharding.constrain(jax.nn.silu(gate) * up, "batch", None, "tensor")
-        return layers.Linear(x.shape[-1], use_bias=False, name="down")(y)
+        return linear(x.shape[-1], name="down")(y)
 
 
 class Block(nn.Module):
@@ -90,13 +106,17 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, positions: Array, mask: Array, cache: Any, index: Any
     ) -> tuple[Array, dict[str, Array]]:
-        eps = self.cfg.norm_eps
-        h, kv = Attention(self.cfg, self.impl, name="attn")(
-            layers.RMSNorm(eps, name="attn_norm")(x), positions, mask, cache, index
-        )
-        x = sharding.constrain(x + h, "batch", None, None)
-        h = Mlp(self.cfg.mlp_width, name="mlp")(layers.RMSNorm(eps, name="mlp_norm")(x))
-        return sharding.constrain(x + h, "batch", None, None), kv
+        cfg = self.cfg
+        before, after = (lambda norm, x: norm(x)), (lambda norm, x: x)
+        if cfg.norms == "post":
+            before, after = after, before
+        norm = layers.RMSNorm(cfg.norm_eps, name="attn_norm")
+        attention = Attention(cfg, self.impl, name="attn")
+        h, kv = attention(before(norm, x), positions, mask, cache, index)
+        x = sharding.constrain(x + after(norm, h), "batch", None, None)
+        norm = layers.RMSNorm(cfg.norm_eps, name="mlp_norm")
+        h = Mlp(cfg.mlp_width, cfg.mlp_bias, name="mlp")(before(norm, x))
+        return sharding.constrain(x + after(norm, h), "batch", None, None), kv
 
 
 class Body(nn.Module):
@@ -119,6 +139,8 @@ class Body(nn.Module):
             policy = keep if self.remat == "names" else None
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         x, captured = carry
+        if self.cfg.no_rope_layers:  # at position 0 nothing is rotated
+            positions = positions * ~jnp.isin(layer, jnp.array(self.cfg.no_rope_layers))
         x, kv = block(self.cfg, self.impl, name="block")(x, positions, mask, cache, index)
         if self.capture:
             captured = jnp.where(layer == self.capture - 1, x, captured)
@@ -232,7 +254,8 @@ def empty_cache(cfg: LlamaConfig, llm: dict[str, Any], batch: int, size: int, dt
     """Zeros for `size` positions, in the layout and number format of the parameters `llm`."""
     shape = (batch, size, cfg.num_kv_heads, cfg.head_dim)
     arrays = {"k": (shape, dtype), "v": (shape, dtype)}
-    if int8.is_int8(llm["head"]["kernel"]):
+    # Biases make some key channels so large that int8 loses the others (docs/open_parts.md).
+    if int8.is_int8(llm["head"]["kernel"]) and not cfg.attn_bias:
         arrays = dict.fromkeys(("k", "v"), (shape, jnp.int8))
         arrays |= {f"{n}_scale": ((*shape[:-1], 1), jnp.float32) for n in ("k", "v")}
     zeros = lambda *lead: {  # noqa: E731

@@ -1,13 +1,14 @@
 """The understanding encoder: a SigLIP vision transformer without its pooling head.
 
-Pre-LN blocks, erf GELU, learned positions, final LN, no class token. Source: SigLIP,
-arXiv 2303.15343; the reference is big_vision's ViT.
+Pre-LN blocks, GELU, learned positions, final LN, no class token. Source: SigLIP, arXiv 2303.15343,
+and SigLIP 2, arXiv 2502.14786; the reference is big_vision's ViT.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -37,10 +38,12 @@ class Attention(nn.Module):
 
 class Mlp(nn.Module):
     width: int
+    act: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = layers.gelu(layers.Linear(self.width, name="fc1")(x))
+        y = layers.Linear(self.width, name="fc1")(x)
+        y = layers.gelu(y) if self.act == "gelu" else jax.nn.gelu(y, approximate=True)
         return layers.Linear(x.shape[-1], name="fc2")(y)
 
 
@@ -54,7 +57,7 @@ class Block(nn.Module):
         h = layer_norm(eps, x.dtype, "norm1")(x)
         x = x + Attention(self.cfg.num_heads, self.impl, name="attn")(h)
         h = layer_norm(eps, x.dtype, "norm2")(x)
-        x = x + Mlp(self.cfg.mlp_width, name="mlp")(h)
+        x = x + Mlp(self.cfg.mlp_width, self.cfg.act, name="mlp")(h)
         return sharding.constrain(x, "batch", None, None)
 
 
@@ -84,6 +87,9 @@ class Siglip(nn.Module):
         if cfg.pixel_mean:
             mean, std = jnp.asarray(cfg.pixel_mean), jnp.asarray(cfg.pixel_std)
             images = (images - mean) / std
+        side = cfg.image_size // cfg.patch_size * cfg.patch_size
+        if side < cfg.image_size:  # the published convolution leaves the last pixels out
+            images = images[:, :side, :side]
         embed = layers.PatchEmbed(cfg.width, cfg.patch_size, name="patch_embed")
         x = embed(images.astype(self.dtype)).reshape(len(images), cfg.num_tokens, cfg.width)
         # Initialized as in SigLIP: at 0.02 a small tower takes long to see shapes.

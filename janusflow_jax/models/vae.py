@@ -1,6 +1,7 @@
-"""The SDXL variational autoencoder (AutoencoderKL): pixels <-> latents, frozen in JanusFlow.
+"""The variational autoencoder of SDXL, SD 3 and FLUX: pixels <-> latents, frozen in JanusFlow.
 
-Source: latent diffusion, arXiv 2112.10752; the reference is diffusers' AutoencoderKL. It pads
+Source: latent diffusion, arXiv 2112.10752; the reference is diffusers' AutoencoderKL, and
+AutoencoderKLFlux2 for FLUX.2, which differ in the statistics of `scale` only. It pads
 (0, 1) before a convolution of stride 2, decodes with one layer more a block than it encodes, and
 upsamples by nearest neighbor.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
@@ -160,15 +162,16 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         cfg, last = self.cfg, len(self.cfg.channels) - 1
-        x = Mid(cfg, name="mid")(Conv3x3(cfg.channels[-1], name="conv_in")(x))
-        for i, features in enumerate(reversed(cfg.channels)):
+        channels = cfg.decoder_channels or cfg.channels
+        x = Mid(cfg, name="mid")(Conv3x3(channels[-1], name="conv_in")(x))
+        for i, features in enumerate(reversed(channels)):
             x = Up(cfg, features, i < last, name=f"up_{i}")(x)
         x = jax.nn.silu(GroupNorm(cfg.norm_groups, cfg.norm_eps, name="norm_out")(x))
         return Conv3x3(3, name="conv_out")(x)
 
 
 class Vae(nn.Module):
-    """Latents are unscaled: callers apply the factor 0.13025."""
+    """Latents are those of the autoencoder: callers apply `scale` and `unscale`."""
 
     cfg: VaeConfig
     dtype: Any = jnp.float32
@@ -176,25 +179,56 @@ class Vae(nn.Module):
     def setup(self) -> None:
         self.encoder = Encoder(self.cfg)
         self.decoder = Decoder(self.cfg)
-        self.quant_conv = layers.Linear(2 * self.cfg.latent_channels)
-        self.post_quant_conv = layers.Linear(self.cfg.latent_channels)
+        if self.cfg.quant_convs:
+            self.quant_conv = layers.Linear(2 * self.cfg.latent_channels)
+            self.post_quant_conv = layers.Linear(self.cfg.latent_channels)
 
     def encode(
         self, images: Float[Array, "B H W 3"]
     ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
         """Images in [-1, 1] -> the posterior's mean and log variance, float32."""
-        moments = self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
+        moments = self.encoder(images.astype(self.dtype))
+        if self.cfg.quant_convs:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         """Latents -> images, float32, about [-1, 1] and not clipped."""
-        x = self.decoder(self.post_quant_conv(latents.astype(self.dtype)))
-        return x.astype(jnp.float32)
+        x = latents.astype(self.dtype)
+        if self.cfg.quant_convs:
+            x = self.post_quant_conv(x)
+        return self.decoder(x).astype(jnp.float32)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """The reconstruction from the posterior's mean."""
         return self.decode(self.encode(images)[0])
+
+
+def scale(cfg: VaeConfig, latents: Float[Array, "*b h w C"]) -> Float[Array, "*b h w C"]:
+    """The autoencoder's latents -> latents of about mean 0 and variance 1, which the model sees."""
+    if cfg.shift:
+        latents = latents - _over_latent(cfg.shift, latents)
+    latents = latents * cfg.scaling_factor
+    return latents / _over_latent(cfg.std, latents) if cfg.std else latents
+
+
+def unscale(cfg: VaeConfig, latents: Float[Array, "*b h w C"]) -> Float[Array, "*b h w C"]:
+    """The inverse of `scale`."""
+    if cfg.std:
+        latents = latents * _over_latent(cfg.std, latents)
+    latents = latents / cfg.scaling_factor
+    return latents + _over_latent(cfg.shift, latents) if cfg.shift else latents
+
+
+def _over_latent(values: tuple[float, ...], latents: Array) -> np.ndarray:
+    """`shift` or `std` in a shape that broadcasts over latents [..., h, w, C]."""
+    height, width, channels = latents.shape[-3:]
+    array = np.asarray(values, np.float32)
+    if len(values) in (1, channels):
+        return array
+    cell = array.reshape(channels, 2, 2).transpose(1, 2, 0)
+    return np.tile(cell, (height // 2, width // 2, 1))
 
 
 def init_params(cfg: VaeConfig, key: Array) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def build(
     import tensorflow_datasets as tfds
 
     mark = "dataset_info.json", _MODULE_NAME
-    made = ("dataset_info.json", "features.json", "*.array_record*", "lengths")
+    made = ("dataset_info.json", "features.json", "*.array_record*", "lengths", "cache")
     if problem := files.problem_of_out(out, overwrite, mark, (*made, "LICENSE", "CREDITS.txt")):
         raise DataError(problem)
     classes = classes_lib.NEW if new_classes else classes_lib.CLASSES

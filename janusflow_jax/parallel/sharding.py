@@ -31,6 +31,7 @@ RULES: tuple[tuple[str, P], ...] = (
     # Cut by vocabulary alone: the loss leaves it where it is (cross_entropy.py).
     (r"llm/head/kernel$", P(None, ("fsdp", "tensor"))),
     (r"attn/[qkv]/kernel$", P("fsdp", "tensor")),
+    (r"llm/.*(attn/[qkv]|mlp/(gate|up))/bias$", P("tensor")),
     (r"attn/o/kernel$", P("tensor", "fsdp")),
     (r"mlp/(gate|up|fc1)/kernel$", P("fsdp", "tensor")),
     (r"mlp/(down|fc2)/kernel$", P("tensor", "fsdp")),

@@ -235,9 +235,12 @@ def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
     positions = cfg.batch_rows * cfg.data.row_len
     attention_again = flops.attention_per_pair(cfg.model) * positions * cfg.data.row_len
     if cfg.remat == "names":
-        total = attention_again / 2
+        last = 2.0 * m.num_layers * m.width * m.mlp_width * positions
+        total = attention_again / 2 + (last if m.norms == "post" else 0.0)
     else:
-        kernels = flops.llm_kernel(cfg.model) - m.num_layers * m.width * m.mlp_width
+        kernels = flops.llm_kernel(cfg.model)
+        if m.norms == "pre":  # the gradient of a norm behind the last matmul needs its result
+            kernels -= m.num_layers * m.width * m.mlp_width
         total = 2.0 * kernels * positions + attention_again + rotary(cfg)
     if "und_encoder" in trained and cfg.model.und_encoder == "siglip":
         last = 2.0 * und.num_layers * und.num_tokens * und.width * und.mlp_width

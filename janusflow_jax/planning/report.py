@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from janusflow_jax.config import TrainConfig
+from janusflow_jax.config import SamplerConfig, TrainConfig
 from janusflow_jax.parallel import sharding
 from janusflow_jax.parallel.chips import GIB
 from janusflow_jax.planning import (
@@ -107,17 +107,17 @@ def train_report(run: Compiled, assume: Assumptions) -> str:
 
 
 def sampler_reports(
-    cfg: TrainConfig, machine: Machine, rows: int, num_steps: int, assume: Assumptions
+    cfg: TrainConfig, machine: Machine, rows: int, solver: SamplerConfig, assume: Assumptions
 ) -> Iterator[tuple[Compiled, str]]:
     """Compiles the pipeline's programs for a batch of `rows`, and reports on each.
 
-    Args: num_steps: Euler steps.
+    Args: solver: of the images.
     Raises:
       ConfigError: the config, the topology or the mesh cannot work.
     """
     cfg = plan_compile.prepare(dataclasses.replace(cfg, attention="xla"), machine)
     mesh = sharding.make_mesh(cfg.mesh, topology.devices(machine))
-    for program in sampler.sampler_programs(cfg.model, mesh, rows, num_steps):
+    for program in sampler.sampler_programs(cfg.model, mesh, rows, solver):
         with jax.set_mesh(mesh):
             built = plan_compile.build(program.traced, machine)
         run = Compiled(cfg, machine, mesh, program.arguments, *built)

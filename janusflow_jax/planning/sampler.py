@@ -14,7 +14,7 @@ from janusflow_jax.config import ModelConfig, SamplerConfig
 from janusflow_jax.models import janusflow, llama, vae
 from janusflow_jax.parallel import sharding, trees
 from janusflow_jax.planning import compile as plan_compile, flops as plan_flops
-from janusflow_jax.sampling import programs
+from janusflow_jax.sampling import flow, programs
 from janusflow_jax.training import flops
 
 PROMPT = 40  # tokens of an image's prompt
@@ -36,11 +36,14 @@ class Program(NamedTuple):
         return plan_flops.Budget(self.useful, self.overhead, counted)
 
 
-def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> Iterator[Program]:
+def sampler_programs(
+    m: ModelConfig, mesh: Mesh, rows: int, cfg: SamplerConfig
+) -> Iterator[Program]:
     """Generating `rows` images, decoding their latents, and answering `rows` questions.
 
-    Args: num_steps: Euler steps.
+    Args: cfg: of the images.
     """
+    guided = int(flow.guided_steps(cfg).sum())
     model = janusflow.JanusFlow(m, jnp.dtype("bfloat16"))
     shapes = janusflow.param_shapes(m)
     shapes["llm"] = jax.eval_shape(llama.unstack, shapes["llm"])  # as the pipeline holds it
@@ -77,16 +80,18 @@ def sampler_programs(m: ModelConfig, mesh: Mesh, rows: int, num_steps: int) -> I
             noise,
             scalar,
             head=1,
-            sampler=SamplerConfig(steps=num_steps),
+            sampler=cfg,
         )
-    computed = PADDED_PROMPT**2 + num_steps * 2 * m.slot_len * (m.slot_len + PADDED_PROMPT)
-    visible = num_steps * (2 * _causal(m.slot_len) + m.slot_len * (PROMPT + 1)) + _causal(PROMPT)
+    branches = cfg.steps + guided
+    computed = PADDED_PROMPT**2 + branches * m.slot_len * (m.slot_len + PADDED_PROMPT)
+    visible = branches * _causal(m.slot_len) + m.slot_len * (cfg.steps * PROMPT + guided)
+    visible += _causal(PROMPT)
     yield Program(
-        f"images, batch {rows}, {num_steps} Euler steps with guidance",
+        f"images, batch {rows}, {cfg.steps} steps, {guided} with guidance",
         traced,
         {"model": params, "inputs": noise},
-        num_steps,
-        rows * flops.image_flops(m, PROMPT, num_steps),
+        cfg.steps,
+        rows * flops.image_flops(m, PROMPT, guided, cfg.steps - guided),
         {
             "padding": rows * per_token * (PADDED_PROMPT - PROMPT),
             "masked attention": rows * per_pair * (computed - visible),

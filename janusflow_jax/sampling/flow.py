@@ -141,7 +141,7 @@ def edit(
     velocity: Velocity,
     x: Float[Array, "B h w C"],
     noise: Callable[[Array], Array],
-    guidance_scales: Float[Array, " 2*B"],
+    guidance_scales: Float[Array, " R"],
     cfg: SamplerConfig,
     first: int = 0,
 ) -> Float[Array, "B h w C"]:

@@ -70,6 +70,16 @@ def check_generate(
     )
 
 
+def check_best_of(best_of: Any, output: str) -> None:
+    """Raises JanusFlowError unless images can be chosen."""
+    if problems := _count_problems("best_of", best_of):
+        raise JanusFlowError("generate: " + problems[0])
+    if best_of > 1 and output == "trajectory":
+        raise JanusFlowError(
+            f"generate: best_of: expected 1 for output 'trajectory'; got {best_of}: choose first"
+        )
+
+
 def check_edit(
     what: str,
     prompts: Sequence[Any],

@@ -76,6 +76,24 @@ def prefill(
     return text.prefill(model, params, x, lengths, jax.vmap(numerics.key)(seeds), max_new)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="most")
+def log_likelihood(
+    model: janusflow.JanusFlow,
+    params: Any,
+    tokens: Array,
+    slots: Array,
+    image_index: Array,
+    slot_start: Array,
+    slot_task: Array,
+    target_mask: Array,
+    most: int,
+) -> Array:
+    """`text.log_likelihood` of tokens int[B, P]; the images as of `prefill`."""
+    slots = jnp.take(slots, image_index, axis=0)
+    x = text.embed_prompt(model, params, tokens, slots, slot_start, slot_task)
+    return text.log_likelihood(model, params, x, tokens, target_mask, most)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def encode_images(model: janusflow.JanusFlow, params: Any, vae_params: Any, pixels: Array) -> Array:
     """Understanding slots [M, S, D] of uint8[M, H, W, 3]."""
@@ -96,7 +114,7 @@ def latents_to_pixels(
     """Scaled latents float32[B, h, w, C] -> images uint8[B, H, W, 3], and whether the decoder's
     output was finite, bool[B]."""
     module = vae.Vae(cfg.vae, jnp.dtype(dtype))
-    unscaled = latents / cfg.vae.scaling_factor
+    unscaled = vae.unscale(cfg.vae, latents)
     x = module.apply({"params": vae_params}, unscaled, method="decode")
     # NOTE(parity): rounded; the published demo truncates.
     pixels = jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from janusflow_jax.models import janusflow, llama
 
@@ -96,6 +96,34 @@ def prefill(
     buffer = llama.empty_cache(model.cfg.llm, params["llm"], batch, size + max_new, x.dtype)
     cache, logits = extend(model, params, x, buffer, 0, lengths)
     return decoding(cache, logits, lengths, keys)
+
+
+def log_likelihood(
+    model: janusflow.JanusFlow,
+    params: Any,
+    x: Float[Array, "B P D"],
+    tokens: Int[Array, "B P"],
+    target_mask: Bool[Array, "B P"],
+    most: int,
+) -> Float[Array, " B"]:
+    """The summed log-likelihood of the targets of rows, float32.
+
+    Args:
+      x: embeddings of the tokens and images, right-padded.
+      target_mask: where the next position's token is a target.
+      most: no row has more targets.
+    """
+    positions = jnp.arange(x.shape[1])
+    causal = (positions[:, None] >= positions)[None]
+    at = jnp.broadcast_to(positions, tokens.shape)
+    mask = jnp.broadcast_to(causal, (len(x), *causal.shape[1:]))
+    hidden, _, _ = model.apply({"params": params}, x, at, mask, method="run_llm")
+    index = jnp.argsort(~target_mask, stable=True)[:, :most]
+    hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
+    logits = model.apply({"params": params}, hidden, method="logits").astype(jnp.float32)
+    target = jnp.take_along_axis(jnp.roll(tokens, -1, axis=1), index, axis=1)
+    each = jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=2)[..., 0]
+    return jnp.sum(each, axis=1, where=jnp.take_along_axis(target_mask, index, axis=1))
 
 
 def decoding(

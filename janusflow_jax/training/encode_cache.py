@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import time
 import zlib
@@ -87,15 +88,23 @@ def plan(
         computed_in=computed_in,
         shard_records=shard_records,
         vae=vae_digest(encoders.vae) if has_vae else "",
-        siglip=trees.digest(encoders.siglip) if has_siglip else "",
+        siglip=siglip_digest(cfg, encoders.siglip) if has_siglip else "",
         latent_shape=cfg.latent_shape if has_vae else (),
         feature_shape=(und.num_tokens, und.width) if has_siglip else (),
     )
 
 
 def vae_digest(params: Any) -> str:
-    """Digest of the parameters that latents depend on."""
-    return trees.digest({name: params[name] for name in VAE_ENCODER})
+    """Digest of the parameters that cached latents, which are not scaled yet, depend on."""
+    return trees.digest({name: params[name] for name in VAE_ENCODER if name in params})
+
+
+def siglip_digest(cfg: ModelConfig, params: Any) -> str:
+    """Digest of what features depend on."""
+    params_digest = trees.digest(params)
+    if cfg.und.act == "gelu":  # the only one before there was a choice
+        return params_digest
+    return hashlib.sha256(f"{params_digest} {cfg.und.act}".encode()).hexdigest()
 
 
 def make_encode(encoders: Encoders, manifest: Manifest, devices: list[Any]) -> Encode:
@@ -262,7 +271,7 @@ def digests(cfg: TrainConfig, made: rows.Rows, read: Callable[[str], trees.Tree]
     parts = {"und_encoder"} if made.slots.und is not None else set()
     if made.slots.repa_cached:
         parts.add(_target(cfg))
-    return {part: trees.digest(read(part)) for part in sorted(parts)}
+    return {part: siglip_digest(cfg.model, read(part)) for part in sorted(parts)}
 
 
 def check(cfg: TrainConfig, made: rows.Rows, encoders: Mapping[str, str], vae_params: Any) -> None:

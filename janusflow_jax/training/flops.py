@@ -170,39 +170,42 @@ def vae_encoder(cfg: ModelConfig) -> float:
     total += 2 * resnet(before, before)
     total += 4 * before * before * side**2 + 2 * before * side**4  # single-head attention
     latent = 2 * m.latent_channels
-    total += (9 * before * latent + latent * latent) * side**2
+    total += (9 * before * latent + m.quant_convs * latent * latent) * side**2
     return 2.0 * total
 
 
 def vae_decoder(cfg: ModelConfig) -> float:
     m = cfg.vae
-    side, before = cfg.latent_size, m.channels[-1]
+    widths = m.decoder_channels or m.channels
+    side, before = cfg.latent_size, widths[-1]
     latent = m.latent_channels
-    total = (latent * latent + 9 * latent * before + 2 * 18 * before * before) * side**2
+    quant = m.quant_convs * latent * latent
+    total = (quant + 9 * latent * before + 2 * 18 * before * before) * side**2
     total += 4 * before * before * side**2 + 2 * before * side**4  # single-head attention
-    for i, channels in enumerate(reversed(m.channels)):
+    for i, channels in enumerate(reversed(widths)):
         for _ in range(m.layers_per_block + 1):
             skip = before * channels if before != channels else 0
             total += (9 * before * channels + 9 * channels * channels + skip) * side**2
             before = channels
-        if i + 1 < len(m.channels):
+        if i + 1 < len(widths):
             side *= 2
             total += 9 * channels * channels * side**2
     return 2.0 * (total + 9 * before * 3 * side**2)
 
 
-def image_flops(cfg: ModelConfig, prompt: int, num_steps: int) -> float:
-    """Generating the latents of one image with guidance.
+def image_flops(cfg: ModelConfig, prompt: int, guided: int, unguided: int = 0) -> float:
+    """Generating the latents of one image.
 
     Args:
       prompt: number of its tokens.
-      num_steps: Euler steps.
+      guided, unguided: steps with two branches, and with the conditional one alone.
     """
     slot = cfg.slot_len
     llm = 2.0 * llm_kernel(cfg)
     first = llm * prompt + attention_per_pair(cfg) * prompt * (prompt + 1) / 2
     inside = slot * (slot + 1) / 2
-    pairs = inside + slot * prompt + inside + slot  # the unconditional branch sees only BOS
-    branches = 2 * (llm * slot + gen_decoder(cfg)) + attention_per_pair(cfg) * pairs
-    step = branches + gen_encoder(cfg) + aligner(cfg, "generate")
-    return first + num_steps * step
+    branch = llm * slot + gen_decoder(cfg) + attention_per_pair(cfg) * inside
+    cond = branch + attention_per_pair(cfg) * slot * prompt
+    uncond = branch + attention_per_pair(cfg) * slot  # sees only BOS
+    encoder = gen_encoder(cfg) + aligner(cfg, "generate")
+    return first + (guided + unguided) * (encoder + cond) + guided * uncond

@@ -108,13 +108,14 @@ def find_start(cfg: TrainConfig, resumed: bool = False) -> Start:
         if stored is None:
             problems.append(f"{path} has no part {part!r}; it has {sorted(model.shapes)}")
             continue
-        problems += trees.mismatches(shapes[part], stored, part) or (
-            _other_config(cfg.model, model.cfg, part, path)
-        )
+        if misfits := trees.mismatches(shapes[part], stored, part):
+            problems += [_other_start(cfg.model, model.cfg, path)] if path == cfg.start else misfits
+        else:
+            problems += _other_config(cfg.model, model.cfg, part, path)
         files[part] = model
         if not hub and part == "llm":
             hub = str(model.hub)
-    config_lib.raise_problems("init", problems)
+    config_lib.raise_problems("init", list(dict.fromkeys(problems)))
     if not hub:
         raise ConfigError(
             "tokenizer: expected a folder with tokenizer.json and processor_config.json (a "
@@ -166,6 +167,17 @@ def _stored_as(model: model_folder.ModelFiles, part: str) -> str:
     return part
 
 
+def _other_start(ours: ModelConfig, theirs: ModelConfig, path: str) -> str:
+    """Where the start's model differs from the run's."""
+    then, now = (config_lib.to_dict(model) for model in (theirs, ours))
+    lines = differences(then, now, ("model.name",), "model.")
+    more = f"; {len(lines) - 4} more" if len(lines) > 4 else ""
+    return (
+        f"{path}: expected the run's model; got another ({'; '.join(lines[:4])}{more}): take the "
+        "start's model by own in the argument of --config (configs/pretrain.py:own)"
+    )
+
+
 def _other_config(ours: ModelConfig, theirs: ModelConfig, part: str, path: str) -> list[str]:
     """Differences in fields that no shape shows, with which the part would compute something else.
     Image sizes may differ."""
@@ -178,8 +190,9 @@ def _other_config(ours: ModelConfig, theirs: ModelConfig, part: str, path: str) 
         where = f"model.{section}."
         for difference in differences(then, now, (f"{where}image_size",), where):
             out.append(
-                f"{path}: its {part} was made with other values ({difference}): set the first one "
-                "with --config.FIELD=VALUE"
+                f"{path}: its {part} was made with other values ({difference}): take the start's "
+                "model by own in the argument of --config, or set the first one with "
+                "--config.FIELD=VALUE"
             )
     return out
 

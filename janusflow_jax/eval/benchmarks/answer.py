@@ -287,24 +287,30 @@ def collect(name: str, data: Data, out: epath.Path) -> list[dict[str, Any]] | No
 
 
 def read_answers(path: Any, data: Data) -> list[dict[str, Any]]:
-    """Lines of a file with `id` and `answer`, one for each question, in the order of the data.
+    """Stored answers, one for each question, in the order of the data.
 
+    Args:
+      path: lines of JSON with `id` and `answer`; or what another harness stored of the same data:
+        lmms-eval's samples, or VLMEvalKit's predictions as TSV.
     Raises:
-      DataError: lines that are not such; a question without an answer or with two.
+      DataError: lines that are not such; answers to other data; a question without an answer or
+        with two.
     """
     path = files.resolve(path)
     if not path.exists():
         raise DataError(f"--answers: expected a file of answers; there is no {path}")
+    if path.suffix == ".xlsx":
+        raise DataError(
+            f"--answers: expected JSON lines or a TSV file; got {path.name}: run VLMEvalKit with "
+            "PRED_FORMAT=tsv"
+        )
     by_id: dict[str, dict[str, Any]] = {}
-    for number, text in enumerate(files.read_lines(path)):
-        try:
-            line = json.loads(text)
-            key, _ = str(line["id"]), line["answer"] + ""
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: line {number}: expected JSON with the texts id and answer; got "
-                f"{text[:80]!r}"
-            ) from error
+    by_row: dict[int, list[Question]] = {}
+    for question in data.questions:
+        by_row.setdefault(question.row, []).append(question)
+    lines = _vlmeval_answers if path.suffix == ".tsv" else _json_answers
+    for line in lines(path, by_row):
+        key = line["id"]
         if key in by_id:
             raise DataError(f"{path}: expected one answer to each question; got two to {key!r}")
         by_id[key] = line
@@ -315,3 +321,44 @@ def read_answers(path: Any, data: Data) -> list[dict[str, Any]]:
             f"{lost[0]!r} ({len(lost)} such questions): use the file of this benchmark and data"
         )
     return [by_id[question.id] for question in data.questions]
+
+
+def _json_answers(path: epath.Path, by_row: dict[int, list[Question]]) -> Iterator[dict[str, Any]]:
+    """Lines of `answers.jsonl`, or of lmms-eval's samples, which number the rows of the data."""
+    for number, text in enumerate(files.read_lines(path)):
+        try:
+            line = json.loads(text)
+            if "doc_id" not in line:
+                yield {**line, "id": str(line["id"]), "answer": line["answer"] + ""}
+                continue
+            answer = line["filtered_resps"]
+            answer = (answer[0] if isinstance(answer, list) else answer) + ""
+            target = str(line["target"])
+            asked = by_row.get(line["doc_id"], [])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise DataError(
+                f"{path}: line {number}: expected JSON with the texts id and answer, or a sample "
+                f"of lmms-eval; got {text[:80]!r}"
+            ) from error
+        for question in asked:
+            golds = question.answer if isinstance(question.answer, tuple) else (question.answer,)
+            if None not in golds and target.lower() not in [x.lower() for x in golds]:
+                raise DataError(
+                    f"{path}: line {number}: expected the data that were asked; got the answer "
+                    f"{target!r}, and in --data {golds[0]!r}: name the same data, in their order"
+                )
+            yield {"id": question.id, "answer": answer}
+
+
+def _vlmeval_answers(
+    path: epath.Path, by_row: dict[int, list[Question]]
+) -> Iterator[dict[str, Any]]:
+    """Answers of VLMEvalKit's table, which has the rows of the data and `prediction`."""
+    for number, row in enumerate(read.tsv(path, "index", "question", "prediction")):
+        for question in by_row.get(number, []):
+            if row["question"].strip() != question.text.strip():
+                raise DataError(
+                    f"{path}: row {number}: expected the data that were asked; got the question "
+                    f"{row['question']!r:.80}, and in --data {question.text!r:.80}: name the same"
+                )
+            yield {"id": question.id, "answer": row["prediction"]}

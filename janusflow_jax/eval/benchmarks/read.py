@@ -66,6 +66,7 @@ class Question:
     hint: str = ""
     category: str = ""  # POPE: the split; MME: the task; MMMU: the subject
     group: str = ""  # MME: the questions of one pair have the same
+    row: int = 0  # of the data, from 0; a row of POPE's TSV has several questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def read(benchmark: Benchmark, path: Any, images: Any = "", limit: int = 0) -> D
         if limit and len(questions) >= limit:
             break
         try:
-            questions += convert(row, store)
+            questions += [dataclasses.replace(q, row=number) for q in convert(row, store)]
         except (KeyError, ValueError, TypeError, AttributeError, SyntaxError) as error:
             if isinstance(error, DataError):
                 raise DataError(f"{path}: row {number}: {error}") from error
@@ -264,32 +265,42 @@ def _json_files(name: str, path: epath.Path) -> list[epath.Path]:
     return sorted([*path.glob("*.json"), *path.glob("*.jsonl")], key=str)
 
 
+def tsv(path: epath.Path, *needed: str) -> list[dict[str, str]]:
+    """Rows of a TSV file that VLMEvalKit has written, as they are.
+
+    Raises:
+      DataError: a column of `needed` that is not there, or a row without all columns.
+    """
+    csv.field_size_limit(sys.maxsize)
+    with io.TextIOWrapper(path.open("rb"), "utf-8", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        names = reader.fieldnames or ()
+        for name in needed:
+            if name not in names:
+                raise DataError(
+                    f"{path}: expected a TSV file with the column {name}; got {list(names)[:5]}: "
+                    "use VLMEvalKit's file"
+                )
+        rows = []
+        for number, row in enumerate(reader):
+            if None in row or None in row.values():
+                count = sum(value is not None for value in row.values())
+                raise DataError(
+                    f"{path}: row {number}: expected {len(names)} columns; got {count}: the file "
+                    "is truncated: get it again"
+                )
+            rows.append(row)
+    return rows
+
+
 def _tsv_rows(path: epath.Path) -> Iterator[Row]:
     """Rows of a TSV file of VLMEvalKit, with its images as bytes in `image`.
 
     Raises:
       DataError: a row without all columns, an image that is not base64, or none of that index.
     """
-    csv.field_size_limit(sys.maxsize)
-    by_index: dict[str, Any] = {}
-    with io.TextIOWrapper(path.open("rb"), "utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        if "index" not in (reader.fieldnames or ()):
-            raise DataError(
-                f"{path}: expected a TSV file with the column index; got "
-                f"{(reader.fieldnames or [])[:5]}: use VLMEvalKit's file"
-            )
-        columns = len(reader.fieldnames or ())
-        rows = []
-        for number, row in enumerate(reader):
-            if None in row or None in row.values():
-                count = sum(value is not None for value in row.values())
-                raise DataError(
-                    f"{path}: row {number}: expected {columns} columns; got {count}: the file is "
-                    "truncated: download it again"
-                )
-            rows.append(row)
-            by_index[row["index"]] = row.get("image", "")
+    rows = tsv(path, "index")
+    by_index = {row["index"]: row.get("image", "") for row in rows}
     decoded: dict[str, Any] = {}
     for number, row in enumerate(rows):
         text = row.get("image", "")
