@@ -85,7 +85,7 @@ def test_latents_from_a_cache_are_those_of_the_run(form):
     fields = {"task": "generate", "split": "train", "crops": 1, "seed": 0, "shard_records": 1}
     fields |= {"dtype": "float32", "computed_in": "float32"}
     manifest = encode_cache.plan([], encoders, **fields)
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8))
     stored = encode_cache.make_encode(encoders, manifest, jax.devices()[:1])(pixels)["latents"]
     assert stored.shape[1:] == (2, *cfg.latent_shape) == (2, 8, 8, vae_cfg.latent_channels)
     noise = jnp.asarray(np.random.default_rng(1).normal(size=stored[:, 0].shape), jnp.float32)
