@@ -4,8 +4,8 @@
 
 Renders about 7,000 images and writes them as ArrayRecord files, through tensorflow-datasets but
 without TensorFlow. Then it encodes the training images with the frozen VAE and SigLIP of `starts/`
-into `OUT/cache`, which configs/emoji.py reads. Together under a minute. The drawings are CC BY-SA
-4.0; the credits are written beside them.
+into `OUT/cache`, which configs/emoji.py reads. It takes one to two minutes. The drawings are CC
+BY-SA 4.0; the credits are written beside them.
 """
 
 from __future__ import annotations
