@@ -23,7 +23,8 @@ from janusflow_jax import cli, pipeline
 from janusflow_jax.openmoji import drawings, judge as judge_lib, prompts, scores, suite
 from janusflow_jax.openmoji.scores import Label
 
-SEED, REFERENCE = 1000, {"num_steps": 200, "order": 2}
+SEED = 1000
+REFERENCE: dict[str, Any] = {"num_steps": 200, "order": 2}
 SOLVERS: tuple[dict[str, Any], ...] = (
     *({"num_steps": n} for n in (5, 8, 15, 30, 60)),
     *({"num_steps": n, "order": 2} for n in (5, 8, 12, 15, 30)),

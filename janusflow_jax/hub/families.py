@@ -117,7 +117,7 @@ KEYS = {
 """Field of LlamaConfig -> key of config.json, of what the released format has."""
 
 _FULL = {"full_attention", "attention"}
-_ROPE = {
+_ROPE: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_positions"),
@@ -307,7 +307,9 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeConfig]:
             f"{kind if kind not in _ROPE else sorted(stored)!r}: {KNOWN}"
         )
     theta = numbers(WHERE, {**stored, **values} if kind else values, {"rope_theta": 10000.0})
-    theirs = {_THEIRS.get(name, name): getattr(RopeConfig(), name) for name in _ROPE[kind]}
+    theirs: dict[str, Any] = {
+        _THEIRS.get(name, name): getattr(RopeConfig(), name) for name in _ROPE[kind]
+    }
     given = numbers(f"{WHERE}: rope_scaling", stored, theirs)
     fields = dict(zip(_ROPE[kind], given.values(), strict=True))
     floats = {n: x if n == "original_positions" else float(x) for n, x in fields.items()}
