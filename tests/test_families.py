@@ -40,6 +40,7 @@ def logits(
     cfg: c.LlamaConfig, params: Any, tokens: Any, cut: int = 0, remat: str = "none"
 ) -> jax.Array:
     """Logits of whole rows; with `cut`, of rows whose first positions were computed before."""
+    tokens = jnp.asarray(tokens)
     model = llama.Llama(cfg, remat=remat)
     run = {"params": params}
     length = tokens.shape[1]
