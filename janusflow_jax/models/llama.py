@@ -91,11 +91,11 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        linear: Any = functools.partial(layers.Linear, use_bias=self.use_bias)
-        gate = checkpoint_name(linear(self.width, name="gate")(x), "gate")
-        up = checkpoint_name(linear(self.width, name="up")(x), "up")
+        gate = layers.Linear(self.width, use_bias=self.use_bias, name="gate")(x)
+        up = layers.Linear(self.width, use_bias=self.use_bias, name="up")(x)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         y = sharding.constrain(jax.nn.silu(gate) * up, "batch", None, "tensor")
-        return linear(x.shape[-1], name="down")(y)
+        return layers.Linear(x.shape[-1], use_bias=self.use_bias, name="down")(y)
 
 
 class Block(nn.Module):
