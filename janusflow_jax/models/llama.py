@@ -10,7 +10,6 @@ values, never as mutable state.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
