@@ -14,7 +14,7 @@ import argparse
 from janusflow_jax import cli
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import JanusFlowError
-from janusflow_jax.eval import sheet
+from janusflow_jax.data import image_files
 
 DESCRIPTION = "Changes an image. The model was not trained to edit: see docs/editing.md."
 EPILOG = """\
@@ -81,20 +81,25 @@ def main(argv: list[str] | None = None) -> None:
     if args.strength is not None:
         options["strength"] = args.strength
     model = cli.load(args)
+    about = {"prompt": args.prompt, "seed": args.seed, "num_inference_steps": args.steps}
+    about |= {"guidance_scale": args.guidance_scale, "model": model.cfg.name}
     if args.mask:
+        about["method"] = "inpaint"
         (image,) = model.inpaint(args.image, args.mask, args.prompt, **options)
     elif args.vary is not None:
+        about |= {"method": "vary", "strength": args.vary}
         (image,) = model.vary(args.image, args.prompt, strength=args.vary, **options)
     else:
         source = args.source
         if source is None:
             (source,) = model.describe([args.image])
             cli.log(f"the image shows, says the model: {source!r} (--source TEXT replaces it)")
+        about |= {"method": "edit", "source": source}
         if args.source_guidance_scale is not None:
             options["source_guidance_scale"] = args.source_guidance_scale
         (image,) = model.edit(args.image, args.prompt, sources=source, **options)
     with files.naming(out):
-        sheet.save(image, out)
+        image_files.save(image, out, about)
     print(out)
 
 

@@ -1,5 +1,7 @@
 """`vary`, `inpaint` and `edit` on the golden model: what must not change, and what is refused."""
 
+import json
+
 import numpy as np
 import pytest
 from helpers import golden
@@ -133,6 +135,8 @@ def test_the_command_edits_varies_and_inpaints(model, monkeypatch, tmp_path, cap
     for more, want in cases:
         edit.main([*args, *more])
         np.testing.assert_array_equal(np.asarray(Image.open(out)), want[0])
+    settings = json.loads(Image.open(out).text["janusflow_jax"])
+    assert settings["method"] == "edit" and settings["source"] == model.describe(PATHS[:1])[0]
     assert repr(model.describe(PATHS[:1])[0]) in capsys.readouterr().err
     for more, says in [
         (["--mask", str(mask), "--vary", "0.5"], "expected --mask or --vary; got both"),
