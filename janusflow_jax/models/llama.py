@@ -91,7 +91,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        linear = functools.partial(layers.Linear, use_bias=self.use_bias)
+        linear: Any = functools.partial(layers.Linear, use_bias=self.use_bias)
         gate = checkpoint_name(linear(self.width, name="gate")(x), "gate")
         up = checkpoint_name(linear(self.width, name="up")(x), "up")
         y = sharding.constrain(jax.nn.silu(gate) * up, "batch", None, "tensor")
