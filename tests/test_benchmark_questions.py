@@ -11,6 +11,7 @@ from PIL import Image
 
 from experiments import easy_vqa
 from janusflow_jax.config.errors import DataError
+from janusflow_jax.data.prepare import parquet
 from janusflow_jax.eval.benchmarks import answer, read, registry
 
 
@@ -48,12 +49,12 @@ def write_tsv(path, rows):
     return path
 
 
-def write_parquet(path, rows):
+def write_parquet(path, rows, group=1000):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
     return path
 
 
@@ -201,6 +202,27 @@ def test_every_form_reads_alike(tmp_path, images):
     assert {*registry.BENCHMARKS} - seen == {
         *("vqav2-testdev", "geneval", "geneval2", "dpg", "mjhq-fid30k", "mjhq-fid10k", "wise")
     }
+
+
+def test_images_of_parquet_stay_in_the_file(tmp_path, monkeypatch):
+    rows = [
+        {"question_id": str(n), "question": f"{n}?", "answer": "yes", "category": "random"}
+        for n in range(9)
+    ]
+    rows = [row | {"image": hub(n // 2 + 1)} for n, row in enumerate(rows)]
+    path = write_parquet(tmp_path / "0.parquet", rows, group=4)
+    data = read.read(registry.get("pope"), path)
+    assert not any(isinstance(x, bytes) for x in data.images.values())
+    groups, column = [], parquet.column
+    monkeypatch.setattr(parquet, "column", lambda *args: groups.append(args[1]) or column(*args))
+    keys = [q.images[0] for q in data.questions]
+    assert [data.images[key].read_bytes() for key in keys] == [png(n // 2 + 1) for n in range(9)]
+    assert len(data.images) == 5
+    assert groups == [0, 1, 2]  # each once
+    path.write_bytes(path.read_bytes()[:-8])
+    read._column.cache_clear()
+    with pytest.raises(DataError, match="download it again"):
+        data.images[keys[0]].read_bytes()
 
 
 def test_a_row_of_several_splits_is_a_question_of_each(tmp_path):

@@ -264,9 +264,9 @@ def test_fid_of_the_references_of_the_same_prompts(out, tmp_path, networks):
     assert result.warnings == ["12 images; the whole benchmark has 10000"]
     result = image_scores.mjhq(benchmark, settings, images, out, folder, other, None)
     assert list(result.scores)[0] == "other_fid_janus" and len(result.warnings) == 2
+    kept = [*(out.parent / image_scores.REFERENCES).iterdir()]
+    assert len(kept) == 2  # the same prompts, and all references
     (folder / "art" / "1.jpg").unlink()
-    for file in (out / "references").iterdir():
-        file.unlink()
     with pytest.raises(DataError, match=r"art/1\.jpg"):
         image_scores.mjhq(benchmark, settings, images, out, folder, official, None)
     with pytest.raises(ConfigError, match="--inception"):

@@ -117,7 +117,10 @@ def test_a_product_that_rounds_is_float32():
         ({"model_type": "qwen3_moe"}, "got 'qwen3_moe', which has experts: take for example Qwen3"),
         ({"model_type": "gemma3_text"}, "windows of fewer positions than an image has: take for"),
         ({"model_type": "gpt2"}, "expected one of llama, qwen2, .*; got 'gpt2': take for example"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type: expected one of default, linear, ll"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "one of default, linear, llama3.*got .yarn",
+        ),
         ({"rope_parameters": {"full_attention": {}}}, "for all layers; got .*full_attention"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: got 0.5"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "got 'linear_attention': only"),

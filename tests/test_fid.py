@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import functools
 
 import numpy as np
@@ -31,16 +32,46 @@ def test_distance_of_normals_is_the_formula():
     assert distance(a, b) == pytest.approx(1 + 4 + 1 + 0 + 4, rel=0.01)
 
 
+def distance_by_root(a, b):
+    """As in the published implementations: by SciPy's square root of the product."""
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    gap, root = a.mean(0) - b.mean(0), scipy.linalg.sqrtm(cov_a @ cov_b)
+    return gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(root.real)
+
+
 @pytest.mark.parametrize(("count", "width"), [(500, 24), (40, 64)])
 def test_distance_equals_that_of_the_matrix_square_root(count, width):
     """More features than their width, and fewer: then the covariances are singular."""
     mix = np.random.default_rng(2).normal(size=(width, width))
     a = np.random.default_rng(0).normal(size=(count, width)) @ mix
     b = np.random.default_rng(1).normal(size=(count + 5, width)) @ mix * 1.1 + 0.3
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    gap, root = a.mean(0) - b.mean(0), scipy.linalg.sqrtm(cov_a @ cov_b)
-    want = gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(root.real)
-    assert distance(a, b) == pytest.approx(want, rel=1e-6)
+    assert distance(a, b) == pytest.approx(distance_by_root(a, b), rel=1e-6)
+
+
+def exact_distance(a, b):
+    """That of two sets of three features of integers, to 60 digits.
+
+    With centered features X, tr (C_a C_b)^(1/2) is the sum of the singular values of
+    X_a X_b^T / (3 - 1). Of three features there are two, s and t: s^2 + t^2 is the trace of the
+    Gram matrix of that product, s t the root of its second invariant. All but the roots is exact.
+    """
+    a, b = (x.astype(int).astype(object) for x in (a, b))  # Python's integers
+    sums, (x, y) = (a.sum(0), b.sum(0)), (3 * z - z.sum(0) for z in (a, b))  # 3 (z - mean)
+    gram = x @ y.T @ y @ x.T
+    squares = gram.trace()
+    with decimal.localcontext(prec=60):
+        product = decimal.Decimal((squares**2 - (gram @ gram).trace()) // 2).sqrt()
+        cross = (squares + 2 * product).sqrt()
+        gap = decimal.Decimal(((sums[0] - sums[1]) ** 2).sum()) / 9
+        return float(gap + ((x**2).sum() + (y**2).sum() - 2 * cross) / 18)
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_distance_of_few_images_is_exact_where_the_matrix_square_root_is_not(width):
+    a, b = np.random.default_rng(4).integers(0, 1000, (2, 3, width)).astype(np.float64)
+    want = exact_distance(a, b)
+    assert distance(a, b) == pytest.approx(want, rel=1e-13)
+    assert abs(distance_by_root(a, b) - want) > 100 * abs(distance(a, b) - want)
 
 
 def test_distance_does_not_change_with_the_axes_and_the_order():
@@ -142,7 +173,8 @@ def test_references_are_computed_once(folder, net, tmp_path):
         np.testing.assert_allclose(x.mean, want.mean, rtol=1e-6)
         np.testing.assert_allclose(x.scatter, want.scatter, atol=1e-6)
 
-    (folder / NAMES[3]).unlink()
+    image = (folder / NAMES[3]).read_bytes()
+    (folder / NAMES[3]).write_bytes(b"x" * len(image))  # not read again
     again = fid.references(folder, NAMES, net, tmp_path / "cache")
     assert again.halves == refs.halves and again.sha256 == refs.sha256
     assert fid.score(features, again) == fid.score(features, refs)
@@ -153,6 +185,13 @@ def test_references_are_computed_once(folder, net, tmp_path):
         fid.references(folder, NAMES, Means({}, "1" * 64, official=False), tmp_path / "cache")
     with pytest.raises(DataError, match="reference images"):
         fid.references(folder, NAMES[:3], net)
+    for content, reason in ((b"x", "cannot identify"), (None, "No such file")):  # another data set
+        (folder / NAMES[3]).unlink()
+        if content:
+            (folder / NAMES[3]).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{NAMES[3]}.*{reason}"):
+            fid.references(folder, NAMES, net, tmp_path / "cache")
+    (folder / NAMES[3]).write_bytes(image)
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="delete"):

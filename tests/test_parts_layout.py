@@ -131,7 +131,8 @@ def test_each_part_opens_in_its_own_library_and_computes_the_same(exported, star
     tokens = torch.tensor([tokenizer("a red apple", add_special_tokens=False)["input_ids"]])
     images = torch.rand(1, 3, 16, 16) * 2 - 1
     with torch.no_grad():
-        want = llm(tokens).logits, tower(images).last_hidden_state, vae(images).sample
+        outputs = llm(tokens).logits, tower(images).last_hidden_state, vae(images).sample
+    want = [x.numpy() for x in outputs]
     pixels = jnp.asarray(golden.nhwc(images.numpy()))
     assert golden.error(logits(loaded, jnp.asarray(tokens.numpy(), jnp.int32)), want[0]) < 1e-5
     features = siglip.Siglip(loaded.cfg.und).apply({"params": params["und_encoder"]}, pixels)
@@ -139,7 +140,7 @@ def test_each_part_opens_in_its_own_library_and_computes_the_same(exported, star
     decoded = vaes.compute(
         loaded.cfg.vae, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loaded.vae), pixels
     )["decoded"]
-    assert golden.error(decoded, golden.nhwc(want[2].numpy())) < 1e-5
+    assert golden.error(decoded, golden.nhwc(want[2])) < 1e-5
 
 
 def of_tokenizer(name):

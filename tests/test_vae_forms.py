@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from safetensors.numpy import load_file
 from janusflow_jax import config
 from janusflow_jax.config import checks
 from janusflow_jax.hub import configs as hub_configs
-from janusflow_jax.models import vae
+from janusflow_jax.models import encode, vae
+from janusflow_jax.training import encode_cache
 
 LIMIT = 1e-5
 
@@ -71,6 +73,29 @@ def test_the_released_autoencoder_is_scaled_by_one_product():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 4)), jnp.float32)
     np.testing.assert_array_equal(vae.scale(config.VaeConfig(), x), x * np.float32(0.13025))
     np.testing.assert_array_equal(vae.unscale(config.VaeConfig(), x), x / np.float32(0.13025))
+
+
+@pytest.mark.parametrize("form", ["flux1", "flux2"])
+def test_latents_from_a_cache_are_those_of_the_run(form):
+    """A cache holds latents before they are scaled."""
+    vae_cfg, params = vaes.read(vaes.FOLDER / form)
+    cfg = config.model_config("test", 16)
+    cfg.vae = vae_cfg
+    encoders = encode_cache.Encoders(cfg, params, None)
+    fields = {"task": "generate", "split": "train", "crops": 1, "seed": 0, "shard_records": 1}
+    fields |= {"dtype": "float32", "computed_in": "float32"}
+    manifest = encode_cache.plan([], encoders, **fields)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    stored = encode_cache.make_encode(encoders, manifest, jax.devices()[:1])(pixels)["latents"]
+    assert stored.shape[1:] == (2, *cfg.latent_shape) == (2, 8, 8, vae_cfg.latent_channels)
+    noise = jnp.asarray(np.random.default_rng(1).normal(size=stored[:, 0].shape), jnp.float32)
+    cached = encode.scaled_latents(stored[:, 0], stored[:, 1], noise, cfg)
+    params = jax.tree.map(jnp.asarray, params)
+    online = encode.encode_latents(params, pixels[:, None], noise[:, None], cfg, jnp.float32)
+    np.testing.assert_allclose(cached, online[:, 0], atol=1e-5)
+    np.testing.assert_allclose(
+        vae.unscale(vae_cfg, cached) - stored[:, 0], jnp.exp(0.5 * stored[:, 1]) * noise, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ from janusflow_jax.config import files
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--janusflow", help="folder of a published JanusFlow")
-    p.add_argument("--llm", help="folder of a Llama with its tokenizer")
+    p.add_argument(
+        "--llm", help="folder of a language model with its tokenizer (families: docs/open_parts.md)"
+    )
     p.add_argument(
         "--siglip", help="folder of a SigLIP or SigLIP 2 (transformers, timm or open_clip)"
     )

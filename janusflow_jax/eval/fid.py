@@ -169,7 +169,7 @@ class References:
 
     statistics: dict[str, Statistics]
     halves: dict[str, float]  # distance of every other image from the rest
-    sha256: str  # of the images' names
+    sha256: str  # of the images' names and sizes
 
 
 def references(
@@ -180,14 +180,18 @@ def references(
     Args:
       folder: of the images.
       names: their paths below the folder.
-      cache: a folder that keeps the statistics for the next call; None: do not keep them.
+      cache: a folder that keeps the statistics for the next call with files of the same names and
+        sizes; None: do not keep them.
     Raises:
       DataError: an image that is missing or cannot be read, too few images, or references that
         are not at distance 0 from themselves.
       CheckpointError: a damaged file in the cache.
     """
     folder = files.resolve(folder)
-    sha256 = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    with futures.ThreadPoolExecutor(_BATCH) as pool:  # of a bucket, every size is a request
+        sizes = [*pool.map(lambda name: _size(folder / name), names)]
+    lines = [f"{name} {size}" for name, size in zip(names, sizes, strict=True)]
+    sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     key = hashlib.sha256(f"{sha256} {net.sha256}".encode()).hexdigest()[:16]
     file = files.resolve(cache) / f"fid_references_{key}.npz" if cache else None
     if file and file.exists():
@@ -229,6 +233,15 @@ def _measure(
             new = statistics(_embed(net, images, name)[: len(part)])
             out[name] = merge(out[name], new) if name in out else new
     return out
+
+
+def _size(file: epath.Path) -> int:
+    try:
+        return file.stat().length
+    except OSError as error:
+        raise DataError(
+            f"{file}: expected a reference image; got {error}: unpack the data set again"
+        ) from error
 
 
 def _read(file: epath.Path) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Published folders of a Llama, a SigLIP and a VAE -> a model folder, the start of stage 1.
+"""Published folders of an LLM, a SigLIP and a VAE -> a model folder, the start of stage 1.
 
-The other parts are initialized. The language model may have grouped heads, a tied head, and a
-table without rows for the image tags. SigLIP's names may be those of transformers, timm or
+The other parts are initialized. The language model is of a family in `families`; its head may be
+tied, and its table may lack rows for the image tags. A DeepSeek-VL may be the folder of both the
+language model and the tower. SigLIP's names may be those of transformers, timm or
 open_clip.
 """
 
@@ -124,9 +125,9 @@ def assemble(
         """One part after another, each read or initialized when it is asked for."""
         llm = families.fold(read("llm").pop("llm"), language_json, file_llm)
         llm = with_tags(llm, rows, chat.added_ids)
-        size = np.sqrt(np.mean(np.square(llm["embedding"], dtype=np.float32)))
-        yield "llm", jax.tree.map(lambda x: x.astype(cast or x.dtype), llm)
-        del llm
+        size = float(np.sqrt(np.mean(np.square(llm["embedding"][:4096], dtype=np.float32))))
+        yield "llm", jax.tree.map(lambda x: x.astype(cast or x.dtype, copy=False), llm)
+        del llm  # before the next part is read
         yield from read("und_encoder").items()
         for part, tree in initialize(cfg, seed, cast, log):
             yield part, tree if cfg.llm.norms == "pre" else scale_vectors(part, tree, size)

@@ -254,7 +254,7 @@ def empty_cache(cfg: LlamaConfig, llm: dict[str, Any], batch: int, size: int, dt
     """Zeros for `size` positions, in the layout and number format of the parameters `llm`."""
     shape = (batch, size, cfg.num_kv_heads, cfg.head_dim)
     arrays = {"k": (shape, dtype), "v": (shape, dtype)}
-    # Biases make some key channels so large that int8 loses the others (docs/open_parts.md).
+    # Biases make some key channels so large that int8 loses the others (docs/decisions.md).
     if int8.is_int8(llm["head"]["kernel"]) and not cfg.attn_bias:
         arrays = dict.fromkeys(("k", "v"), (shape, jnp.int8))
         arrays |= {f"{n}_scale": ((*shape[:-1], 1), jnp.float32) for n in ("k", "v")}

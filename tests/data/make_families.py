@@ -57,6 +57,8 @@ MODELS = {
             "num_local_experts": 0,
             "position_embedding_type": "rope",
             "shared_intermediate_size": 40,
+            "mamba_n_heads": 4,
+            "mamba_d_head": "auto",
         },
     ),
     "ernie4_5": ("Ernie4_5", {"head_dim": 8, "use_bias": True}),

@@ -63,15 +63,29 @@ def read(shard: dict, options: Options) -> Iterator[Row]:
                     number += 1
 
 
-def all_columns(path: epath.Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file with all of its columns.
+def all_columns(path: epath.Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The rows of a file with all of its columns: row group, place in it, row.
 
     Raises:
       Skipped: the file is missing or broken.
     """
     with _open(path) as file:
-        for batch in file.iter_batches(_BATCH):
-            yield from batch.to_pylist()
+        for group in range(file.num_row_groups):
+            number = 0
+            for batch in file.iter_batches(_BATCH, row_groups=[group]):
+                for row in batch.to_pylist():
+                    yield group, number, row
+                    number += 1
+
+
+def column(path: epath.Path, group: int, name: str) -> list[Any]:
+    """A column of a row group.
+
+    Raises:
+      Skipped: the file is missing or broken.
+    """
+    with _open(path) as file:
+        return file.read_row_group(group, columns=[name]).column(name).to_pylist()
 
 
 def guess_kind(paths: Sequence[str], image_field: str = "") -> str:

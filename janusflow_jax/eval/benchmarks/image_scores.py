@@ -22,6 +22,9 @@ from janusflow_jax.eval.scorers import dpg as dpg_rules, geneval as geneval_rule
 SELF_CHECK = "self_check.json"
 """Beside the results of an external scorer: what it found on images that are known."""
 
+REFERENCES = "fid_references"
+"""Beside the folders of runs: statistics of reference images, which several runs share."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -186,7 +189,7 @@ def mjhq(
             every = (f"{x.parent.name}/{x.name}" for x in folder.glob("*/*.jpg"))
             sets["_of_all_references"] = sorted(every)
         for suffix, paths in sets.items():
-            chosen = fid.references(folder, paths, inception, out / "references")
+            chosen = fid.references(folder, paths, inception, out.parent / REFERENCES)
             for name, value in fid.score(features, chosen).items():
                 if name.startswith("fid_"):
                     scores[("" if inception.official else "other_") + name + suffix] = value

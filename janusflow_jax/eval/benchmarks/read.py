@@ -12,13 +12,16 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import string
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -47,7 +50,38 @@ _SPLITS = {
 """How names of the Hub's Parquet files begin that have the benchmark's split."""
 
 Row = dict[str, Any]
-ImageSource = bytes | epath.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetImage:
+    """An image in a row of a Parquet file."""
+
+    path: epath.Path
+    group: int
+    row: int  # in the row group
+    column: str
+    place: int  # among the images of the field
+
+    def read_bytes(self) -> bytes:
+        """The image file. Images that follow each other read their row group once.
+
+        Raises: DataError: the file is broken, or not there any more.
+        """
+        with _GROUP_LOCK:  # many threads read images of one group
+            value = _column(self.path, self.group, self.column)[self.row]
+        return (value if isinstance(value, list) else [value])[self.place]["bytes"]
+
+
+_GROUP_LOCK = threading.Lock()
+
+
+@functools.lru_cache(maxsize=2)
+def _column(path: epath.Path, group: int, name: str) -> list[Any]:
+    with _parquet_errors(path):
+        return parquet.column(path, group, name)
+
+
+ImageSource = bytes | epath.Path | ParquetImage
 
 
 class ImageKey(str):
@@ -170,9 +204,9 @@ class _Images:
             return ()
         if isinstance(value, ImageKey):
             return (value,)
-        return (self._add(value, value) if isinstance(value, bytes) else self._file(str(value)),)
+        return (self.add(value, value) if isinstance(value, bytes) else self._file(str(value)),)
 
-    def _add(self, data: bytes, source: ImageSource) -> ImageKey:
+    def add(self, data: bytes, source: ImageSource) -> ImageKey:
         key = ImageKey(hashlib.sha256(data).hexdigest())
         self.sources.setdefault(key, source)
         return key
@@ -185,7 +219,7 @@ class _Images:
                     f"expected the image {file}; it is missing: name the folder of the images with "
                     "--images"
                 )
-            self._files[name] = self._add(file.read_bytes(), file)
+            self._files[name] = self.add(file.read_bytes(), file)
         return self._files[name]
 
 
@@ -265,7 +299,7 @@ def _json_files(name: str, path: epath.Path) -> list[epath.Path]:
     return sorted([*path.glob("*.json"), *path.glob("*.jsonl")], key=str)
 
 
-def tsv(path: epath.Path, *needed: str) -> list[dict[str, str]]:
+def tsv(path: epath.Path, *needed: str) -> list[Row]:
     """Rows of a TSV file that VLMEvalKit has written, as they are.
 
     Raises:
@@ -338,18 +372,15 @@ def _listed(text: str) -> list[str]:
 
 
 def _parquet_rows(name: str, sources: Sequence[epath.Path], store: _Images) -> list[Row]:
-    """Rows of Parquet files, with keys of their images. GQA's images are rows of other files.
+    """Rows of Parquet files, with keys of their images, which stay in the files.
 
-    Only distinct images stay in memory: VQAv2's files repeat an image for each question.
+    GQA's images are rows of other files.
     """
     rows: list[Row] = []
     for source in sources:
-        try:
-            rows += [_interned(row, store) for row in parquet.all_columns(source)]
-        except inputs.Skipped as error:
-            raise DataError(
-                f"{source}: expected a Parquet file; {error}: download it again"
-            ) from error
+        with _parquet_errors(source):
+            for group, number, row in parquet.all_columns(source):
+                rows.append(_interned(row, store, source, group, number))
     if name == "gqa":
         by_id = {row["id"]: row["image"] for row in rows if "imageId" not in row}
         rows = [row for row in rows if "imageId" in row]
@@ -363,13 +394,25 @@ def _parquet_rows(name: str, sources: Sequence[epath.Path], store: _Images) -> l
     return rows
 
 
-def _interned(row: Row, store: _Images) -> Row:
+@contextlib.contextmanager
+def _parquet_errors(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except inputs.Skipped as error:
+        raise DataError(f"{path}: expected a Parquet file; {error}: download it again") from error
+
+
+def _interned(row: Row, store: _Images, path: epath.Path, group: int, number: int) -> Row:
     """The row with keys in place of images."""
-    is_image = lambda x: isinstance(x, dict) and x.get("bytes")  # noqa: E731
-    return {
-        name: store.of(x) if is_image(x) or (isinstance(x, list) and x and is_image(x[0])) else x
-        for name, x in row.items()
-    }
+    out = dict(row)
+    for name, value in row.items():
+        every = value if isinstance(value, list) else [value]
+        if all(isinstance(x, dict) and x.get("bytes") for x in every) and every:
+            out[name] = [
+                store.add(x["bytes"], ParquetImage(path, group, number, name, place))
+                for place, x in enumerate(every)
+            ]
+    return out
 
 
 def _load(path: epath.Path) -> Any:
