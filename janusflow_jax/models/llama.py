@@ -10,7 +10,6 @@ values, never as mutable state.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -91,11 +90,13 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        linear: Any = functools.partial(layers.Linear, use_bias=self.use_bias)
-        gate = checkpoint_name(linear(self.width, name="gate")(x), "gate")
-        up = checkpoint_name(linear(self.width, name="up")(x), "up")
+        linear = lambda features, name: layers.Linear(  # noqa: E731
+            features, use_bias=self.use_bias, name=name
+        )
+        gate = checkpoint_name(linear(self.width, "gate")(x), "gate")
+        up = checkpoint_name(linear(self.width, "up")(x), "up")
         y = sharding.constrain(jax.nn.silu(gate) * up, "batch", None, "tensor")
-        return linear(x.shape[-1], name="down")(y)
+        return linear(x.shape[-1], "down")(y)
 
 
 class Block(nn.Module):
