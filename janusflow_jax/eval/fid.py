@@ -237,7 +237,7 @@ def _measure(
 
 def _size(file: epath.Path) -> int:
     try:
-        return file.stat().length
+        return files.size(file)
     except OSError as error:
         raise DataError(
             f"{file}: expected a reference image; got {error}: unpack the data set again"
