@@ -70,7 +70,7 @@ class FixedText:
     """Replaces a model's tokenizer: every prompt has the same ids, and EOS never comes."""
 
     image_tag, pad_id, eos_id = "<image_placeholder>", 0, -1
-    max_length = 4096
+    max_length, head = 4096, 1
 
     def __init__(self, ids: np.ndarray, slot_at: int = -1) -> None:
         """Args: slot_at: position of the image slot in `ids`; -1: none."""
