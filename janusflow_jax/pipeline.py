@@ -400,12 +400,13 @@ class Pipeline:
           images, prompts, strength, seed, output, solver: as of `vary`.
         Raises: as `vary`; DataError: a mask of another size, or without a marked pixel.
         """
+        masks, prompts = inputs.pairs("inpaint", masks, prompts, "masks")
         return self._resample(images, masks, prompts, strength, seed, output, solver)
 
     def _resample(
         self,
         images: Any,
-        masks: Any,
+        masks: list[Any] | None,
         prompts: Any,
         strength: Any,
         seed: Any,
@@ -425,7 +426,6 @@ class Pipeline:
         size, keep = self.cfg.image_size, ()
         marked = np.ones((len(images), size, size, 1), bool)
         if masks is not None:
-            masks, _ = inputs.pairs("inpaint", masks, prompts, "masks")
             for i, (mask, image) in enumerate(zip(masks, originals, strict=True)):
                 marked[i, ..., 0] = images_lib.read_mask(mask, image.shape[:2], size)
             side = self.cfg.latent_shape[0]

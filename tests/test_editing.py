@@ -108,6 +108,7 @@ def test_white_and_transparent_pixels_are_generated(kind, marked):
         (lambda m: m.vary(np.zeros((4, 4)), "a"), r"expected uint8\[H, W, 3\]; got float64"),
         (lambda m: m.inpaint(PATHS[0], np.ones((3, 5), bool), "a"), "mask: .*; got 5 x 3"),
         (lambda m: m.inpaint(PATHS[0], left_half(PATHS[0]) & False, "a"), "got none"),
+        (lambda m: m.inpaint(PATHS[0], None, "a"), "expected a path, bytes.*got NoneType"),
         (lambda m: m.inpaint(PATHS, left_half(PATHS[0]), ["a"] * 2), "got 1 masks and 2 prompts"),
         (lambda m: m.edit(PATHS[0], "a", sources="b", order=2), "edit: expected order 1"),
         (lambda m: m.edit(PATHS[0], "a", sources=["b", "c"]), "got 2 sources and 1 prompts"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden, runs
+from helpers.compilations import Compilations
 from PIL import Image
 
 import janusflow_jax
@@ -38,22 +39,6 @@ def conversations():
 
 def close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
-
-
-class Compilations:
-    """Counts what JAX compiles inside a `with`."""
-
-    def __enter__(self):
-        self.names = []
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-        return self
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._heard)
-
-    def _heard(self, event, duration, **said):
-        if event.endswith("jaxpr_to_mlir_module_duration"):
-            self.names.append(said.get("fun_name", event))
 
 
 # --- the golden numbers, through `load` and the API

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import golden
+from helpers.compilations import Compilations
 
 from janusflow_jax.config import SamplerConfig
 from janusflow_jax.data import images as images_lib
@@ -23,22 +24,6 @@ from janusflow_jax.serve.requests import (
 )
 
 SIZES = {"rows": 4, "lanes": 2, "context": 192, "prompt_tokens": 32}
-
-
-class Compilations:
-    """Names of what JAX compiles inside a `with`."""
-
-    def __enter__(self):
-        self.names = []
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-        return self
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._heard)
-
-    def _heard(self, event, duration, **said):
-        if event.endswith("jaxpr_to_mlir_module_duration"):
-            self.names.append(said.get("fun_name", event))
 
 
 @pytest.fixture(scope="module")

@@ -424,9 +424,9 @@ def _refuse_of_chat(fields: Fields) -> None:
     falsy = lambda x: not x  # noqa: E731
     fields.refuse("n", lambda x: x == 1 and not isinstance(x, bool), "ask once for each answer")
     for name in ("tools", "functions", "logit_bias", "audio"):
-        fields.refuse(name, falsy, "this model has no such thing")
+        fields.refuse(name, falsy, "leave it out: this model cannot do that")
     for name in ("logprobs", "top_logprobs", "frequency_penalty", "presence_penalty"):
-        fields.refuse(name, falsy, "this server has no such thing")
+        fields.refuse(name, falsy, "leave it out: this server does not have it")
     fields.refuse("modalities", lambda x: x == ["text"], "use /v1/images/generations for images")
     fields.refuse("response_format", lambda x: x == {"type": "text"}, "answers are text")
 
