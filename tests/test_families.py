@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -210,14 +209,16 @@ def test_int8_keys_where_no_bias_makes_some_of_them_large(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", published.NAMES)
-def test_a_family_computes_what_transformers_does_now(name):
+def test_a_family_computes_what_transformers_does_now(name, monkeypatch):
     """Against transformers itself, at other sizes and with other weights."""
     pytest.importorskip("transformers")
-    made = runpy.run_path(str(Path(__file__).parent / "data" / "make_families.py"))["make"]
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "data")
+    make = __import__("make_families").make
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 56}
     if name == "granite4":
         sizes["layer_types"] = ["attention"] * 3
-    tensors, config, tokens, want = made(name, seed=1, **sizes)
+    tensors, config, tokens, want = make(name, seed=1, **sizes)
     cfg, params = convert({n: x.numpy() for n, x in tensors.items()}, config)
     got = jax.jit(lambda p: logits(cfg, p, jnp.asarray(tokens.numpy())))(params)
     assert golden.error(got, want.numpy()) < 1e-5

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -110,10 +109,10 @@ def test_cached_features_belong_to_an_activation():
 
 
 @pytest.mark.slow
-def test_random_towers_of_transformers_compute_the_same(tmp_path):
+def test_random_towers_of_transformers_compute_the_same(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "data")
     make_towers = __import__("make_towers")
     torch.manual_seed(1)
     sizes = make_towers.SIZES | {"hidden_size": 48, "num_attention_heads": 3}

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +30,10 @@ def test_an_autoencoder_computes_what_diffusers_does(form):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["flux1", "flux2", "mean_std"])
-def test_random_autoencoders_of_diffusers_compute_the_same(form, tmp_path):
+def test_random_autoencoders_of_diffusers_compute_the_same(form, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "data")
     make_vaes = __import__("make_vaes")
     torch.manual_seed(1)
     sizes = {

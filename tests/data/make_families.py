@@ -11,7 +11,7 @@ import pathlib
 
 import torch
 import transformers
-from make_torch_parts import randomise
+from make_torch_parts import randomize
 from safetensors.torch import save_file
 
 OUT = pathlib.Path(__file__).parent / "families"
@@ -76,7 +76,7 @@ def make(
         **{**SIZES, **fields, **sizes}, attn_implementation="eager", pad_token_id=None
     )
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
-    randomise(model)
+    randomize(model)
     for key, p in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(p, std=0.2)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 OUT = pathlib.Path(__file__).parent / "torch_parts"
 
 
-def randomise(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
     """Every parameter random, so that nothing hides behind a zero or a one."""
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -53,7 +53,7 @@ def main() -> None:
             attn_implementation="eager",
         )
     ).eval()
-    randomise(llama)
+    randomize(llama)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": theta}
     save(llama, "llama", config | sizes, drop="lm_head.weight")
     sizes = {
@@ -67,7 +67,7 @@ def main() -> None:
         "layer_norm_eps": 1e-6,
     }
     siglip = SiglipVisionModel(SiglipVisionConfig(**sizes, attn_implementation="eager")).eval()
-    randomise(siglip)
+    randomize(siglip)
     save(siglip, "siglip", {"model_type": "siglip_vision_model"} | sizes)
     tokens = torch.randint(0, 616, (2, 12))
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1

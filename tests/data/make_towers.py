@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 import torch
-from make_torch_parts import randomise
+from make_torch_parts import randomize
 from safetensors.torch import save_file
 from transformers import (
     Siglip2VisionConfig,
@@ -38,7 +38,7 @@ def naflex(sizes: dict[str, Any], side: int) -> tuple[torch.nn.Module, dict[str,
     model = Siglip2VisionModel(
         Siglip2VisionConfig(**values, attn_implementation="eager")
     ).eval()
-    randomise(model)
+    randomize(model)
     patch = values["patch_size"]
 
     def features(images: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def naflex(sizes: dict[str, Any], side: int) -> tuple[torch.nn.Module, dict[str,
 def fixed(sizes: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any], Any]:
     """A SigLIP of a fixed size, as `naflex`."""
     model = SiglipVisionModel(SiglipVisionConfig(**sizes, attn_implementation="eager")).eval()
-    randomise(model)
+    randomize(model)
     return (
         model,
         {"model_type": "siglip_vision_model", **sizes},
