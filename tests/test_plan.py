@@ -160,7 +160,7 @@ def budget_of(cfg: c.TrainConfig) -> plan_flops.Budget:
         ("pretrain", "test"),
         pytest.param("adaptation", None, marks=pytest.mark.slow),
         pytest.param("pretrain", None, marks=pytest.mark.slow),
-        pytest.param("pretrain", "7b,512,cached", marks=pytest.mark.slow),
+        pytest.param("pretrain", "7b,512", marks=pytest.mark.slow),
         pytest.param("sft", None, marks=pytest.mark.slow),
     ],
 )
