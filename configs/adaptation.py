@@ -7,8 +7,9 @@ Reproduces arXiv 2411.07975 section 4, stage 1: the generation encoder and decod
     python tools/convert_checkpoint.py --llm DIR --siglip DIR --vae DIR --out models/start
     python -m janusflow_jax.train --config=configs/adaptation.py
 
-Costs 10,000 steps of 512 packed rows of 4,096 positions: 24 TFLOP a row, 1.2e8 TFLOP in all.
-Arguments: own, start=DIR, 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
+Costs 10,000 steps of 512 packed rows of 4,096 positions: 22 TFLOP a row, 1.1e8 TFLOP in all.
+Arguments: own, start=DIR, 256, 512, 7b, online, test (`stages.ARGUMENTS`). Latents
+come from the cache `data/generate/latents` unless `online` is given.
 """
 
 from janusflow_jax import config as c

@@ -6,8 +6,9 @@ batch 512, understanding : generation : text 30:50:20 for 10,000 steps, then 14:
     python -m janusflow_jax.train --config=configs/pretrain.py
 
 Starts from `runs/adaptation`; `--config.start=` takes any run or model folder, such as a converted
-JanusFlow-1.3B. Costs 390,000 steps of 512 packed rows of 4,096 positions: 37 TFLOP a row, 7.3e9
-TFLOP in all. Arguments: own, start=DIR, 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
+JanusFlow-1.3B. Costs 390,000 steps of 512 packed rows of 4,096 positions: 34 TFLOP a row, 6.7e9
+TFLOP in all. Arguments: own, start=DIR, 256, 512, 7b, online, test (`stages.ARGUMENTS`). Latents
+come from the cache `data/generate/latents` unless `online` is given.
 """
 
 from janusflow_jax import config as c

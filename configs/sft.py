@@ -6,8 +6,9 @@ batch 256, understanding : generation : text 21:70:9, chat form, 384 px.
     python -m janusflow_jax.train --config=configs/sft.py
 
 Starts from `runs/pretrain`; `--config.start=` takes any run or model folder. Costs 26,000 steps of
-256 packed rows of 4,096 positions: 37 TFLOP a row and SigLIP's backward pass, 2.5e8 TFLOP.
-Arguments: own, start=DIR, 256, 512, 7b, cached, test (`stages.ARGUMENTS`).
+256 packed rows of 4,096 positions: 34 TFLOP a row and SigLIP's backward pass, 2.3e8 TFLOP.
+Arguments: own, start=DIR, 256, 512, 7b, online, test (`stages.ARGUMENTS`). Latents
+come from the cache `data/generate/latents` unless `online` is given.
 """
 
 from janusflow_jax import config as c

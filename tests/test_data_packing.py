@@ -180,6 +180,16 @@ def test_interleave_is_the_same_far_out():
     np.testing.assert_allclose(counts, np.array(shares) / 1000, atol=3)
 
 
+@pytest.mark.parametrize("weights", [(14, 80, 6), (30, 50, 20), (21, 70, 9)])
+def test_the_rows_of_a_chip_differ_by_one_row_of_text(weights):
+    """All chips wait for the one with the most rows of text; the planner counts on this."""
+    shares, _ = mixture.row_shares(weights, [0.93, 0.93, 1.0], [False, False, True])
+    is_text = np.array([mixture.interleave(r, shares)[0] == 2 for r in range(4096)])
+    for rows in (1, 2, 4, 8):
+        of_chips = is_text.reshape(-1, rows).sum(1)
+        assert of_chips.max() == -(-rows * shares[2] // mixture.SHARE_UNITS)
+
+
 def test_row_shares_give_shares_of_positions():
     (shares, filler), fill = mixture.row_shares([3, 7], [0.9, 0.6], [False] * 2), [0.9, 0.6]
     positions = np.array(shares) * fill

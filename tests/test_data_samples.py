@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import collections
+import copy
 import io
+import itertools
 import runpy
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +188,74 @@ def test_long_text_is_cut_into_even_pieces_and_every_token_is_learned_once(store
         joined = sum((got[key] for key in sorted(got) if key[0] == record), [])
         ids = chat.plain_text(stores["long"][record]["text"]).ids
         assert joined == ids[1:].tolist()
+
+
+def test_a_piece_of_a_long_document_is_tokenized_alone(stores, chat, monkeypatch):
+    """The same rows, and each part of the document is tokenized about once an epoch."""
+
+    def an_epoch():
+        made = open_rows(chat, "book", "text", row_len=64)
+        return made, [made.row(place)[0] for place in range(len(made.sources[0].bins))]
+
+    words = "A red fox 💧 sits  in the snow,\nnaïve; ".split(" ")
+    text = " ".join(words[i * i % len(words)] + "s" * (i % 3) for i in range(600))
+    stores["book"] = Store([{"id": "0", "text": "Short."}, {"id": "1", "text": text}])
+    _, want = an_epoch()  # without marks, as stored by older versions
+    packing.lengths_path("book", "train", "text", "chat", chat).unlink()
+    monkeypatch.setattr(samples, "_MARK", 40)
+    made, _ = an_epoch()
+    counted, plain_text = [], chat_format.ChatFormat.plain_text
+
+    def count(self, text):
+        counted.append(len(text))
+        return plain_text(self, text)
+
+    monkeypatch.setattr(chat_format.ChatFormat, "plain_text", count)
+    got = [made.row(place)[0] for place in range(len(want))]
+    assert len(want) > 15 and max(counted) < len(text) / 5
+    assert sum(counted) < 3 * len(text)  # whole for each piece: 15 times and more
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    stores["book"][1] = {"id": "1", "text": text[::-1]}
+    bad = [b for place in range(len(want)) for b in made.row(place)[1]]
+    assert len(bad) > 10 and "between two marks" in bad[0].reason
+
+
+class Fours:
+    """A tokenizer of four letters a token, whose id also depends on the character behind them."""
+
+    def __init__(self, needs_all: bool):
+        self.needs_all = needs_all  # the id depends on the whole text
+
+    def encode(self, text, add_special_tokens):
+        places = range(0, len(text), 4)
+        behind = [f"{text[i + 4 : i + 5]} {len(text) * self.needs_all}" for i in places]
+        ids = [
+            zlib.crc32(f"{text[i : i + 4]}{x.lstrip()}".encode()) >> 1
+            for i, x in zip(places, behind, strict=True)
+        ]
+        offsets = [(i, min(i + 4, len(text))) for i in places]
+        return SimpleNamespace(ids=ids, offsets=offsets, tokens=[""] * len(ids))
+
+
+@pytest.mark.parametrize(
+    ("needs_all", "text"), [(True, "abc d" * 100), (False, "abc d" * 100), (False, "")]
+)
+def test_marks_stand_only_where_the_parts_give_the_tokens_of_the_whole(
+    chat, monkeypatch, needs_all, text
+):
+    monkeypatch.setattr(samples, "_MARK", 10)
+    chat = copy.copy(chat)
+    object.__setattr__(chat, "text_tokenizer", Fours(needs_all))
+    marks = samples.text_marks(text, chat)
+    assert len(marks) == (0 if needs_all or not text else 11)
+    places = [samples.Mark(0, 0), *marks, samples.Mark(-(-len(text) // 4), len(text))]
+    encode = lambda part: chat.plain_text(part).ids[chat.head : -1].tolist()  # noqa: E731
+    parts = [encode(text[a.character : b.character]) for a, b in itertools.pairwise(places)]
+    assert sum(parts, []) == encode(text)
+    assert all(text[mark.character] == " " for mark in marks)
 
 
 def test_what_no_row_can_hold_is_left_out_and_counted():

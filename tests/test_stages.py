@@ -35,7 +35,7 @@ def config(stage: str, arg: str | None = None) -> c.TrainConfig:
     return runpy.run_path(str(ROOT / "configs" / f"{stage}.py"))["get_config"](arg)
 
 
-@pytest.mark.parametrize("arg", [None, "256", "512", "7b", "cached", "test"])
+@pytest.mark.parametrize("arg", [None, "256", "512", "7b", "online", "test"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_can_work_and_has_its_name(stage, arg):
     cfg = config(stage, arg)
@@ -48,7 +48,7 @@ def test_a_stage_can_work_and_has_its_name(stage, arg):
     assert cfg.model.image_size == (int(arg) if arg in ("256", "512") else 384)
     assert cfg.model.name == ("7b" if arg == "7b" else "1p3b")
     caches = {s.task for s in cfg.data.sources if s.cache}
-    assert caches == ({"generate"} if arg == "cached" else set())
+    assert caches == (set() if arg == "online" else {"generate"})
     assert cfg.data.row_len >= cfg.data.num_slots * cfg.model.slot_len
 
 
@@ -196,9 +196,12 @@ def test_missing_files_are_an_error_before_anything_is_loaded(tmp_path, monkeypa
     with pytest.raises(c.ConfigError, match="needs files that are missing") as error:
         train.train(config("pretrain"))
     message = str(error.value)
-    for path in ("data/understand", "data/generate", "data/text", "runs/adaptation"):
-        assert path in message
-    assert "tools/prepare_data.py" in message
+    folders = "data/understand", "data/generate", "data/text", "data/generate/latents: expected a"
+    for name in (*folders, "runs/adaptation", "tools/prepare_data.py", "cache_latents", "online"):
+        assert name in message
+    with pytest.raises(c.ConfigError, match="needs files that are missing") as error:
+        train.train(config("pretrain", "online"))
+    assert "data/generate/latents" not in str(error.value)
     with pytest.raises(c.ConfigError, match="models/start: .*(?s:.*)convert_checkpoint"):
         train.train(config("adaptation"))
 

@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from janusflow_jax import cli
@@ -40,10 +42,10 @@ def main() -> None:
     measured = packing.measure_lengths(source, args.task, args.format, chat)
     file = packing.lengths_path(args.data, args.split, args.task, args.format, chat, fields)
     packing.store_lengths(file, measured, chat)
+    longest = np.maximum.reduceat(measured.first, measured.offsets[:-1])
     print(
-        f"{file}: {len(measured):,} records in {len(measured.first):,} units of "
-        f"{measured.first.mean():.1f} tokens, the longest {measured.first.max()}; "
-        f"{int((measured.first == 0).sum())} records make no sample"
+        f"{file}: {len(measured):,} records, whose longest units have {longest.mean():.1f} tokens, "
+        f"at most {longest.max()}; {int((longest == 0).sum())} records make no sample"
     )
 
 

@@ -23,7 +23,7 @@ ARGUMENTS = {
     "256": SIZE_256,
     "512": "512 px images instead of 384",
     "7b": "a language model of 7B parameters instead of 1.3B",
-    "cached": "latents from data/generate/latents (tools/cache_latents.py): the VAE does not run",
+    "online": "the VAE runs in every step; else latents come from data/generate/latents",
     "test": TEST,
 }
 """The arguments of the configs of the three stages."""
@@ -94,7 +94,7 @@ def parse(arg: str | None, known: Mapping[str, str] = ARGUMENTS) -> tuple[set[st
 
 
 def run_name(stage: str, names: set[str], start: str = "") -> str:
-    """'pretrain-cached-own'; with `start=DIR` the folder's name stands in place of `own`."""
+    """'pretrain-online-own'; with `start=DIR` the folder's name stands in place of `own`."""
     if start:
         stage, names = f"{stage}-{PurePath(start).name}", names - {"own"}
     return "-".join([stage, *sorted(names)])
@@ -151,7 +151,8 @@ def stage(
     """A run on packed rows, with the values that all stages share.
 
     Args:
-      names: arguments of the config, some of `ARGUMENTS`.
+      names: arguments of the config, some of `ARGUMENTS`. Without `online` the source to generate
+        from reads latents from the folder `latents` of its data set.
       weights: task -> shares of positions (before, after the change; -1: the same).
       form: 'chat' or 'plain', of the sources with images.
       start: what the run starts from.
@@ -169,7 +170,7 @@ def stage(
     model = model_of(start) if own else c.model_config("7b" if "7b" in names else "1p3b", *sizes)
     slots = max(1, ROW_LEN // (model.slot_len + 40))  # 40: a short prompt
     mixture = sources(weights, form)
-    if "cached" in names:
+    if "online" not in names:
         for source in mixture:
             source.cache = f"{source.path}/latents" if source.task == "generate" else ""
     tasks = {source.task for source in mixture}

@@ -62,6 +62,7 @@ class Source:
     index: int  # in the mixture
     records: Any
     bins: packing.Bins
+    marks: packing.Marks
     left_out: int  # units that no row can hold
     cache: latent_cache.Cache | None
     samples_digest: str
@@ -226,8 +227,9 @@ class Rows:
             return int(generator.integers(n)) if n > 1 else 0
 
         cfg = source.cfg
+        marks = source.marks.of(record)
         return samples.encode(
-            source.records[record], cfg.task, cfg.format, self.chat, choose, begin, end
+            source.records[record], cfg.task, cfg.format, self.chat, choose, begin, end, marks
         )
 
     def _fill_tail(
@@ -285,7 +287,10 @@ class Rows:
         )
         slots = {"generate": self.cfg.gen_slots, "understand": self.cfg.und_slots}.get(cfg.task, 0)
         row_len, slot_len = self.cfg.row_len, self.model.slot_len
-        divided, left_out = packing.divide(lengths, slot_len, row_len, slots, head=self.chat.head)
+        marks = packing.Marks()
+        divided, left_out = packing.divide(
+            marks.collect(lengths), slot_len, row_len, slots, head=self.chat.head
+        )
         if not len(divided.record):
             raise DataError(
                 f"{cfg.label}: expected samples that fit data.row_len {row_len} and the slots of "
@@ -301,7 +306,7 @@ class Rows:
         digest = divided.digest()
         bins = packing.pack(divided, row_len, slots)
         cache = latent_cache.Cache(cfg.cache) if cfg.cache else None
-        return Source(cfg, index, records, bins, left_out, cache, digest)
+        return Source(cfg, index, records, bins, marks, left_out, cache, digest)
 
 
 def _bad_sample(row: int, source: Source, record: int, error: DataError) -> BadSample:

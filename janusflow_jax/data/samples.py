@@ -10,7 +10,8 @@ A *record* is one entry of a data set. Its fields say what it is:
 A *unit* is the part of a record that is never split: an exchange of turns that ends with an answer,
 an image of a document with the text behind it, an image with its caption. A *sample* is one or more
 consecutive units of a record. In a row it is one segment with positions from 0. Text-only
-records have no units; they are divided anywhere.
+records have no units; they are divided anywhere. A long one has *marks*: places where it can be
+tokenized in parts, so that a sample does not need the tokens of the whole.
 
 An image with captions is measured by its longest caption and trained with one of them, drawn anew
 each time.
@@ -18,6 +19,7 @@ each time.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +33,10 @@ QUESTION = "Describe the picture."
 """What a user asks about an image that has only captions."""
 _CHARACTERS = 4
 """Of a token, on average; see `excerpt`."""
+_MARK = 2048
+"""Tokens between two marks of a text."""
+_TRIES = 16
+"""Places that are tried for a mark, token after token."""
 
 Turns = list[dict[str, str]]
 
@@ -45,6 +51,13 @@ class Unit(NamedTuple):
     first: int
     more: int
     images: int
+
+
+class Mark(NamedTuple):
+    """A place in a long text. Stored as a `Unit` behind the record's own (images: 0)."""
+
+    token: int  # tokens in front of it, without BOS
+    character: int  # of the text, where the next token begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +174,7 @@ def exchanges(turns: Turns) -> list[Turns]:
 
 
 def units(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFormat) -> list[Unit]:
-    """The lengths of a record's units; of a text-only record, one unit.
+    """The lengths of a record's units; of a text-only record, one unit and its marks.
 
     Raises:
       DataError: the record makes no sample.
@@ -169,8 +182,10 @@ def units(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFo
     slot, head = 1 + chat.num_image_tokens, chat.head
     what = kind(record, task)
     if what == "text":
-        longest = max(len(chat.plain_text(text).ids) for text in texts_of(record))
-        return [Unit(longest, longest - head, 0)]
+        texts = texts_of(record)
+        longest = max(len(chat.plain_text(text).ids) for text in texts)
+        marks = text_marks(texts[0], chat) if len(texts) == 1 and longest > 2 * _MARK else []
+        return [Unit(longest, longest - head, 0), *(Unit(*mark, 0) for mark in marks)]
     if what == "caption":
         lengths = [len(_caption(c, task, form, chat)[0].ids) - slot for c in captions_of(record)]
         return [Unit(max(lengths), max(lengths) - head, 1)]
@@ -185,6 +200,37 @@ def units(record: dict[str, Any], task: str, form: str, chat: chat_format.ChatFo
     ]
 
 
+def text_marks(text: str, chat: chat_format.ChatFormat) -> list[Mark]:
+    """Marks of a text, at most one every `_MARK` tokens.
+
+    The parts between them, tokenized each alone, give the tokens of the whole text. That is
+    checked, not assumed. A tokenizer that puts a space in front of every text (SentencePiece's)
+    has no such places, and the list is empty.
+    """
+    whole = chat.text_tokenizer.encode(text, add_special_tokens=False)
+    targets = chat.plain_text(text).target_mask[:-1]
+    if chat.prefix or not targets.all():
+        return []
+
+    def fits(begin: Mark, end: Mark) -> bool:
+        part = text[begin.character : end.character]
+        ids = chat.text_tokenizer.encode(part, add_special_tokens=False).ids
+        return ids == whole.ids[begin.token : end.token]
+
+    marks, last = [Mark(0, 0)], Mark(len(whole.ids), len(text))
+    while marks[-1].token + 2 * _MARK <= last.token:
+        first = marks[-1].token + _MARK
+        places = range(first, min(first + _TRIES, last.token))
+        ends = (Mark(i, whole.offsets[i][0]) for i in places)
+        end = next((end for end in ends if fits(marks[-1], end)), None)
+        if end is None:
+            break
+        marks.append(end)
+    while len(marks) > 1 and not fits(marks[-1], last):
+        marks.pop()
+    return marks[1:]
+
+
 def encode(
     record: dict[str, Any],
     task: str,
@@ -193,6 +239,7 @@ def encode(
     choose: Callable[[int], int],
     begin: int = 0,
     end: int = -1,
+    marks: Sequence[Mark] = (),
 ) -> Sample:
     """Units [begin, end) of a record as a sample; of a text-only record, tokens [begin, end).
 
@@ -201,19 +248,25 @@ def encode(
       form: chat | plain; for captions.
       choose: n -> which of n captions.
       end: -1 for all of it.
+      marks: of a text-only record, with an `end`; only the parts around the sample are tokenized.
     Raises:
       DataError: the record makes no sample, or has fewer units than were measured.
     """
     what = kind(record, task)
     if what == "text":
-        texts = texts_of(record)
-        sample = _sample(chat.plain_text(texts[choose(len(texts))]), [])
-        head = chat.head
-        size = len(sample.tokens) - head
+        texts, head, before = texts_of(record), chat.head, 0
+        text = texts[choose(len(texts))]
+        if marks:
+            before, sample = _between_marks(text, chat, begin, end, marks)
+        else:
+            sample = _sample(chat.plain_text(text), [])
+        size = before + len(sample.tokens) - head
         end = size if end < 0 else min(end, size)
         if begin >= end:
             raise DataError(f"expected more than {begin} tokens, as measured; got {size}")
-        return sample.cut(begin, end, head) if (begin, end) != (0, size) else sample
+        if (begin, end) == (before, size):
+            return sample
+        return sample.cut(begin - before, end - before, head)
     if what == "caption":
         captions = captions_of(record)
         encoded, prompt = _caption(captions[choose(len(captions))], task, form, chat)
@@ -226,6 +279,34 @@ def encode(
         raise DataError(f"expected more than {begin} exchanges, as measured; got {len(images)}")
     inside = slice(sum(images[:begin]), sum(images[:end]))
     return _sample(encode_units(begin, end, True), images_of(record)[inside])
+
+
+def _between_marks(
+    text: str, chat: chat_format.ChatFormat, begin: int, end: int, marks: Sequence[Mark]
+) -> tuple[int, Sample]:
+    """The parts between marks that hold tokens [begin, end) of a text: (tokens in front, sample).
+
+    Raises:
+      DataError: a part has another number of tokens than when its marks were made.
+    """
+    marks = [Mark(0, 0), *marks]
+    first = bisect.bisect_right(marks, begin, key=lambda mark: mark.token) - 1
+    after = bisect.bisect_left(marks, end, key=lambda mark: mark.token)
+    tokens = chat.plain_text("").ids[: chat.head]
+    for mark, following in zip(marks[first:after], [*marks[first + 1 :], None], strict=False):
+        part = text[mark.character : following.character if following else None]
+        ids = chat.plain_text(part).ids[chat.head :]
+        if following:  # the text continues: no eos
+            ids = ids[:-1]
+            if len(ids) != following.token - mark.token:
+                raise DataError(
+                    f"expected {following.token - mark.token} tokens between two marks, as "
+                    f"measured; got {len(ids)}: measure lengths again"
+                )
+        tokens = np.append(tokens, ids)
+    mask = np.ones(len(tokens), bool)  # `text_marks` has checked that all are targets
+    mask[-1] = False
+    return marks[first].token, Sample(tokens, mask, np.zeros(len(tokens), bool), [], [])
 
 
 def excerpt(

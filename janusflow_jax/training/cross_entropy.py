@@ -146,8 +146,8 @@ def _local(
         return chunk, label, source, place < total, jnp.where(mine, position, len(x))
 
     def body(i: Array, carry: Any) -> Any:
-        by_source, d_kernel, d_x = carry
-        chunk, label, source, valid, position = gather_chunk(i)
+        by_source, d_kernel, d_x, (chunk, label, source, valid, position) = carry
+        following = gather_chunk(i + 1)  # sent while this chunk is computed
         losses, d_logits = _losses(_logits(kernel, chunk), label, valid, how.vocab)
         by_source += sum_by_source(losses, source, len(by_source))
         d_logits = (source_weights[source][:, None] * d_logits).astype(chunk.dtype)
@@ -165,14 +165,15 @@ def _local(
             if how.vocab:
                 d_chunk = lax.psum(d_chunk, how.vocab)
             d_x = d_x.at[position].set(d_chunk.astype(d_x.dtype), mode="drop", unique_indices=True)
-        return by_source, d_kernel, d_x
+        return by_source, d_kernel, d_x, following
 
-    zeros = (
+    carry = (
         jnp.zeros_like(source_weights),
         jnp.zeros(kernel.shape, jnp.float32) if needed[0] else None,
         jnp.zeros_like(x) if needed[1] else None,
+        gather_chunk(jnp.int32(0)),
     )
-    by_source, d_kernel, d_x = lax.fori_loop(0, steps, body, zeros)
+    by_source, d_kernel, d_x, _ = lax.fori_loop(0, steps, body, carry)
     if how.data:
         by_source = lax.psum(by_source, how.data)
         d_kernel = None if d_kernel is None else lax.psum(d_kernel, how.data)

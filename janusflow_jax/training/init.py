@@ -23,7 +23,7 @@ from janusflow_jax.checkpoints import model_folder, run as run_checkpoints
 from janusflow_jax.config import ModelConfig, TrainConfig, files, parts as parts_lib
 from janusflow_jax.config.errors import ConfigError, DataError
 from janusflow_jax.config.fields import differences
-from janusflow_jax.data import sources
+from janusflow_jax.data import cache, sources
 from janusflow_jax.models import janusflow, vae
 from janusflow_jax.parallel import numerics, processes, sharding, trees
 from janusflow_jax.training import optim, step as train_step
@@ -209,7 +209,7 @@ def _unknown_paths(cfg: TrainConfig, params: Any) -> list[str]:
 
 
 def check_files(cfg: TrainConfig) -> None:
-    """Checks that every model, data set and tokenizer exists, before anything is loaded.
+    """Checks that every model, data set, cache and tokenizer exists, before anything is loaded.
 
     Raises:
       ConfigError: lists what is missing.
@@ -223,6 +223,11 @@ def check_files(cfg: TrainConfig) -> None:
             sources.mapped(sources.open_source(s.path, s.split), s.fields, s.task)
         except DataError as error:
             problems.append(str(error))
+    for path in filter(None, (s.cache for s in cfg.data.sources)):
+        try:
+            cache.read_manifest(path)
+        except DataError as error:
+            problems.append(str(error))
     if cfg.tokenizer and not files.resolve(cfg.tokenizer).exists():
         problems.append(f"{cfg.tokenizer}: expected a tokenizer folder; found none")
     if problems:
@@ -230,8 +235,9 @@ def check_files(cfg: TrainConfig) -> None:
         raise ConfigError(
             f"config {cfg.name!r} needs files that are missing:\n{listed}\n"
             "tools/prepare_data.py (--heldout SHARE adds a held-out split) and "
-            "tools/prepare_openmoji.py make data sets, tools/convert_checkpoint.py makes models "
-            "(docs/data.md, docs/training.md)"
+            "tools/prepare_openmoji.py make data sets, tools/convert_checkpoint.py makes models, "
+            "tools/cache_latents.py makes caches, without which the paper's stages run as "
+            "configs/pretrain.py:online (docs/data.md, docs/training.md)"
         )
 
 
