@@ -189,7 +189,7 @@ def _config_files(hub: Files, cfg: ModelConfig, dtype: str) -> dict[str, bytes]:
     if source.keys() >= {"config.json", "vae/config.json"}:
         main, preprocessor, vae = (json.loads(source.get(name, b"{}")) for name in CONFIGS)
         described = hub_configs.model_config_from_hf(main, preprocessor, vae)
-        if dataclasses.replace(described, name=cfg.name, repa=cfg.repa) == cfg:
+        if dataclasses.replace(described, name=cfg.name, repa=cfg.repa, student=cfg.student) == cfg:
             changed = dict(main)
             if "torch_dtype" in main:
                 changed["torch_dtype"] = dtype
