@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     texts = [prompts.caption(x.color, x.name) for x in labels]
     noise = {"seed": suite.MORE_SEED, "output": "latent"}
     print(
-        "| model | steps | evaluations | distance | looks like the prompt | right hue | median rank "
-        "| Frechet |"
+        "| model | steps | evaluations | distance | looks like the prompt | right hue | "
+        "median rank | Frechet |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     shown: list[np.ndarray] = []

@@ -114,8 +114,8 @@ def velocity_field(
     def velocity(z: Array, t: Array, r: Array, guided: bool) -> tuple[Array, Array | None]:
         rows = both if guided else (cache, cond, positions)
         to_rows = twice if guided else lambda x: x
-        times = (jnp.full((len(z),), x, jnp.float32) for x in (t, r))
-        v = velocities(model, params, z, *times, *rows, to_rows)
+        t, r = (jnp.full((len(z),), x, jnp.float32) for x in (t, r))
+        v = velocities(model, params, z, t, r, *rows, to_rows)
         return (v[: len(z)], v[len(z) :]) if guided else (v, None)
 
     return velocity
