@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from janusflow_jax.serve import engine as engine_lib
 from janusflow_jax.serve.requests import EngineSettings, Failed, ImageDone, ImageRequest
 from janusflow_jax.training import init as initialization, losses, step as train_step
 
+get_config = runpy.run_path(str(runs.ROOT / "configs" / "distill.py"))["get_config"]
 STUDENT = c.StudentConfig(steps=2, guidance_scale=3.0)
 
 
@@ -245,6 +247,7 @@ def test_a_student_is_a_model_as_any_other(store):
     assert model.cfg.student == STUDENT
     want = model.generate("a fox", seed=5, output="latent")
     hub.export("run", "out", log=lambda _: None)
+    assert "generates in 2 steps" in Path("out/README.md").read_text()
     to_model("out", "out/vae", "again")
     assert json.loads(Path("again/model.json").read_text())["config"]["student"]["steps"] == 2
     again = janusflow_jax.load("again", dtype="float32")
@@ -273,6 +276,38 @@ def test_a_run_without_a_student_has_no_teacher():
     assert "teacher" not in create(cfg)
     state = create(student_config("x"))
     assert trees.flatten(state["teacher"]).keys() == trees.flatten(state["params"]).keys()
+
+
+@pytest.mark.parametrize("arg", ["", "all", "lora", "256", "emoji", "emoji,all,test", "test"])
+def test_the_configs_can_work(arg):
+    """What trains the language model also reads images, and watches that."""
+    cfg = get_config(arg)
+    assert cfg.distills and not checks.train_problems(cfg)
+    assert cfg.model.student == c.StudentConfig(steps=2, guidance_scale=2.0)
+    replayed = ["understand"] if "all" in arg or "lora" in arg else []
+    assert [s.task for s in cfg.data.sources] == ["generate", *replayed]
+    assert [s.task for s in cfg.evaluate.sources] == replayed
+    assert bool(replayed) == ("llm" in cfg.train_parts or cfg.lora.rank > 0)
+
+
+@pytest.mark.parametrize(
+    ("arg", "says"),
+    [("256,emoji", "expected 256 .*or emoji; got both"), ("all,lora", "expected all or lora")],
+)
+def test_arguments_that_exclude_each_other(arg, says):
+    with pytest.raises(c.ConfigError, match=says):
+        get_config(arg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arg", ["test", "lora,test"])
+def test_the_test_twin_trains(store, arg):
+    cfg = get_config(arg)
+    cfg.workdir, cfg.tokenizer, cfg.prompts = "run", str(runs.HUB), cfg.prompts[:1]
+    train.train(cfg)
+    values = runs.read_metrics("run")
+    assert values[-1]["step"] == 4 and all(np.isfinite(x["loss"]) for x in values if "loss" in x)
+    assert list(Path("run/samples").glob("sheet_*.png"))
 
 
 def test_what_no_student_can_be_trained_with():
