@@ -74,6 +74,7 @@ def test_with_equal_times_a_student_has_its_teachers_bits(golden_model, student)
     assert golden.error(other, teacher) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_student_takes_its_own_steps_without_guidance(student):
     args = {"seed": 4, "output": "latent"}
     got = student.generate("a red fox", **args)
@@ -174,6 +175,7 @@ def rf_loss(cfg, batch):
     return loss
 
 
+@pytest.mark.slow
 def test_the_gradient_goes_through_the_students_prediction_alone(batch, monkeypatch):
     cfg, rows = batch
     vae = model_folder.load_model("teacher").vae
