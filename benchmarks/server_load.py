@@ -17,6 +17,7 @@ import collections
 import io
 import random
 import re
+import threading
 import time
 from typing import Any
 
@@ -67,7 +68,9 @@ class Load:
 
     async def run(self) -> None:
         begin, requests = time.monotonic(), set[asyncio.Task]()
-        watcher = asyncio.ensure_future(self.watch(begin))
+        ended = threading.Event()
+        watcher = threading.Thread(target=self.watch, args=(begin, ended))
+        watcher.start()
         while time.monotonic() - begin < self.args.seconds:
             await asyncio.sleep(self.random.expovariate(self.args.load / self.alone))
             kinds = (self.images, self.images, self.streamed, self.chat, self.leave)
@@ -75,18 +78,20 @@ class Load:
             requests.add(task)
             task.add_done_callback(requests.discard)
         await asyncio.gather(*requests)
-        watcher.cancel()
+        ended.set()
+        watcher.join()
 
-    async def watch(self, begin: float) -> None:
-        while True:
-            start = time.monotonic()
-            (await self.client.get("/health")).raise_for_status()
-            self.health.append(time.monotonic() - start)
-            text = (await self.client.get("/metrics")).text
-            match = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
-            if match:
-                self.memory.append((start - begin, float(match[1]) / 2**20))
-            await asyncio.sleep(SAMPLE_SECONDS)
+    def watch(self, begin: float, ended: threading.Event) -> None:
+        """In a thread of its own: the event loop of the traffic is busy with images."""
+        with httpx.Client(base_url=self.args.url, timeout=60) as client:
+            while not ended.wait(SAMPLE_SECONDS):
+                start = time.monotonic()
+                client.get("/health").raise_for_status()
+                self.health.append(time.monotonic() - start)
+                text = client.get("/metrics").text
+                match = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
+                if match:
+                    self.memory.append((start - begin, float(match[1]) / 2**20))
 
     def compare(self, case: Any, data: list[str]) -> None:
         for got, want in zip(map(pixels, data), self.want[case], strict=True):

@@ -121,7 +121,7 @@ def main() -> None:
     with numerics.fixed():
         engine.warm_up()
     # The speed of one request at a time; the loads are shares of it.
-    sample = [x._replace(seconds=0.0) for x in traffic(40, 1, args.steps)]
+    sample = [x._replace(seconds=0.0) for x in traffic(args.requests // 3, 1, args.steps)]
     clock.restart()
     serve(engine, clock, sample, most=1)
     mean = clock() / len(sample)
@@ -131,9 +131,9 @@ def main() -> None:
         places[:3] = np.arange(count)
         with numerics.fixed():
             clock.restart()
-            for _ in range(50):
+            for _ in range(10):
                 engine._programs.read(engine._programs.step(places, numbers))
-        print(f"  a step of {count} rows: {clock() / 50 * 1000:.1f} ms")
+        print(f"  a step of {count} rows: {clock() / 10 * 1000:.1f} ms")
     print("| load | way | all p50 | one image p50 | one image p95 | ten images p95 | requests/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     in_order: Any = lambda self, waiting, now: sorted(waiting, key=lambda x: x.since)  # noqa: E731
