@@ -205,6 +205,13 @@ def generate_images(
     shard = plan.shard(args.shard)
     extractor = image_scores.extractor(*scorers(args))
     model, model_settings = load_model(args)
+    student = model.cfg.student
+    if student.steps and args.guidance_scale is None:
+        guidance = None
+    sampler, guidance = inputs.check_generate(
+        texts, count, guidance_scale=guidance, student=student, **solver
+    )
+    solver["num_steps"] = sampler.steps
     settings = {
         "benchmark": benchmark.name,
         "protocol": benchmark.protocol,

@@ -138,7 +138,7 @@ def parser(
 def add_solver_options(p: Any) -> None:
     """Adds the options of how images are generated, which `solver_options` reads, to a parser or
     a group of one."""
-    p.add_argument("--steps", type=int, default=30, help="of the solver; default 30")
+    p.add_argument("--steps", type=int, help="of the solver; default 30, of a student its own")
     p.add_argument(
         "--order",
         type=int,

@@ -15,6 +15,7 @@ from janusflow_jax import cli
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import image_files
+from janusflow_jax.sampling import inputs
 
 DESCRIPTION = "Changes an image. The model was not trained to edit: see docs/editing.md."
 EPILOG = """\
@@ -51,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="start from the image and generate this share of the steps again",
     )
     p.add_argument(
-        "--guidance-scale", type=float, default=2.0, metavar="W", help="of --prompt; default 2"
+        "--guidance-scale", type=float, metavar="W", help="of --prompt; default 2, of a student 1"
     )
     cli.add_solver_options(p)
     p.add_argument("--seed", type=int, default=0, metavar="S")
@@ -81,8 +82,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.strength is not None:
         options["strength"] = args.strength
     model = cli.load(args)
-    about = {"prompt": args.prompt, "seed": args.seed, "num_inference_steps": args.steps}
-    about |= {"guidance_scale": args.guidance_scale, "model": model.cfg.name}
+    sampler, scale = inputs.check_generate(
+        [args.prompt],
+        1,
+        guidance_scale=args.guidance_scale,
+        student=model.cfg.student,
+        **cli.solver_options(args),
+    )
+    about = {"prompt": args.prompt, "seed": args.seed, "num_inference_steps": sampler.steps}
+    about |= {"guidance_scale": scale, "model": model.cfg.name}
     if args.mask:
         about["method"] = "inpaint"
         (image,) = model.inpaint(args.image, args.mask, args.prompt, **options)

@@ -70,7 +70,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     # reports call it cfg
     p.add_argument(
-        "--guidance-scale", dest="cfg", type=float, default=2.0, metavar="W", help="1: no guidance"
+        "--guidance-scale",
+        dest="cfg",
+        type=float,
+        metavar="W",
+        help="1: no guidance; default 2, of a student 1",
     )
     p.add_argument(  # the name of 0.1; remove in 0.3
         "--cfg", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
@@ -156,6 +160,10 @@ def emoji(args: argparse.Namespace, folder: epath.Path, out: epath.Path) -> dict
     model = pipeline.load(
         str(folder), dtype=args.dtype, weights=args.weights, int8=args.int8, adapter=args.adapter
     )
+    sampler, args.cfg = inputs.check_generate(
+        ["any"], 1, guidance_scale=args.cfg, student=model.cfg.student, **solver
+    )
+    args.steps = solver["num_steps"] = sampler.steps
     report: dict[str, Any] = {
         "settings": {**vars(args), "suite": "emoji", "model": str(folder)},
         "model": provenance.of(folder, args.adapter),

@@ -55,9 +55,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--guidance-scale",
         type=float,
-        default=2.0,
         metavar="W",
-        help="1: no guidance, twice as fast; higher values follow the prompt more; default 2",
+        help="1: no guidance, twice as fast; higher values follow the prompt more; default 2, of a "
+        "student 1",
     )
     p.add_argument(  # the name of 0.1; remove in 0.3
         "--cfg",
@@ -101,14 +101,17 @@ def main(argv: list[str] | None = None) -> None:
     seeds = inputs.image_seeds(one_seed, len(prompts), args.images_per_prompt)
     labels = [p for p in prompts for _ in range(args.images_per_prompt)]
     solver = cli.solver_options(args)
-    sampler = inputs.check_generate(
-        prompts, args.images_per_prompt, guidance_scale=args.guidance_scale, **solver
-    )
+    solver["guidance_scale"] = args.guidance_scale
+    inputs.check_generate(prompts, args.images_per_prompt, **solver)
     is_folder = out.is_dir() or not out.suffix
     cli.check_writable(str(out / "0000.png" if is_folder else out), "--out")
     if args.json:
         cli.check_writable(args.json, "--json")
     model = cli.load(args)
+    sampler, solver["guidance_scale"] = inputs.check_generate(
+        prompts, args.images_per_prompt, student=model.cfg.student, **solver
+    )
+    solver["num_steps"] = sampler.steps
     ids = model.prompt_ids(labels)  # a prompt that is too long fails before the first image
     # The digest of the adapter before generation, in case the file changes meanwhile.
     adapter = provenance.of_adapter(args.adapter) if args.adapter else ""
@@ -120,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             prompt=labels[n],
             seed=seeds[n],
             sampler=sampler,
-            guidance_scale=args.guidance_scale,
+            guidance_scale=solver["guidance_scale"],
             model=model.cfg.name,
             model_sha256=sha256,
         )
@@ -132,12 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     for begin in range(0, len(labels), pipeline.MAX_BATCH):
         batch = slice(begin, begin + pipeline.MAX_BATCH)
         try:
-            images += model.generate(
-                labels[batch],
-                guidance_scale=args.guidance_scale,
-                seed=seeds[batch],
-                **solver,
-            )
+            images += model.generate(labels[batch], seed=seeds[batch], **solver)
         except DivergedError as error:  # reported at the end, with the other batches' images
             images += error.images
         rows, positions = inputs.batch_shape(ids[batch])
@@ -172,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         report = {
             "model": about,
             "settings": {
-                "cfg_weight": args.guidance_scale,
+                "cfg_weight": solver.pop("guidance_scale"),
                 **solver,
                 "dtype": model.dtype,
                 "int8": args.int8,

@@ -146,8 +146,8 @@ class Pipeline:
         self,
         prompts: str | Sequence[str],
         *,
-        guidance_scale: float = 2.0,
-        num_steps: int = 30,
+        guidance_scale: float | int | None = None,
+        num_steps: int | None = None,
         order: int = 1,
         shift: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -162,8 +162,9 @@ class Pipeline:
         """Generates images, prompt by prompt.
 
         Args:
-          guidance_scale: of classifier-free guidance; 1 runs the conditional branch only.
-          num_steps: of the solver.
+          guidance_scale: of classifier-free guidance; 1 runs the conditional branch only. None: 2;
+            of a student 1.
+          num_steps: of the solver. None: 30; of a student its own.
           order: 1 is Euler's method; 2 is Adams-Bashforth, more accurate at the same cost.
           shift: of the times of the steps; above 1: more of them near noise (docs/sampling.md).
           guidance_interval: the times at which guidance acts, from 0 (noise) to 1 (image); outside
@@ -188,7 +189,7 @@ class Pipeline:
         if isinstance(prompts, str):
             prompts = [prompts]
         prompts = list(prompts) if np.iterable(prompts) else []
-        sampler = inputs.check_generate(
+        sampler, guidance_scale = inputs.check_generate(
             prompts,
             images_per_prompt,
             output,
@@ -197,6 +198,7 @@ class Pipeline:
             order,
             shift,
             guidance_interval,
+            self.cfg.student,
         )
         inputs.check_best_of(best_of, output)
         if guidance_scale == 1:
@@ -278,7 +280,7 @@ class Pipeline:
                 *prompt,
                 z,
                 before,
-                (times[k], h[k], half_r[k]),
+                (times[k], times[k + 1], h[k], half_r[k]),
                 jnp.float32(guidance_scale),
                 head=self.text.head,
                 guided=bool(guided),
@@ -299,8 +301,8 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 2.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | int | None = None,
         num_images_per_prompt: int = 1,
         generator: Any = None,
         latents: Any = None,
@@ -416,7 +418,9 @@ class Pipeline:
         """`vary`, or `inpaint` if there are masks."""
         what = "vary" if masks is None else "inpaint"
         images, prompts = inputs.pairs(what, images, prompts)
-        sampler, scale, first = inputs.check_edit(what, prompts, strength, output, **solver)
+        sampler, scale, first = inputs.check_edit(
+            what, prompts, strength, output, self.cfg.student, **solver
+        )
         if scale == 1:
             sampler = dataclasses.replace(sampler, guide_until=0.0)
         self._require(what, *parts_lib.needed_for("generate", self.cfg), "vae")
@@ -474,7 +478,14 @@ class Pipeline:
         Raises: as `vary`.
         """
         images, prompts = inputs.pairs("edit", images, prompts)
-        sampler, scale, first = inputs.check_edit("edit", prompts, strength, output, **solver)
+        if self.cfg.student.steps:
+            raise JanusFlowError(
+                "edit: expected a model with velocities; got a student, which has steps: use its "
+                "teacher"
+            )
+        sampler, scale, first = inputs.check_edit(
+            "edit", prompts, strength, output, self.cfg.student, **solver
+        )
         if sampler.order != 1:
             raise JanusFlowError(
                 "edit: expected order 1, because the noise is new at every step; got 2"

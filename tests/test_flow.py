@@ -13,11 +13,11 @@ FLOW, OTHER = ExactFlow(), ExactFlow(mu=-0.5, s=0.8)
 NOISE = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 
 
-def exact(z, t, guided):
+def exact(z, t, r, guided):
     return FLOW.velocity(z, t), None
 
 
-def two_flows(z, t, guided):
+def two_flows(z, t, r, guided):
     return FLOW.velocity(z, t), OTHER.velocity(z, t) if guided else None
 
 
@@ -44,7 +44,7 @@ def test_euler_has_the_bits_of_the_published_formula():
     """z += v / N at t = k / N."""
 
     def step(z, k):
-        z = z + flow.guide(*two_flows(z, k.astype(jnp.float32) / 30, True), 2.0) / 30
+        z = z + flow.guide(*two_flows(z, k.astype(jnp.float32) / 30, None, True), 2.0) / 30
         return z, z
 
     _, want = jax.lax.scan(step, NOISE, jnp.arange(30))
@@ -59,9 +59,9 @@ def test_guidance_acts_in_its_interval_alone(order):
     assert flow.guided_steps(cfg).tolist() == [False] * 2 + [True] * 4 + [False] * 2
     branches = []
 
-    def velocity(z, t, guided):
+    def velocity(z, t, r, guided):
         branches.append(guided)
-        return two_flows(z, t, guided)
+        return two_flows(z, t, r, guided)
 
     z, states = flow.solve(velocity, NOISE, 3.0, cfg)
     assert branches == [False, True, False]  # three programs, one of them with both branches
@@ -130,6 +130,79 @@ def test_a_known_region_stays_on_its_path():
     np.testing.assert_array_equal(z[:, 2:], flow.solve(exact, NOISE, 1.0, cfg)[0][:, 2:])
 
 
+# --- a student
+
+
+def average(z, t, r):
+    """The exact student's average velocity from t to r."""
+    return (FLOW.move(z, t, r) - z) / (r - t)
+
+
+@pytest.mark.parametrize("cfg", [{"steps": 1}, {"steps": 2}, {"steps": 3, "shift": 2.0}])
+def test_an_exact_student_needs_one_step_and_loses_nothing_by_more(cfg):
+    """Every step goes to the time that the student was told."""
+    z, _ = flow.solve(
+        lambda z, t, r, guided: (average(z, t, r), None), NOISE, 1.0, SamplerConfig(**cfg)
+    )
+    np.testing.assert_allclose(z, FLOW.move(NOISE, 0.0, 1.0), atol=2e-5)
+
+
+def wide(t):
+    return t[:, None, None, None]
+
+
+def target(t, r, **share):
+    """For states at t, the target of an exact student of an exact teacher."""
+    t, r = (jnp.full(len(NOISE), x) for x in (t, r))
+    z = FLOW.move(NOISE, 0.0, wide(t))
+    got = flow.lagrangian_target(
+        lambda end: average(z, wide(t), wide(end)),
+        lambda z, t: FLOW.velocity(z, wide(t)),
+        z,
+        t,
+        r,
+        **share,
+    )
+    return z, got
+
+
+def test_the_target_of_a_student_is_off_by_the_third_power_of_the_teachers_part():
+    """The teacher's part is a step of the midpoint rule."""
+    with jax.enable_x64(True):
+        errors = []
+        for share in (0.4, 0.2, 0.1, 0.05):
+            z, got = target(0.2, 0.6, share=share)
+            errors.append(float(np.abs(got - average(z, 0.2, 0.6)).max()))
+    ratios = [a / b for a, b in zip(errors, errors[1:], strict=False)]
+    assert all(6.5 < ratio < 8.5 for ratio in ratios), ratios
+
+
+def test_the_target_of_an_empty_interval_is_the_teachers_velocity():
+    z = FLOW.move(NOISE, 0.0, 0.25)
+    t = jnp.full(len(NOISE), 0.25)
+    student = lambda end: jnp.full_like(z, 7.0)  # noqa: E731 - has no part in it
+    teacher = lambda z, t: FLOW.velocity(z, wide(t))  # noqa: E731
+    got = flow.lagrangian_target(student, teacher, z, t, t)
+    np.testing.assert_array_equal(got, teacher(z, t))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+def test_the_intervals_of_training_hold_those_of_sampling(kind):
+    keys = jax.random.split(jax.random.key(3), 800)
+    t, r = map(np.asarray, jax.vmap(lambda key: flow.sample_interval(key, kind, 2.0))(keys))
+    assert (t >= 0).all() and (t <= r).all() and (r <= 1).all()
+    shares = {
+        "one step": (t == 0) & (r == 1),
+        "from noise": (t == 0) & (r < 1),
+        "to the image": (t > 0) & (r == 1),
+        "empty": t == r,
+        "inside": (t > 0) & (t < r) & (r < 1),
+    }
+    want = {"one step": 1, "from noise": 1, "to the image": 1, "empty": 2, "inside": 3}
+    for name, eighths in want.items():
+        assert abs(shares[name].mean() - eighths / 8) < 0.05, name
+
+
 # --- FlowEdit
 
 
@@ -138,7 +211,7 @@ def edited(source, target, scales=(1.0, 1.0), **options):
     x = source.mu + source.s * NOISE
     steps = SamplerConfig(**({"steps": 10, "guide_until": 0.0} | options))
 
-    def velocity(z, t, guided):
+    def velocity(z, t, r, guided):
         a, b = jnp.split(z, 2)
         v = jnp.concatenate([source.velocity(a, t), target.velocity(b, t)])
         return v, jnp.zeros_like(v) if guided else None

@@ -168,7 +168,7 @@ def test_sampler(index):
             sampler=SamplerConfig(steps=case["steps"], guide_until=float(weight != 1)),
             trajectory=True,
         )
-        return jnp.concatenate(field(noise, jnp.float32(0), True)), states
+        return jnp.concatenate(field(noise, jnp.float32(0), jnp.float32(0), True)), states
 
     first, states = jax.jit(run)(params)
     assert golden.error(first, golden.nhwc(want[f"sample{index}.v_first_step"])) < golden.PART

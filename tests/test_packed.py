@@ -3,6 +3,7 @@ unconditional form. On rows as the loader makes them."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import jax
@@ -12,9 +13,9 @@ import pytest
 from helpers import golden, published, runs
 from helpers.records import MIX, MODEL, data_config
 
-from janusflow_jax.config import LossConfig
+from janusflow_jax.config import LossConfig, StudentConfig
 from janusflow_jax.data import chat_format, rows, samples
-from janusflow_jax.models import attention, encode
+from janusflow_jax.models import attention, encode, janusflow
 from janusflow_jax.sampling import flow, image as image_sampling
 from janusflow_jax.training import losses
 
@@ -179,7 +180,8 @@ def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(mad
         field = image_sampling.velocity_field(
             model, params, tokens, jnp.asarray([length]), made.chat.head
         )
-        conditional, unconditional = field(z[:, slot], draws["t"][0, slot], True)
+        t = draws["t"][0, slot]
+        conditional, unconditional = field(z[:, slot], t, t, True)
         dropped = bool(row["segment_ids"][begin + 1] == 0)
         seen.add(dropped)
         want, other = conditional, unconditional
@@ -188,3 +190,26 @@ def test_a_dropped_prompt_in_a_packed_row_is_the_samplers_unconditional_form(mad
         got = extras["velocity"][:, slot]
         assert golden.error(got, want) < 1e-5 < golden.error(got, other)
     assert True in seen
+
+
+@pytest.mark.slow
+def test_a_teacher_in_a_packed_row_is_the_samplers_guided_form(stores, chat):
+    """Of every image in the row, whatever stands beside it."""
+    model, params, vae_params = golden.model()
+    student = dataclasses.replace(MODEL, student=StudentConfig(steps=2, guidance_scale=3.0))
+    cfg = data_config(sources=MIX, row_len=192, gen_slots=GEN, und_slots=UND, drop_prompt=0.0)
+    made = rows.Rows(cfg, student, chat)
+    row = find(made, lambda row: (row["slot_task"] == 1).sum() >= 2)
+    batch = stack([row])
+    z = jax.random.normal(KEY, (1, GEN, *MODEL.latent_shape))
+    t = jnp.linspace(0.1, 0.9, GEN)[None]
+    module = janusflow.JanusFlow(student)
+    got = jax.jit(lambda p: losses._guided(module, p, batch, z, t))(params)
+    for slot, (begin, _) in enumerate(starts(row)[: int((row["slot_task"] == 1).sum())]):
+        length = row["slot_start"][slot] - begin
+        tokens = jnp.asarray(row["tokens"][begin : begin + length])[None]
+        field = image_sampling.velocity_field(
+            model, params, tokens, jnp.asarray([length]), made.chat.head
+        )
+        want = flow.guide(*field(z[:, slot], t[0, slot], t[0, slot], True), 3.0)
+        assert golden.error(got[:, slot], want) < 1e-5

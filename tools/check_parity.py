@@ -180,7 +180,7 @@ def compare_generation(
         part = model.apply(run, hidden, *twice, method="velocity")
         tokens, lengths = jnp.asarray([want["ids"]]), jnp.asarray([len(want["ids"])])
         field = image_sampling.velocity_field(model, p, tokens, lengths, ours.text.head)
-        return features, t_emb, part, field(noise, jnp.float32(0), True)
+        return features, t_emb, part, field(noise, jnp.float32(0), jnp.float32(0), True)
 
     features, t_emb, part, (cond, uncond) = first(params, jnp.asarray(want["hidden"]))
     table.add("generation encoder: features", features, want["features"], PART)

@@ -34,7 +34,9 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, h100:8x
 _SLICES = flags.DEFINE_integer("slices", 1, "number of such slices, joined by a slow network")
 _SAMPLER = flags.DEFINE_bool("sampler", False, "plan generation and chat instead of training")
 _ROWS = flags.DEFINE_integer("rows", 16, "with --sampler: images or answers at a time")
-_STEPS = flags.DEFINE_integer("steps", 30, "with --sampler: steps of an image")
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "with --sampler: steps of an image; default 30, of a student its own"
+)
 _GUIDANCE_UNTIL = flags.DEFINE_float(
     "guidance_until", 1.0, "with --sampler: the time from 0 (noise) to 1 at which guidance ends"
 )
@@ -55,7 +57,10 @@ def main(argv: list[str]) -> None:
     machine = plan_topology.parse(_TOPOLOGY.value or "", _SLICES.value)
     assume = plan_report.Assumptions(matmul=_MATMUL.value, kernel=_KERNEL.value)
     if _SAMPLER.value:
-        solver = SamplerConfig(steps=_STEPS.value, guide_until=_GUIDANCE_UNTIL.value)
+        steps, scale = cfg.model.student.defaults
+        solver = SamplerConfig(
+            steps=_STEPS.value or steps, guide_until=_GUIDANCE_UNTIL.value * (scale != 1)
+        )
         runs = plan_report.sampler_reports(cfg, machine, _ROWS.value, solver, assume)
     else:
         compile_step = plan_report.cheapest_remat if _BEST_REMAT.value else plan_compile.train

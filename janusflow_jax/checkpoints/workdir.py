@@ -13,7 +13,7 @@ from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums, model_folder
-from janusflow_jax.config import SourceConfig, TrainConfig, fields, files, lock
+from janusflow_jax.config import SourceConfig, StudentConfig, TrainConfig, fields, files, lock
 from janusflow_jax.config.errors import CheckpointError, ConfigError
 from janusflow_jax.config.run import MAY_CHANGE, MAY_CHANGE_IN_BRANCH
 from janusflow_jax.parallel import processes
@@ -273,9 +273,12 @@ def create(
             with files.replacing(workdir / DATA_FILE, "tmp") as part:
                 part.write_text(json.dumps(data, indent=1))
         if not processes.from_main("exists" if base_meta(workdir) else ""):
+            model_cfg = cfg.model
+            if cfg.distills:  # its teacher
+                model_cfg = dataclasses.replace(model_cfg, student=StudentConfig())
             model_folder.save_model(
                 workdir / "base",
-                model_cfg=cfg.model,
+                model_cfg=model_cfg,
                 params=params,
                 vae=vae,
                 hub_files=hub,

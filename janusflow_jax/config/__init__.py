@@ -21,6 +21,7 @@ from janusflow_jax.config.model import (
     RepaConfig,
     RopeConfig,
     SiglipConfig,
+    StudentConfig,
     VaeConfig,
     model_config,
 )

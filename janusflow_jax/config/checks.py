@@ -138,6 +138,11 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         "no layers of the LLM beside adapters (lora.rank above 0)",
         layers,
     )
+    if cfg.distills:
+        why = "because the run trains a student (model.student.steps)"
+        require(not cfg.loss.repa_weight, "loss.repa_weight", f"0 {why}", cfg.loss.repa_weight)
+        held = [s.task for s in cfg.evaluate.sources]
+        require("generate" not in held, "evaluate.sources", f"no task generate {why}", held)
     problems += _source_problems(cfg)
     if of_model := model_problems(cfg.model):
         return list(dict.fromkeys(problems + of_model))  # some are in both

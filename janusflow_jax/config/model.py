@@ -4,7 +4,14 @@ import dataclasses
 
 from janusflow_jax.config import parts as parts_lib
 from janusflow_jax.config.errors import ConfigError
-from janusflow_jax.config.fields import choice, dataclass, depth, limited, positive
+from janusflow_jax.config.fields import (
+    between,
+    choice,
+    dataclass,
+    depth,
+    limited,
+    positive,
+)
 
 ATTENTION = ("xla", "cudnn", "splash", "flash")
 """Implementations of attention (`models/attention.py`); a config may also have 'auto'."""
@@ -110,6 +117,20 @@ class RepaConfig:
 
 
 @dataclass
+class StudentConfig:
+    """What a model was distilled to, which generates in few steps (docs/few_steps.md)."""
+
+    steps: int = between(0, 0, 100)  # of an image, unless a request says otherwise; 0: no student
+    guidance_scale: float = positive(2.0)  # of its teacher; it needs none of its own
+
+    @property
+    def defaults(self) -> tuple[int, float]:
+        """Steps and guidance scale of an image if a request names none; without a student the
+        paper's."""
+        return (self.steps, 1.0) if self.steps else (30, 2.0)
+
+
+@dataclass
 class ModelConfig:
     name: str = "1p3b"
     image_size: int = positive(384)
@@ -122,6 +143,7 @@ class ModelConfig:
     und_encoder: str = choice("siglip", "shared", "own")
     # whose features REPA aligns with; siglip: a frozen SigLIP that does nothing else
     repa_target: str = choice("und_encoder", "siglip")
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
 
     @property
     def latent_size(self) -> int:

@@ -214,6 +214,11 @@ class TrainConfig:
     sheet_cfg_weight: float = zero_or_more(2.0)
     sheet_num_steps: int = between(30, 1, 10_000)
 
+    @property
+    def distills(self) -> bool:
+        """Whether the run trains a student of the model that it starts from."""
+        return self.model.student.steps > 0 and self.data.gen_slots > 0
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "remat":  # it was True or False in 0.1
             value = {"true": "full", "false": "none"}.get(str(value).lower(), value)

@@ -140,7 +140,8 @@ class Rows:
           (arrays, bad): row uint32[], tokens int32[T], segment_ids int32[T], positions int32[T],
           target_mask bool[T], source_ids int32[T] (places in the mixture), slot_start int32[K],
           slot_task int32[K], and what the slots hold: images uint8[K, H, W, 3], or what caches have
-          instead (see `slots`).
+          instead (see `slots`). For a student also unprompted_ids int32[T]: segment_ids if every
+          prompt were dropped.
         Raises:
           DataError: the store cannot be read.
         """
@@ -215,6 +216,7 @@ class Rows:
             "target_mask": np.zeros(length, bool),
             "source_ids": np.zeros(length, np.int32),
             **self.slots.empty(),
+            **({"unprompted_ids": np.zeros(length, np.int32)} if self.model.student.steps else {}),
         }
 
     def _read_sample(
@@ -335,3 +337,5 @@ def _write(
     out["target_mask"][inside] = sample.target_mask
     out["source_ids"][inside] = source
     out["segment_ids"][inside] = np.where(drop_prompt & sample.prompt_mask, 0, segment)
+    if "unprompted_ids" in out:
+        out["unprompted_ids"][inside] = np.where(sample.prompt_mask, 0, segment)

@@ -94,9 +94,10 @@ def _write_sheet(
     model: pipeline.Pipeline,
     writer: metrics.Writer,
 ) -> None:
-    generated = model.generate(
-        list(cfg.prompts), guidance_scale=cfg.sheet_cfg_weight, num_steps=cfg.sheet_num_steps
-    )
+    solver: dict[str, Any] = {}
+    if not cfg.model.student.steps:
+        solver = {"guidance_scale": cfg.sheet_cfg_weight, "num_steps": cfg.sheet_num_steps}
+    generated = model.generate(list(cfg.prompts), **solver)
     path = folder / f"sheet_{step:06d}.png"
     grid = sheet.image_grid(generated, list(cfg.prompts))
     sheet.save(grid, path)

@@ -21,6 +21,7 @@ from janusflow_jax.config import (
     ModelConfig,
     RepaConfig,
     SiglipConfig,
+    StudentConfig,
     VaeConfig,
     checks as config_checks,
 )
@@ -30,7 +31,8 @@ from janusflow_jax.hub.json_values import check_values, json_object, numbers, pr
 from janusflow_jax.hub.tensors import raise_problems
 
 OURS = "janusflow_jax"
-"""Key of config.json for what the published format cannot hold: the name and REPA's head."""
+"""Key of config.json for what the published format cannot hold: the name, REPA's head, and what a
+student learned."""
 
 SIGLIP_ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 """`SiglipConfig.act` by the names of transformers and timm."""
@@ -118,6 +120,9 @@ def model_config_from_hf(
     repa = {"layer": max(1, llm.num_layers // 4), "width": llm.width}
     stored = json_object(f"config.json: {OURS}", ours, "repa", {})
     repa = numbers(f"config.json: {OURS}.repa", stored, repa)
+    stored = json_object(f"config.json: {OURS}", ours, "student", {})
+    needed = {"steps": 1, "guidance_scale": 2.0}
+    student = numbers(f"config.json: {OURS}.student", stored, needed) if stored else {}
     cfg = ModelConfig(
         name=ours.get("name", "hub"),
         image_size=image_size,
@@ -126,6 +131,7 @@ def model_config_from_hf(
         gen=_gen_config_from_hf(present(enc_params), present(dec_params), llm, vae_cfg),
         vae=vae_cfg,
         repa=RepaConfig(**repa),
+        student=StudentConfig(**student),
     )
     check_model(cfg)
     return cfg
@@ -490,6 +496,8 @@ def model_config_to_hf(cfg: ModelConfig, llm_extra: Mapping[str, Any]) -> dict[s
         **{f"{n}_config": {"cls": c, "model_type": n, "params": p} for n, c, p in parts},
         OURS: {"name": cfg.name, "repa": dataclasses.asdict(cfg.repa)},
     }
+    if cfg.student.steps:
+        main[OURS]["student"] = dataclasses.asdict(cfg.student)
     preprocessor = {
         "processor_class": "VLChatProcessor",
         "image_processor_type": "VLMImageProcessor",

@@ -49,6 +49,11 @@ _PARTS = """\
   `siglip/` with its SiglipVisionModel, `vae/` with the class of diffusers in its config.json
 """
 
+_STUDENT = """\
+- generates in {steps} steps without guidance, by janusflow_jax alone: another sampler would give
+  its decoder the wrong time
+"""
+
 Files = Mapping[str, epath.Path]
 
 
@@ -189,7 +194,7 @@ def _config_files(hub: Files, cfg: ModelConfig, dtype: str) -> dict[str, bytes]:
     if source.keys() >= {"config.json", "vae/config.json"}:
         main, preprocessor, vae = (json.loads(source.get(name, b"{}")) for name in CONFIGS)
         described = hub_configs.model_config_from_hf(main, preprocessor, vae)
-        if dataclasses.replace(described, name=cfg.name, repa=cfg.repa) == cfg:
+        if dataclasses.replace(described, name=cfg.name, repa=cfg.repa, student=cfg.student) == cfg:
             changed = dict(main)
             if "torch_dtype" in main:
                 changed["torch_dtype"] = dtype
@@ -248,6 +253,7 @@ A JanusFlow ([arXiv 2411.07975](https://arxiv.org/abs/2411.07975)), exported by 
 - images of {cfg.image_size} x {cfg.image_size}, {cfg.num_image_tokens} positions each
 - language model: {llm.num_layers} layers of width {llm.width}, {llm.vocab_size} tokens
 - SigLIP: {und.num_layers} layers of width {und.width}, patches of {und.patch_size}
+{_STUDENT.format(steps=cfg.student.steps) if cfg.student.steps else ""}\
 {_PARTS if in_parts else ""}
 ```bash
 python tools/convert_checkpoint.py --janusflow THIS --vae THIS/vae --out models/janusflow

@@ -175,16 +175,20 @@ class GenEncoder(nn.Module):
     llm_width: int
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.time_embed = TimeEmbedding(cfg.width, self.llm_width, self.dtype)
+        self.in_conv = layers.PatchEmbed(cfg.width, cfg.patch_size)
+        self.block = [Block(cfg) for _ in range(cfg.num_blocks)]
+
     def __call__(
         self, z: Float[Array, "B H W C"], t: Float[Array, " B"]
     ) -> tuple[Float[Array, "B h w G"], Float[Array, "B D"]]:
         """Args: z: noisy latents; t: times in [0, 1]. Returns: features, time embedding."""
-        cfg = self.cfg
-        t_emb = TimeEmbedding(cfg.width, self.llm_width, self.dtype, name="time_embed")(t)
-        x = layers.PatchEmbed(cfg.width, cfg.patch_size, name="in_conv")(z.astype(self.dtype))
-        for i in range(cfg.num_blocks):
-            x = Block(cfg, name=f"block_{i}")(x, t_emb)
+        t_emb = self.time_embed(t)
+        x = self.in_conv(z.astype(self.dtype))
+        for block in self.block:
+            x = block(x, t_emb)
         return x, t_emb
 
 

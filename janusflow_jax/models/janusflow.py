@@ -137,13 +137,20 @@ class JanusFlow(nn.Module):
         aligned = self.gen_aligner(features.reshape(len(z), -1, features.shape[-1]))
         return jnp.concatenate([t_emb[:, None], aligned], axis=1), features, t_emb
 
+    def embed_time(self, t: Float[Array, " B"]) -> Float[Array, "B D"]:
+        return self.gen_encoder.time_embed(t)
+
     def velocity(
         self,
         hidden: Float[Array, "B S D"],
         features: Float[Array, "B h w G"],
         t_emb: Float[Array, "B D"],
     ) -> Float[Array, "B H W C"]:
-        """The velocity, float32, from the LLM's final states at the latent positions of a slot."""
+        """The velocity, float32, from the LLM's final states at the latent positions of a slot.
+
+        Args: t_emb: of the time of the latents. With that of a later time r, a student gives the
+          average velocity from t to r.
+        """
         x = self.gen_head(self.gen_norm(hidden)).reshape(features.shape)
         return self.gen_decoder(x, features, t_emb).astype(jnp.float32)
 

@@ -74,6 +74,8 @@ def batch_shapes(cfg: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     if "understand" in cached:
         features = (rows, cfg.data.und_slots, m.num_image_tokens, m.und.width)
         encoded["und_features"] = shape(features, jnp.bfloat16)
+    if m.student.steps:
+        encoded["unprompted_ids"] = shape((rows, cfg.data.row_len), jnp.int32)
     return encoded | {
         "row": shape((rows,), jnp.uint32),
         "tokens": shape((rows, cfg.data.row_len), jnp.int32),

@@ -20,9 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from janusflow_jax.config import SamplerConfig
 
-Velocity = Callable[[Array, Array, bool], tuple[Array, Array | None]]
-"""(z [B,h,w,C], t [], whether it is guided) -> conditional velocity; unconditional velocity or
-None."""
+Velocity = Callable[[Array, Array, Array, bool], tuple[Array, Array | None]]
+"""(z [B,h,w,C], t [], the time r [] that the step ends at, whether it is guided) -> conditional
+velocity; unconditional velocity or None. Only a student's depends on r."""
+
+TEACHER_SHARE = 0.25
+"""Of an interval, the last part in which the teacher moves (`lagrangian_target`)."""
 
 
 def sample_time(key: Array, kind: str = "logit_normal", shift: float = 1.0) -> Float[Array, ""]:
@@ -37,6 +40,50 @@ def sample_time(key: Array, kind: str = "logit_normal", shift: float = 1.0) -> F
     else:
         raise ValueError(f"time: expected logit_normal or uniform; got {kind!r}")
     return shifted(t, shift)
+
+
+def sample_interval(
+    key: Array, kind: str = "logit_normal", shift: float = 1.0
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Training times t <= r of a student, each of `sample_time`.
+
+    Of eight, two have r = t, and three begin at 0, end at 1, or both: a single step is from 0 to 1,
+    and no time of `sample_time` is exactly there.
+    """
+    one, two, three = jax.random.split(key, 3)
+    a, b = sample_time(one, kind, shift), sample_time(two, kind, shift)
+    which = jax.random.randint(three, (), 0, 8)
+    t, r = jnp.minimum(a, b), jnp.maximum(a, b)
+    t = jnp.where((which == 0) | (which == 1), 0.0, t)
+    r = jnp.where((which == 1) | (which == 2), 1.0, r)
+    return jnp.where(which > 5, a, t), jnp.where(which > 5, a, r)
+
+
+def lagrangian_target(
+    average: Callable[[Array], Array],
+    velocity: Callable[[Array, Array], Array],
+    z: Float[Array, "*b h w C"],
+    t: Float[Array, "*b"],
+    r: Float[Array, "*b"],
+    share: float = TEACHER_SHARE,
+) -> Float[Array, "*b h w C"]:
+    """What a student's average velocity from t to r is trained to be, from states z at t.
+
+    The student moves z through the first part of the interval and the teacher through the rest, by
+    the midpoint rule, whose error is of third order in that rest. With r = t it is the teacher's
+    velocity. Source: the Lagrangian loss of flow maps (arXiv 2505.18825), without derivatives.
+
+    Args:
+      average: end times -> the student's average velocity from t to them.
+      velocity: (states, times) -> the teacher's velocity.
+      share: of the interval that the teacher moves through.
+    """
+    share_of = jnp.where(r > t, share, 1.0)
+    wide = lambda x: x[..., None, None, None]  # noqa: E731
+    rest = share_of * (r - t)
+    middle = r - rest / 2
+    v = velocity(z + wide(middle - t) * average(middle), middle)
+    return wide(1 - share_of) * average(r - rest) + wide(share_of) * v
 
 
 def shifted(t: Any, shift: float) -> Any:
@@ -125,7 +172,7 @@ def solve(
     ) -> tuple[tuple[Array, Array | None], Array]:
         z, before = state
         k, h, half_r = node
-        v = guide(*velocity(z, _time(k, cfg), is_guided), guidance_scale)
+        v = guide(*velocity(z, _time(k, cfg), _time(k + 1, cfg), is_guided), guidance_scale)
         z = advance(z, v, before, h, half_r)
         if project is not None:
             z = project(z, _time(k + 1, cfg))
@@ -166,7 +213,8 @@ def edit(
         k, h = node
         t = _time(k, cfg)
         source = t * x + (1 - t) * noise(k)
-        v = guide(*velocity(jnp.concatenate([source, source + change]), t, is_guided), scales)
+        both = jnp.concatenate([source, source + change])
+        v = guide(*velocity(both, t, _time(k + 1, cfg), is_guided), scales)
         return change + (v[len(x) :] - v[: len(x)]) * h, None
 
     change, _ = _scan(step, jnp.zeros_like(x), steps, guided_steps(cfg), first)

@@ -61,6 +61,7 @@ def velocities(
     params: Any,
     z: Float[Array, "B h w C"],
     t: Float[Array, " B"],
+    r: Float[Array, " B"],
     prefix: Any,
     mask: Bool[Array, "R S K"],
     positions: Int[Array, "R S"],
@@ -69,7 +70,7 @@ def velocities(
     """The velocities of rows; a row is a branch (conditional or not) of an image.
 
     Args:
-      z, t: of images.
+      z, t: of images. r: the times that their steps end at, for a student.
       prefix, mask, positions: of rows: the prompts (of `prefill`), what the slots attend to (of
         `slot_mask`), and where they are.
       to_rows: arrays of images [B, ...] -> [R, ...].
@@ -80,6 +81,8 @@ def velocities(
 
     slot, features, t_emb = run("generation_slot", z, t)
     hidden, _, _ = run("run_llm", to_rows(slot), positions, mask, cache=prefix)
+    if model.cfg.student.steps:
+        t_emb = run("embed_time", r)
     return run("velocity", hidden[:, 1:], to_rows(features), to_rows(t_emb))
 
 
@@ -108,11 +111,11 @@ def velocity_field(
         twice(positions),
     )
 
-    def velocity(z: Array, t: Array, guided: bool) -> tuple[Array, Array | None]:
+    def velocity(z: Array, t: Array, r: Array, guided: bool) -> tuple[Array, Array | None]:
         rows = both if guided else (cache, cond, positions)
         to_rows = twice if guided else lambda x: x
-        times = jnp.full((len(z),), t, jnp.float32)
-        v = velocities(model, params, z, times, *rows, to_rows)
+        t, r = (jnp.full((len(z),), x, jnp.float32) for x in (t, r))
+        v = velocities(model, params, z, t, r, *rows, to_rows)
         return (v[: len(z)], v[len(z) :]) if guided else (v, None)
 
     return velocity
@@ -149,7 +152,7 @@ def step(
     lengths: Int[Array, " B"],
     z: Float[Array, "B h w C"],
     before: Float[Array, "B h w C"] | None,
-    node: tuple[Any, Any, Any],
+    node: tuple[Any, Any, Any, Any],
     guidance_scale: float | Array,
     *,
     head: int,
@@ -159,13 +162,14 @@ def step(
 
     Args:
       before: the velocity of the last step; None for Euler's method.
-      node: time, h and r/2 of the step (`flow.step_times`, `flow.coefficients`).
+      node: the times before and after the step, h and r/2 (`flow.step_times`,
+        `flow.coefficients`).
     Returns:
       the next state, and the velocity if `before` was given.
     """
-    t, h, half_r = node
+    t, t_next, h, half_r = node
     velocity = velocity_field(model, params, tokens, lengths, head)
-    v = flow.guide(*velocity(z, t, guided), guidance_scale)
+    v = flow.guide(*velocity(z, t, t_next, guided), guidance_scale)
     return flow.advance(z, v, before, h, half_r), None if before is None else v
 
 

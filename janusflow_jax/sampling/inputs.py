@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from janusflow_jax.config import SamplerConfig
+from janusflow_jax.config import SamplerConfig, StudentConfig
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format
 from janusflow_jax.sampling import flow
@@ -31,16 +31,23 @@ def check_generate(
     prompts: Sequence[Any],
     per_prompt: Any,
     output: str = "pil",
-    guidance_scale: Any = 2.0,
-    num_steps: Any = 30,
+    guidance_scale: Any = None,
+    num_steps: Any = None,
     order: Any = 1,
     shift: Any = 1.0,
     guidance_interval: Any = (0.0, 1.0),
-) -> SamplerConfig:
-    """The solver of a request for images.
+    student: StudentConfig = StudentConfig(),  # noqa: B008 - never changed
+) -> tuple[SamplerConfig, float]:
+    """The solver of a request for images, and its guidance scale.
 
+    Args:
+      guidance_scale, num_steps: None: those of the model.
+      student: of the model.
     Raises: JanusFlowError with every problem of the request.
     """
+    steps, scale = student.defaults
+    num_steps = steps if num_steps is None else num_steps
+    guidance_scale = scale if guidance_scale is None else guidance_scale
     problems = [] if prompts else ["no prompt"]
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str) and not prompt.strip():
@@ -59,15 +66,23 @@ def check_generate(
         problems.append(f"guidance_interval: expected {expected}; got {guidance_interval!r}")
     elif interval[0] > interval[1]:
         problems.append(f"guidance_interval: expected its end after its begin; got {interval}")
+    if student.steps and order == 2:
+        problems.append("order: expected 1, because a student's steps are no velocities; got 2")
+    if student.steps and guidance_scale != 1:
+        problems.append(
+            f"guidance_scale: expected 1, because the student has learned that of its teacher "
+            f"({student.guidance_scale:g}); got {guidance_scale!r}"
+        )
     if problems:
         raise JanusFlowError("generate: " + "; ".join(problems))
-    return SamplerConfig(
+    sampler = SamplerConfig(
         steps=int(num_steps),
         order=int(order),
         shift=float(shift),
         guide_from=float(interval[0]),
         guide_until=float(interval[1]),
     )
+    return sampler, float(guidance_scale)
 
 
 def check_best_of(best_of: Any, output: str) -> None:
@@ -85,7 +100,7 @@ def check_edit(
     prompts: Sequence[Any],
     strength: Any,
     output: str,
-    guidance_scale: Any = 2.0,
+    student: StudentConfig,
     **solver: Any,
 ) -> tuple[SamplerConfig, float, int]:
     """The solver of a request to change images, its guidance scale and first step.
@@ -96,8 +111,8 @@ def check_edit(
         raise JanusFlowError(f"{what}: {problems[0]}")
     if output == "trajectory":
         raise JanusFlowError(f"output: expected one of {OUTPUTS[:-1]}; got 'trajectory'")
-    sampler = check_generate(prompts, 1, output, guidance_scale, **solver)
-    return sampler, float(guidance_scale), flow.first_step(float(strength), sampler)
+    sampler, scale = check_generate(prompts, 1, output, student=student, **solver)
+    return sampler, scale, flow.first_step(float(strength), sampler)
 
 
 def pairs(what: str, items: Any, prompts: Any, name: str = "images") -> tuple[list[Any], list[str]]:

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from janusflow_jax.data import image_files
-from janusflow_jax.serve.checks import DEFAULTS, ChatCall, ImageCall, ServedModel
+from janusflow_jax.serve.checks import DEFAULT_TOKENS, ChatCall, ImageCall, ServedModel
 from janusflow_jax.serve.limits import Limits, RequestError
 from janusflow_jax.serve.requests import Failed, Finished, ImageDone, Preview
 
@@ -59,19 +59,24 @@ def models(model: ServedModel, limits: Limits) -> dict[str, Any]:
 def describe(model: ServedModel, limits: Limits) -> dict[str, Any]:
     """GET /v1/models/{id}. `janusflow` is ours: what the model can do, and what may be asked."""
     engine = model.engine
+    steps, scale = engine.student.defaults
     about = {
         "name": model.name,
         "image_size": engine.image_size,
         "generates": engine.generates,
         "understands": engine.understands,
         "chats": engine.chats,
-        "defaults": DEFAULTS,
+        "defaults": {
+            "num_inference_steps": steps,
+            "guidance_scale": scale,
+            "max_tokens": DEFAULT_TOKENS,
+        },
         "limits": {
             "prompt_chars": limits.prompt_chars,
             "prompt_tokens": engine.prompt_tokens,
             "n": limits.n,
             "num_inference_steps": limits.steps,
-            "guidance_scale": limits.guidance_scale,
+            "guidance_scale": 1.0 if engine.student.steps else limits.guidance_scale,
             "partial_images": limits.partial_images,
             "size": limits.size,
             "images": min(limits.images, engine.images_per_chat),

@@ -27,7 +27,7 @@ SEED_LIMIT = 2**32
 MAX_ELEMENTS = 200_000
 """Python parses JSON without letting other threads run: 20 MiB of small numbers would stop the
 server for a second. Images and text have few elements."""
-DEFAULTS = {"num_inference_steps": 30, "guidance_scale": 2.0, "max_tokens": 512}
+DEFAULT_TOKENS = 512
 MIN_SIDE = 64
 
 
@@ -240,6 +240,7 @@ def _image_fields(fields: Fields, model: ServedModel, limits: Limits) -> dict[st
     """The values that both kinds of requests for images have."""
     _model_field(fields, model)
     native = model.engine.image_size
+    steps, scale = model.engine.student.defaults
     n = fields.number("n", 1, 1, limits.n, whole=True)
     values: dict[str, Any] = {
         "prompt": _prompt(fields, limits),
@@ -248,10 +249,10 @@ def _image_fields(fields: Fields, model: ServedModel, limits: Limits) -> dict[st
         "seed": fields.number(
             "seed", secrets.randbelow(SEED_LIMIT - n), 0, SEED_LIMIT - n, whole=True
         ),
-        "sampler": _sampler(fields, limits),
+        "sampler": _sampler(fields, limits, steps),
         "guidance_scale": fields.number(
             "guidance_scale",
-            min(DEFAULTS["guidance_scale"], limits.guidance_scale),
+            min(scale, limits.guidance_scale),
             1,
             limits.guidance_scale,
             "guidance",
@@ -297,16 +298,16 @@ def _image_call(
     )
 
 
-def _sampler(fields: Fields, limits: Limits) -> SamplerConfig:
+def _sampler(fields: Fields, limits: Limits, default_steps: int) -> SamplerConfig:
     """How the image's equation is solved; docs/sampling.md."""
 
     def is_interval(value: Any) -> bool:
         numbers = isinstance(value, list) and [type(x) in (int, float) for x in value] == [True] * 2
         return numbers and 0 <= value[0] <= value[1] <= 1
 
-    steps = min(DEFAULTS["num_inference_steps"], limits.steps)
+    default_steps = min(default_steps, limits.steps)
     steps = fields.number(
-        "num_inference_steps", steps, 1, limits.steps, "steps", "step", whole=True
+        "num_inference_steps", default_steps, 1, limits.steps, "steps", "step", whole=True
     )
     order = fields.number("order", 1, 1, 2, whole=True)
     shift = fields.number("shift", 1.0, 0.01, 100)
@@ -375,7 +376,7 @@ def chat(body: Mapping[str, Any], model: ServedModel, limits: Limits, client: st
     most = 2**31 - 1  # the context ends an answer earlier
     values: dict[str, Any] = {
         "max_tokens": fields.number(
-            "max_completion_tokens", DEFAULTS["max_tokens"], 1, most, "max_tokens", whole=True
+            "max_completion_tokens", DEFAULT_TOKENS, 1, most, "max_tokens", whole=True
         ),
         "temperature": float(fields.number("temperature", 0.0, 0, 2)),
         "top_p": float(fields.number("top_p", 1.0, 1e-6, 1)),

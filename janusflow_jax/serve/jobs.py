@@ -147,7 +147,7 @@ def prepare(request: Request, model: Any, limits: EngineLimits) -> Job:
 def _image_job(request: ImageRequest, model: Any, limits: EngineLimits) -> ImageJob:
     if not limits.generates:
         raise JanusFlowError("images: expected a model that generates images; this one does not")
-    cfg = inputs.check_generate(
+    cfg, _ = inputs.check_generate(
         [request.prompt],
         len(request.seeds),
         guidance_scale=request.guidance_scale,
@@ -155,6 +155,7 @@ def _image_job(request: ImageRequest, model: Any, limits: EngineLimits) -> Image
         order=request.sampler.order,
         shift=request.sampler.shift,
         guidance_interval=(request.sampler.guide_from, request.sampler.guide_until),
+        student=limits.student,
     )
     for seed in request.seeds:
         inputs.image_seeds(seed, 1, 1)

@@ -111,7 +111,8 @@ def step_images(
     positions = start[:, None] + jnp.arange(model.cfg.slot_len)
     own = {n: x[rows] for n, x in state.items()}
     z = own["z"]
-    v = image.velocities(model, params, z[source], numbers[0], prefix, mask, positions, lambda x: x)
+    times = numbers[0], numbers[4]
+    v = image.velocities(model, params, z[source], *times, prefix, mask, positions, lambda x: x)
     v = flow.guide(v, v[other], scale)
     new = flow.advance(z, v, own["velocity"], h, half_r)
     new = jnp.where(own["keep"][..., None], t_next * own["x"] + (1 - t_next) * own["noise"], new)
@@ -219,6 +220,7 @@ def limits(model: Any, settings: EngineSettings) -> EngineLimits:
         context=settings.context,
         prompt_tokens=settings.prompt_tokens,
         images_per_chat=min(room, MAX_IMAGES) if can["understand"] else 0,
+        student=model.cfg.student,
     )
 
 

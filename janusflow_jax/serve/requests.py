@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from janusflow_jax.config import SamplerConfig
+from janusflow_jax.config import SamplerConfig, StudentConfig
 from janusflow_jax.config.errors import JanusFlowError
 
 
@@ -154,6 +154,7 @@ class EngineLimits:
     context: int
     prompt_tokens: int
     images_per_chat: int
+    student: StudentConfig = StudentConfig()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,10 +94,21 @@ def train_flops(cfg: ModelConfig, work: Work, trained: set[str], repa: bool) -> 
                 own = cfg.und_encoder == "own"
                 per_image = (encoder if own else 1) * vae_encoder(cfg) + 3 * gen_encoder(cfg)
             total += per_image * work.und_images
+    if cfg.student.steps and work.gen_images:
+        total += teacher_flops(cfg) * work.gen_images
     if repa and images:
         target = siglip(cfg) * ("repa_target" not in work.cached)
         total += (target + 3 * repa_head(cfg)) * work.gen_images
     return total
+
+
+def teacher_flops(cfg: ModelConfig) -> float:
+    """What the target of a student costs for each image: the branches of its teacher, without their
+    prompts, and the student's decoder at two more times."""
+    slot, branches = cfg.slot_len, 1 if cfg.student.guidance_scale == 1 else 2
+    llm = 2.0 * llm_kernel(cfg) * slot + attention_per_pair(cfg) * slot * (slot + 1) / 2
+    once = gen_encoder(cfg) + aligner(cfg, "generate") + 2 * gen_decoder(cfg)
+    return once + branches * (llm + gen_decoder(cfg))
 
 
 # --- forward passes of the parts, one image or one position

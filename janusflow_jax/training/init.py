@@ -52,7 +52,7 @@ def resolve_start(cfg: TrainConfig, workdir: epath.Path) -> tuple[TrainConfig, b
         return cfg, False
     resumed = bool(model_folder.committed_steps(workdir))
     fields: dict[str, Any] = {"init": (), "start": str(base), "tokenizer": str(base / "hub")}
-    if not (resumed or cfg.lora.rank):
+    if not (resumed or cfg.lora.rank or cfg.distills):
         others = tuple((part, path) for part, path in cfg.init if part != "vae")
         fields |= {"init": (*others, ("vae", str(base))), "start": cfg.start}
     return dataclasses.replace(cfg, **fields, allow_fresh=cfg.allow_fresh or resumed), resumed
@@ -111,7 +111,7 @@ def find_start(cfg: TrainConfig, resumed: bool = False) -> Start:
         if misfits := trees.mismatches(shapes[part], stored, part):
             problems += [_other_start(cfg.model, model.cfg, path)] if path == cfg.start else misfits
         else:
-            problems += _other_config(cfg.model, model.cfg, part, path)
+            problems += _other_config(cfg, model.cfg, part, path)
         files[part] = model
         if not hub and part == "llm":
             hub = str(model.hub)
@@ -178,10 +178,18 @@ def _other_start(ours: ModelConfig, theirs: ModelConfig, path: str) -> str:
     )
 
 
-def _other_config(ours: ModelConfig, theirs: ModelConfig, part: str, path: str) -> list[str]:
+def _other_config(cfg: TrainConfig, theirs: ModelConfig, part: str, path: str) -> list[str]:
     """Differences in fields that no shape shows, with which the part would compute something else.
     Image sizes may differ."""
-    sections = SECTIONS.get(part, ())
+    ours, sections = cfg.model, SECTIONS.get(part, ())
+    if part == "gen_decoder" and cfg.distills and theirs.student.steps:
+        return [
+            f"{path}: expected a teacher; got a student of {theirs.student.steps} steps, whose "
+            "images no flow loss and no guidance can train: take the model that it was distilled "
+            "from"
+        ]
+    if part == "gen_decoder" and not cfg.distills:
+        sections = (*sections, "student")
     if part == "und_encoder" and ours.und_encoder != "siglip":
         sections = ("gen", "vae")
     out = []
@@ -339,6 +347,8 @@ def restore_state(
         "mean_norm": np.float32(run.get("mean_norm", 0)),  # older runs have none
     }
     other = sharding.put_tree(other, sharding.tree_shardings(other, mesh))
+    if cfg.distills:
+        other["teacher"] = start.read(state["teacher"])
     return {**arrays, **other, "params": train, "frozen": frozen}, run
 
 

@@ -6,6 +6,7 @@ Source: arXiv 2411.07975 sections 3.2 and 3.3. Drawing and computing are apart: 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from janusflow_jax.config import GENERATE, LossConfig, ModelConfig
+from janusflow_jax.config import GENERATE, NONE, LossConfig, ModelConfig
 from janusflow_jax.models import attention, encode, janusflow, layers
 from janusflow_jax.parallel import sharding
 from janusflow_jax.sampling import flow
@@ -36,13 +37,19 @@ def draw(key: Array, batch: Batch, cfg: ModelConfig, loss: LossConfig, num_gen: 
       batch: needs `row` uint32[B].
       num_gen: number of generation slots, Kg.
     Returns:
-      t float32[B, Kg]; noise and posterior float32[B, Kg, h, w, C].
+      t float32[B, Kg]; noise and posterior float32[B, Kg, h, w, C]; for a student also r
+      float32[B, Kg], the ends of the intervals that begin at t.
     """
 
     def draw_slot(row: Array, slot: Array) -> Batch:
         keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, row), slot), 3)
+        if cfg.student.steps:
+            t, r = flow.sample_interval(keys[0], loss.time, loss.time_shift)
+            times = {"t": t, "r": r}
+        else:
+            times = {"t": flow.sample_time(keys[0], loss.time, loss.time_shift)}
         return {
-            "t": flow.sample_time(keys[0], loss.time, loss.time_shift),
+            **times,
             "noise": jax.random.normal(keys[1], cfg.latent_shape, jnp.float32),
             "posterior": jax.random.normal(keys[2], cfg.latent_shape, jnp.float32),
         }
@@ -107,8 +114,11 @@ def loss_sums(
     num_gen: int,
     num_und: int,
     source_weights: Sums | None = None,
+    teacher: Any = None,
 ) -> tuple[Sums, dict[str, Any]]:
     """One forward pass over packed rows: the summed losses of the three tasks.
+
+    With a teacher the RF loss is that of its student (docs/few_steps.md).
 
     Args:
       batch: rows and slots with images uint8[B, K, H, W, 3]. From a cache it may hold latent_mean
@@ -116,6 +126,7 @@ def loss_sums(
       draws: of `draw`.
       num_gen, num_und: Kg and Ku; generation uses slots[:Kg], understanding slots[-Ku:].
       source_weights: of `weights`; None: 1, and all rows count as one source.
+      teacher: parameters; None: the RF loss is that of the flow.
     Returns:
       sums {'ar', 'rf', 'repa'}, weighted; extras: `by_source` (the sums float32[S] of each task
       without weights and gradient), flow error and count by time, predicted velocity.
@@ -181,8 +192,28 @@ def loss_sums(
         return janusflow.gather_slots(states, start[:, :num_gen], cfg.num_image_tokens)
 
     # RF: squared error of the velocity.
-    v = run("velocity", _merge_slots(at_slots(hidden)), features, t_emb).reshape(x.shape)
-    error = jnp.mean((v - (x - draws["noise"])) ** 2, axis=(2, 3, 4))
+    states = _merge_slots(at_slots(hidden))
+    if teacher is None:
+        v = run("velocity", states, features, t_emb).reshape(x.shape)
+        target = x - draws["noise"]
+    else:
+        held = jax.tree.map(lax.stop_gradient, (params, states, features))
+
+        def average(inputs: tuple[Any, Array, Array], r: Array) -> Array:
+            """The student's average velocity from t to r. The LLM knows t only."""
+            tree, *slots = inputs
+            end = model.apply({"params": tree}, _merge_slots(r), method="embed_time")
+            return model.apply({"params": tree}, *slots, end, method="velocity").reshape(x.shape)
+
+        v = average((params, states, features), draws["r"])
+        target = flow.lagrangian_target(
+            functools.partial(average, held),
+            functools.partial(_guided, model, teacher, batch),
+            z,
+            draws["t"],
+            draws["r"],
+        )
+    error = jnp.mean((v - lax.stop_gradient(target)) ** 2, axis=(2, 3, 4))
     add_slots("rf", error * active)
     extras |= _by_time(error, active, draws["t"]) | {"velocity": v}
 
@@ -217,6 +248,35 @@ def _latents(
         return encode.scaled_latents(batch["latent_mean"], batch["latent_logvar"], noise, cfg)
     images = batch["images"][:, : draws["t"].shape[1]]
     return encode.encode_latents(vae_params, images, noise, cfg, dtype)
+
+
+def _guided(
+    model: janusflow.JanusFlow,
+    params: Any,
+    batch: Batch,
+    z: Float[Array, "B G h w C"],
+    t: Float[Array, "B G"],
+) -> Float[Array, "B G h w C"]:
+    """The guided velocity of the generation slots of packed rows, at the student's guidance."""
+
+    def run(method: str, *args: Any, **kwargs: Any) -> Any:
+        return model.apply({"params": params}, *args, method=method, **kwargs)
+
+    start = batch["slot_start"]
+    task = jnp.where(batch["slot_task"] == GENERATE, GENERATE, NONE)
+    gen, features, t_emb = _generation_slots(run, z, t)
+    row = janusflow.place_slots(run("embed_tokens", batch["tokens"]), gen, None, start, task)
+    row = sharding.constrain(row, "batch", None, None)
+
+    def branch(segment_ids: Array) -> Array:
+        mask = attention.row_mask(segment_ids, model.impl)
+        hidden, _, _ = run("run_llm", row, batch["positions"], mask)
+        states = janusflow.gather_slots(hidden, start[:, : z.shape[1]], model.cfg.num_image_tokens)
+        return run("velocity", _merge_slots(states), features, t_emb).reshape(z.shape)
+
+    scale = model.cfg.student.guidance_scale
+    cond = branch(batch["segment_ids"])
+    return flow.guide(cond, None if scale == 1 else branch(batch["unprompted_ids"]), scale)
 
 
 def _generation_slots(run: Apply, z: Array, t: Array) -> tuple[Array, Array, Array]:

@@ -148,7 +148,8 @@ def open_run(
     )
     params = {} if resumed else initialization.initial_params(cfg, mesh, start)
     if writes:
-        base = params if cfg.lora.rank else None  # checkpoints do not repeat it
+        # What the checkpoints do not repeat: what adapters are added to, or the teacher.
+        base = params if cfg.lora.rank or cfg.distills else None
         about = {"made_by": "train", "encoders": digests}
         workdir_lib.create(
             workdir, cfg, params=base, vae=start.vae, hub=start.hub, about=about, data=now

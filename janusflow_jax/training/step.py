@@ -2,7 +2,8 @@
 
 The state is a plain dict: `params` (trained parts), `frozen` (the rest), `vae`, `ema` (of the
 trained parts), `opt_state`, `step` int32 (steps so far), `bad_steps` int32 (skipped updates),
-`mean_norm` float32 (running mean of the gradient norm; 0: not known yet).
+`mean_norm` float32 (running mean of the gradient norm; 0: not known yet); of a student's run also
+`teacher` (the trained parts as they were at the start).
 """
 
 from __future__ import annotations
@@ -49,12 +50,21 @@ def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
         "params": train,
         "frozen": frozen,
         "vae": vae_params,
+        **({"teacher": teacher_of(cfg, train)} if cfg.distills else {}),
         "ema": jax.tree.map(jnp.copy, train) if cfg.optim.ema else {},
         "opt_state": optim.make_optimizer(cfg.optim, cfg.num_steps).init(train),
         "step": jnp.int32(0),
         "bad_steps": jnp.int32(0),
         "mean_norm": jnp.float32(0),
     }
+
+
+def teacher_of(cfg: TrainConfig, train: Any) -> Any:
+    """What a student trains, as its teacher keeps it: without adapters, which start at zero."""
+    leaves = trees.flatten(train).items()
+    return trees.unflatten(
+        {n: jnp.array(x, cfg.frozen_dtype) for n, x in leaves if not parts_lib.is_lora_path(n)}
+    )
 
 
 def state_shardings(state: State, mesh: Mesh) -> State:
@@ -93,6 +103,7 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
             num_gen=num_gen,
             num_und=num_und,
             source_weights=weights,
+            teacher=trees.merge(state["frozen"], state["teacher"]) if cfg.distills else None,
         )
         extras.pop("velocity", None)
         return sum(sums.values()), extras
