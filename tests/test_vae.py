@@ -173,7 +173,7 @@ def test_a_step_of_training_lowers_the_loss():
 
 @pytest.mark.slow
 def test_the_encoder_learns_from_a_noisy_image_at_half_resolution_only():
-    x = pixels(3) / np.float32(127.5) - 1
+    x = jnp.asarray(pixels(3) / np.float32(127.5) - 1)
 
     def encoder_gradient(images, half_weight):
         grad = jax.jit(jax.grad(lambda p: train_vae.loss_fn(p, images, *args, half_weight)[0]))
@@ -181,6 +181,6 @@ def test_the_encoder_learns_from_a_noisy_image_at_half_resolution_only():
         return np.concatenate([g.ravel() for g in jax.tree.leaves(grad(params())["encoder"])])
 
     for half_weight, is_same in ((0.0, True), (0.5, False)):
-        first, second = (encoder_gradient(x[[i, 2]], half_weight) for i in (0, 1))
+        first, second = (encoder_gradient(x[jnp.array([i, 2])], half_weight) for i in (0, 1))
         assert np.abs(first).max() > 1e-3
         assert np.allclose(first, second, rtol=1e-4, atol=1e-6) == is_same
