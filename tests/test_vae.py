@@ -149,12 +149,38 @@ def test_training_saves_a_start_that_loads(tmp_path, monkeypatch, capsys):
         pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(again.vae[name]), strict=True)
         same = all(np.array_equal(a, b) for a, b in pairs)
         assert same == (name not in train_vae.DECODER)
+    # The third run trains all of it; its README has the three commands.
+    options = ["--noise", "0.5", "--half-weight", "0.5"]
+    train_vae.main([*argv, "--overwrite", "--start", str(out), *options])
+    third = model_folder.load_model(out)
+    assert third.meta["decoder"] == again.meta["decoder"]
+    assert (third.meta["steps"], third.meta["start"]["half_weight"]) == (12, 0.5)
+    notice = (out / "README.md").read_text()
+    assert [notice.count(x) for x in (" --decoder-of ", " --start ", "python ")] == [1, 1, 3]
+    for name, tree in again.vae.items():
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(third.vae[name]), strict=True)
+        assert not all(np.array_equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.slow
 def test_a_step_of_training_lowers_the_loss():
     x = jnp.asarray(pixels(4) / np.float32(127.5) - 1)
-    loss = jax.jit(lambda p: train_vae.loss_fn(p, x, jax.random.key(0), CFG, 1e-4)[0])
+    loss = jax.jit(lambda p: train_vae.loss_fn(p, x, jax.random.key(0), CFG, 1e-4, 0.0, 0.0)[0])
     value, grads = jax.jit(jax.value_and_grad(loss))(params())
     stepped = jax.tree.map(lambda p, g: p - 1e-3 * g, params(), grads)
     assert loss(stepped) < value
+
+
+@pytest.mark.slow
+def test_the_encoder_learns_from_a_noisy_image_at_half_resolution_only():
+    x = jnp.asarray(pixels(3) / np.float32(127.5) - 1)
+
+    def encoder_gradient(images, half_weight):
+        grad = jax.jit(jax.grad(lambda p: train_vae.loss_fn(p, images, *args, half_weight)[0]))
+        args = (jax.random.key(0), CFG, 0.0, 0.5)  # the first of two images gets noise
+        return np.concatenate([g.ravel() for g in jax.tree.leaves(grad(params())["encoder"])])
+
+    for half_weight, is_same in ((0.0, True), (0.5, False)):
+        first, second = (encoder_gradient(x[jnp.array([i, 2])], half_weight) for i in (0, 1))
+        assert np.abs(first).max() > 1e-3
+        assert np.allclose(first, second, rtol=1e-4, atol=1e-6) == is_same

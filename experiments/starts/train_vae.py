@@ -1,8 +1,10 @@
-"""Trains the quick start's VAE on OpenMoji and saves it for `starts/`, in two runs.
+"""Trains the quick start's VAE on OpenMoji and saves it for `starts/`, in three runs.
 
     python experiments/starts/train_vae.py --out starts/emoji_vae
     python experiments/starts/train_vae.py --out starts/emoji_vae --overwrite \\
         --decoder-of starts/emoji_vae --noise 0.5 --batch 8 --lr 0.001 --steps 1200
+    python experiments/starts/train_vae.py --out starts/emoji_vae --overwrite \\
+        --start starts/emoji_vae --noise 0.5 --half-weight 0.5 --batch 8 --lr 0.001 --steps 700
 
 The architecture is SDXL's at small widths. The loss is L1 and squared error of pixels, L1 of their
 local means (color) and of the differences between neighbors (edges), and a small KL term. JanusFlow
@@ -39,6 +41,8 @@ from janusflow_jax.training import optim
 
 EMA = 0.995
 DECODER = ("decoder", "post_quant_conv")
+MAKER = "experiments/starts/train_vae.py"
+FURTHER = {"decoder": "--decoder-of", "start": "--start"}  # options of a run, by its name in meta
 
 
 def load_split(data: str, split: str, size: int) -> np.ndarray:
@@ -72,13 +76,36 @@ def pixel_loss(error: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def loss_fn(
-    params: Any, x: jax.Array, key: jax.Array, cfg: c.VaeConfig, kl_weight: float
+    params: Any,
+    x: jax.Array,
+    key: jax.Array,
+    cfg: c.VaeConfig,
+    kl_weight: float,
+    noise: float,
+    half_weight: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`pixel_loss` of reconstructions + KL. x: float32[B, H, W, 3] in [-1, 1]."""
+    """`pixel_loss` of reconstructions + KL. x: float32[B, H, W, 3] in [-1, 1].
+
+    Args:
+      noise: if > 0, half of the images are decoded from latents with noise, whose deviation is
+        uniform in [0, noise] relative to the channel's; the encoder gets no gradient from these.
+      half_weight: of the loss of latents at half the resolution, which should decode to the image
+        at half the resolution (EQ-VAE, arXiv 2502.09509).
+    """
     module, variables = vae.Vae(cfg), {"params": params}
     mean, logvar = module.apply(variables, x, method="encode")
-    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    posterior, deviation, normal = jax.random.split(key, 3)
+    latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(posterior, mean.shape)
+    z, noisy = latents, len(x) // 2 if noise else 0
+    if noise:
+        std = noise * jax.random.uniform(deviation, (noisy, 1, 1, 1)) * jnp.std(mean, (0, 1, 2))
+        spoiled = mean[:noisy] + std * jax.random.normal(normal, mean[:noisy].shape)
+        z = jnp.concatenate([jax.lax.stop_gradient(spoiled), latents[noisy:]])
     loss, out = pixel_loss(module.apply(variables, z, method="decode") - x)
+    if half_weight:
+        again = module.apply(variables, pool(latents, 2), method="decode")
+        half, _ = pixel_loss(again - pool(x, 2))
+        loss, out = loss + half_weight * half, {**out, "half": half}
     kl = 0.5 * jnp.mean(jnp.sum(mean**2 + jnp.exp(logvar) - 1 - logvar, axis=(1, 2, 3)))
     kl = kl / np.prod(x.shape[1:])
     return loss + kl_weight * kl, {**out, "kl": kl}
@@ -130,6 +157,17 @@ def standardize(params: Any, cfg: c.VaeConfig, pixels: np.ndarray) -> Any:
     return params
 
 
+def commands(about: dict[str, Any]) -> list[str]:
+    """The runs that made a VAE, in their order; about: what it was saved with."""
+    lines = [f"python {MAKER} --steps {about['steps']} --out starts/emoji_vae"]
+    for name, flag in FURTHER.items():
+        if name in about:
+            options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in about[name].items())
+            folder = "starts/emoji_vae"
+            lines.append(f"python {MAKER} --out {folder} --overwrite {flag} {folder} {options}")
+    return lines
+
+
 def psnr(params: Any, cfg: c.VaeConfig, pixels: np.ndarray) -> tuple[float, np.ndarray]:
     """Mean PSNR in dB of reconstructions (posterior mean), and the reconstructions uint8."""
     run = jax.jit(lambda p, x: vae.Vae(cfg).apply({"params": p}, x))
@@ -166,15 +204,23 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FOLDER",
         help="keep the encoder of this VAE and train its decoder further (the second run)",
     )
-    p.add_argument("--noise", type=float, default=0.0, help="in the latents, for --decoder-of")
+    p.add_argument(
+        "--start", default="", metavar="FOLDER", help="train all of this VAE further (the third)"
+    )
+    p.add_argument(
+        "--half-weight", type=float, default=0.0, help="of the loss at half the resolution"
+    )
+    p.add_argument("--noise", type=float, default=0.0, help="in latents to decode")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--preview", default="runs/train_vae/preview.png")
     p.add_argument(
         "--overwrite", action="store_true", help="replace a folder that this command wrote"
     )
     args = p.parse_args(argv)
-    if bool(args.decoder_of) != (args.noise > 0):
-        p.error("--decoder-of and --noise: expected both or neither")
+    if bool(args.decoder_of) + bool(args.start) != (args.noise > 0):
+        p.error("--decoder-of or --start, and --noise: expected both or neither")
+    if args.half_weight and not args.start:
+        p.error("--half-weight: expected --start")
     began = time.time()
     model_folder.check_out(args.out, args.overwrite, [args.data], made=[notice.FILE])
     model = c.model_config("emoji")
@@ -184,24 +230,20 @@ def main(argv: list[str] | None = None) -> None:
     key = numerics.key(args.seed)
     fixed: Any = {}
     params: Any = vae.init_params(cfg, key)
-    loss = functools.partial(loss_fn, cfg=cfg, kl_weight=args.kl_weight)
-    maker = "experiments/starts/train_vae.py"
-    commands = [f"python {maker} --steps {args.steps} --out starts/emoji_vae"]
-    about: dict[str, Any] = {"made_by": maker, "steps": args.steps}
+    weights = {"noise": args.noise, "half_weight": args.half_weight}
+    loss = functools.partial(loss_fn, cfg=cfg, kl_weight=args.kl_weight, **weights)
+    about: dict[str, Any] = {"made_by": MAKER, "steps": args.steps}
+    if args.decoder_of or args.start:
+        start = model_folder.load_model(args.decoder_of or args.start)
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start.vae)
+        options = {name: getattr(args, name) for name in ("batch", "lr", "steps", "noise")}
+        if args.start:
+            options["half_weight"] = args.half_weight
+        earlier = {name: start.meta[name] for name in ("steps", *FURTHER) if name in start.meta}
+        about |= earlier | {"decoder" if args.decoder_of else "start": options}
     if args.decoder_of:
-        start = model_folder.load_model(args.decoder_of)
-        stored = start.vae
-        options = {"batch": args.batch, "lr": args.lr, "steps": args.steps, "noise": args.noise}
-        about |= {"steps": start.meta["steps"], "decoder": options}
-        commands = [
-            f"python {maker} --steps {start.meta['steps']} --out starts/emoji_vae",
-            f"python {maker} --out starts/emoji_vae --overwrite --decoder-of starts/emoji_vae "
-            + " ".join(f"--{name} {value}" for name, value in options.items()),
-        ]
-        fixed = {name: x for name, x in stored.items() if name not in DECODER}
-        params = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.float32), {name: stored[name] for name in DECODER}
-        )
+        fixed = {name: params[name] for name in params if name not in DECODER}
+        params = {name: params[name] for name in DECODER}
         loss = functools.partial(decoder_loss, cfg=cfg, noise=args.noise)
     # After the same minute Muon is 4 dB better than Adam, which learns outlines first and colors
     # only after hundreds of steps (docs/decisions.md).
@@ -216,8 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     def step(params: Any, ema: Any, opt: Any, x: jax.Array, n: jax.Array) -> Any:
         a, b = jax.random.split(jax.random.fold_in(key, n))
         x = augment(a, encode.to_float(x, jnp.float32))
-        whole = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), fixed)
-        grads, out = jax.grad(lambda p: loss({**whole, **p}, x, b), has_aux=True)(params)
+        grads, out = jax.grad(lambda p: loss({**fixed, **p}, x, b), has_aux=True)(params)
         updates, opt = tx.update(grads, opt, params)
         params = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda e, q: EMA * e + (1 - EMA) * q, ema, params)
@@ -236,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"step {n + 1}/{args.steps} {line} {left:.1f} min left", flush=True)
     if not fixed:
         ema = standardize(ema, cfg, pixels[:: max(1, len(pixels) // 512)])
-    ema = {**fixed, **jax.tree.map(lambda x: x.astype(jnp.bfloat16), ema)}  # scored as shipped
+    ema = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {**fixed, **ema})  # scored as shipped
     shipped = jax.tree.map(lambda x: x.astype(jnp.float32), ema)
     scores = {}
     for split in ("heldout_pairs", "heldout_views"):
@@ -256,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         extra=about | {"psnr_db": scores},
         overwrite=args.overwrite,
     )
-    notice.write(args.out, "The quick start's VAE", "\n    ".join(commands))
+    notice.write(args.out, "The quick start's VAE", "\n    ".join(commands(about)))
     print(f"saved to {args.out} after {(time.time() - began) / 60:.1f} min; see {preview}")
 
 
