@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
     (letter,) = letters
     weights, change, steps = MIXTURE.get(letter, (BOTH, 10_000, 50_000))
     cfg = stages.stage(
-        {"online"} | (names & {"own"} or {"256"}),
+        names & {"own"} or {"256"},
         weights,
         form="plain",
         name=stages.run_name("ablation", names, start),

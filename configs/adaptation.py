@@ -22,6 +22,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         names,
         {"understand": (50, -1), "generate": (50, -1)},
         form="plain",
+        cached="online" not in names,
         name=stages.run_name("adaptation", names, start),
         start=start or stages.START,
         train_parts=stages.ADAPTED,

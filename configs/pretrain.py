@@ -21,6 +21,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         names,
         {"understand": (30, 14), "generate": (50, 80), "text": (20, 6)},
         form="plain",
+        cached="online" not in names,
         name=stages.run_name("pretrain", names, start),
         start=start or stages.run_name("runs/adaptation", names),
         train_parts=tuple(p for p in c.MODEL_PARTS if p != "und_encoder"),

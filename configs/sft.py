@@ -21,6 +21,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         names,
         {"understand": (21, -1), "generate": (70, -1), "text": (9, -1)},
         form="chat",
+        cached="online" not in names,
         name=stages.run_name("sft", names, start),
         start=start or stages.run_name("runs/pretrain", names),
         train_parts=c.MODEL_PARTS,

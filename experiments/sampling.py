@@ -1,6 +1,6 @@
 """Compares solvers by their distance from the exact solution, and ranks images by the model.
 
-    python experiments/sampling.py --model runs/emoji       # the tables of docs/sampling.md
+    python experiments/sampling.py --model runs/emoji       # what docs/sampling.md shows
 
 The distance is that of latents from a solution in 200 steps of order 2, on the same noise, relative
 to their size. The best of several images is chosen by the likelihood of the prompt that the model
@@ -20,6 +20,7 @@ import numpy as np
 
 import janusflow_jax
 from janusflow_jax import cli, pipeline
+from janusflow_jax.eval import sheet
 from janusflow_jax.openmoji import drawings, judge as judge_lib, prompts, scores, suite
 from janusflow_jax.openmoji.scores import Label
 
@@ -30,6 +31,9 @@ SOLVERS: tuple[dict[str, Any], ...] = (
     *({"num_steps": n, "order": 2} for n in (5, 8, 12, 15, 30)),
     *({"num_steps": 8, "order": 2, "shift": s} for s in (2.0, 3.0)),
 )
+SHOWN = tuple({"num_steps": n, "order": order} for order in (1, 2) for n in (5, 15, 30))
+COLUMNS = 8
+"""Of the sheet."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--data", default="data/openmoji")
     p.add_argument("--count", type=int, default=64, help="prompts; default 64")
     p.add_argument("--best-of", type=int, default=8, help="images to choose from; default 8")
+    p.add_argument("--sheet", default="docs/sampling.png", help="images of some solvers")
     args = p.parse_args(argv)
     model = janusflow_jax.load(args.model)
     refs, judge = suite.references(args.data), judge_lib.load(judge_lib.START)
@@ -47,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     order = np.random.default_rng(1).permutation(len(labels))[: args.count]
     labels = [labels[i] for i in order]
     compare_solvers(model, labels, refs, judge)
+    show_solvers(model, labels[:COLUMNS], args.sheet)
     compare_intervals(model, labels, refs, judge)
     rank(model, labels, refs, judge, args.best_of)
 
@@ -88,6 +94,14 @@ def compare_solvers(
             f"{frechet(images, labels, refs, judge):.3f} |",
             flush=True,
         )
+
+
+def show_solvers(model: pipeline.Pipeline, labels: list[Label], path: str) -> None:
+    """A sheet with one row a solver, for the same noise."""
+    texts = [caption(x) for x in labels]
+    rows = [model.generate(texts, seed=SEED, output="numpy", **solver) for solver in SHOWN]
+    sheet.save(sheet.image_grid([x for row in rows for x in row], texts * len(rows), COLUMNS), path)
+    print(f"{path}; its rows: {SHOWN}")
 
 
 def compare_intervals(

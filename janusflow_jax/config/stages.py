@@ -146,16 +146,21 @@ def sources(weights: Mapping[str, Shares], form: str) -> tuple[c.SourceConfig, .
 
 
 def stage(
-    names: set[str], weights: Mapping[str, Shares], form: str, start: str, **fields: object
+    names: set[str],
+    weights: Mapping[str, Shares],
+    form: str,
+    start: str,
+    cached: bool = False,
+    **fields: object,
 ) -> c.TrainConfig:
     """A run on packed rows, with the values that all stages share.
 
     Args:
-      names: arguments of the config, some of `ARGUMENTS`. Without `online` the source to generate
-        from reads latents from the folder `latents` of its data set.
+      names: arguments of the config, some of `ARGUMENTS`.
       weights: task -> shares of positions (before, after the change; -1: the same).
       form: 'chat' or 'plain', of the sources with images.
       start: what the run starts from.
+      cached: the source to generate reads latents from the folder `latents` of its data set.
       fields: other fields of TrainConfig.
     """
     sizes = [int(name) for name in names if name.isdigit()]
@@ -170,7 +175,7 @@ def stage(
     model = model_of(start) if own else c.model_config("7b" if "7b" in names else "1p3b", *sizes)
     slots = max(1, ROW_LEN // (model.slot_len + 40))  # 40: a short prompt
     mixture = sources(weights, form)
-    if "online" not in names:
+    if cached:
         for source in mixture:
             source.cache = f"{source.path}/latents" if source.task == "generate" else ""
     tasks = {source.task for source in mixture}
