@@ -10,7 +10,7 @@ import pytest
 from helpers import fake_engine
 from PIL import Image
 
-from janusflow_jax.config import SamplerConfig
+from janusflow_jax.config import SamplerConfig, StudentConfig
 from janusflow_jax.serve import checks
 from janusflow_jax.serve.limits import Limits, RequestError
 
@@ -66,6 +66,17 @@ def test_names_of_other_servers_for_steps_and_guidance(name):
     assert generation(**{name: 5}).request.sampler.steps == 5
     assert generation(cfg_weight=3).request.guidance_scale == 3
     assert generation(guidance=1.5).request.guidance_scale == 1.5
+
+
+def test_a_student_has_its_own_defaults_and_limits():
+    engine = dataclasses.replace(fake_engine.FULL_LIMITS, student=StudentConfig(steps=2))
+    model = dataclasses.replace(fake_engine.MODEL, engine=engine)
+    request = checks.generation({"prompt": "a fox"}, model, LIMITS, "me").request
+    assert (request.sampler.steps, request.guidance_scale) == (2, 1.0)
+    for name, value in {"guidance_scale": 3, "order": 2}.items():
+        with pytest.raises(RequestError, match=f"{name}: expected 1, because") as caught:
+            checks.generation({"prompt": "a fox", name: value}, model, LIMITS, "me")
+        assert (caught.value.param, caught.value.code) == (name, "invalid_value")
 
 
 def test_the_solver_is_chosen_as_in_the_commands():

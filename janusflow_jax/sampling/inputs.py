@@ -66,13 +66,8 @@ def check_generate(
         problems.append(f"guidance_interval: expected {expected}; got {guidance_interval!r}")
     elif interval[0] > interval[1]:
         problems.append(f"guidance_interval: expected its end after its begin; got {interval}")
-    if student.steps and order == 2:
-        problems.append("order: expected 1, because a student's steps are no velocities; got 2")
-    if student.steps and guidance_scale != 1:
-        problems.append(
-            f"guidance_scale: expected 1, because the student has learned that of its teacher "
-            f"({student.guidance_scale:g}); got {guidance_scale!r}"
-        )
+    refused = student_problems(student, order, guidance_scale)
+    problems += [f"{name}: {problem}" for name, problem in refused.items()]
     if problems:
         raise JanusFlowError("generate: " + "; ".join(problems))
     sampler = SamplerConfig(
@@ -83,6 +78,19 @@ def check_generate(
         guide_until=float(interval[1]),
     )
     return sampler, float(guidance_scale)
+
+
+def student_problems(student: StudentConfig, order: Any, guidance_scale: Any) -> dict[str, str]:
+    """What a student cannot do: option -> problem. Empty for another model."""
+    problems = {}
+    if student.steps and order == 2:
+        problems["order"] = "expected 1, because a student's steps are no velocities; got 2"
+    if student.steps and guidance_scale != 1:
+        problems["guidance_scale"] = (
+            f"expected 1, because the student has learned that of its teacher "
+            f"({student.guidance_scale:g}); got {guidance_scale!r}"
+        )
+    return problems
 
 
 def check_best_of(best_of: Any, output: str) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from janusflow_jax.config import SamplerConfig
 from janusflow_jax.config.errors import DataError
 from janusflow_jax.data import chat_format, image_files, images as images_lib
+from janusflow_jax.sampling import inputs
 from janusflow_jax.serve.limits import MIB, Limits, RequestError
 from janusflow_jax.serve.requests import ChatRequest, EngineLimits, ImageRequest
 
@@ -265,6 +266,10 @@ def _image_fields(fields: Fields, model: ServedModel, limits: Limits) -> dict[st
     }
     if values["partial_images"] and not values["stream"]:
         fields.problem("partial_images", "expected with stream: true; got it without")
+    order, student = values["sampler"].order, model.engine.student
+    refused = inputs.student_problems(student, order, values["guidance_scale"])
+    for name, problem in refused.items():
+        fields.problem(name, problem)
     fields.choice("response_format", "b64_json", advice="this server stores no images")
     fields.choice("background", "auto", "opaque", advice="images have no transparency")
     fields.choice("quality", "auto", "standard", advice="use num_inference_steps")
