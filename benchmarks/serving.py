@@ -121,7 +121,7 @@ def main() -> None:
     with numerics.fixed():
         engine.warm_up()
     # The speed of one request at a time; the loads are shares of it.
-    sample = [x._replace(seconds=0.0) for x in traffic(args.requests // 3, 1, args.steps)]
+    sample = [x._replace(seconds=0.0) for x in traffic(-(-args.requests // 3), 1, args.steps)]
     clock.restart()
     serve(engine, clock, sample, most=1)
     mean = clock() / len(sample)
