@@ -31,7 +31,9 @@ SOLVERS: tuple[dict[str, Any], ...] = (
     *({"num_steps": n, "order": 2} for n in (5, 8, 12, 15, 30)),
     *({"num_steps": 8, "order": 2, "shift": s} for s in (2.0, 3.0)),
 )
-SHOWN = tuple({"num_steps": n, "order": order} for order in (1, 2) for n in (5, 15, 30))
+SHOWN: tuple[dict[str, Any], ...] = tuple(
+    {"num_steps": n, "order": order} for order in (1, 2) for n in (5, 15, 30)
+)
 COLUMNS = 8
 """Of the sheet."""
 
