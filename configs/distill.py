@@ -101,6 +101,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
 def _emoji(cfg: c.TrainConfig) -> None:
     """A twelfth of the quick start's steps, with its weights of the losses and its times."""
     cfg.dtype, cfg.remat = "float32", "none"
+    cfg.scan_layers, cfg.matmul_precision = False, "BF16_BF16_F32"
     cfg.data.row_len, cfg.batch_rows = 160, 8
     cfg.num_steps, cfg.optim.warmup_steps, cfg.optim.decay_steps = 200, 20, 180
     cfg.optim.lr = 1e-3

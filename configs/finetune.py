@@ -146,6 +146,7 @@ def _emoji(cfg: c.TrainConfig) -> None:
     """The quick start's model on drawings of new classes; its own drawings are the replay."""
     cfg.model = c.model_config("emoji")
     cfg.start, cfg.dtype, cfg.remat = "runs/emoji", "float32", "none"
+    cfg.scan_layers, cfg.matmul_precision = False, "BF16_BF16_F32"
     cfg.data.row_len, cfg.batch_rows, cfg.optim.accum_steps = 160, 8, 1
     # The learning rate of its pre-training, and long enough to learn the replayed captions again:
     # 300 steps at this rate lose captions with and without replay (docs/finetuning.md).

@@ -13,8 +13,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from janusflow_jax import config as config, hub as hub
+from janusflow_jax import config as config, hub as hub, memory
 from janusflow_jax.config import stages
+
+if sys.argv[0] == "-m":  # Python is about to run a command of this package, and has one thread
+    memory.keep_freed()
 
 # Config files written before the packages import `janusflow_jax.config_stages`. Remove in 0.3.
 sys.modules[f"{__name__}.config_stages"] = stages

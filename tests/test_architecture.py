@@ -13,6 +13,7 @@ PACKAGE = "janusflow_jax"
 
 MAY_IMPORT = {
     "config": "",
+    "memory": "",
     "parallel": "config",
     "data": "config",
     "models": "config parallel",

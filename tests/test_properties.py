@@ -112,11 +112,11 @@ def test_a_packed_row_trains_as_its_samples_alone(packed):
     close(packed, PLAIN(*parameters(), batch_of([["understand"], [], ["generate"], []])), 1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "names"])
-def test_remat_changes_no_loss_and_no_gradient(packed, remat):
-    lean = gradient(janusflow.JanusFlow(CFG, remat=remat))
+@pytest.mark.parametrize("program", [{"remat": "full"}, {"remat": "names"}, {"scan_layers": False}])
+def test_remat_and_separate_layers_change_no_loss_and_no_gradient(packed, program):
+    other = gradient(janusflow.JanusFlow(CFG, **program))
     batch = batch_of([["understand", "generate"], [], [], []])
-    close(lean(*parameters(), batch), packed, 1e-5)
+    close(other(*parameters(), batch), packed, 1e-5)
 
 
 def test_accumulated_gradients_are_those_of_one_batch():

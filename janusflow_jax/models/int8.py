@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from janusflow_jax.models import products
+
 Tree = dict[str, Any]
 
 
@@ -53,6 +55,8 @@ def matmul(x: Float[Array, "*b D"], kernel: Any) -> Float[Array, "..."]:
     """
     if is_int8(kernel):
         return (x @ kernel.qvalue.astype(x.dtype)) * kernel.scale[0].astype(x.dtype)
+    if x.ndim == kernel.ndim == 2 and products.rounds(x):
+        return products.matmul(x, kernel)
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
 
 

@@ -73,10 +73,11 @@ class JanusFlow(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     impl: str = "xla"
+    scan_layers: bool = True
 
     def setup(self) -> None:
         cfg, dtype = self.cfg, self.dtype
-        self.llm = llama.Llama(cfg.llm, dtype, self.remat, self.impl)
+        self.llm = llama.Llama(cfg.llm, dtype, self.remat, self.impl, self.scan_layers)
         # XLA's attention suits the tower's head dimension and length on every platform.
         if cfg.und_encoder == "siglip":
             self.und_encoder = siglip.Siglip(cfg.und, dtype, self.remat != "none")

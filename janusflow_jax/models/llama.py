@@ -158,6 +158,7 @@ class Llama(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"  # full | names | none
     impl: str = "xla"
+    scan_layers: bool = True
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -217,6 +218,7 @@ class Llama(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.cfg.num_layers,
+            unroll=1 if self.scan_layers else self.cfg.num_layers,
         )(self.cfg, self.impl, self.remat, capture, keep, name="layers")
         (x, captured), outs = stack(
             (x, captured), jnp.arange(self.cfg.num_layers), cache, positions, mask, index

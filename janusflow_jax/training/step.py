@@ -32,7 +32,7 @@ MEAN_STEPS = 100
 def make_model(cfg: TrainConfig) -> janusflow.JanusFlow:
     """The model with the numerics of this run."""
     impl = attention.implementation(cfg.attention, jax.default_backend(), cfg.data.row_len)
-    return janusflow.JanusFlow(cfg.model, jnp.dtype(cfg.dtype), cfg.remat, impl)
+    return janusflow.JanusFlow(cfg.model, jnp.dtype(cfg.dtype), cfg.remat, impl, cfg.scan_layers)
 
 
 def create_state(cfg: TrainConfig, params: Any, vae_params: Any) -> State:
@@ -93,18 +93,19 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
     def loss_fn(params: Any, state: State, batch: Any, weights: Any) -> tuple[Any, Any]:
         # The key is made inside: a step that is compiled ahead of time has no device for it.
         draws = losses.draw(numerics.key(cfg.seed), batch, cfg.model, cfg.loss, num_gen)
-        sums, extras = losses.loss_sums(
-            trees.merge(state["frozen"], params),
-            state["vae"],
-            batch,
-            draws,
-            model=model,
-            loss=cfg.loss,
-            num_gen=num_gen,
-            num_und=num_und,
-            source_weights=weights,
-            teacher=trees.merge(state["frozen"], state["teacher"]) if cfg.distills else None,
-        )
+        with jax.default_matmul_precision(cfg.matmul_precision or None):
+            sums, extras = losses.loss_sums(
+                trees.merge(state["frozen"], params),
+                state["vae"],
+                batch,
+                draws,
+                model=model,
+                loss=cfg.loss,
+                num_gen=num_gen,
+                num_und=num_und,
+                source_weights=weights,
+                teacher=trees.merge(state["frozen"], state["teacher"]) if cfg.distills else None,
+            )
         extras.pop("velocity", None)
         return sum(sums.values()), extras
 
