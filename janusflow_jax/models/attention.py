@@ -116,7 +116,7 @@ def _from_rounded(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     if mask is not None:
         grouped = scores.reshape(*q.shape[:-1], -1)
         scores = jnp.where(mask[:, None, None], grouped, -1e30).reshape(scores.shape)
-    return products.softmax_matmul(scores, v)
+    return products.matmul(jax.nn.softmax(scores, axis=-1), v)
 
 
 def _whole_rows(

@@ -45,14 +45,6 @@ def matmul_transposed(
     return _product(_round(a), _round(b), -1)
 
 
-@jax.custom_vjp
-def softmax_matmul(
-    scores: Float[Array, "*b M K"], b: Float[Array, "*b K N"]
-) -> Float[Array, "*b M N"]:
-    """`softmax(scores) @ b`, float32."""
-    return _softmax_forward(scores, b)[0]
-
-
 def _settle(x: Array) -> Array:
     return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
@@ -99,21 +91,6 @@ def _backward_transposed(saved: tuple[Array, Array], g: Array) -> tuple[Array, A
     return _product(g, b, -2), _outer(g, a)
 
 
-def _softmax_forward(scores: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    weights, b = _round(jax.nn.softmax(scores, axis=-1)), _round(b)
-    out = _product(weights, b, -2)
-    return out, (weights, b, out)
-
-
-def _softmax_backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array]:
-    weights, b, out = saved
-    # The mean of d_weights under the weights is g's product with the output: fewer numbers to add.
-    mean = jnp.sum(g * out, axis=-1, keepdims=True)
-    g = _round(g)
-    d_weights = _product(g, b, -1)
-    return weights.astype(jnp.float32) * (d_weights - mean), _outer(weights, g)
-
-
-softmax_matmul.defvjp(_softmax_forward, _softmax_backward)
+matmul.defvjp(_softmax_forward, _softmax_backward)
 matmul.defvjp(_forward, _backward)
 matmul_transposed.defvjp(_forward_transposed, _backward_transposed)
