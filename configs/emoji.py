@@ -14,8 +14,8 @@ Arguments: `long` (half as many steps again), `test`, and one letter of the pape
     A  without REPA
     B  one VAE + ConvNeXt encoder for both tasks
     C  a VAE + ConvNeXt encoder of its own for understanding; its VAE encoder is trained
-    D  understanding only: as many images to understand as F, in 730 steps
-    E  generation only: as many images to generate as F, in 2,270 steps
+    D  understanding only: as many images to understand as F, in 1,095 steps
+    E  generation only: as many images to generate as F, in 3,405 steps
 
 Cost and results: docs/quickstart.md; the letters: docs/small_scale.md.
 """
@@ -63,7 +63,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         dataclasses.replace(source, cache=cache)
         for source, cache in zip((understand, generate), caches, strict=True)
     )
-    steps = round((4500 if "long" in names else 3000) * ROWS.get(letter, 1))
+    steps = round((6750 if "long" in names else 4500) * ROWS.get(letter, 1))
     cfg = c.TrainConfig(
         name="-".join(["emoji", *sorted(names)]),
         model=c.model_config("emoji"),

@@ -91,6 +91,5 @@ def _backward_transposed(saved: tuple[Array, Array], g: Array) -> tuple[Array, A
     return _product(g, b, -2), _outer(g, a)
 
 
-matmul.defvjp(_softmax_forward, _softmax_backward)
 matmul.defvjp(_forward, _backward)
 matmul_transposed.defvjp(_forward_transposed, _backward_transposed)
