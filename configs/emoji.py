@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         # removes the noise inside fills. Logit-normal times fall into the two once in 70 and once
         # in 7; these, once in 5 and once in 7.
         loss=c.LossConfig(
-            ar_weight=0.3,
+            ar_weight=0.1,
             repa_weight=0.0 if letter in "AD" else 1.0,
             time="uniform",
             time_shift=2.0,
