@@ -152,7 +152,7 @@ def main() -> None:
             print(
                 f"| {load} | {way} | {statistics.median(latencies):.2f} | "
                 f"{statistics.median(one):.2f} | {quantile(one, 0.95):.2f} | "
-                f"{quantile(ten, 0.95):.2f} | {len(arrivals) / end:.2f} |",
+                f"{quantile(ten, 0.95):.2f} | {len(arrivals) / end:.3g} |",
                 flush=True,
             )
 
