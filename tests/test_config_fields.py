@@ -102,6 +102,7 @@ def test_a_value_of_another_type_or_size_is_one_line_for_its_field(name):
         ("model.vae.channels", ((16, 32, 64),), ((), (0, 32, 64), (16,) * 9)),
         ("model.vae.norm_groups", (4, 8), (0, 5)),
         ("model.und.pixel_std", ((),), ((0.0, 1.0, 1.0), (1.0,))),
+        ("dtype", ("float32",), ("bfloat16",)),  # its matmul_precision is of float32
     ],
 )
 def test_a_field_has_its_range(name, allowed, refused):
