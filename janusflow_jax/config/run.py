@@ -197,7 +197,8 @@ class TrainConfig:
     # off: the step has a copy of the program for each layer; faster on CPU, and slower to compile
     scan_layers: bool = True
     # BF16_BF16_F32: products of float32 matrices from operands rounded to bfloat16, added in
-    # float32, which is twice as fast on CPUs with AVX-512 BF16 or AMX; '': JAX's own
+    # float32; twice as fast on CPUs with AVX-512 BF16 or AMX, of which it takes one device, not
+    # several; '': JAX's own
     matmul_precision: str = choice("", "BF16_BF16_F32")
     attention: str = choice("auto", *ATTENTION)
     # so many skipped steps in a row stop the run; 0: never
