@@ -197,7 +197,7 @@ class TrainConfig:
     # off: the step has a copy of the program for each layer; faster on CPU, and slower to compile
     scan_layers: bool = True
     # BF16_BF16_F32: products of float32 matrices from operands rounded to bfloat16, added in
-    # float32; twice as fast on CPUs with AVX-512 BF16 or AMX, of which it takes one device, not
+    # float32; twice as fast on one CPU device with AVX-512 BF16 or AMX, and without effect on
     # several; '': JAX's own
     matmul_precision: str = choice("", "BF16_BF16_F32")
     attention: str = choice("auto", *ATTENTION)

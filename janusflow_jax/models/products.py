@@ -13,6 +13,8 @@ transposes are made.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,18 +33,16 @@ def rounds(x: Array) -> bool:
     return on_cpu and precision == PRECISION and x.dtype == jnp.float32
 
 
-@jax.custom_vjp
 def matmul(a: Float[Array, "*b M K"], b: Float[Array, "*b K N"]) -> Float[Array, "*b M N"]:
     """`a @ b`, float32."""
-    return _product(_round(a), _round(b), -2)
+    return _rounded(-2, a, b)
 
 
-@jax.custom_vjp
 def matmul_transposed(
     a: Float[Array, "*b M K"], b: Float[Array, "*b N K"]
 ) -> Float[Array, "*b M N"]:
     """`a @ b^T`, float32."""
-    return _product(_round(a), _round(b), -1)
+    return _rounded(-1, a, b)
 
 
 def _settle(x: Array) -> Array:
@@ -71,25 +71,22 @@ def _outer(a: Array, b: Array) -> Array:
     return _transpose(_product(_transpose(b), a, -2))
 
 
-def _forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded(contracted: int, a: Array, b: Array) -> Array:
+    """The product over a's last axis and b's `contracted`, -1 or -2, from rounded operands."""
+    return _forward(contracted, a, b)[0]
+
+
+def _forward(contracted: int, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
     a, b = _round(a), _round(b)
-    return _product(a, b, -2), (a, b)
+    return _product(a, b, contracted), (a, b)
 
 
-def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _backward(contracted: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     (a, b), g = saved, _round(g)
+    if contracted == -1:
+        return _product(g, b, -2), _outer(g, a)
     return _product(g, b, -1), _outer(a, g)
 
 
-def _forward_transposed(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    a, b = _round(a), _round(b)
-    return _product(a, b, -1), (a, b)
-
-
-def _backward_transposed(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    (a, b), g = saved, _round(g)
-    return _product(g, b, -2), _outer(g, a)
-
-
-matmul.defvjp(_forward, _backward)
-matmul_transposed.defvjp(_forward_transposed, _backward_transposed)
+_rounded.defvjp(_forward, _backward)
