@@ -68,7 +68,9 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         name="-".join(["emoji", *sorted(names)]),
         model=c.model_config("emoji"),
         data=c.DataConfig(sources=sources, row_len=160, gen_slots=5, und_slots=2),
-        optim=c.OptimConfig(lr=3e-3, warmup_steps=50, decay_steps=steps - 50, ema=0.995),
+        optim=c.OptimConfig(
+            lr=3e-3, warmup_steps=50, decay_steps=steps - 50, weight_decay=0.1, ema=0.995
+        ),
         # On drawings of flat color the first tenth of time decides the hue, and the last quarter
         # removes the noise inside fills. Logit-normal times fall into the two once in 70 and once
         # in 7; these, once in 5 and once in 7.

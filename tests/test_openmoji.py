@@ -48,8 +48,9 @@ def test_the_sheet_has_every_color_three_times():
     assert not words & set(prompts.PALETTE)
 
 
-def test_held_out_pairs_are_never_trained():
-    splits = build.split_items(NAMES)
+@pytest.mark.parametrize("train_views", [3, 24])
+def test_what_is_held_out_is_never_trained(train_views):
+    splits = build.split_items(NAMES, train_views)
     pairs = {s: {(p.name, p.color) for p in items} for s, items in splits.items()}
     assert not pairs["train"] & pairs["heldout_pairs"]
     assert pairs["heldout_views"] == pairs["train"]
@@ -67,6 +68,10 @@ def test_held_out_pairs_are_never_trained():
     assert len(set(ids)) == len(ids)
     views = {build.view_of(p) for items in splits.values() for p in items}
     assert len(views) == len(ids)  # no held-out view is a training view
+    assert len(splits["train"]) == train_views * len(pairs["train"])
+    usual = build.split_items(NAMES)
+    assert set(usual.pop("train")) <= set(splits["train"])
+    assert usual.items() <= splits.items()
 
 
 @pytest.mark.parametrize("color", prompts.PALETTE)

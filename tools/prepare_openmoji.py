@@ -34,16 +34,22 @@ def main() -> None:
         action="store_true",
         help="40 drawings that the quick start does not have, for fine-tuning it",
     )
+    p.add_argument(
+        "--views",
+        type=int,
+        default=build.TRAIN_VIEWS,
+        help="training images per class and color; more of them made starts/emoji_llm",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace the data set in --out")
     args = p.parse_args()
     out = files.resolve(args.out)
     if files.is_remote(out):  # tfds writes array_record to disks only
         raise DataError(f"--out: expected a folder on a disk; got {out}: make it there and copy it")
-    counts = build.build(Path(out), args.size, args.overwrite, args.new_classes)
+    counts = build.build(Path(out), args.size, args.overwrite, args.new_classes, args.views)
     for split, count in counts.items():
         print(f"{out} {split}: {count:,} images")
     print(f"credits in {out / 'CREDITS.txt'}", flush=True)
-    if args.size == SIZE and not args.new_classes:
+    if (args.size, args.views) == (SIZE, build.TRAIN_VIEWS) and not args.new_classes:
         cache_features(Path(out))
 
 

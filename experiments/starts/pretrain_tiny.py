@@ -1,12 +1,14 @@
 """Pretrains the quick start's SigLIP and LLM by captioning OpenMoji and saves them for `starts/`.
 
-    python experiments/starts/pretrain_tiny.py --data data/openmoji --out starts/emoji_llm
+    python tools/prepare_openmoji.py --views 24 --out data/openmoji_24
+    python experiments/starts/pretrain_tiny.py --data data/openmoji_24 --out starts/emoji_llm
 
 Real runs start from a published SigLIP and LLM. None exist at this size, so this script trains
 them with the project's own train step: understanding rows only, next-token loss on the captions,
 all parts between pixels and words trained. SigLIP needs many more images than the LLM needs
 captions. So a first run trains it with a much smaller LLM, five times as fast; a second run trains
-both with the quick start's LLM. The result is a model folder with the parts llm, und_encoder,
+both with the quick start's LLM. Both see 24 views of each training pair, because three are soon
+known by heart. The result is a model folder with the parts llm, und_encoder,
 und_aligner and und_begin (bfloat16), and the tokenizer.
 """
 
@@ -74,6 +76,8 @@ def make_config(
         num_steps=steps,
         seed=args.seed,
         remat="none",
+        scan_layers=False,
+        matmul_precision="BF16_BF16_F32",
         log_every_steps=50,
         save_every_steps=1000,
     )
@@ -89,11 +93,11 @@ def run(cfg: c.TrainConfig) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--data", default="data/openmoji")
+    p.add_argument("--data", default="data/openmoji_24")
     p.add_argument("--out", default="starts/emoji_llm")
     p.add_argument("--workdir", default="runs/pretrain_tiny")
-    p.add_argument("--encoder-steps", type=int, default=2400, help="with the small LLM")
-    p.add_argument("--steps", type=int, default=500, help="with the quick start's LLM")
+    p.add_argument("--encoder-steps", type=int, default=6000, help="with the small LLM")
+    p.add_argument("--steps", type=int, default=2000, help="with the quick start's LLM")
     p.add_argument("--batch-rows", type=int, default=16)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=int, default=0)
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         extra=extra,
         overwrite=args.overwrite,
     )
-    options = f"--encoder-steps {args.encoder_steps} --steps {args.steps}"
+    options = f"--data {args.data} --encoder-steps {args.encoder_steps} --steps {args.steps}"
     options += f" --batch-rows {args.batch_rows} --lr {args.lr}"
     command = f"python experiments/starts/pretrain_tiny.py {options} --out starts/emoji_llm"
     notice.write(args.out, "The quick start's SigLIP and language model", command)

@@ -23,7 +23,7 @@ from janusflow_jax.config.errors import DataError
 from janusflow_jax.openmoji import classes as classes_lib, drawings as drawings_lib, prompts
 
 TRAIN_VIEWS = 3
-HELDOUT_VIEWS = 1
+HELDOUT_VIEW = 3
 HELDOUT_PAIR_VIEWS = 2
 HELDOUT_PER_COLOR = 24  # classes: every color misses as many
 _MODULE_NAME = "janusflow_jax.data.openmoji_build"  # of the first release; it never changes
@@ -73,18 +73,18 @@ def heldout_pairs(names: list[str]) -> set[tuple[str, str]]:
     return pairs
 
 
-def split_items(names: list[str]) -> dict[str, list[Item]]:
+def split_items(names: list[str], train_views: int = TRAIN_VIEWS) -> dict[str, list[Item]]:
     """Every record of every split, in a fixed order."""
+    numbers = [v for v in range(train_views + 1) if v != HELDOUT_VIEW]
     heldout = heldout_pairs(names)
     splits: dict[str, list[Item]] = {"train": [], "heldout_pairs": [], "heldout_views": []}
     for name in names:
         for color in prompts.PALETTE:
-            views = [Item(name, color, v) for v in range(TRAIN_VIEWS + HELDOUT_VIEWS)]
             if (name, color) in heldout:
-                splits["heldout_pairs"] += views[:HELDOUT_PAIR_VIEWS]
+                splits["heldout_pairs"] += [Item(name, color, v) for v in range(HELDOUT_PAIR_VIEWS)]
             else:
-                splits["train"] += views[:TRAIN_VIEWS]
-                splits["heldout_views"] += views[TRAIN_VIEWS:]
+                splits["train"] += [Item(name, color, v) for v in numbers[:train_views]]
+                splits["heldout_views"].append(Item(name, color, HELDOUT_VIEW))
     return splits
 
 
@@ -109,7 +109,11 @@ def render_item(drawing: drawings_lib.Drawing, item: Item, size: int) -> bytes:
 
 
 def build(
-    out: Path, size: int = 64, overwrite: bool = False, new_classes: bool = False
+    out: Path,
+    size: int = 64,
+    overwrite: bool = False,
+    new_classes: bool = False,
+    train_views: int = TRAIN_VIEWS,
 ) -> dict[str, int]:
     """Renders all images and writes the data set; an interrupted build leaves `out` unchanged.
 
@@ -120,6 +124,7 @@ def build(
       size: side of the images in pixels.
       overwrite: replace an existing data set.
       new_classes: draw the classes that the quick start does not have, for fine-tuning.
+      train_views: training images per pair of class and color. The other splits never change.
     Returns:
       Records per split.
     Raises:
@@ -133,7 +138,7 @@ def build(
         raise DataError(problem)
     classes = classes_lib.NEW if new_classes else classes_lib.CLASSES
     drawings = {name: drawings_lib.load_class(point, name) for point, name in classes.items()}
-    splits = split_items(list(drawings))
+    splits = split_items(list(drawings), train_views)
 
     # The names of the class and of its module, and the description, are written into the data set.
     # They keep their first spelling: reports hold a checksum of all files.
