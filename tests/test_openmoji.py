@@ -88,6 +88,8 @@ def test_recolored_drawings_have_the_hue(color):
 
 def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
     few(monkeypatch)
+    with pytest.raises(DataError, match="--views: expected 1 or more; got 0"):
+        build.build(tmp_path / "a", 32, train_views=0)
     counts = build.build(tmp_path / "a", 32)
     with pytest.raises(DataError, match="--overwrite"):
         build.build(tmp_path / "a", 32)

@@ -8,8 +8,8 @@ them with the project's own train step: understanding rows only, next-token loss
 all parts between pixels and words trained. SigLIP needs many more images than the LLM needs
 captions. So a first run trains it with a much smaller LLM, five times as fast; a second run trains
 both with the quick start's LLM. Both see 24 views of each training pair, because three are soon
-known by heart. The result is a model folder with the parts llm, und_encoder,
-und_aligner and und_begin (bfloat16), and the tokenizer.
+known by heart. The result is a model folder with the parts llm, und_encoder, und_aligner and
+und_begin (bfloat16), and the tokenizer.
 """
 
 from __future__ import annotations

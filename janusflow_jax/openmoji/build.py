@@ -1,7 +1,8 @@
 """Builds the OpenMoji data set: which image belongs to which split, and the ArrayRecord files.
 
-Splits: `train` (3 views of every trained pair), `heldout_views` (1 other view of every trained
-pair), `heldout_pairs` (2 views of every (class, color) pair that training never sees).
+Splits: `train` (3 views of every trained pair, or as many as asked for), `heldout_views` (1 other
+view of every trained pair), `heldout_pairs` (2 views of every (class, color) pair that training
+never sees).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from janusflow_jax.config.errors import DataError
 from janusflow_jax.openmoji import classes as classes_lib, drawings as drawings_lib, prompts
 
 TRAIN_VIEWS = 3
-HELDOUT_VIEW = 3
+HELDOUT_VIEW = 3  # the number of the view; training views leave it out
 HELDOUT_PAIR_VIEWS = 2
 HELDOUT_PER_COLOR = 24  # classes: every color misses as many
 _MODULE_NAME = "janusflow_jax.data.openmoji_build"  # of the first release; it never changes
@@ -128,10 +129,13 @@ def build(
     Returns:
       Records per split.
     Raises:
-      DataError: `out` exists and `overwrite` is False, or it is not a data set of this function.
+      DataError: `out` exists and `overwrite` is False, or it is not a data set of this function;
+        `train_views` is below 1.
     """
     import tensorflow_datasets as tfds
 
+    if train_views < 1:
+        raise DataError(f"--views: expected 1 or more; got {train_views}")
     mark = "dataset_info.json", _MODULE_NAME
     made = ("dataset_info.json", "features.json", "*.array_record*", "lengths", "cache")
     if problem := files.problem_of_out(out, overwrite, mark, (*made, "LICENSE", "CREDITS.txt")):
