@@ -11,6 +11,7 @@ import warnings
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from janusflow_jax import memory
 from janusflow_jax.config import files
 
 VARIABLE = "JANUSFLOW_COMPILATION_CACHE"
@@ -61,3 +62,11 @@ def enable() -> str | None:
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     compilation_cache.reset_cache()  # a compilation before this call has switched it off
     return folder
+
+
+def _discard_gaps(event: str, seconds: float, **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration" and seconds > MIN_SECONDS:
+        memory.discard_gaps()
+
+
+jax.monitoring.register_event_duration_secs_listener(_discard_gaps)
