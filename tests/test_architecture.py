@@ -14,7 +14,7 @@ PACKAGE = "janusflow_jax"
 MAY_IMPORT = {
     "config": "",
     "memory": "",
-    "parallel": "config",
+    "parallel": "config memory",
     "data": "config",
     "models": "config parallel",
     "sampling": "config parallel data models",
