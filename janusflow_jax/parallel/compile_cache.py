@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -64,8 +65,8 @@ def enable() -> str | None:
     return folder
 
 
-def _discard_gaps(event: str, seconds: float, **_: object) -> None:
-    if event == "/jax/core/compile/backend_compile_duration" and seconds > MIN_SECONDS:
+def _discard_gaps(event: str, duration_secs: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration" and duration_secs > MIN_SECONDS:
         memory.discard_gaps()
 
 
