@@ -66,6 +66,7 @@ def enable() -> str | None:
 
 
 def _discard_gaps(event: str, duration_secs: float, **_: Any) -> None:
+    """After each compilation, with or without the cache."""
     if event == "/jax/core/compile/backend_compile_duration" and duration_secs > MIN_SECONDS:
         memory.discard_gaps()
 
