@@ -56,9 +56,9 @@ IMAGES = (
         DISTANCE,
     ),
     Score(
-        "in_colour",
+        "in_color",
         "the same; baseline: other classes in the prompt's color",
-        "trained_pairs/alignment/in_colour",
+        "trained_pairs/alignment/in_color",
         DISTANCE,
     ),
     Score(

@@ -137,7 +137,7 @@ def _truth(count=40):
 def test_right_captions_beat_both_baselines():
     labels, captions = _truth()
     scores = emoji.score_captions([c[0] for c in captions], captions, labels)
-    for kind in ("exact", "colour", "name"):
+    for kind in ("exact", "color", "name"):
         assert scores[kind]["right"] == 40
         assert scores[kind]["constant"]["beats"] and scores[kind]["shuffled"]["beats"]
     json.dumps(scores, allow_nan=False)
@@ -148,7 +148,7 @@ def test_right_color_with_wrong_class_is_only_half_right():
     answers = [f"a {x.color} house" for x in labels]
     scores = emoji.score_captions(answers, captions, labels)
     assert (scores["exact"]["right"], scores["name"]["right"]) == (0, 0)
-    assert scores["colour"]["right"] == 40 and scores["colour"]["constant"]["beats"]
+    assert scores["color"]["right"] == 40 and scores["color"]["constant"]["beats"]
     assert not scores["exact"]["shuffled"]["beats"]
 
 
@@ -157,7 +157,7 @@ def test_a_constant_answer_and_shuffled_answers_beat_nothing():
     constant = emoji.score_captions(["a red cat"] * 40, captions, labels)
     rolled = emoji.score_captions([c[0] for c in captions[1:] + captions[:1]], captions, labels)
     for scores in (constant, rolled):
-        for kind in ("exact", "colour", "name"):
+        for kind in ("exact", "color", "name"):
             assert not scores[kind]["constant"]["beats"]
             assert not scores[kind]["shuffled"]["beats"]
 
@@ -196,7 +196,7 @@ def test_no_constant_answer_is_below_shuffled_ones():
     captions = [openmoji_drawings.captions(x.color, x.name) for x in labels]
     answers = [c[i % 3] for i, c in enumerate(captions)]
     scores = emoji.score_captions(answers, captions, labels)
-    for kind in ("colour", "name", "words", "edits"):
+    for kind in ("color", "name", "words", "edits"):
         constant, shuffled = (scores[kind][x]["baseline"] for x in ("constant", "shuffled"))
         assert scores[kind]["mean"] == 1 and shuffled <= constant < 0.8, kind
 

@@ -49,10 +49,10 @@ def test_right_images_score_above_wrong_ones(referee, monkeypatch):
     right = judge.score_alignment(referee, images, labels, real)
     assert right["likeness"]["beats"] and right["top1"] > 18 and right["drawn_top1"] > 18
     wrong = judge.score_alignment(referee, images[1:] + images[:1], labels, real)
-    assert right["in_colour"]["beats"] and right["median_rank"] <= 2
+    assert right["in_color"]["beats"] and right["median_rank"] <= 2
     assert right["candidates"] == 12
     class_wrong = judge.score_alignment(referee, images[18:] + images[:18], labels, real)
-    assert not class_wrong["in_colour"]["beats"] and class_wrong["median_rank"] > 3
+    assert not class_wrong["in_color"]["beats"] and class_wrong["median_rank"] > 3
     assert wrong["top1"] < 6 and wrong["likeness"]["score"] < right["likeness"]["score"] - 0.2
     half, rest = labels[::2], labels[1::2]
     drawings = {

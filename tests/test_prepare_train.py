@@ -23,7 +23,7 @@ COUNT = 24
 
 
 def photo(i: int) -> bytes:
-    """A JPEG of its own size, its colours turned."""
+    """A JPEG of its own size, its colors turned."""
     picture = scenes.scene((80 + i, 70 - i))
     return scenes.encoded("JPEG", Image.fromarray(np.roll(np.asarray(picture), i, axis=2)))
 

@@ -101,7 +101,7 @@ def accuracy(loaded: judge.LoadedJudge, pixels: np.ndarray, labels: list[Label])
         "candidates": len(every),
         "pair": round(float(np.mean([a == b for a, b in pairs])), 4),
         "class": round(float(np.mean([a.name == b.name for a, b in pairs])), 4),
-        "colour": round(float(np.mean([a.color == b.color for a, b in pairs])), 4),
+        "color": round(float(np.mean([a.color == b.color for a, b in pairs])), 4),
     }
 
 

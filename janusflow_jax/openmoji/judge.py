@@ -71,7 +71,7 @@ class Judge(nn.Module):
         self.image_head = layers.Linear(cfg.width)
         self.classes = self.param("classes", normal, (len(cfg.classes), cfg.text_width))
         # the stored weights spell it so
-        self.colors = self.param("colours", normal, (len(cfg.colors), cfg.text_width))
+        self.colors = self.param("colors", normal, (len(cfg.colors), cfg.text_width))
         self.text_fc1 = layers.Linear(4 * cfg.text_width)
         self.text_fc2 = layers.Linear(cfg.width)
         self.scale = self.param("scale", nn.initializers.constant(np.log(10.0)), (1,))
@@ -189,7 +189,7 @@ def load(path: Any) -> LoadedJudge:
     cfg = JudgeConfig(
         image=config_lib.from_dict(SiglipConfig, sizes["image"]),
         classes=tuple(sizes["classes"]),
-        colors=tuple(sizes["colours"]),
+        colors=tuple(sizes["colors"]),
         text_width=sizes["text_width"],
         width=sizes["width"],
     )
@@ -217,7 +217,7 @@ def save(path: Any, cfg: JudgeConfig, params: Any, about: dict[str, Any]) -> Non
     sizes = {
         "image": dataclasses.asdict(cfg.image),
         "classes": cfg.classes,
-        "colours": cfg.colors,
+        "colors": cfg.colors,
         "text_width": cfg.text_width,
         "width": cfg.width,
     }
@@ -241,7 +241,7 @@ def score_alignment(
       labels: what each should show.
       drawings: a real drawing of each label.
     Returns:
-      of: number of images; likeness: compared with the mean over shuffled prompts; in_colour:
+      of: number of images; likeness: compared with the mean over shuffled prompts; in_color:
       compared with the mean over all other classes in the prompt's color (so the right color gives
       no help); median_rank: of the prompt among these; candidates: their number; top1, top5: images
       whose own text is among the nearest of all texts that the judge knows; drawn: the cosine of
@@ -264,7 +264,7 @@ def score_alignment(
     return {
         "of": len(labels),
         "likeness": stats.compare(*stats.against_others(own @ texts.T)),
-        "in_colour": stats.compare(hits[:, 0], others),
+        "in_color": stats.compare(hits[:, 0], others),
         "median_rank": float(np.median((scores > hits).sum(1) + 1)),
         "candidates": len(judge.cfg.classes),
         "top1": int((ranks(own) == 1).sum()),

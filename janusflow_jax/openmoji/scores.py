@@ -302,7 +302,7 @@ def caption_table(
 ) -> dict[str, np.ndarray]:
     """Every answer against every image, in [0, 1]: a table float[N answers, N images] of each kind.
 
-    Kinds: exact (equal to a true caption), colour, name (class), words (F1) and edits (share of
+    Kinds: exact (equal to a true caption), color, name (class), words (F1) and edits (share of
     letters that need no change) of the nearest true caption.
     """
     parsed = [parse_caption(a) for a in answers]
@@ -310,7 +310,7 @@ def caption_table(
     flat = [caption for group in captions for caption in group]
     return {
         "exact": np.asarray(exact, np.float64),
-        "colour": np.asarray([[p.color == x.color for x in labels] for p in parsed], np.float64),
+        "color": np.asarray([[p.color == x.color for x in labels] for p in parsed], np.float64),
         "name": np.asarray([[p.name == x.name for x in labels] for p in parsed], np.float64),
         "words": best_of(word_overlap(answers, flat), captions),
         "edits": best_of(edit_similarity(answers, flat), captions),

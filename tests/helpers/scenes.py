@@ -71,7 +71,7 @@ def animated(form: str) -> bytes:
 
 
 def looks_right(pixels: np.ndarray, grey: bool = False) -> bool:
-    """Whether decoded pixels show the scene, upright and in its colours."""
+    """Whether decoded pixels show the scene, upright and in its colors."""
     height, width = pixels.shape[:2]
     left = pixels[height // 2 :, width // 8 : width // 3].reshape(-1, 3).mean(0)
     right = pixels[height // 2 :, 2 * width // 3 : -width // 8].reshape(-1, 3).mean(0)
