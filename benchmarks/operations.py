@@ -30,7 +30,7 @@ def budgets(size: str) -> Iterator[tuple[str, plan_flops.Budget]]:
     for program in sampler.sampler_programs(
         c.model_config(size), mesh, rows=1, cfg=c.SamplerConfig()
     ):
-        yield program.name, program.budget()
+        yield program.name, program.budget("cpu")
     for name in STAGES if size == "1p3b" else ():
         cfg = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
         yield f"training step, `{name}`", plan_flops.budget(cfg, mesh)

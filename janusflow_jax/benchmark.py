@@ -259,7 +259,9 @@ def score_images(args: argparse.Namespace, benchmark: registry.Benchmark, out: e
             )
         result = image_scores.dpg(benchmark, settings, images, args.results, args.questions)
     elif benchmark.name.startswith("mjhq") and (args.inception or args.clip):
-        references = args.references or str(files.resolve(args.data) / "mjhq30k_imgs")
+        data = files.resolve(args.data)  # the folder, or meta_data.json in it
+        folder = data if data.is_dir() else data.parent
+        references = args.references or str(folder / "mjhq30k_imgs")
         result = image_scores.mjhq(benchmark, settings, images, out, references, *scorers(args))
     else:
         if benchmark.name == "geneval2":
@@ -293,7 +295,7 @@ def answer_questions(
     data = read.read(benchmark, args.data, args.images, args.limit)
     if args.answers:
         lines = answer.read_answers(args.answers, data)
-        settings = {"answers": args.answers, "protocol": "of the answers"}
+        settings = {"answers": args.answers, "protocol": "of the answers", "limit": args.limit}
     else:
         if args.stage != "score":
             run_model(args, benchmark, data, out)
@@ -324,6 +326,8 @@ def run_model(
     system = answer.request(benchmark.name, data.questions[0], protocol).system
     shard = plan.shard(args.shard)
     model, model_settings = load_model(args)
+    if model.text is None:
+        raise ConfigError(f"--model: expected a language model in it; got {args.model} without one")
     settings = {
         "benchmark": benchmark.name,
         "protocol": protocol,

@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
             "software": {"jax": jax.__version__, "device": cli.accelerator()},
             "numerics": numerics.described(),
             "seconds": round(seconds, 2),
-            "pictures": records,
+            "images": records,
         }
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         with config_files.naming(args.json):

@@ -496,6 +496,11 @@ class Pipeline:
         originals = [images_lib.read(x) for x in images]
         sources = self.describe(originals) if sources is None else sources
         sources, _ = inputs.pairs("edit", sources, prompts, "sources")
+        if empty := [i for i, words in enumerate(sources) if not words.strip()]:
+            raise JanusFlowError(
+                f"edit: expected words for what image {empty[0]} shows now; got none, from you or "
+                "from the model: say it (sources, --source)"
+            )
         inputs.check_generate(sources, 1, guidance_scale=source_guidance_scale)
         tokens, lengths = inputs.pad(self.prompt_ids(sources + prompts), self.text.pad_id)
         seeds = np.asarray(inputs.image_seeds(seed, len(prompts), 1), np.uint32)
@@ -522,8 +527,11 @@ class Pipeline:
     def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts for `generate`.
 
-        Raises: JanusFlowError: a prompt and its image are longer than the model's positions.
+        Raises:
+          JanusFlowError: a prompt and its image are longer than the model's positions.
+          CheckpointError: the model has no language model.
         """
+        self._require("generating", "llm")
         ids = [self.text.generation_ids(p) for p in prompts]
         self._check_lengths("prompt", ids, self.cfg.slot_len)
         return ids
@@ -668,13 +676,13 @@ class Pipeline:
 
         Raises: as `chat`.
         """
+        self._require("scoring captions", "llm")
         images, captions = inputs.pairs("caption_scores", images, captions)
         turns = [{"role": "User", "content": f"{self.text.image_tag}\n{samples.QUESTION}"}]
         prompts = [
             self.text.conversation([*turns, {"role": "Assistant", "content": [caption]}], 1)
             for caption in captions
         ]
-        self._require("scoring captions", "llm")
         self._check_lengths("caption", [p.ids for p in prompts], 0)
         scores = []
         for begin in range(0, len(prompts), MAX_BATCH):

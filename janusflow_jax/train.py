@@ -179,7 +179,7 @@ def train_steps(
 
     def may_continue() -> bool:
         agreed_status, work = agreed()
-        log.slowest = processes.decode_work(work)
+        log.slowest = work
         return agreed_status == processes.CONTINUE
 
     def every(num_steps: int) -> bool:
@@ -292,7 +292,8 @@ class StepLog:
         self._run, self._writer, self._attempts, self._share = run, writer, attempts, share
         self._trained = parts_lib.trained_parts(cfg)
         peak = cfg.peak_tflops or chips.peak_tflops(jax.devices()[0].device_kind)
-        self.slowest = processes.Slowest(0, 0.0, "data")
+        self.slowest = 0  # `processes.encode_work` of the slowest process, before the next step
+        self._slowest_logged = 0  # the slowest since the last line
         self._progress = metrics.Progress(cfg.num_steps, run.first_step, peak * jax.device_count())
         self._pending: tuple[Any, ...] | None = None
 
@@ -326,6 +327,7 @@ class StepLog:
         step, out, report, work, slowest = self._pending
         self._pending = None
         cfg = self._run.cfg
+        self._slowest_logged = max(self._slowest_logged, slowest)
         with self._run.deferring_write_errors():
             self.bad_steps.count(step, out, report)
             every = cfg.log_every_steps or cfg.num_steps
@@ -337,9 +339,15 @@ class StepLog:
             values |= self._progress.rates() | self._attempts.values()
             line = self._progress.line(step, values)
             if processes.count() > 1:
-                values |= {"slowest_process": slowest.process, "slowest_s": slowest.seconds}
-                if slowest.seconds * values.get("steps_per_s", 0) > 0.1:
-                    line += f"  slowest: process {slowest.process} ({slowest.cause})"
+                worst = processes.decode_work(self._slowest_logged)
+                values |= {
+                    "slowest_process": worst.process,
+                    "slowest_s": worst.seconds,
+                    "slowest_waits_for_data": worst.cause == "data",
+                }
+                if worst.seconds * values.get("steps_per_s", 0) > 0.1:
+                    line += f"  slowest: process {worst.process} ({worst.cause})"
+            self._slowest_logged = 0
             self._writer.write(step, values)
             self._attempts.write(step)
             processes.log(line)

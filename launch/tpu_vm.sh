@@ -11,6 +11,7 @@
 # --spot     1: cheaper machines that can be taken away at any time
 # --source   GIT_URL@COMMIT to run; default: this checkout's origin and commit
 # --stop     1: delete the machines instead
+# The training ends with this script's ssh connections: call it in tmux, on a machine that stays on.
 # To resume a run, use the same command again. Machines that still exist are used again.
 
 set -euo pipefail

@@ -311,9 +311,13 @@ def test_stored_answers_are_scored_by_a_command_without_a_model(tmp_path, capsys
     )
     monkeypatch.setattr(pipeline, "load", None)
     out = tmp_path / "out"
-    benchmark.main(["pope", "--data", str(path), "--answers", str(answers), "--out", str(out)])
+    args = ["pope", "--data", str(path), "--answers", str(answers), "--out", str(out)]
+    benchmark.main(args)
     assert "f1_random" in capsys.readouterr().out
-    assert json.loads((out / report.REPORT).read_text())["scores"]["f1_random"]["value"] == 100
+    said = json.loads((out / report.REPORT).read_text())
+    assert said["scores"]["f1_random"]["value"] == 100 and not said["partial"]
+    benchmark.main([*args, "--limit", "2"])
+    assert json.loads((out / report.REPORT).read_text())["partial"]
 
 
 def test_files_for_external_scorers(tmp_path):

@@ -25,6 +25,7 @@ from janusflow_jax.data import cache as latent_cache, chat_format, packing, sour
 from janusflow_jax.data.prepare import build, engines
 from janusflow_jax.eval import losses as losses_lib
 from janusflow_jax.hub import adapters
+from janusflow_jax.parallel import compile_cache
 from tools import cache_latents, convert_checkpoint, export_checkpoint, prepare_data
 
 
@@ -157,7 +158,7 @@ def test_generate_and_chat_use_a_bucket(model, bucket, golden_model, capsys, mon
     (bucket / "prompts.txt").write_text("a red fox\na tree\n")
     args = ["--model", model, "--prompts", f"{fake.URL}/prompts.txt", "--steps", "1"]
     generate.main([*args, "--out", f"{fake.URL}/images", "--json", f"{fake.URL}/report.json"])
-    images = json.loads((bucket / "report.json").read_text())["pictures"]
+    images = json.loads((bucket / "report.json").read_text())["images"]
     assert [x["file"] for x in images] == [f"{fake.URL}/images/{n:04}.png" for n in range(2)]
     assert Image.open(bucket / "images" / "0001.png").size == (golden_model.cfg.image_size,) * 2
     capsys.readouterr()
@@ -252,3 +253,25 @@ def test_a_data_set_and_its_cache_in_a_bucket(bucket, tmp_path):
     cache = latent_cache.Cache(folder)
     for i in range(5):
         assert cache.latents(i, 0, remote[i]["image"])[0].tolist() == [[[i] * 4]]
+
+
+def test_compiled_programs_are_read_from_a_bucket(bucket, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv(compile_cache.VARIABLE, f"{fake.URL}/cache")
+    monkeypatch.setattr(compile_cache, "MIN_SECONDS", 0.0)
+    events = []
+    listen = lambda event, **_: events.append(event.rpartition("/")[2])  # noqa: E731
+    jax.monitoring.register_event_listener(listen)
+    try:
+        jax.config.update(names[0], None)
+        assert compile_cache.enable() == f"{fake.URL}/cache"
+        for _ in range(2):
+            jax.jit(lambda x: x * 5 + 2).lower(np.ones(3)).compile()
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compile_cache.compilation_cache.reset_cache()
+    assert len(list((bucket / "cache").glob("jit_*-cache"))) == 1
+    assert (events.count("cache_misses"), events.count("cache_hits")) == (1, 1)

@@ -35,7 +35,7 @@ def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
     args = f"--model m --prompts {tmp_path}/prompts.txt --steps 2 --seed 5 9 --json {report}"
     generate.main([*args.split(), "--prompt", "a tree", "--seed", "1", "5", "9", "--out", str(out)])
     said = json.loads(report.read_text())
-    assert [(x["prompt"], x["seed"]) for x in said["pictures"]] == [
+    assert [(x["prompt"], x["seed"]) for x in said["images"]] == [
         ("a tree", 1),
         ("a red fox", 5),
         ("Two yellow taxis", 9),
@@ -43,10 +43,10 @@ def test_generate_writes_a_sheet_files_and_a_report(loaded, tmp_path, capsys):
     want = {"cfg_weight": 2.0, "num_steps": 2, "order": 1, "shift": 1.0}
     want |= {"guidance_interval": [0.0, 1.0], "dtype": "float32", "int8": False}
     assert said["settings"] == want
-    assert {(x["rows"], x["positions"]) for x in said["pictures"]} == {(4, 32)}
+    assert {(x["rows"], x["positions"]) for x in said["images"]} == {(4, 32)}
     assert said["numerics"]["random_generator"] == "threefry2x32"
     again = loaded.generate("Two yellow taxis", seed=9, num_steps=2, output="numpy")[0]
-    file = Image.open(said["pictures"][2]["file"])
+    file = Image.open(said["images"][2]["file"])
     assert np.abs(np.asarray(file).astype(int) - again).max() <= 1
     settings = json.loads(file.text[image_files.TEXT_KEY])
     assert (settings["prompt"], settings["seed"]) == ("Two yellow taxis", 9)

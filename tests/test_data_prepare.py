@@ -97,7 +97,7 @@ def test_report_lengths_and_splits(folder, tmp_path):
     assert all(records.split_of(r["id"], 0.3) == "heldout" for r in held)
     report_file = json.loads((out / "report.json").read_text())
     assert report_file["skipped"] == {
-        "picture: 0 bytes": {
+        "image: 0 bytes": {
             "count": 1,
             "examples": [["zero.jpg", "expected an image; got 0 bytes"]],
         }
@@ -412,7 +412,7 @@ def test_documents_with_images(folder, tmp_path):
     (got,) = stored(tmp_path / "out")
     tag = "<image_placeholder>"
     assert got["text"] == f"First {tag} then {tag} end." and len(got["images"]) == 2
-    assert list(report.skipped) == ["pictures: more than their marks"]
+    assert list(report.skipped) == ["images: more than their marks"]
 
 
 def test_missing_inputs_are_an_error_before_the_work(tmp_path):
@@ -450,7 +450,7 @@ def test_a_line_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):
 
 def test_half_a_character_in_a_name_can_be_printed():
     report = report_lib.Report()
-    report.skip("a\udce4.jpg", inputs.Skipped("picture: missing", "no \ud800"))
+    report.skip("a\udce4.jpg", inputs.Skipped("image: missing", "no \ud800"))
     assert report.table().encode().count(b"?") == 2
 
 
@@ -488,7 +488,7 @@ def test_the_preview_shows_what_training_sees(folder):
     generated, _ = preview("generate", "chat", 1)
     assert "«" not in generated[0].text and "positions]" in generated[0].text
     everything, report = preview("understand", "plain", 99)
-    assert len(everything) == 40 and list(report.skipped) == ["picture: 0 bytes"]
+    assert len(everything) == 40 and list(report.skipped) == ["image: 0 bytes"]
 
 
 def test_the_dry_run_writes_a_sheet_and_nothing_else(folder, tmp_path, monkeypatch, capsys):

@@ -139,6 +139,7 @@ def test_a_job_names_its_slow_process(data, tmp_path):
     output = jobs.run(data, tmp_path / "run", *flags, processes=2, patch=SLOW)
     lines = read_metrics(tmp_path / "run")[2:]  # its first step has compiled before
     assert [x["slowest_process"] for x in lines] == [1, 1, 1]
+    assert [x["slowest_waits_for_data"] for x in lines] == [1, 1, 1]
     assert all(0.8 <= x["slowest_s"] < 16 for x in lines)
     assert "slowest: process 1 (data)" in output
 
@@ -169,9 +170,12 @@ def started(data, workdir, **kwargs):
 def test_a_stop_signal_to_one_process_saves_the_same_step_on_all(data, alone, tmp_path):
     workdir = tmp_path / "run"
     job = started(data, workdir)
+    job[1].send_signal(signal.SIGUSR1)  # prints its stacks and goes on
+    time.sleep(0.2)  # signals that come together are not handled in their order
     job[1].send_signal(signal.SIGTERM)
-    (status, output), (other, _) = jobs.finish(job)
+    (status, output), (other, stacks) = jobs.finish(job)
     assert (status, other) == (0, 0), output
+    assert "Current thread" in stacks and "janusflow_jax/train.py" in stacks
     step = model_folder.committed_steps(workdir)[-1]
     assert step == read_metrics(workdir)[-1]["step"] and f"stopped at step {step}" in output
     if step < 6:

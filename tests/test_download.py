@@ -11,6 +11,7 @@ from huggingface_hub import errors
 
 import janusflow_jax
 from janusflow_jax.config.errors import CheckpointError, ConvertError
+from janusflow_jax.eval import provenance
 from janusflow_jax.hub import download
 
 NAME = "deepseek-ai/JanusFlow-1.3B"
@@ -61,6 +62,7 @@ def test_a_released_model_is_converted_once(hub, tmp_path, golden_model, monkeyp
 
     monkeypatch.setattr(download.import_janusflow, "convert", None)  # a second call would raise
     assert str(download.model_of(f"hf://{NAME}")) == str(folder)
+    assert str(provenance.resolve(f"hf://{NAME}")) == str(folder)
 
 
 def test_another_revision_is_another_folder(hub):

@@ -112,7 +112,7 @@ def test_white_and_transparent_pixels_are_generated(kind, marked):
         (lambda m: m.inpaint(PATHS, left_half(PATHS[0]), ["a"] * 2), "got 1 masks and 2 prompts"),
         (lambda m: m.edit(PATHS[0], "a", sources="b", order=2), "edit: expected order 1"),
         (lambda m: m.edit(PATHS[0], "a", sources=["b", "c"]), "got 2 sources and 1 prompts"),
-        (lambda m: m.edit(PATHS[0], "a", sources=" "), "prompt 0 is empty"),
+        (lambda m: m.edit(PATHS[0], "a", sources=" "), "what image 0 shows now; got none"),
     ],
 )
 def test_what_cannot_be_edited_says_why(model, call, says):

@@ -98,6 +98,8 @@ def test_the_files_have_what_each_family_adds():
     assert (cfgs["olmo2"].qk_norm, cfgs["olmo2"].norms) == ("all", "post")
     assert cfgs["smollm3"].no_rope_layers == (1,) and cfgs["smollm3"].rope_theta == 2e6
     assert {cfgs[n].family for n in ("granite", "granite4", "ernie4_5")} == {"llama"}
+    of_transformers_5 = published.read("smollm3")[1] | {"rope_parameters": {"rope_theta": 5e6}}
+    assert families.config_from_hf(of_transformers_5).rope_theta == 5e6
     assert all(cfg.num_kv_heads < cfg.num_heads for cfg in cfgs.values())
 
 

@@ -90,10 +90,10 @@ def test_generate_writes_the_others_and_fails(golden_model, monkeypatch, tmp_pat
             generate.main([*args, "--out", str(out), "--json", str(report)])
     assert sorted(x.name for x in (tmp_path / "images").iterdir()) == ["0000.png", "0002.png"]
     assert not (tmp_path / "sheet.png").exists()
-    assert [x["file"] for x in json.loads(report.read_text())["pictures"]] == [None] * 3
+    assert [x["file"] for x in json.loads(report.read_text())["images"]] == [None] * 3
     with pytest.raises(DivergedError):
         generate.main([*args, "--out", str(tmp_path / "images"), "--json", str(report)])
-    files = [x["file"] for x in json.loads(report.read_text())["pictures"]]
+    files = [x["file"] for x in json.loads(report.read_text())["images"]]
     assert files == [f"{tmp_path}/images/0000.png", None, f"{tmp_path}/images/0002.png"]
 
 

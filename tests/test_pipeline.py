@@ -466,8 +466,13 @@ def test_what_cannot_be_done_says_why(model, call, says):
 
 
 def test_a_folder_of_some_parts_does_what_they_can():
+    autoencoder = janusflow_jax.load("starts/emoji_vae")
     with pytest.raises(CheckpointError, match=r"generating: .* lacks \['llm', 'gen_enc"):
-        janusflow_jax.load("starts/emoji_vae").generate("a red apple")
+        autoencoder.generate("a red apple")
+    with pytest.raises(CheckpointError, match=r"generating: .* lacks \['llm'\]"):
+        autoencoder.prompt_ids(["a red apple"])
+    with pytest.raises(CheckpointError, match=r"scoring captions: .* lacks \['llm'\]"):
+        autoencoder.caption_scores([np.zeros((8, 8, 3), np.uint8)], ["a red apple"])
     reader = janusflow_jax.load("starts/emoji_llm")
     with pytest.raises(CheckpointError, match=r"encoding images: .* lacks \['vae'\]"):
         reader.encode_image(np.zeros((8, 8, 3), np.uint8))

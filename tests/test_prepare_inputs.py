@@ -130,11 +130,11 @@ def test_a_folder_of_other_files_says_what_it_holds(tmp_path):
         inputs.files([str(tmp_path)], (".parquet",))
 
 
-@pytest.mark.parametrize("what", ["picture", "caption", "tar", "parquet", "json", "text"])
+@pytest.mark.parametrize("what", ["image", "caption", "tar", "parquet", "json", "text"])
 @pytest.mark.parametrize("kind", ["pipe", "pointer"])
 def test_pipes_do_not_wait_and_pointers_are_recognized(what, kind, tmp_path):
     form, suffix = {
-        "picture": ("folder", "jpg"),
+        "image": ("folder", "jpg"),
         "caption": ("folder", "txt"),
         "tar": ("webdataset", "tar"),
         "parquet": ("parquet", "parquet"),
@@ -195,7 +195,7 @@ def test_names_that_are_equal_to_people(name, spelled, tmp_path):
 @pytest.mark.parametrize("name", ["/etc/passwd", "C:\\a.jpg", "..\\a.jpg", "FOLDER/../a.jpg"])
 def test_names_outside_the_folder(name, tmp_path):
     row = {"image": name.replace("FOLDER", str(tmp_path)), "caption": "a bear"}
-    assert outcome(row, images=str(tmp_path)) == "picture: outside its folder"
+    assert outcome(row, images=str(tmp_path)) == "image: outside its folder"
 
 
 def test_a_pair_in_two_unicode_forms(tmp_path):
@@ -225,9 +225,9 @@ MARKED = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "
         ({"image": "a.mp4", "conversations": MARKED}, "video: not read"),
         ({"audio": {"path": "a.wav", "bytes": None}}, "audio: not read"),
         ({"speech_file": "a.flac"}, "audio: not read"),
-        ({"image_file": "a.jpg"}, "picture: in another field"),
-        ({"image_url": "https://example.org/a.jpg"}, "picture: in another field"),
-        ({"photo": b"\xff\xd8"}, "picture: in another field"),
+        ({"image_file": "a.jpg"}, "image: in another field"),
+        ({"image_url": "https://example.org/a.jpg"}, "image: in another field"),
+        ({"photo": b"\xff\xd8"}, "image: in another field"),
     ],
 )
 def test_media_that_nobody_reads(fields, reason):
@@ -240,11 +240,11 @@ def test_media_that_nobody_reads(fields, reason):
     [
         ({"image_path": "a.jpg", "image_url": "https://e.org/a.jpg", "width": 9}, {}, "good"),
         ({"images": [JPG]}, {}, "good"),
-        ({"image2": "b.jpg"}, {}, "picture: in another field"),
-        ({"mask_image": b"\xff\xd8"}, {}, "picture: in another field"),
+        ({"image2": "b.jpg"}, {}, "image: in another field"),
+        ({"mask_image": b"\xff\xd8"}, {}, "image: in another field"),
         ({"image2": "b.jpg"}, {"image_field": "image"}, "good"),
         ({"video": "a.mp4"}, {"image_field": "image"}, "video: not read"),
-        ({}, {"image_field": "photo"}, "picture: missing"),
+        ({}, {"image_field": "photo"}, "image: missing"),
         ({}, {"text_field": "alt"}, "caption: missing"),
         ({}, {"id_field": "nr"}, "id: missing"),
         ({"raw": [{"text": "a bear"}]}, {"text_field": "raw/text"}, "good"),
@@ -271,7 +271,7 @@ def test_images_inside_turns():
         options = Options("llava", (), kind="conversation")
         assert records.to_record(row, "place", options)[0]["images"] == [JPG]
         row["images"] = [scenes.encoded(quality=70)]
-        assert outcome(row, kind="conversation") == "picture: in another field"
+        assert outcome(row, kind="conversation") == "image: in another field"
     video = {"role": "user", "content": "What?", "video": "a.mp4"}
     pair = {"user": "What?", "assistant": "Red.", "video": "a.mp4"}
     for turns in ([video, answer], [pair]):
@@ -300,7 +300,7 @@ def test_turns_in_every_spelling(turns, spelling, tmp_path):
 
 @pytest.mark.parametrize(
     ("image_field", "want"),
-    [("", "picture: more than one"), ("jpg", "good"), ("gif", "picture: missing")],
+    [("", "image: more than one"), ("jpg", "good"), ("gif", "image: missing")],
 )
 def test_several_images_of_a_sample(image_field, want, tmp_path):
     members = [("a.jpg", JPG), ("a.mask.png", scenes.encoded("PNG")), ("a.txt", b"a bear")]

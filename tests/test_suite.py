@@ -64,10 +64,10 @@ def test_every_claim_holds_for_a_perfect_model(command, tmp_path):
     printed = suite.table(report)
     assert printed.count("  better") == 2 * 3 + 3 * 10 and "NOT better" not in printed
     assert report["settings"]["suite"] == "emoji"
-    assert report["sheet"]["hue"]["right"] == 24 and len(report["trained_pairs"]["pictures"]) == 12
-    generated = {x["prompt"] for x in report["trained_pairs"]["pictures"]}
+    assert report["sheet"]["hue"]["right"] == 24 and len(report["trained_pairs"]["images"]) == 12
+    generated = {x["prompt"] for x in report["trained_pairs"]["images"]}
     assert len(generated) == 12 and generated.isdisjoint(prompts.PROMPTS)
-    assert sum(x["trained"] for x in report["sheet"]["pictures"]) == 16
+    assert sum(x["trained"] for x in report["sheet"]["images"]) == 16
     assert len(report["model"]["model.json"]) == len(report["data"]["files_sha256"]) == 64
     assert out.with_suffix(".png").exists()
     evaluate.main(command)
@@ -124,7 +124,7 @@ def test_generation_is_scored_with_the_judge_and_the_same_twice(referee, shown, 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_few_pairs_have_no_frechet_distance(count, shown, referee, tmp_path):
     part = score_generation(PerfectModel(), shown, referee, tmp_path, count)["trained_pairs"]
-    assert part["alignment"]["of"] == len(part["pictures"]) == count
+    assert part["alignment"]["of"] == len(part["images"]) == count
     assert ("frechet" in part) == (count >= judge_lib.MIN_IMAGES)
     json.dumps(part, allow_nan=False)
 

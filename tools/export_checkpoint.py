@@ -4,7 +4,8 @@
     python tools/export_checkpoint.py --model runs/stage3 --weights ema --dtype bfloat16 --out mine
     python tools/export_checkpoint.py --model runs/finetune --adapter-only --out adapter
 
-A converted model comes back bit for bit. What the published format cannot hold is an error.
+A converted model comes back bit for bit. A model that the published layout cannot
+describe is written in parts, which transformers, diffusers and convert_checkpoint.py read.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def read_report(path: str) -> list[dict]:
     Raises: JanusFlowError: not such a report.
     """
     try:
-        records = json.loads(files.resolve(path).read_text(encoding="utf-8"))["pictures"]
+        records = json.loads(files.resolve(path).read_text(encoding="utf-8"))["images"]
         written = [x for x in records if x["file"]]
         names = {x["file"] for x in written}
     except (json.JSONDecodeError, KeyError, TypeError) as error:

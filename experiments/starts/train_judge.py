@@ -97,7 +97,7 @@ def accuracy(loaded: judge.LoadedJudge, pixels: np.ndarray, labels: list[Label])
     nearest = [every[i] for i in cosines.argmax(1)]
     pairs = list(zip(nearest, labels, strict=True))
     return {
-        "pictures": len(labels),
+        "images": len(labels),
         "candidates": len(every),
         "pair": round(float(np.mean([a == b for a, b in pairs])), 4),
         "class": round(float(np.mean([a.name == b.name for a, b in pairs])), 4),

@@ -13,11 +13,13 @@ from etils import epath
 from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config import files as config_files
 from janusflow_jax.config.errors import JanusFlowError
-from janusflow_jax.hub import adapters, safetensors as safetensors_io
+from janusflow_jax.hub import adapters, download, safetensors as safetensors_io
 
 
 def resolve(path: Any) -> epath.Path:
-    """The folder that will be loaded. Of a run it is the newest checkpoint, which never changes."""
+    """The folder that will be loaded. Of a run it is the newest checkpoint, which never changes; of
+    hf://organization/name, the converted model in the cache."""
+    path = download.model_of(path) if download.is_repository(path) else path
     folder = model_folder.resolve(path)
     if (folder / model_folder.MODEL_FILE).exists() or not (folder / "checkpoints").exists():
         return folder

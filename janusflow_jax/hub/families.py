@@ -306,7 +306,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeConfig]:
             f"{WHERE}: rope_type: expected one of {', '.join(_ROPE)}, for all layers; got "
             f"{kind if kind not in _ROPE else sorted(stored)!r}: {KNOWN}"
         )
-    theta = numbers(WHERE, {**stored, **values} if kind else values, {"rope_theta": 10000.0})
+    theta = numbers(WHERE, {**values, **stored}, {"rope_theta": 10000.0})
     theirs: dict[str, Any] = {
         _THEIRS.get(name, name): getattr(RopeConfig(), name) for name in _ROPE[kind]
     }

@@ -99,7 +99,7 @@ def score_generation(
         "sheet": score_images(images, of_sheet, refs, judge),
         "trained_pairs": score_images(more_images, more, refs, judge),
     }
-    for row, (_, _, trained) in zip(out["sheet"]["pictures"], prompts.SHEET, strict=True):
+    for row, (_, _, trained) in zip(out["sheet"]["images"], prompts.SHEET, strict=True):
         row["trained"] = trained
     if judge and len(more) >= judge_lib.MIN_IMAGES:
         rest = sorted(refs.unseen.keys() - more)
@@ -119,14 +119,14 @@ def score_images(
     refs: References,
     judge: LoadedJudge | None,
 ) -> dict[str, Any]:
-    """Hue, retrieval and alignment of images, uint8[H, W, 3] each; a row for each in `pictures`."""
+    """Hue, retrieval and alignment of images, uint8[H, W, 3] each; a row for each in `images`."""
     hue = scores.score_hues(images, labels)
     retrieval = scores.score_retrieval(images, labels, refs.gallery)
     rows = zip(hue.pop("hues"), hue.pop("right_each"), retrieval.pop("ranks"), labels, strict=True)
     out = {
         "hue": hue,
         "retrieval": retrieval,
-        "pictures": [
+        "images": [
             {"hue": h, "hue_right": right, "rank": r, "prompt": prompts.caption(x.color, x.name)}
             for h, right, r, x in rows
         ],

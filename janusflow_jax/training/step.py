@@ -191,12 +191,11 @@ def _task_metrics(cfg: TrainConfig, totals: losses.Sums, extras: dict[str, Any])
     out = {f"loss_{n}": jnp.sum(sums[n]) / jnp.maximum(jnp.sum(totals[n]), 1.0) for n in sums}
     out |= {f"count_{n}": jnp.sum(totals[n]) for n in ("ar", "rf")}
     for i, source in enumerate(cfg.data.sources):
-        task = "rf" if source.task == "generate" else "ar"
-        sum_, total = sums[task][i], totals[task][i]
-        out |= {
-            f"loss_{task}/{source.label}": sum_ / jnp.maximum(total, 1.0),
-            f"count_{task}/{source.label}": total,
-        }
+        names = ("rf", "repa") if source.task == "generate" else ("ar",)
+        total = totals[names[0]][i]
+        out[f"count_{names[0]}/{source.label}"] = total
+        for name in names:
+            out[f"loss_{name}/{source.label}"] = sums[name][i] / jnp.maximum(total, 1.0)
     if "rf_by_t" in extras:
         by_t = extras["rf_by_t"] / jnp.maximum(extras["count_by_t"], 1.0)
         out |= {f"loss_rf/t{i}": by_t[i] for i in range(losses.T_BUCKETS)}

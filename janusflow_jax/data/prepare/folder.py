@@ -63,11 +63,11 @@ def _pairs(root: epath.Path) -> Iterator[Row]:
             elif suffix in records.IMAGE_SUFFIXES:
                 stems.setdefault(stem, ([], []))[0].append(name)
             else:
-                yield name, name, Skipped("file: neither picture nor .txt")
+                yield name, name, Skipped("file: neither image nor .txt")
         for _, (images, texts) in sorted(stems.items(), key=lambda x: inputs.natural_key(x[0])):
             if not images:
                 detail = f"expected an image beside {texts[0]}"
-                yield texts[0], texts[0].rpartition(".")[0], Skipped("picture: missing", detail)
+                yield texts[0], texts[0].rpartition(".")[0], Skipped("image: missing", detail)
             for image in images:  # a second image of this name is counted as a duplicate id
                 stem = image.rpartition(".")[0]
                 if texts:

@@ -137,7 +137,7 @@ def open_file(
 
     Args:
       path: the file.
-      what: its name in reasons: picture, caption, file.
+      what: its name in reasons: image, caption, file.
       broken: errors inside the `with` which mean that the file is broken.
     Raises:
       Skipped: no such file, or a broken one; trying again would not help.

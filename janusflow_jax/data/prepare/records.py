@@ -1,7 +1,7 @@
 """Rows -> records of the data set, or the reason why a row is skipped.
 
 Every format comes through here: fields by their usual names, then checks of ids, texts and images.
-Reasons such as 'picture: missing' are keys of report.json: their wording should not change.
+Reasons such as 'image: missing' are keys of report.json: their wording should not change.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ IMAGE_SUFFIXES = (
 """Files that are images by their names. Only the first line is decoded; the others are counted as
 skipped instead of being ignored."""
 MEDIA = {
-    "picture": (("image", "img", "picture", "photo", *_DECODED), IMAGE_SUFFIXES),
+    "image": (("image", "img", "picture", "photo", *_DECODED), IMAGE_SUFFIXES),
     "video": (
         ("video", "clip"),
         (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"),
@@ -70,7 +70,7 @@ _TURN_FIELDS = ("from", "value", "role", "content", "user", "assistant", "image"
 """The fields of a turn that are read."""
 
 _JPEG_QUALITY = 95
-_IMAGE_NAME = re.compile(rf"(.*[_.-])?({'|'.join(MEDIA['picture'][0])})s?[_.-]?[0-9]*")
+_IMAGE_NAME = re.compile(rf"(.*[_.-])?({'|'.join(MEDIA['image'][0])})s?[_.-]?[0-9]*")
 """Names of fields that hold an image, not its size or address."""
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 _DRIVE = re.compile(r"^[A-Za-z]:[/\\]")
@@ -155,11 +155,11 @@ def to_record(row: Any, place_id: str, options: Options) -> tuple[dict[str, Any]
     for name, value in row.items():
         is_read = name in (image_field, id_field) or value is text_value
         medium = "" if is_read else _unread(name, value, values)
-        if medium and not (medium == "picture" and options.image_field):
+        if medium and not (medium == "image" and options.image_field):
             _refuse(medium, f"field {name}: {_brief(value)}")
     if options.kind == "captions":
         if len(values) != 1:
-            reason = "picture: more than one" if values else "picture: missing"
+            reason = "image: more than one" if values else "image: missing"
             raise Skipped(reason, f"expected one; got {len(values)}; {_fields(row)}")
         if content is None:
             raise Skipped("caption: missing", _fields(row))
@@ -235,7 +235,7 @@ def medium_of_file(name: str) -> str:
 
 def _refuse(medium: str, detail: str) -> NoReturn:
     """Raises the Skipped of a record with a medium that is not read."""
-    where = "in another field" if medium == "picture" else "not read"
+    where = "in another field" if medium == "image" else "not read"
     raise Skipped(f"{medium}: {where}", detail)
 
 
@@ -286,24 +286,24 @@ def load_image(image: Any, options: Options) -> bytes:
     if isinstance(image, dict):
         image = image.get("bytes")
     if _is_null(image):
-        raise Skipped("picture: missing")
+        raise Skipped("image: missing")
     if isinstance(image, str):
         image = _image_path(image, options)
     if isinstance(image, os.PathLike):
-        image = inputs.read_bytes(epath.Path(image), "picture", options.max_bytes)
+        image = inputs.read_bytes(epath.Path(image), "image", options.max_bytes)
     if not isinstance(image, bytes):
-        raise Skipped("picture: neither path nor bytes", _brief(image))
+        raise Skipped("image: neither path nor bytes", _brief(image))
     data = image
     try:
         pixels = images.decode(data, options.max_pixels, options.max_bytes)
     except DataError as e:
-        raise Skipped(f"picture: {e.reason}", str(e)) from e
+        raise Skipped(f"image: {e.reason}", str(e)) from e
     height, width = pixels.shape[:2]
     short, long = sorted((height, width))
     if short < options.min_side:
-        raise Skipped("picture: too small", f"{width} x {height}, at least {options.min_side}")
+        raise Skipped("image: too small", f"{width} x {height}, at least {options.min_side}")
     if long > short * options.max_aspect:
-        raise Skipped("picture: too long and thin", f"{width} x {height}")
+        raise Skipped("image: too long and thin", f"{width} x {height}")
     if not options.max_side or long <= options.max_side:
         return data
     scale = options.max_side / long
@@ -325,18 +325,18 @@ def _image_path(name: str, options: Options) -> epath.Path:
     """
     folder = options.images or (options.inputs[0] if options.format == "folder" else "")
     if not folder:
-        raise Skipped("picture: missing", f"{name[:80]}: `images` is the folder of the images")
+        raise Skipped("image: missing", f"{name[:80]}: `images` is the folder of the images")
     if not name.strip():
-        raise Skipped("picture: missing", "no name")
+        raise Skipped("image: missing", "no name")
     if (medium := medium_of_file(name)) in ("video", "audio"):
         _refuse(medium, name[:120])
     for root in (str(folder), os.path.abspath(folder)):
         name = name.removeprefix(f"{root.rstrip('/')}/")
     if _SCHEME.match(name):
-        raise Skipped("picture: a web address, not a file", name[:120])
+        raise Skipped("image: a web address, not a file", name[:120])
     slashes = name.replace("\\", "/")
     if slashes.startswith(("/", "~")) or _DRIVE.match(name) or ".." in slashes.split("/"):
-        raise Skipped("picture: outside its folder", name[:120])
+        raise Skipped("image: outside its folder", name[:120])
     # file systems distinguish these forms; people cannot
     forms = [unicodedata.normalize(form, x) for x in (name, slashes) for form in ("NFC", "NFD")]
     paths = [epath.Path(folder) / form for form in dict.fromkeys([name, *forms])]
@@ -416,7 +416,7 @@ def mark_images(text: str, options: Options) -> str:
 def _check_marks(marks: int, count: int) -> None:
     if marks != count:
         which = "more" if marks < count else "fewer"
-        raise Skipped(f"pictures: {which} than their marks", f"{count} images, {marks} marks")
+        raise Skipped(f"images: {which} than their marks", f"{count} images, {marks} marks")
 
 
 # Conversations
@@ -496,7 +496,7 @@ def _images_of_turns(turns: Any, images: list[Any]) -> list[Any]:
                 if isinstance(holder, dict):
                     inside += _listed(holder.get("images") or holder.get("image"))
     if inside and images and inside != images:
-        _refuse("picture", f"the turns hold {len(inside)} images, the record {len(images)}")
+        _refuse("image", f"the turns hold {len(inside)} images, the record {len(images)}")
     return images or inside
 
 
@@ -536,4 +536,4 @@ def _part(part: Any, marker: str) -> str:
             return part["text"]
         if kind in ("image", "image_url", "input_image"):
             return marker + "\n"
-    raise Skipped("conversation: part that is neither text nor picture", str(part)[:60])
+    raise Skipped("conversation: part that is neither text nor image", str(part)[:60])

@@ -94,11 +94,11 @@ def _fields(sample: dict[str, bytes], place_id: str, options: Options) -> dict[s
     for extension, medium in media.items():
         if medium in ("video", "audio"):
             raise Skipped(f"{medium}: not read", f"member {extension}")
-    extensions = [e for e in sorted(media, key=inputs.natural_key) if media[e] == "picture"]
+    extensions = [e for e in sorted(media, key=inputs.natural_key) if media[e] == "image"]
     if options.image_field:
         extensions = [e for e in sample if e == options.image_field.lower()]
     if options.kind == "captions" and len(extensions) != 1:
-        raise Skipped(f"picture: {'more than one' if extensions else 'missing'}", members)
+        raise Skipped(f"image: {'more than one' if extensions else 'missing'}", members)
     images = [sample[extension] for extension in extensions]
     # the images are members of the tar, not what the JSON names
     fields = {name: value for name, value in row.items() if name not in records.IMAGE_FIELDS}
