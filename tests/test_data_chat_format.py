@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,7 @@ def text_part(text):
         ([openai_image("A"), openai_image("B"), text_part("x")], ["", "\n", "\nx"], ["A", "B"]),
         ([text_part("x"), openai_image("A"), text_part("y")], ["x\n", "\ny"], ["A"]),
         ([text_part("x"), text_part("y")], ["x\ny"], []),
+        ([text_part("x\n"), text_part(""), text_part("y")], ["x\ny"], []),
         ([{"type": "image_url", "image_url": "A"}, text_part("")], ["", "\n"], ["A"]),
         ([{"type": "image", "image": 7}], ["", ""], [7]),
         ([{"type": "image", "url": "A"}], ["", ""], ["A"]),
@@ -117,6 +120,21 @@ def text_part(text):
 def test_messages_of_other_libraries(content, pieces, images):
     turns, own = chat_format.parse_messages([{"role": "user", "content": content}])
     assert turns == [{"role": "user", "content": pieces}] and own == images
+
+
+def test_many_parts_of_a_text_are_joined_at_once():
+    begin = time.monotonic()
+    (text,), _ = chat_format.content_parts([text_part("x" * 300)] * 20_000)
+    assert len(text) == 20_000 * 301 - 1
+    assert time.monotonic() - begin < 1  # copying all for each part takes seconds
+
+
+def test_of_a_prompt_only_ids_are_read(chat, monkeypatch):
+    """Tokens and offsets of a long text are so many objects that every other thread stops."""
+    encode = lambda text, add_special_tokens: types.SimpleNamespace(ids=[7] * 9)  # noqa: E731
+    monkeypatch.setitem(vars(chat), "text_tokenizer", types.SimpleNamespace(encode=encode))
+    turns = [{"role": "user", "content": f"{chat.image_tag} What is it?"}]
+    assert len(chat.conversation(turns, 1, closed=False).ids) == 1 + 9 + 18 + 9
 
 
 def test_content_lists_read_as_the_published_form(chat):

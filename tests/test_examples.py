@@ -62,7 +62,7 @@ def test_lmms_eval_gets_the_arguments_that_it_knows(tmp_path):
     )
     stub.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    with serving(FakeEngine()) as url:
+    with serving(FakeEngine(), keys=["secret"]) as url:
         out = run(["bash", str(EXAMPLES / "lmms_eval.sh"), url, "pope"], tmp_path, PATH=path)
     words = out.split()
     assert words[words.index("--tasks") + 1] == "pope"

@@ -6,9 +6,12 @@ import gzip
 import json
 import socket
 import time
+import types
 
 import httpx
 import pytest
+import uvicorn
+import uvicorn.server
 from helpers import fake_engine
 from helpers.fake_engine import FakeEngine, raw, serving, wait_for
 
@@ -129,6 +132,99 @@ def test_a_client_that_does_not_read_its_answer_is_left():
             sock.sendall(head(len(text)) + text)
             ended = f'janusflow_requests_total{{code="200",route="{PATH}"}} 1.0'
             wait_for(lambda: ended in metrics(url), 20)  # of 90 images of 200 kB
+
+
+class Connection:
+    """A connection's transport and clock, both moved by a test."""
+
+    def __init__(self, stall_seconds):
+        self.unsent, self.is_aborted, self.timers, self.now = 0, False, [], 0.0
+        limits = Limits(stall_seconds=stall_seconds)
+        protocol = type("Protocol", (guard.TimedProtocol,), {"limits": limits})
+        config = uvicorn.Config(None, log_config=None)
+        self.protocol = protocol(config, uvicorn.server.ServerState(), {}, self)
+        self.protocol.connection_made(self)
+        self.protocol.header_timer.cancel()
+        self.protocol.cycle = types.SimpleNamespace(response_complete=False)
+
+    def get_extra_info(self, name):
+        return None
+
+    def get_write_buffer_size(self):
+        return self.unsent
+
+    def abort(self):
+        self.is_aborted = True
+
+    def close(self):
+        pass
+
+    def is_closing(self):
+        return False
+
+    def call_later(self, seconds, callback, *args):
+        timer = types.SimpleNamespace(at=self.now + seconds, run=lambda: callback(*args))
+        timer.cancel = lambda: timer in self.timers and self.timers.remove(timer)
+        self.timers.append(timer)
+        return timer
+
+    def pass_time(self, seconds):
+        self.now += seconds
+        for timer in [x for x in self.timers if x.at <= self.now]:
+            self.timers.remove(timer)
+            timer.run()
+
+    def pause(self, unsent):
+        self.unsent = unsent
+        self.protocol.pause_writing()
+
+    def resume(self):
+        self.unsent = 10
+        self.protocol.resume_writing()
+
+
+def test_a_client_that_reads_is_not_left():
+    connection = Connection(stall_seconds=30.0)
+    for k in range(20):  # events that grow
+        connection.pause(1000 + k)
+        connection.pass_time(10)
+        connection.resume()
+        connection.pass_time(3)
+        assert not connection.is_aborted and len(connection.timers) <= 1
+    connection.pause(1000)
+    for unsent in (900, 500, 499, 100):  # slowly
+        connection.unsent = unsent
+        connection.pass_time(30)
+    assert not connection.is_aborted
+    connection.pass_time(30)
+    assert connection.is_aborted
+
+
+def test_the_next_answer_of_a_connection_is_no_stall():
+    connection = Connection(stall_seconds=30.0)
+    connection.unsent, connection.protocol.cycle.response_complete = 50, True
+    connection.protocol.on_response_complete()
+    connection.pass_time(4)
+    connection.protocol.data_received(b"GET / HTTP/1.1\r\n")  # the next request begins
+    connection.protocol.cycle = types.SimpleNamespace(response_complete=False)
+    connection.protocol.data_received(b"Host: x\r\n")
+    connection.unsent = 60
+    connection.pass_time(26)
+    assert not connection.is_aborted
+    connection.protocol.cycle.response_complete = True
+    connection.protocol.on_response_complete()
+    connection.pass_time(30)
+    assert connection.is_aborted
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure(url, caplog):
+    host, port = url.removeprefix("http://").split(":")
+    path = "/v1/images/edits"  # of which no other test is left
+    with socket.create_connection((host, int(port))) as sock:
+        sock.sendall(head(100_000, path, "multipart/form-data; boundary=x") + b"--x")
+        time.sleep(0.1)
+    wait_for(lambda: f'requests_total{{code="499",route="{path}"}} 1.0' in metrics(url), 10)
+    assert not [x for x in caplog.records if x.exc_info]
 
 
 def metrics(url):

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ BAD_OF_CHAT = {
     "temperature": [-0.1, 2.1, "1"],
     "top_p": [0, 1.1, -1],
     "seed": [-1, 2**32],
-    "stop": [["a"] * 5, [""], 5, ["\ud800"]],
+    "stop": [["a"] * 5, [""], 5, ["\ud800"], "a" * 501, ["a", "a" * 501]],
     "stream_options": [[], {"include_usage": 1}],
     "n": [2, True, "1"],
     "tools": [[{"type": "function"}]],
@@ -212,6 +213,15 @@ def test_a_body_that_is_no_object(body, words):
         checks.json_object(body)
 
 
+def test_a_repeated_key_among_many_is_found_at_once():
+    names = [f'"k{i}":0' for i in range(20_000)]
+    body = "{" + ",".join([*names, '"k7":0']) + "}"
+    begin = time.monotonic()
+    with pytest.raises(RequestError, match="'k7' occurs twice"):
+        checks.json_object(body.encode())
+    assert time.monotonic() - begin < 1  # comparing each with all takes several
+
+
 def test_extra_body_is_merged():
     assert checks.json_object(b'{"a": 1, "extra_body": {"b": 2}}') == {"a": 1, "b": 2}
 
@@ -230,6 +240,16 @@ def test_images_of_a_conversation_come_in_the_models_size():
     request = chat(messages=message(big, data_url(file()))).request
     assert [x.shape for x in request.images] == [(32, 32, 3)] * 2
     assert len(request.messages[0]["content"]) == 3
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenized():
+    most = 16 * fake_engine.FULL_LIMITS.context
+    half = {"role": "user", "content": "x" * (most // 2 - len("user"))}
+    assert len(chat(messages=[half, half]).request.messages) == 2
+    with pytest.raises(RequestError, match=f"at most {most} characters.*got {most + 5}") as caught:
+        chat(messages=[half, half, {"role": "user", "content": "x"}])
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_tags_in_a_text_are_text():
@@ -292,6 +312,19 @@ def test_edits_come_from_text_fields():
     assert (request.strength, call.ignored) == (0.6, ("x",))
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"guidance_interval": "[0, 0.6]"},
+        {"guidance_interval[]": ["0", "0.6"]},  # as OpenAI's client writes a list
+    ],
+)
+def test_a_form_may_have_a_list(form):
+    call = edit(form)
+    assert (call.request.sampler.guide_from, call.request.sampler.guide_until) == (0.0, 0.6)
+    assert not call.ignored
+
+
 def test_a_mask_says_what_is_generated_again():
     mask = Image.new("L", (40, 30), 0)
     mask.paste(255, (0, 0, 20, 30))  # the left half; the square begins at x = 5
@@ -315,6 +348,10 @@ def test_a_mask_says_what_is_generated_again():
         (lambda: edit({"strength": "nan"}), "strength"),
         (lambda: edit({"n": "1e999"}), "n"),
         (lambda: edit({"n": ""}), "n"),
+        (lambda: edit({"guidance_interval": "0, 1"}), "guidance_interval"),
+        (lambda: edit({"guidance_interval": "[" * 60_000}), "guidance_interval"),
+        (lambda: edit({"guidance_interval[]": ["0.6"]}), "guidance_interval[]"),
+        (lambda: edit({"guidance_interval[]": ["0", "x"]}), "guidance_interval[]"),
     ],
 )
 def test_bad_edits(call, param):

@@ -1,11 +1,13 @@
 """The server on a real socket, on an engine without a model: OpenAI's client, keys, draining."""
 
+import asyncio
 import base64
 import contextlib
 import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from helpers.fake_engine import FakeEngine, serving, wait_for
 from PIL import Image
 
 from janusflow_jax.data import image_files
-from janusflow_jax.serve import app, listen
+from janusflow_jax.serve import app, command, listen
 from janusflow_jax.serve.limits import Limits
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -139,10 +141,15 @@ def test_edits(client, engine):
     assert answer.model_extra["method"] == "flow_inpaint"
     assert engine.seen[-1].mask.all() and engine.seen[-1].seeds == (3,)
     stream = client.images.edit(
-        model="fake", image=[png()], prompt="x", stream=True, extra_body={"strength": 0.3}
+        model="fake",
+        image=[png()],
+        prompt="x",
+        stream=True,
+        extra_body={"strength": 0.3, "guidance_interval": [0, 0.6]},
     )
     assert [e.type for e in stream] == ["image_edit.completed"]
     assert engine.seen[-1].strength == 0.3 and engine.seen[-1].mask is None
+    assert engine.seen[-1].sampler.guide_until == 0.6
 
 
 def test_chat(client):
@@ -281,6 +288,15 @@ def test_the_id_of_a_request_comes_back(url):
     assert len(odd.headers["x-request-id"]) == 32
 
 
+def test_a_path_forges_no_line_of_the_log(url, caplog):
+    caplog.set_level("INFO", "janusflow_jax.serve")
+    httpx.get(f"{url}/x%0aINFO%20forged%1b[31m{'y' * 1000}")
+    lines = lambda: [x for x in caplog.messages if "INFO forged" in x]  # noqa: E731
+    wait_for(lines)
+    (line,) = lines()
+    assert line.isprintable() and len(line) < 300
+
+
 def test_keys():
     with serving(FakeEngine(), keys=["first", "second"]) as url:
         for path in ("/v1/models", "/metrics"):
@@ -295,6 +311,7 @@ def test_keys():
         assert httpx.get(f"{url}/v1/models", headers={"Authorization": "first"}).status_code == 401
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_other_hosts_and_origins(url):
     def status(**headers):
         return httpx.get(f"{url}/v1/models", headers=headers).status_code
@@ -312,6 +329,40 @@ def test_other_hosts_and_origins(url):
         refused = httpx.options(f"{other}/v1/images/generations", headers=asked)
         assert refused.status_code == 400
         assert httpx.get(f"{other}/v1/models", headers={"Host": "any"}).status_code == 200
+
+
+def test_another_address_of_the_loopback_is_a_host_name():
+    hosts = command.host_names(command.parse(["--model", "m", "--host", "127.0.0.2"]))
+    with serving(FakeEngine(), hosts=hosts) as url:
+        for host, status in {"127.0.0.2:80": 200, "localhost": 200, "evil.example": 400}.items():
+            assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == status
+
+
+def test_strangers_of_a_space_have_limits_of_their_own():
+    """Behind the Space's proxy, even one who writes another address in front of theirs."""
+    text = (ROOT / "launch/space/Dockerfile").read_text().replace("\\\n", "")
+    (line,) = [x for x in text.splitlines() if x.startswith("CMD ")]
+    args = command.parse(json.loads(line.removeprefix("CMD "))[3:])
+    engine = FakeEngine()
+    server = app.Server(engine, fake_engine.MODEL, Limits(), hosts=())
+    config = listen.DrainingServer(server, 1.0, args.trusted_proxies).config
+    config.load()
+
+    async def ask(peer, forwarded):
+        transport = httpx.ASGITransport(config.loaded_app, client=(peer, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://a.hf.space") as client:
+            headers = {"X-Forwarded-For": forwarded}
+            answer = await client.post(
+                "/v1/images/generations", json={"prompt": "x"}, headers=headers
+            )
+            assert answer.status_code == 200
+        return engine.seen[-1].client
+
+    engine.start()
+    assert asyncio.run(ask("10.16.3.80", "1.2.3.4")) == "1.2.3.4"
+    assert asyncio.run(ask("10.16.3.80", "6.6.6.6, 1.2.3.4, 10.16.40.1")) == "1.2.3.4"
+    assert asyncio.run(ask("8.8.8.8", "1.2.3.4")) == "8.8.8.8"
+    engine.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,6 +2,7 @@
 sequence of events, and nothing is mixed up."""
 
 import contextlib
+import dataclasses
 import random
 import threading
 import time
@@ -14,7 +15,7 @@ from helpers import runs
 from janusflow_jax.config import SamplerConfig, parts
 from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format
-from janusflow_jax.serve import engine as engine_lib, replicas
+from janusflow_jax.serve import engine as engine_lib, jobs, replicas
 from janusflow_jax.serve.requests import (
     ChatRequest,
     Draining,
@@ -363,6 +364,29 @@ def test_stop_strings_end_an_answer():
     assert text == answer[: answer.index(stop)].rstrip() and heard[-1].reason == "stop"
 
 
+def test_a_long_stop_string_costs_no_more_than_the_answer():
+    engine, heard = make(), []
+    engine.submit(chat("a", words=20, max_tokens=30, stop=("ab" * 100_000,)), heard.append)
+    begin = time.monotonic()
+    finish(engine)
+    assert time.monotonic() - begin < 1 and heard[-1].reason == "stop"
+
+
+def test_without_guidance_its_interval_changes_no_step():
+    """As of `Pipeline.generate`: order 2 does not begin again where guidance would."""
+    cut = SamplerConfig(steps=6, order=2, guide_from=0.2, guide_until=0.7)
+    limits = make().limits
+    plain, both = (
+        jobs.prepare(
+            dataclasses.replace(image("x", scale=1.0), sampler=sampler), MODEL, limits
+        ).lengths
+        for sampler in (SamplerConfig(steps=6, order=2), cut)
+    )
+    np.testing.assert_array_equal(both, plain)
+    guided = dataclasses.replace(image("x", scale=2.0), sampler=cut)
+    assert (jobs.prepare(guided, MODEL, limits).lengths != plain).any()
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -378,17 +402,17 @@ def test_stop_strings_end_an_answer():
 )
 def test_requests_are_checked(request_, message):
     with pytest.raises(JanusFlowError, match=message):
-        make().check(request_)
+        make().submit(request_, print)
 
 
 def test_prompts_have_limits():
     engine = make()
     long = "a red fox and " * 40
     with pytest.raises(JanusFlowError, match="prompt: expected at most 32 tokens"):
-        engine.check(ImageRequest(id="x", client="a", prompt=long, seeds=(1,)))
+        engine.submit(ImageRequest(id="x", client="a", prompt=long, seeds=(1,)), print)
     turns = [{"role": "user", "content": [long * 3]}]
     with pytest.raises(JanusFlowError, match="chat: expected at most 255 positions"):
-        engine.check(ChatRequest(id="x", client="a", messages=turns))
+        engine.submit(ChatRequest(id="x", client="a", messages=turns), print)
 
 
 def test_replicas_share_the_work():

@@ -200,6 +200,7 @@ def test_a_signal_while_it_compiles_ends_the_command(golden_folder):
     [
         (["--host", "0.0.0.0"], "JANUSFLOW_API_KEY"),
         (["--max-n", "0"], "n: expected 1 to 100"),
+        (["--max-images", "9"], "images: expected 1 to 8"),
         (["--context", "100"], "multiple of 64"),
     ],
 )

@@ -325,12 +325,18 @@ class ChatFormat:
             if isinstance(part, _Span):
                 encoding = self.text_tokenizer.encode(part.text, add_special_tokens=False)
                 open_target = part.target_from >= 0
+                # `tokens` and `offsets` make a Python object of every token, and no other thread
+                # runs meanwhile: they are read only where they decide something.
+                cut = 0
                 # The tokenizer's space belongs before the sequence, not behind an image.
-                cut = len(ids) > self.head and encoding.tokens[:1] == [self.prefix]
-                cut = int(cut and not part.text.startswith(" "))
-                ids += encoding.ids[cut:]
-                ends = [end for _, end in encoding.offsets[cut:]]
-                target += [open_target and end > part.target_from for end in ends]
+                if self.prefix and len(ids) > self.head and not part.text.startswith(" "):
+                    cut = int(encoding.tokens[:1] == [self.prefix])
+                new = encoding.ids[cut:]
+                ids += new
+                if open_target:
+                    target += [end > part.target_from for _, end in encoding.offsets[cut:]]
+                else:
+                    target += [False] * len(new)
             elif part == self.image_id:
                 starts.append(len(ids))
                 ids.append(self.image_start_id)
@@ -408,11 +414,11 @@ def content_parts(content: Any) -> tuple[list[str], list[Any]]:
         content = [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)) or not content:
         raise DataError(f"content: expected a text or a list of parts; got {content!r:.40}")
-    pieces, images, problems = [""], [], []
+    pieces, images, problems = [[""]], [], []  # the texts of each piece
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if i and not pieces[-1].endswith("\n"):
-            pieces[-1] += "\n"
+        if i and not pieces[-1][-1].endswith("\n"):
+            pieces[-1].append("\n")
         if kind == "text":
             text = part.get("text")
             if not isinstance(text, str) or not _is_unicode(text):
@@ -420,21 +426,22 @@ def content_parts(content: Any) -> tuple[list[str], list[Any]]:
                     f"part {i}: expected 'text' of Unicode characters; got {text!r:.40}"
                 )
                 continue
-            pieces[-1] += text
+            if text:
+                pieces[-1].append(text)
         elif kind in ("image_url", "image"):
             image = _image_of(part)
             if image is None:
                 problems.append(f"part {i}: expected an image in it; got the keys {[*part]!r:.80}")
                 continue
             images.append(image)
-            pieces.append("")
+            pieces.append([""])
         else:
             problems.append(
                 f"part {i}: expected the type text, image_url or image; got {kind!r:.40}"
             )
     if problems:
         raise DataError("content: " + "; ".join(problems))
-    return pieces, images
+    return ["".join(texts) for texts in pieces], images
 
 
 def _image_of(part: dict[str, Any]) -> Any:

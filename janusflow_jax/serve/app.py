@@ -42,7 +42,6 @@ from janusflow_jax.serve.requests import (
 LOG = logging.getLogger("janusflow_jax.serve")
 COMMENT_SECONDS = 10.0
 """Proxies close connections on which nothing moves."""
-RETRY_SECONDS = answers.RETRY_SECONDS
 QUIET = ("/health", "/ready", "/metrics")
 """Asked for all the time: not logged."""
 MAX_FORM_FILES, MAX_FORM_FIELDS, FORM_PART_BYTES = 8, 64, 64 * 1024
@@ -262,7 +261,10 @@ class Server:
         if not status.ready:
             state = "ending" if status.draining else "starting"
             raise RequestError(
-                f"the server is {state}: try again", 503, code=state, retry_after=RETRY_SECONDS
+                f"the server is {state}: try again",
+                503,
+                code=state,
+                retry_after=answers.RETRY_SECONDS,
             )
 
     async def _submit(self, request: ImageRequest | ChatRequest) -> Events:
@@ -283,7 +285,7 @@ class Server:
             ) from error
         except Draining as error:
             raise RequestError(
-                str(error), 503, code="draining", retry_after=RETRY_SECONDS
+                str(error), 503, code="draining", retry_after=answers.RETRY_SECONDS
             ) from error
         return events
 
@@ -295,7 +297,7 @@ class Server:
     def _on_answer(self, path: str, status: int, seconds: float, request_id: str) -> None:
         self.metrics.answered(path, status, seconds)
         if path not in QUIET:
-            LOG.info("%s %d %.3f s %s", path, status, seconds, request_id)
+            LOG.info("%.200a %d %.3f s %s", path, status, seconds, request_id)
 
 
 class EventStream(StreamingResponse):
@@ -361,8 +363,11 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-async def _form(request: Request, body: bytes) -> tuple[dict[str, str], dict[str, list[bytes]]]:
-    """The texts and files of a form's body, which has been read within limits."""
+async def _form(request: Request, body: bytes) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
+    """The texts and files of a form's body, which has been read within limits.
+
+    A text is the last of its name; where the name ends with `[]`, it is the list of all.
+    """
 
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -373,10 +378,12 @@ async def _form(request: Request, body: bytes) -> tuple[dict[str, str], dict[str
     ) as form:
         texts, files = {}, collections.defaultdict(list)
         for name, value in form.multi_items():
-            if isinstance(value, str):
-                texts[name] = value
-            else:
+            if not isinstance(value, str):
                 files[name].append(await value.read())
+            elif name.endswith("[]"):
+                texts.setdefault(name, []).append(value)
+            else:
+                texts[name] = value
     return texts, files
 
 

@@ -6,6 +6,8 @@ server cannot do is an error, never silently dropped.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
 import re
@@ -24,10 +26,12 @@ from janusflow_jax.sampling import inputs
 from janusflow_jax.serve.limits import MIB, Limits, RequestError
 from janusflow_jax.serve.requests import ChatRequest, EngineLimits, ImageRequest
 
-SEED_LIMIT = 2**32
 MAX_ELEMENTS = 200_000
 """Python parses JSON without letting other threads run: 20 MiB of small numbers would stop the
 server for a second. Images and text have few elements."""
+CHARS_A_POSITION = 16
+"""Of a conversation: text that is longer cannot fit, and is not tokenized to find that out."""
+STOP_CHARS = 500
 DEFAULT_TOKENS = 512
 MIN_SIDE = 64
 
@@ -89,8 +93,8 @@ def json_object(data: bytes) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {max(names, key=names.count)!r:.80} occurs twice")
+        [(name, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name!r:.80} occurs twice")
     return out
 
 
@@ -152,6 +156,20 @@ class Fields:
         if isinstance(text, str) and re.fullmatch(r"-?\d{1,20}(\.\d{1,20})?", text.strip()):
             self.values[name] = float(text) if "." in text else int(text)
 
+    def numbers(
+        self, name: str, default: Any, is_valid: Callable[[Any], bool], expected: str
+    ) -> Any:
+        """A list of numbers; a form has it as JSON, or as a field `name[]` for each of them."""
+        if not self.is_form:
+            return self.read(name, default, is_valid, expected)
+        for n in (name, f"{name}[]"):
+            value = self.values.get(n)
+            text = f"[{','.join(value)}]" if isinstance(value, list) else value
+            if isinstance(text, str):
+                with contextlib.suppress(ValueError, RecursionError):
+                    self.values[n] = json.loads(text)
+        return self.read(name, default, is_valid, expected, (f"{name}[]",))
+
     def flag(self, name: str) -> bool:
         if self.is_form and self.values.get(name) in ("true", "false"):
             self.values[name] = self.values[name] == "true"
@@ -202,7 +220,7 @@ def edit(
     """The request of POST /v1/images/edits.
 
     Args:
-      form: text fields.
+      form: text fields; those whose names end with `[]` are lists of texts.
       images: files of the fields `image` and `image[]`.
       masks: files of the field `mask`.
     Raises: RequestError.
@@ -248,7 +266,11 @@ def _image_fields(fields: Fields, model: ServedModel, limits: Limits) -> dict[st
         "n": n,
         "side": _size(fields, native, limits),
         "seed": fields.number(
-            "seed", secrets.randbelow(SEED_LIMIT - n), 0, SEED_LIMIT - n, whole=True
+            "seed",
+            secrets.randbelow(inputs.SEED_LIMIT - n),
+            0,
+            inputs.SEED_LIMIT - n,
+            whole=True,
         ),
         "sampler": _sampler(fields, limits, steps),
         "guidance_scale": fields.number(
@@ -316,7 +338,7 @@ def _sampler(fields: Fields, limits: Limits, default_steps: int) -> SamplerConfi
     )
     order = fields.number("order", 1, 1, 2, whole=True)
     shift = fields.number("shift", 1.0, 0.01, 100)
-    interval = fields.read(
+    interval = fields.numbers(
         "guidance_interval", [0, 1], is_interval, "a list of two times from 0 to 1, in order"
     )
     begin, end = map(float, interval)
@@ -385,7 +407,9 @@ def chat(body: Mapping[str, Any], model: ServedModel, limits: Limits, client: st
         ),
         "temperature": float(fields.number("temperature", 0.0, 0, 2)),
         "top_p": float(fields.number("top_p", 1.0, 1e-6, 1)),
-        "seed": fields.number("seed", secrets.randbelow(SEED_LIMIT), 0, SEED_LIMIT - 1, whole=True),
+        "seed": fields.number(
+            "seed", secrets.randbelow(inputs.SEED_LIMIT), 0, inputs.SEED_LIMIT - 1, whole=True
+        ),
         "stop": _stop(fields),
     }
     stream = fields.flag("stream")
@@ -398,6 +422,7 @@ def chat(body: Mapping[str, Any], model: ServedModel, limits: Limits, client: st
     _refuse_of_chat(fields)
     turns, urls = _turns(fields)
     ignored = fields.finish()
+    _check_length(turns, model)
     images = _images_of_chat(urls, model, limits)
     request = ChatRequest(
         id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -419,9 +444,14 @@ def chat(body: Mapping[str, Any], model: ServedModel, limits: Limits, client: st
 def _stop(fields: Fields) -> tuple[str, ...]:
     def is_valid(value: Any) -> bool:
         many = [value] if isinstance(value, str) else value
-        return isinstance(many, list) and len(many) <= 4 and all(_is_text(x) and x for x in many)
+        return (
+            isinstance(many, list)
+            and len(many) <= 4
+            and all(_is_text(x) and 0 < len(x) <= STOP_CHARS for x in many)
+        )
 
-    stop = fields.read("stop", [], is_valid, "a text or a list of at most 4")
+    expected = f"a text of 1 to {STOP_CHARS} characters or a list of at most 4"
+    stop = fields.read("stop", [], is_valid, expected)
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
@@ -444,6 +474,19 @@ def _turns(fields: Fields) -> tuple[list[dict[str, Any]], list[Any]]:
     except DataError as error:
         fields.problem("messages", str(error).removeprefix("messages: "))
         return [], []
+
+
+def _check_length(turns: Sequence[Mapping[str, Any]], model: ServedModel) -> None:
+    """Raises RequestError for text that cannot fit the context, before it is tokenized."""
+    most = CHARS_A_POSITION * model.engine.context
+    length = sum(len(text) for turn in turns for text in (turn["role"], *turn["content"]))
+    if length > most:
+        raise RequestError(
+            f"messages: expected at most {most} characters of roles and text, because the context "
+            f"has {model.engine.context} positions; got {length}: shorten them",
+            param="messages",
+            code="context_length_exceeded",
+        )
 
 
 def _images_of_chat(

@@ -46,7 +46,7 @@ HELP = {
     "body_mib": "of a request",
     "image_mib": "of an image file",
     "image_megapixels": "of an image",
-    "images": "in a conversation",
+    "images": "in a conversation, 1 to 8",
     "prompt_chars": "of an image's prompt",
     "n": "images of a request",
     "steps": "of the solver",
@@ -79,7 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="of the Host header; default: this machine's names, or any with --host",
+        help="of the Host header; default: local names and a local --host, or any with another",
     )
     p.add_argument(
         "--cors", nargs="+", default=[], metavar="ORIGIN", help="other pages that may use the API"
@@ -173,6 +173,13 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def host_names(args: argparse.Namespace) -> Sequence[str]:
+    """Names that the Host header may have; empty: any."""
+    if args.allowed_hosts or not _is_loopback(args.host):
+        return args.allowed_hosts
+    return (*guard.LOCAL_HOSTS, args.host)
+
+
 def serve_model(model: pipeline.Pipeline, engine: Any, args: argparse.Namespace) -> ServedModel:
     """What the API tells of a model."""
     sha256 = provenance.digest(model.source, args.adapter)
@@ -204,12 +211,11 @@ def build(args: argparse.Namespace) -> app.Server:
     settings, limits, keys = check(args)
     model = cli.load(args)
     engine = replicas.on_devices(model, settings, args.replicas)
-    hosts = args.allowed_hosts or (guard.LOCAL_HOSTS if _is_loopback(args.host) else ())
     return app.Server(
         engine,
         serve_model(model, engine, args),
         limits,
-        hosts=hosts,
+        hosts=host_names(args),
         origins=args.cors,
         keys=keys,
         log_prompts=args.log_prompts,

@@ -101,10 +101,6 @@ class Engine:
         """Starts the thread, which compiles and then serves. Requests may come before that."""
         self._thread.start()
 
-    def check(self, request: Request) -> None:
-        """Raises JanusFlowError if `submit` would."""
-        jobs.prepare(request, self._model, self.limits)
-
     def submit(self, request: Request, on_event: OnEvent) -> None:
         """Takes a request.
 

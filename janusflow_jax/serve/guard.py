@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import h11
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -95,6 +95,8 @@ class Guard:
             await self.app(scope, receive, send_named)
         except RequestError as error:
             await error_response(error)(scope, receive, send_named)
+        except ClientDisconnect:
+            pass  # in the middle of its body
         except Exception:
             LOG.exception("request %s", request_id)
             if status != NOT_STARTED:
@@ -228,11 +230,13 @@ class TimedProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.header_timer: asyncio.TimerHandle | None = None
+        self.stall_timer: asyncio.TimerHandle | None = None
         self._time_header()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._time_header()
+        self._time_reading()
 
     def _time_header(self) -> None:
         """Starts the clock while a header is incomplete, and stops it when it has come."""
@@ -246,21 +250,41 @@ class TimedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self.header_timer:
-            self.header_timer.cancel()
+        for timer in (self.header_timer, self.stall_timer):
+            if timer:
+                timer.cancel()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._end_if_stalled()
+        self._time_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._time_reading()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._end_if_stalled()
+        self._time_reading()
 
-    def _end_if_stalled(self, before: int | None = None) -> None:
-        """Ends the connection if no less is unsent than `before`; checks again later."""
+    def _time_reading(self) -> None:
+        """Starts the clock while an answer waits for its client, and stops it when it goes on.
+
+        It runs only while nothing is written: what is unsent can then only become less.
+        """
         unsent = self.transport.get_write_buffer_size()
-        if before is not None and unsent >= before:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering and not self.flow.write_paused:
+            if self.stall_timer:
+                self.stall_timer.cancel()
+            self.stall_timer = None
+        elif unsent and self.stall_timer is None:
+            seconds = self.limits.stall_seconds
+            self.stall_timer = self.loop.call_later(seconds, self._end_if_stalled, unsent)
+
+    def _end_if_stalled(self, before: int) -> None:
+        """Ends the connection if no less is unsent than `before`."""
+        self.stall_timer = None
+        if self.transport.get_write_buffer_size() >= before:
             self.transport.abort()
-        elif unsent:
-            self.loop.call_later(self.limits.stall_seconds, self._end_if_stalled, unsent)
+        else:
+            self._time_reading()

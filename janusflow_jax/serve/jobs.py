@@ -147,7 +147,7 @@ def prepare(request: Request, model: Any, limits: EngineLimits) -> Job:
 def _image_job(request: ImageRequest, model: Any, limits: EngineLimits) -> ImageJob:
     if not limits.generates:
         raise JanusFlowError("images: expected a model that generates images; this one does not")
-    cfg, _ = inputs.check_generate(
+    cfg, guidance_scale = inputs.check_generate(
         [request.prompt],
         len(request.seeds),
         guidance_scale=request.guidance_scale,
@@ -168,7 +168,9 @@ def _image_job(request: ImageRequest, model: Any, limits: EngineLimits) -> Image
             f"prompt: expected at most {longest} tokens; got {len(ids)}: shorten it"
         )
     first, keep = _edit(request, model)
-    scale = np.float32(request.guidance_scale)
+    if guidance_scale == 1:  # as in `Pipeline.generate`: the interval then changes no step
+        cfg = dataclasses.replace(cfg, guide_until=0.0)
+    scale = np.float32(guidance_scale)
     return ImageJob(
         request=request,
         ids=ids,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from janusflow_jax.config.fields import between, dataclass, positive
 
 MIB = 2**20
+MAX_IMAGES = 8
+"""In a conversation."""
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Limits:
     body_mib: int = positive(20)
     image_mib: int = positive(10)
     image_megapixels: int = positive(16)
-    images: int = between(8, 1, 64)  # in one conversation
+    images: int = between(MAX_IMAGES, 1, MAX_IMAGES)  # in one conversation
     prompt_chars: int = positive(4000)
     n: int = between(10, 1, 100)  # images of a request
     steps: int = between(100, 1, 1000)
@@ -70,8 +71,3 @@ class RequestError(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {"message": self.message, "type": kinds.get(self.status, kind)}
         return {"error": error | {"param": self.param, "code": self.code}}
-
-
-def told(limits: Limits) -> dict[str, Any]:
-    """The limits as /v1/models has them."""
-    return dataclasses.asdict(limits)

@@ -27,14 +27,13 @@ from janusflow_jax.config import UNDERSTAND, ModelConfig, parts
 from janusflow_jax.models import janusflow, llama
 from janusflow_jax.parallel import numerics
 from janusflow_jax.sampling import flow, image, inputs, programs, text
+from janusflow_jax.serve.limits import MAX_IMAGES
 from janusflow_jax.serve.requests import EngineLimits, EngineSettings
 
 DECODE_TOKENS = 8
 PREFILL_TOKENS = 256
 """Positions of a prompt that one call of `extend` computes, at most."""
 NON_FINITE = -1
-MAX_IMAGES = 8
-"""In a conversation."""
 TEXT_POSITIONS, MAX_CONTEXT = 1024, 4096
 
 State = dict[str, Array]
@@ -215,8 +214,6 @@ def limits(model: Any, settings: EngineSettings) -> EngineLimits:
         understands=can["understand"] and can["text"],
         chats=can["text"],
         image_size=model.cfg.image_size,
-        rows=settings.rows,
-        lanes=settings.lanes,
         context=settings.context,
         prompt_tokens=settings.prompt_tokens,
         images_per_chat=min(room, MAX_IMAGES) if can["understand"] else 0,

@@ -45,9 +45,6 @@ class Replicas:
         for engine in self._engines:
             engine.start()
 
-    def check(self, request: Request) -> None:
-        self._engines[0].check(request)
-
     def submit(self, request: Request, on_event: OnEvent) -> None:
         refused: list[QueueFull | Draining] = []
         for engine in sorted(self._engines, key=lambda x: x.seconds_left()):

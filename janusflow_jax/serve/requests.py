@@ -149,8 +149,6 @@ class EngineLimits:
     understands: bool  # ... for images in a conversation
     chats: bool
     image_size: int  # side, pixels
-    rows: int
-    lanes: int
     context: int
     prompt_tokens: int
     images_per_chat: int

@@ -359,11 +359,12 @@ $("generate-form").onsubmit = async (event) => {
   run.reveal();
   const began = performance.now();
   try {
-    await Promise.all(variants.map((variant) => generate(run, variant, running.signal)));
+    // One after the other: a public server lets few requests of one client wait.
+    for (const variant of variants) await generate(run, variant, running.signal);
     run.finish(seconds(began));
     tell("status", `Done in ${seconds(began)}.`);
   } catch (error) {
-    running.abort(); // the other variants too
+    running.abort(); // a stream that failed may still be open
     run.end(isStopped(error) ? "stopped" : "failed");
     tell("status", isStopped(error) ? "Stopped." : error.message, !isStopped(error));
   } finally {
