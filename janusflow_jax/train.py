@@ -126,7 +126,12 @@ def train(
             attempts = health.Attempts(
                 workdir, clock, run.first_step, run.saved.get("time"), run.changed_data
             )
-        step = train_steps(run, writer, attempts, clock, stop, watchdog, profile, hlo)
+        try:
+            step = train_steps(run, writer, attempts, clock, stop, watchdog, profile, hlo)
+        except Exception:
+            if processes.count() == 1:  # in a job the others may be gone
+                run.checkpoints.join()
+            raise
         stopped = any(processes.gather("stopped" if stop.received else ""))
         done = step == cfg.num_steps and not stopped
         with workdir_lib.explained(workdir):
@@ -196,7 +201,8 @@ def train_steps(
         log.flush()  # first: a resumed run never writes the lines before its checkpoint again
         with clock("checkpoint"):
             run.save(step, report)
-            writer.sync()
+            with run.deferring_write_errors():
+                writer.sync()
 
     clock.switch("step")
     if not run.saved:
@@ -277,6 +283,8 @@ def _finish_saving(run: Run, save: Callable[[], None] | None) -> Exception | Non
             run.checkpoints.wait()
         elif run.checkpoints.failed:
             run.checkpoints.wait()  # raises the reason
+        else:
+            run.checkpoints.join()
     except CheckpointError as error:
         return run.write_error or error
     return run.write_error

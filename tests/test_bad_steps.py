@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import types
 from pathlib import Path
@@ -118,11 +119,11 @@ def test_the_mean_of_the_gradient_norm():
 
 
 @pytest.mark.slow
-def test_a_spike_is_skipped_counted_and_restored(store, monkeypatch):
+def test_a_spike_is_skipped_counted_replayed_and_restored(store, monkeypatch, capsys):
     """A finite gradient far above the mean; the run that resumes from step 3 knows the mean."""
     monkeypatch.setattr(train_step, "MEAN_STEPS", 2)
     runs.share_compiled_step(monkeypatch)
-    spoil(monkeypatch, [32], factor=1e6)
+    spoil(monkeypatch, range(32, 40), factor=1e6)
     args = {"num_steps": 6, "keep_checkpoints": 9, "save_every_steps": 1}
     cfg = runs.tiny_config("run", **args)
     cfg.optim.max_norm_ratio, cfg.optim.warmup_steps = 20.0, 10
@@ -137,6 +138,12 @@ def test_a_spike_is_skipped_counted_and_restored(store, monkeypatch):
     assert metrics[5]["mean_grad_norm"] < 20 * max(norms[:4])  # the spike hardly enters it
     line = json.loads(Path("run", health.BAD_STEPS_FILE).read_text())
     assert line["first_row"] == 32 and "spike" in line["reason"]
+    capsys.readouterr()
+    assert replay.replay(cfg, "28:36")  # finite, but a row that generates stands out
+    said = capsys.readouterr().out
+    mean = float(re.search(r"mean gradient norm is (\S+)", said)[1])
+    of_rows = [float(x) for x in re.findall(r"  gradient (\S+)", said)]
+    assert max(of_rows[:4]) < 20 * mean < max(of_rows[4:])
     for step in (4, 5, 6):
         shutil.rmtree(f"run/checkpoints/{step}")
     train.train(cfg)

@@ -224,7 +224,7 @@ def test_a_save_that_fails_is_told_and_leaves_what_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checksums, "merge_shares", full)
     ckpts.save(2, **trees(2), run={"step": 2})
-    ckpts._join()
+    ckpts.join()
     assert ckpts.failed and ckpts.steps() == [1]
     ckpts.save(3, **trees(3), run={"step": 3})  # nothing is started on a disk that failed
     assert not (tmp_path / "checkpoints" / "3").exists()

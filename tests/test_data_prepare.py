@@ -19,7 +19,7 @@ import pytest
 from etils import epath
 from helpers import scenes
 
-from janusflow_jax.config import lock
+from janusflow_jax.config import files as config_files, lock
 from janusflow_jax.config.errors import DataError, JanusFlowError
 from janusflow_jax.data import chat_format, images, packing, samples, sources
 from janusflow_jax.data.prepare import (
@@ -283,7 +283,7 @@ def test_a_killed_run_resumes(tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_existing_data_is_not_overwritten(folder, tmp_path):
+def test_existing_data_is_not_overwritten(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(options(folder), out)
     before = contents(out)
@@ -295,6 +295,17 @@ def test_existing_data_is_not_overwritten(folder, tmp_path):
         with pytest.raises(DataError, match=name):
             run(options(folder, max_side=32), out, overwrite=True)
         (out / name).unlink()
+    with monkeypatch.context() as killed:
+        remove, removed = config_files.remove, []
+
+        def remove_some(path):
+            if len(removed) == 2:
+                raise KeyboardInterrupt
+            removed.append(remove(path))
+
+        killed.setattr(config_files, "remove", remove_some)
+        with pytest.raises(KeyboardInterrupt):
+            run(options(folder, max_side=32), out, overwrite=True)
     run(options(folder, max_side=32), out, overwrite=True)
     assert len(stored(out)) == 40 and contents(out) != before
     other = tmp_path / "other"

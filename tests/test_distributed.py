@@ -243,6 +243,29 @@ def test_an_error_of_one_process_ends_all_at_the_same_step(
     assert re.search(rf"^error: .*{why}", own, re.MULTILINE | re.DOTALL), own
 
 
+FAILS_ALONE = """
+from janusflow_jax.parallel import processes
+from janusflow_jax.training import flops
+processes.SHUTDOWN_LIMIT_S = 5
+real, calls = flops.count, []
+def count(*args):
+    calls.append(args)
+    if len(calls) == 8 and processes.index() == 1:
+        raise KeyError("image")
+    return real(*args)
+flops.count = count
+"""
+
+
+@pytest.mark.slow
+def test_an_error_that_only_one_process_knows_of_ends_the_job_soon(data, tmp_path):
+    job = started(data, tmp_path / "run", patch=FAILS_ALONE)
+    began = time.monotonic()
+    (status, _), (other, own) = jobs.finish(job)
+    assert status != 0 and other != 0 and "KeyError: 'image'" in own
+    assert time.monotonic() - began < BOUND_S
+
+
 BY_HAND = dict(zip(distributed.VARIABLES, ("a:1", "2", "0"), strict=True))
 SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
 

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from helpers import jobs
+from helpers import jobs, runs
 from helpers.runs import read_metrics
 
+from janusflow_jax import train
 from janusflow_jax.checkpoints import checksums, model_folder, workdir
 from janusflow_jax.config import lock, to_dict
 from janusflow_jax.config.errors import CheckpointError, JanusFlowError
-from janusflow_jax.training import health, metrics, optim, run
+from janusflow_jax.training import flops, health, metrics, optim, run
 from tools import crash_test
 
 SHORT = ("num_steps=1000", "save_every_steps=3")
@@ -515,7 +516,7 @@ def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
 def test_the_watchdog_dumps_stacks_only_when_no_step_ends():
     code = """
 import sys, time
-from janusflow_jax.training import health, metrics, optim, run
+from janusflow_jax.training import flops, health, metrics, optim, run
 dog = health.Watchdog(0.5, exit=True)
 time.sleep(0.8)  # compiling: the first step has not ended
 for _ in range(4):
@@ -538,3 +539,24 @@ hang()
     )
     assert out.stdout == "alive\n" and out.returncode == 1, out.stderr
     assert out.stderr.count("Timeout") == 1 and "in hang" in out.stderr
+
+
+@pytest.mark.slow
+def test_an_error_does_not_cost_the_checkpoint_that_is_being_written(store, monkeypatch):
+    strip, count, calls = model_folder.strip_local_paths, flops.count, []
+
+    def slowly(folder):
+        time.sleep(1)
+        strip(folder)
+
+    def fail_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyError("image")
+        return count(*args)
+
+    monkeypatch.setattr(model_folder, "strip_local_paths", slowly)
+    monkeypatch.setattr(flops, "count", fail_at_the_third)
+    with pytest.raises(KeyError, match="image"):
+        train.train(runs.tiny_config("run", num_steps=4, save_every_steps=2))
+    assert model_folder.committed_steps("run") == [2]

@@ -29,7 +29,13 @@ from janusflow_jax.config.errors import DivergedError
 from janusflow_jax.data import chat_format, loader
 from janusflow_jax.eval import losses as eval_losses
 from janusflow_jax.parallel import sharding
-from janusflow_jax.training import heldout, init as initialization, losses, step as train_step
+from janusflow_jax.training import (
+    heldout,
+    init as initialization,
+    losses,
+    metrics,
+    step as train_step,
+)
 
 
 def evaluated(workdir="x", **changes) -> c.TrainConfig:
@@ -75,6 +81,27 @@ def test_the_same_parameters_give_the_same_numbers(store):
     assert many.keys() == one.keys()
     for name, value in one.items():
         np.testing.assert_allclose(many[name], value, rtol=2e-5, err_msg=name)
+
+
+def test_all_processes_stop_although_one_cannot_write():
+    """The first process writes; the others must not see a rise that it has missed."""
+
+    class FullDisk(metrics.Writer):
+        def __init__(self):
+            pass
+
+        def write(self, *_):
+            raise OSError(28, "No space left on device")
+
+    cfg = evaluated(rows=8)
+    cfg.evaluate.stop_on_rise, cfg.evaluate.max_rise = True, 0.1
+    held = object.__new__(heldout.Heldout)
+    held._cfg, held._sources = cfg, {}
+    held._rises = heldout.RiseCheck(0.1, {"a": {"name": "a"}}, {})
+    for step, loss in ((0, 1.0), (5, 2.0)):
+        with pytest.raises(OSError, match="No space left"):
+            held.record(step, {"eval/a/loss_ar": loss}, FullDisk())
+    assert held.must_stop
 
 
 @pytest.mark.slow

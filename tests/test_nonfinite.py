@@ -103,8 +103,12 @@ def test_previews_do_not_end_a_run(golden_model, monkeypatch, tmp_path, capsys):
     writer = metrics.Writer(epath.Path(tmp_path), resume_step=0, tensorboard=False)
     cfg = TrainConfig(model=golden_model.cfg, prompts=("a red fox",), sheet_num_steps=2)
     state = {"params": {}, "frozen": {}, "ema": {}, "vae": {}}
-    previews.write(cfg, epath.Path(tmp_path), 3, state, golden_model.text, writer)
+    args = (cfg, epath.Path(tmp_path), 3, state, golden_model.text, writer)
+    previews.write(*args)
     assert "step 3: no sheet" in capsys.readouterr().out
+    monkeypatch.setattr(type(broken), "generate", lambda *_, **__: {}["image"])  # any other error
+    previews.write(*args)
+    assert "step 3: no sheet: KeyError('image')" in capsys.readouterr().out
 
 
 def test_guidance_noise_and_latents(golden_model):

@@ -9,7 +9,8 @@ from janusflow_jax import train
 from janusflow_jax.config import LossConfig, ModelConfig
 from janusflow_jax.hub import assemble_parts
 from janusflow_jax.parallel import numerics
-from janusflow_jax.training import losses
+from janusflow_jax.planning import compile as plan_compile
+from janusflow_jax.training import losses, step as train_step
 
 SETTINGS = {
     "x64": lambda: jax.enable_x64(True),
@@ -78,3 +79,18 @@ def test_a_run_does_not_change(store):
     assert plain.keys() == other.keys()
     for name, x in plain.items():
         np.testing.assert_array_equal(x, other[name], err_msg=name)
+
+
+def test_training_multiplies_as_the_process_says(monkeypatch):
+    seen, plain = [], losses.loss_sums
+
+    def loss_sums(*args, **kwargs):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(losses, "loss_sums", loss_sums)
+    cfg = tiny_config("x")
+    state, batch = plan_compile.state_shapes(cfg), plan_compile.batch_shapes(cfg)
+    with jax.default_matmul_precision("highest"):
+        jax.eval_shape(train_step.make_train_step(cfg), state, batch)
+    assert set(seen) == {"highest"}

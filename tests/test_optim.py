@@ -66,6 +66,8 @@ def test_schedule_warms_up_stays_and_decays():
     np.testing.assert_allclose([float(rate(n)) for n in (17, 20)], [0.6, 0], atol=1e-6)
     constant = optim.schedule(config.OptimConfig(lr=1.0, warmup_steps=4), 20)
     assert float(constant(100)) == 1
+    short = optim.schedule(config.OptimConfig(lr=1.0, warmup_steps=4, decay_steps=50), 20)
+    np.testing.assert_allclose([float(short(n)) for n in (4, 12, 20)], [1, 0.5, 0], atol=1e-6)
 
 
 def test_ema_starts_as_an_average_and_ends_at_its_decay():

@@ -343,3 +343,22 @@ def test_an_option_that_nobody_reads_is_an_error(arguments, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments, "--out", "out"])
     with pytest.raises(JanusFlowError, match="leave "):
         runpy.run_path(str(TOOL))["main"]()
+
+
+def test_files_of_the_same_name_in_several_folders(tmp_path):
+    for language in ("de", "en"):
+        (tmp_path / "in" / language).mkdir(parents=True)
+        text = "".join(json.dumps({"text": f"{language} document {i}"}) + "\n" for i in range(3))
+        (tmp_path / "in" / language / "train.jsonl").write_text(text)
+    (tmp_path / "in" / "other.txt").write_text("one more\n")
+    records = prepared("text", tmp_path / "in" / "*" / "train.jsonl", tmp_path / "a", kind="text")
+    assert len(records) == 6 and "de/train.jsonl@0" in {x["id"] for x in records}
+    names = [name for _, name in inputs.files((str(tmp_path / "in"),), (".jsonl", ".txt"))]
+    assert names == ["de/train.jsonl", "en/train.jsonl", "other.txt"]
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "c4-train.00000.json"])
+def test_lines_of_json_by_other_names(name, tmp_path):
+    (tmp_path / name).write_text('{"text": "Hello.", "url": "http://x"}\n')
+    records = prepared("text", tmp_path / name, tmp_path / "out", kind="text")
+    assert [x["text"] for x in records] == ["Hello."]

@@ -190,6 +190,15 @@ def test_what_each_source_weighs(norm, ar, rf):
     np.testing.assert_allclose(got["repa"], 0.5 * np.array(rf), rtol=1e-6)
 
 
+def test_slots_need_a_source():
+    """Else encoders run for nothing, and weight decay changes parts that nothing trains."""
+    cfg = config("pretrain")
+    cfg.data.sources = tuple(s for s in cfg.data.sources if s.task != "generate")
+    cfg.evaluate = c.EvalConfig()
+    (problem,) = config_checks.train_problems(cfg)
+    assert problem.startswith("data.gen_slots: expected 0 without a source of task generate")
+
+
 def test_missing_files_are_an_error_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", None)  # nothing may be compiled

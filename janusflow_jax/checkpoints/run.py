@@ -72,7 +72,7 @@ class RunCheckpoints:
 
         Args: run: JSON values; `time` is added.
         """
-        self._join()
+        self.join()
         if any(processes.gather("!" if self.failed else "")):
             return
         self._count += 1
@@ -137,7 +137,7 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Returns when the last save is committed; raises CheckpointError if it was not."""
-        self._join()
+        self.join()
         if self._error is not None:
             error, self._error = self._error, None
             good = self.steps()
@@ -147,7 +147,8 @@ class RunCheckpoints:
                 "command again: it resumes from the newest of them"
             ) from error
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Returns when no save is running."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -35,21 +35,24 @@ def reserve(workdir: epath.Path) -> lock.Lock:
         return lock.Lock(workdir, "use another folder (--config.workdir=...)")
 
 
-def explain(error: OSError, workdir: Any) -> str:
+def explain(error: Exception, workdir: Any) -> str:
     """The message for a workdir that cannot be written, with advice."""
+    number = getattr(error, "errno", None) or 0  # a bucket's errors have none
     advice = {
         errno.ENOSPC: "free some space, or use another --config.workdir",
         errno.EDQUOT: "free some space, or use another --config.workdir",
         errno.EROFS: "it is mounted read-only; use another --config.workdir",
         errno.EACCES: "make it writable for this user, or use another --config.workdir",
-    }.get(error.errno or 0, "check the disk or the network")
+    }.get(number, "check the disk or the network")
     where = workdir
-    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP):
-        where = error.filename or workdir
+    if number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP):
+        where = getattr(error, "filename", None) or workdir
         advice = "it is in the way: remove it, or use another --config.workdir"
     steps = model_folder.committed_steps(workdir)
     safe = f"; finished checkpoints: {steps}" if steps else ""
-    return f"{where}: cannot be written: {error.strerror or error}: {advice}{safe}"
+    return (
+        f"{where}: cannot be written: {getattr(error, 'strerror', None) or error}: {advice}{safe}"
+    )
 
 
 @contextlib.contextmanager

@@ -177,6 +177,9 @@ def _source_problems(cfg: TrainConfig) -> list[str]:
         caches, slots = _caches(cfg, task), getattr(data, field)
         enough_slots = slots > 0 or not caches
         require(enough_slots, f"data.{field}", f"> 0 for sources of task {task}", slots)
+        # Without a source, encoders would run for nothing, and the weights of parts would decay.
+        is_used = any(s.task == task for s in (*data.sources, *cfg.evaluate.sources))
+        require(is_used or not slots, f"data.{field}", f"0 without a source of task {task}", slots)
         # The encoders run for a whole batch or not at all.
         require(
             all(caches.values()) or not any(caches.values()),

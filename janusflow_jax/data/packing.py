@@ -228,7 +228,8 @@ class Marks:
 
     def of(self, record: int) -> list[samples_lib.Mark]:
         """The marks of a record, in order; empty where it is tokenized as a whole."""
-        begin, end = np.searchsorted(self._columns[0], (record, record + 1))
+        ends = np.array((record, record + 1), np.uint32)  # of another type all would be copied
+        begin, end = np.searchsorted(self._columns[0], ends)
         return [samples_lib.Mark(*mark) for mark in self._columns[1:, begin:end].T.tolist()]
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from janusflow_jax import pipeline
 from janusflow_jax.config import MeshConfig, SourceConfig, TrainConfig
-from janusflow_jax.config.errors import DivergedError
+from janusflow_jax.config.errors import JanusFlowError
 from janusflow_jax.data import chat_format, images, samples, sources
 from janusflow_jax.eval import sheet
 from janusflow_jax.parallel import processes, sharding, trees
@@ -63,8 +63,22 @@ def write(
         return
     params = trees.merge(trees.merge(state["frozen"], state["params"]), state["ema"])
     params, vae = processes.whole((params, state["vae"]))
-    if not processes.is_main():
-        return
+    try:
+        if processes.is_main():
+            _write_all(cfg, workdir, step, params, vae, chat, writer)
+    finally:
+        processes.barrier("previews")
+
+
+def _write_all(
+    cfg: TrainConfig,
+    workdir: epath.Path,
+    step: int,
+    params: Any,
+    vae: Any,
+    chat: chat_format.ChatFormat,
+    writer: metrics.Writer,
+) -> None:
     model = pipeline.Pipeline(cfg.model, params, vae, chat, dtype=cfg.dtype)
     folder = epath.Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,11 +94,14 @@ def write(
 
 @contextlib.contextmanager
 def _reported(step: int, what: str) -> Iterator[None]:
-    """Prints the error of a non-finite preview: only the losses may end a run."""
+    """Prints what is wrong with a preview: only the losses may end a run, or a full disk."""
     try:
         yield
-    except DivergedError as error:
-        print(f"step {step}: {what}: {error}", flush=True)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        text = str(error) if isinstance(error, JanusFlowError) else repr(error)
+        print(f"step {step}: {what}: {text}", flush=True)
 
 
 def _write_sheet(

@@ -31,6 +31,8 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 CONTINUE, STOP, FAILED = 0, 1, 2
 """The status of a process before a step; the most severe status wins."""
 WAIT_REPORT_S, WAIT_LIMIT_S = 15, 300
+SHUTDOWN_LIMIT_S = 60
+"""How long a process that ends, with an error too, waits for the others before it aborts."""
 CAUSES = {
     "Slurm": "Were they started? `srun --pty` gives a shell to one task only: start the training "
     "itself with srun, or train with this process alone (--distributed=off)",
@@ -88,7 +90,11 @@ def initialize(mode: str = "auto", env: Mapping[str, str] = os.environ) -> None:
     try:
         with _limited_wait(kind):
             # JAX ends the process with a stack after its own limit.
-            jax.distributed.initialize(**options, initialization_timeout=WAIT_LIMIT_S + 60)
+            jax.distributed.initialize(
+                **options,
+                initialization_timeout=WAIT_LIMIT_S + 60,
+                shutdown_timeout_seconds=SHUTDOWN_LIMIT_S,
+            )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"--distributed: cannot join the job ({kind}): {error}. --distributed=off trains "

@@ -87,9 +87,10 @@ class Heldout:
         """Writes a measurement, prints it, and warns of losses that have risen."""
         if not values:
             return
+        # Before the writing, which may fail on process 0 alone: all processes stop at one step.
+        risen = self._rises.update(step, values)
         writer.write(step, values)
-        processes.log(f"step {step}: {describe(values, self._sources)}")
-        for line in self._rises.update(step, values):
+        for line in (f"step {step}: {describe(values, self._sources)}", *risen):
             processes.log(line)
 
     def summary(self) -> str:

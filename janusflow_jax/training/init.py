@@ -228,7 +228,12 @@ def check_files(cfg: TrainConfig) -> None:
             problems.append(f"{path}: expected a model folder or a training run; found none")
     for s in (*cfg.data.sources, *cfg.heldout, *cfg.evaluate.sources):
         try:
-            sources.mapped(sources.open_source(s.path, s.split), s.fields, s.task)
+            data = sources.mapped(sources.open_source(s.path, s.split), s.fields, s.task)
+            if s in cfg.heldout and not {"image", "captions"} <= set(data[0]):
+                problems.append(
+                    f"heldout: {s.path}: expected records of an image and captions, to be "
+                    f"captioned; got {', '.join(data[0])}: measure its loss (evaluate.sources)"
+                )
         except DataError as error:
             problems.append(str(error))
     for path in filter(None, (s.cache for s in cfg.data.sources)):

@@ -20,15 +20,19 @@ Tree = dict[str, Any]
 
 
 def schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Linear warm-up, then constant, then (if decay_steps) linear to 0 at the last step."""
+    """Linear warm-up, then constant, then (if decay_steps) linear to 0 at the last step.
+
+    A decay that is longer than what the warm-up leaves takes that.
+    """
     parts = [
         optax.linear_schedule(cfg.lr / max(cfg.warmup_steps, 1), cfg.lr, cfg.warmup_steps),
         optax.constant_schedule(cfg.lr),
     ]
     bounds = [cfg.warmup_steps]
-    if cfg.decay_steps:
-        parts.append(optax.linear_schedule(cfg.lr, 0.0, cfg.decay_steps))
-        bounds.append(max(num_steps - cfg.decay_steps, cfg.warmup_steps))
+    decay_steps = min(cfg.decay_steps, max(num_steps - cfg.warmup_steps, 0))
+    if decay_steps:
+        parts.append(optax.linear_schedule(cfg.lr, 0.0, decay_steps))
+        bounds.append(num_steps - decay_steps)
     return optax.join_schedules(parts, bounds)
 
 

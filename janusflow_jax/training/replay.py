@@ -28,7 +28,10 @@ def replay(cfg: TrainConfig, rows: str, accept_data: bool = False) -> bool:
     """
     first, end = parse_rows(rows)
     run = open_run(cfg, writes=False, accept_data=accept_data)
-    processes.log(f"rows {first} to {end - 1} with the parameters of step {run.first_step}")
+    processes.log(
+        f"rows {first} to {end - 1} with the parameters of step {run.first_step}, whose "
+        f"mean gradient norm is {run.saved.get('mean_norm', 0.0):.4g}"
+    )
     unsplit = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, accum_steps=1))
     step = jax.jit(train_step.make_train_step(unsplit))
     copies = run.mesh.shape["data"] * run.mesh.shape["fsdp"]

@@ -18,7 +18,7 @@ from janusflow_jax.checkpoints import (
     run as run_checkpoints,
     workdir as workdir_lib,
 )
-from janusflow_jax.config import DataConfig, TrainConfig, checks as config_checks
+from janusflow_jax.config import DataConfig, TrainConfig, checks as config_checks, files
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.config.lock import Lock
 from janusflow_jax.data import chat_format, loader
@@ -65,7 +65,10 @@ class Run:
         know of it: raised at once, it would leave the others waiting for this one."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
+            # What reaches a bucket has errors of its own.
+            if not isinstance(error, OSError) and not files.is_remote(self.workdir):
+                raise
             self.write_error = CheckpointError(workdir_lib.explain(error, self.workdir))
 
     def save(self, step: int, report: loader.Report) -> None:

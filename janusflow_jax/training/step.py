@@ -8,6 +8,7 @@ trained parts), `opt_state`, `step` int32 (steps so far), `bad_steps` int32 (ski
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -89,11 +90,15 @@ def make_train_step(cfg: TrainConfig) -> Callable[[State, Any], tuple[State, Met
     lr = optim.schedule(cfg.optim, cfg.num_steps)
     num_gen, num_und = cfg.data.gen_slots, cfg.data.und_slots
     generates = [source.task == "generate" for source in cfg.data.sources]
+    # None would undo the process's own choice (JAX_DEFAULT_MATMUL_PRECISION).
+    precision = contextlib.nullcontext()
+    if cfg.matmul_precision:
+        precision = jax.default_matmul_precision(cfg.matmul_precision)
 
     def loss_fn(params: Any, state: State, batch: Any, weights: Any) -> tuple[Any, Any]:
         # The key is made inside: a step that is compiled ahead of time has no device for it.
         draws = losses.draw(numerics.key(cfg.seed), batch, cfg.model, cfg.loss, num_gen)
-        with jax.default_matmul_precision(cfg.matmul_precision or None):
+        with precision:
             sums, extras = losses.loss_sums(
                 trees.merge(state["frozen"], params),
                 state["vae"],

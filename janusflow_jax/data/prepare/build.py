@@ -56,6 +56,8 @@ FORMATS: dict[str, Any] = {
 """Name -> module with `plan`, `read` and `KINDS`: see the docstring of the package."""
 WORK_FOLDER = ".prepare_data"
 """In OUT, holds what is not yet a data set."""
+_MARKS = ("dataset_info.json", WORK_FOLDER)
+"""Either of them says that OUT is a data set of ours, or will be."""
 _MERGE_BYTES = 2**26
 """Smaller shards are merged up to about this size."""
 
@@ -103,7 +105,9 @@ def prepare(
         try:
             # Again: the process that held the lock may have just finished.
             _check_out(path, overwrite, options.inputs)
-            for entry in path.iterdir() if overwrite else ():
+            # What says that the folder is ours goes last, in case this process is killed.
+            entries = sorted(path.iterdir(), key=lambda x: x.name in _MARKS) if overwrite else ()
+            for entry in entries:
                 if entry.name != lock.FILE:
                     config_files.remove(entry)
             return _prepare(options, path, engine, progress)

@@ -58,6 +58,8 @@ def natural_key(name: str) -> tuple:
 def files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[tuple[epath.Path, str]]:
     """(path, short name) of every input file, in natural order of the paths.
 
+    Files of the same name in several folders are named by as much of their paths as differs.
+
     Args:
       inputs: files, patterns with `*`, or folders.
       suffixes: which files of a folder are read.
@@ -77,6 +79,10 @@ def files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[tuple[epath.
                 f"{', '.join(suffixes)}; it matches no file{_contents(path)}"
             )
         names |= matches
+    counts = collections.Counter(names.values())
+    if same := [path for path, name in names.items() if counts[name] > 1]:
+        common = os.path.commonprefix([path.rpartition("/")[0] + "/" for path in same])
+        names |= {path: path[common.rindex("/") + 1 :] for path in same}
     return [(epath.Path(path), names[path]) for path in sorted(names, key=natural_key)]
 
 
@@ -275,7 +281,7 @@ def parse_json(data: bytes) -> Any:
 def json_rows(path: epath.Path, name: str) -> Iterator[Row]:
     """The elements of a JSON array (.json), or the lines of JSON lines (.jsonl, .jsonl.gz)."""
     try:
-        if name.endswith(".json"):
+        if name.lower().endswith(".json"):
             yield from _json_array(path, name)
             return
         for number, (_, line) in enumerate(lines(path), 1):

@@ -1,4 +1,7 @@
-"""Plain text: .txt (a document a line, or a file) and .jsonl with a field `text`; also as .gz."""
+"""Plain text: .txt (a document a line, or a file), and JSON lines with a field `text`; also as .gz.
+
+JSON lines are named .jsonl, .ndjson or, as C4's, .json.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from janusflow_jax.data.prepare.inputs import Row, Skipped
 from janusflow_jax.data.prepare.records import Options
 
 KINDS = ("text",)
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+_JSON = (".jsonl", ".ndjson", ".json")
+SUFFIXES = tuple(x + gz for x in (".txt", *_JSON) for gz in ("", ".gz"))
 
 
 def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
@@ -25,7 +29,7 @@ def plan(options: Options, slices: epath.Path) -> Iterator[dict]:
     yield from inputs.write_slices(rows, slices, options.shard_records)
     for path, name in others:
         shard = {"path": str(path), "name": name}
-        if name.endswith(".gz") or _is_wide(path):
+        if name.lower().endswith(".gz") or _is_wide(path):
             yield shard | {"begin": 0, "end": -1}
             continue
         size, step = files.size(path), options.shard_bytes
@@ -55,4 +59,4 @@ def _is_wide(path: epath.Path) -> bool:
 
 
 def _is_json(name: str) -> bool:
-    return name.removesuffix(".gz").endswith(".jsonl")
+    return name.lower().removesuffix(".gz").endswith(_JSON)
