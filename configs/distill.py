@@ -12,7 +12,8 @@ Arguments:
     emoji         the quick start's model (`runs/emoji`) on CPU
     all           train all parts but SigLIP and the VAE; a quarter of all positions are images to
                   understand, against forgetting
-    lora          the same with adapters of rank 16 in place of the language model
+    lora          train the parts that generate, and adapters of rank 16 on the language model, with
+                  the same images to understand
     test          seconds on a CPU, through the same code
     256           256 px images instead of 384
     own           the model of the start, if it is not the released 1.3B; start=DIR: of that start

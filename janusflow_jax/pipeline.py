@@ -496,7 +496,7 @@ class Pipeline:
         originals = [images_lib.read(x) for x in images]
         sources = self.describe(originals) if sources is None else sources
         sources, _ = inputs.pairs("edit", sources, prompts, "sources")
-        if empty := [i for i, words in enumerate(sources) if not words.strip()]:
+        if empty := [i for i, words in enumerate(sources) if not str(words).strip()]:
             raise JanusFlowError(
                 f"edit: expected words for what image {empty[0]} shows now; got none, from you or "
                 "from the model: say it (sources, --source)"

@@ -130,7 +130,7 @@ def train(
             step = train_steps(run, writer, attempts, clock, stop, watchdog, profile, hlo)
         except Exception:
             if processes.count() == 1:  # in a job the others may be gone
-                run.checkpoints.join()
+                _wait_for_save(run)
             raise
         stopped = any(processes.gather("stopped" if stop.received else ""))
         done = step == cfg.num_steps and not stopped
@@ -139,6 +139,7 @@ def train(
                 with clock("samples"):
                     previews.write(cfg, workdir, step, run.state, run.chat, writer)
             attempts.write(step, ended=True)
+    processes.barrier("the end")  # process 0 writes last; what waits for it in JAX may give up
     processes.log(f"{'done' if done else 'stopped'} at step {step}")
     processes.log(f"{attempts.summary()}\nworkdir {workdir}")
     return str(workdir)
@@ -273,6 +274,14 @@ def _write_hlo(run: Run, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     return compiled
 
 
+def _wait_for_save(run: Run) -> None:
+    """Waits for the save that is running; prints what went wrong with it."""
+    try:
+        run.checkpoints.wait()
+    except CheckpointError as error:
+        processes.log(f"WARNING: {error}")
+
+
 def _finish_saving(run: Run, save: Callable[[], None] | None) -> Exception | None:
     """Saves the last step (unless a process cannot write) and waits for it; returns what failed in
     this process."""
@@ -335,7 +344,8 @@ class StepLog:
         step, out, report, work, slowest = self._pending
         self._pending = None
         cfg = self._run.cfg
-        self._slowest_logged = max(self._slowest_logged, slowest)
+        if step > self._run.first_step + 2:  # the first batch takes long everywhere
+            self._slowest_logged = max(self._slowest_logged, slowest)
         with self._run.deferring_write_errors():
             self.bad_steps.count(step, out, report)
             every = cfg.log_every_steps or cfg.num_steps
@@ -353,7 +363,7 @@ class StepLog:
                     "slowest_s": worst.seconds,
                     "slowest_waits_for_data": worst.cause == "data",
                 }
-                if worst.seconds * values.get("steps_per_s", 0) > 0.1:
+                if worst.seconds * values.get("steps_per_s", 0) > 0.5:
                     line += f"  slowest: process {worst.process} ({worst.cause})"
             self._slowest_logged = 0
             self._writer.write(step, values)

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from janusflow_jax import chat, evaluate, generate, pipeline, train
-from janusflow_jax.checkpoints import model_folder
+from janusflow_jax.checkpoints import model_folder, workdir
 from janusflow_jax.config import LORA_TARGETS, files
 from janusflow_jax.config.errors import CheckpointError, ConfigError
 from janusflow_jax.data import cache as latent_cache, chat_format, packing, sources
@@ -275,3 +275,19 @@ def test_compiled_programs_are_read_from_a_bucket(bucket, monkeypatch):
         compile_cache.compilation_cache.reset_cache()
     assert len(list((bucket / "cache").glob("jit_*-cache"))) == 1
     assert (events.count("cache_misses"), events.count("cache_hits")) == (1, 1)
+
+
+def test_what_reaches_a_bucket_has_errors_of_its_own(bucket):
+    def fails(where, error):
+        with pytest.raises(Exception) as caught, workdir.explained(epath.Path(where)):
+            raise error
+        return caught.value
+
+    refused = fails(f"{fake.URL}/run", RuntimeError("HTTP 503: try again"))
+    assert isinstance(refused, CheckpointError) and "cannot be written: HTTP 503" in str(refused)
+    for where, error in [
+        ("run", RuntimeError("a bug")),
+        (f"{fake.URL}/run", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")),
+        (f"{fake.URL}/run", ConfigError("another")),
+    ]:
+        assert fails(where, error) is error

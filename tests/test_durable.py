@@ -516,7 +516,7 @@ def test_time_is_split_and_what_a_kill_lost_is_counted(tmp_path, monkeypatch):
 def test_the_watchdog_dumps_stacks_only_when_no_step_ends():
     code = """
 import sys, time
-from janusflow_jax.training import flops, health, metrics, optim, run
+from janusflow_jax.training import health
 dog = health.Watchdog(0.5, exit=True)
 time.sleep(0.8)  # compiling: the first step has not ended
 for _ in range(4):

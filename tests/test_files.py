@@ -32,6 +32,17 @@ def test_a_folder_is_replaced_and_nothing_else_is_left(tmp_path):
         assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_of_a_link_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "disk" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "folder")
+    for text in ("first", "second"):
+        write(tmp_path / "link", text)
+        assert (tmp_path / "disk" / "folder" / "file").read_text() == text
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "disk") == ["folder"]
+    files.remove(tmp_path / "link")
+    assert os.listdir(tmp_path) == ["disk"] and os.listdir(tmp_path / "disk") == ["folder"]
+
+
 @pytest.mark.parametrize("failing", ["mkdir", "replace"])
 def test_after_an_error_the_old_folder_is_there(tmp_path, monkeypatch, failing):
     write(tmp_path / "folder", "first")

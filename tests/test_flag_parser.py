@@ -35,6 +35,10 @@ def message(*args: str) -> str:
         ),
         (("--config=configs/emoji.py", "--config.optm.lr=1"), "did you mean 'optim'"),
         (("--config=configs/emoji.py", "--config.optim.lr=x"), "optim.lr=x: could not convert str"),
+        (
+            ("--config=configs/emoji.py", "--config.data.sources[9].weight=1"),
+            r"expected elements that the config has; got --config.data.sources\[9\].weight=1",
+        ),
         (("--config=configs/emoji.py", "--confg=1"), "Unknown command line flag 'confg'.*config"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import runpy
@@ -345,7 +346,7 @@ def test_an_option_that_nobody_reads_is_an_error(arguments, tmp_path, monkeypatc
         runpy.run_path(str(TOOL))["main"]()
 
 
-def test_files_of_the_same_name_in_several_folders(tmp_path):
+def test_files_of_the_same_name_in_several_folders(tmp_path, monkeypatch):
     for language in ("de", "en"):
         (tmp_path / "in" / language).mkdir(parents=True)
         text = "".join(json.dumps({"text": f"{language} document {i}"}) + "\n" for i in range(3))
@@ -355,10 +356,14 @@ def test_files_of_the_same_name_in_several_folders(tmp_path):
     assert len(records) == 6 and "de/train.jsonl@0" in {x["id"] for x in records}
     names = [name for _, name in inputs.files((str(tmp_path / "in"),), (".jsonl", ".txt"))]
     assert names == ["de/train.jsonl", "en/train.jsonl", "other.txt"]
+    monkeypatch.chdir(tmp_path / "in")
+    names = [name for _, name in inputs.files(("de", "en", "other.txt"), (".jsonl",))]
+    assert names == ["de/train.jsonl", "en/train.jsonl", "other.txt"]
 
 
-@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "c4-train.00000.json"])
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "c4-train.00000.json", "a.JSON.GZ"])
 def test_lines_of_json_by_other_names(name, tmp_path):
-    (tmp_path / name).write_text('{"text": "Hello.", "url": "http://x"}\n')
+    data = b'{"text": "Hello.", "url": "http://x"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("GZ") else data)
     records = prepared("text", tmp_path / name, tmp_path / "out", kind="text")
     assert [x["text"] for x in records] == ["Hello."]

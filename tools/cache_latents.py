@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         jax.distributed.initialize()
         args.process, args.num_processes = jax.process_index(), jax.process_count()
     devices = jax.local_devices()
-    fields = tuple(tuple(pair.split("=", 1)) for pair in args.field)
+    fields = sources.field_pairs(args.field)
     records = sources.mapped(sources.open_source(args.data, args.split), fields, "")
     encoders = load_encoders(args)
     manifest = encode_cache.plan(

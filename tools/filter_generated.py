@@ -64,7 +64,8 @@ def read_report(path: str) -> list[dict]:
     Raises: JanusFlowError: not such a report.
     """
     try:
-        records = json.loads(files.resolve(path).read_text(encoding="utf-8"))["images"]
+        said = json.loads(files.resolve(path).read_text(encoding="utf-8"))
+        records = said["images"] if "images" in said else said["pictures"]  # of an older version
         written = [x for x in records if x["file"]]
         names = {x["file"] for x in written}
     except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -35,7 +35,7 @@ def main() -> None:
         help="as in the source's `fields` in the config; may be repeated",
     )
     args = parser.parse_args()
-    fields = tuple(tuple(pair.split("=", 1)) for pair in args.field)
+    fields = sources.field_pairs(args.field)
     chat = chat_format.ChatFormat.load(args.tokenizer)
     opened = sources.open_source(args.data, args.split)
     source = sources.mapped(opened, fields, args.task)

@@ -19,7 +19,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from janusflow_jax.checkpoints import checksums, model_folder
+from janusflow_jax.checkpoints import checksums, model_folder, workdir as workdir_lib
 from janusflow_jax.checkpoints.checksums import MARKER
 from janusflow_jax.config import files
 from janusflow_jax.config.errors import CheckpointError
@@ -85,7 +85,9 @@ class RunCheckpoints:
                     files.remove(folder)
                 folder.mkdir(parents=True)
             pending = [_start(folder / name, tree) for name, tree in saved.items()]
-        except OSError as error:
+        except Exception as error:
+            if not workdir_lib.is_of_store(error, self.folder):
+                raise
             self._error = error
             return
         run = {**run, "time": round(time.time(), 3)}

@@ -9,12 +9,13 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from janusflow_jax import config as config_lib
 from janusflow_jax.checkpoints import checksums, model_folder
 from janusflow_jax.config import SourceConfig, StudentConfig, TrainConfig, fields, files, lock
-from janusflow_jax.config.errors import CheckpointError, ConfigError
+from janusflow_jax.config.errors import CheckpointError, ConfigError, JanusFlowError
 from janusflow_jax.config.run import MAY_CHANGE, MAY_CHANGE_IN_BRANCH
 from janusflow_jax.parallel import processes
 
@@ -35,9 +36,17 @@ def reserve(workdir: epath.Path) -> lock.Lock:
         return lock.Lock(workdir, "use another folder (--config.workdir=...)")
 
 
+def is_of_store(error: Exception, workdir: Any) -> bool:
+    """Whether an error may come from writing into a workdir: what reaches a bucket has its own."""
+    of_devices = isinstance(error, jax.errors.JaxRuntimeError)
+    return isinstance(error, OSError) or (files.is_remote(workdir) and not of_devices)
+
+
 def explain(error: Exception, workdir: Any) -> str:
     """The message for a workdir that cannot be written, with advice."""
-    number = getattr(error, "errno", None) or 0  # a bucket's errors have none
+    if not isinstance(error, OSError):
+        error = OSError(str(error))
+    number = error.errno or 0
     advice = {
         errno.ENOSPC: "free some space, or use another --config.workdir",
         errno.EDQUOT: "free some space, or use another --config.workdir",
@@ -46,21 +55,21 @@ def explain(error: Exception, workdir: Any) -> str:
     }.get(number, "check the disk or the network")
     where = workdir
     if number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP):
-        where = getattr(error, "filename", None) or workdir
+        where = error.filename or workdir
         advice = "it is in the way: remove it, or use another --config.workdir"
     steps = model_folder.committed_steps(workdir)
     safe = f"; finished checkpoints: {steps}" if steps else ""
-    return (
-        f"{where}: cannot be written: {getattr(error, 'strerror', None) or error}: {advice}{safe}"
-    )
+    return f"{where}: cannot be written: {error.strerror or error}: {advice}{safe}"
 
 
 @contextlib.contextmanager
 def explained(workdir: epath.Path) -> Iterator[None]:
-    """Turns an OSError in a block into a CheckpointError with advice."""
+    """Turns the error of a store in a block into a CheckpointError with advice."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if isinstance(error, JanusFlowError) or not is_of_store(error, workdir):
+            raise
         raise CheckpointError(explain(error, workdir)) from error
 
 

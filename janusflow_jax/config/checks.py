@@ -47,6 +47,7 @@ def model_problems(cfg: ModelConfig) -> list[str]:
     )
     heads = f"a multiple of num_kv_heads ({llm.num_kv_heads})"
     require(llm.num_heads % llm.num_kv_heads == 0, "model.llm.num_heads", heads, llm.num_heads)
+    require(llm.head_dim % 2 == 0, "model.llm.head_dim", "an even number", llm.head_dim)
     layers = f"layers below {llm.num_layers}"
     inside = all(0 <= layer < llm.num_layers for layer in llm.no_rope_layers)
     require(inside, "model.llm.no_rope_layers", layers, llm.no_rope_layers)
@@ -122,7 +123,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         (optim.moments_dtype, optim.name, optim.b2),
     )
     parts, named = (*cfg.model.parts, "vae"), [part for part, _ in cfg.init]
-    require({*named} <= {*parts}, "init", f"names of {parts}", named)
+    fits = {*named} <= {*parts} and len({*named}) == len(named)
+    require(fits, "init", f"names of {parts}, each once", named)
     reached = parts_lib.reached(cfg)
     tasks = ", ".join(dict.fromkeys(s.task for s in data.sources))
     usable = ", ".join(part for part in MODEL_PARTS if part in reached)
@@ -177,9 +179,6 @@ def _source_problems(cfg: TrainConfig) -> list[str]:
         caches, slots = _caches(cfg, task), getattr(data, field)
         enough_slots = slots > 0 or not caches
         require(enough_slots, f"data.{field}", f"> 0 for sources of task {task}", slots)
-        # Without a source, encoders would run for nothing, and the weights of parts would decay.
-        is_used = any(s.task == task for s in (*data.sources, *cfg.evaluate.sources))
-        require(is_used or not slots, f"data.{field}", f"0 without a source of task {task}", slots)
         # The encoders run for a whole batch or not at all.
         require(
             all(caches.values()) or not any(caches.values()),

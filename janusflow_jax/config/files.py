@@ -148,6 +148,8 @@ def replacing(path: Any, suffix: str = "", active: bool = True) -> Iterator[Any]
       suffix: of the temporary name; default: this host and process.
       active: False: only yields the path, because another process replaces `path`.
     """
+    if os.path.islink(path):  # what it leads to is replaced, where that is
+        path = type(path)(os.path.realpath(path))
     prefix = f".{path.name}.partial-{socket.gethostname()}-"
     part = path.parent / (f".{path.name}.partial-{suffix}" if suffix else f"{prefix}{os.getpid()}")
     old = path.parent / f"{part.name}-old"
@@ -229,7 +231,9 @@ def _is_running(number: int) -> bool:
 
 def remove(path: Any) -> None:
     """Removes a file or folder, on a disk or in a bucket; does nothing where there is none."""
-    if os.path.isdir(path):
+    if os.path.islink(path):
+        os.unlink(path)
+    elif os.path.isdir(path):
         shutil.rmtree(path)
     elif path.is_dir():
         path.rmtree()

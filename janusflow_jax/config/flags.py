@@ -83,6 +83,9 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
         return _other_config(argv, None)
     if isinstance(error, flags.Error):
         return f"{error}\n--helpshort lists the flags"
+    if isinstance(error, IndexError) and not line:
+        elements = ", ".join(arg for arg in argv if arg.startswith("--config.") and "[" in arg)
+        return f"expected elements that the config has; got {elements}: {error}"
     reason = (str(error).strip().splitlines() or ["no message"])[-1].strip()
     reason = f"{line}{type(error).__name__}: {reason}"
     if "has no attribute 'get_config'" in reason:

@@ -119,7 +119,7 @@ def model_of(path: str) -> c.ModelConfig:
             for key in keys:
                 values = values[key]
             return c.from_dict(c.ModelConfig, values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise c.ConfigError(
                 f"{file}: expected the config of a model; got {type(error).__name__}: {error}"
             ) from error

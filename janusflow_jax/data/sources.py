@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from janusflow_jax.config import files
-from janusflow_jax.config.errors import DataError
+from janusflow_jax.config.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
@@ -133,6 +133,19 @@ def digest(records: Any) -> str:
         text = json.dumps(records[i], sort_keys=True, default=lambda x: bytes(x).hex())
         total.update(text.encode("utf-8", "surrogatepass"))
     return total.hexdigest()
+
+
+def field_pairs(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Values of --field, OURS=THEIRS, as the `fields` of a source.
+
+    Raises:
+      ConfigError: another form.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for text, (ours, _, theirs) in zip(texts, pairs, strict=True):
+        if not ours or not theirs:
+            raise ConfigError(f"--field: expected OURS=THEIRS, such as image=jpg; got {text!r}")
+    return tuple((ours, theirs) for ours, _, theirs in pairs)
 
 
 def mapped(source: Any, fields: Fields, task: str) -> Any:

@@ -70,7 +70,6 @@ class Judge(nn.Module):
         self.siglip = siglip.Siglip(cfg.image)
         self.image_head = layers.Linear(cfg.width)
         self.classes = self.param("classes", normal, (len(cfg.classes), cfg.text_width))
-        # the stored weights spell it so
         self.colors = self.param("colors", normal, (len(cfg.colors), cfg.text_width))
         self.text_fc1 = layers.Linear(4 * cfg.text_width)
         self.text_fc2 = layers.Linear(cfg.width)

@@ -36,6 +36,7 @@ PARTS = {
     "vae": "parameters of the VAE",
     "opt_state": "optimizer",
     "ema": "EMA",
+    "teacher": "parameters of the teacher",
     "model": "parameters",
     "batch": "batch",
     "inputs": "inputs",

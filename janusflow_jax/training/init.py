@@ -229,7 +229,7 @@ def check_files(cfg: TrainConfig) -> None:
     for s in (*cfg.data.sources, *cfg.heldout, *cfg.evaluate.sources):
         try:
             data = sources.mapped(sources.open_source(s.path, s.split), s.fields, s.task)
-            if s in cfg.heldout and not {"image", "captions"} <= set(data[0]):
+            if s in cfg.heldout and len(data) and not {"image", "captions"} <= set(data[0]):
                 problems.append(
                     f"heldout: {s.path}: expected records of an image and captions, to be "
                     f"captioned; got {', '.join(data[0])}: measure its loss (evaluate.sources)"

@@ -18,7 +18,7 @@ from janusflow_jax.checkpoints import (
     run as run_checkpoints,
     workdir as workdir_lib,
 )
-from janusflow_jax.config import DataConfig, TrainConfig, checks as config_checks, files
+from janusflow_jax.config import DataConfig, TrainConfig, checks as config_checks
 from janusflow_jax.config.errors import CheckpointError
 from janusflow_jax.config.lock import Lock
 from janusflow_jax.data import chat_format, loader
@@ -66,10 +66,10 @@ class Run:
         try:
             yield
         except Exception as error:
-            # What reaches a bucket has errors of its own.
-            if not isinstance(error, OSError) and not files.is_remote(self.workdir):
+            if not workdir_lib.is_of_store(error, self.workdir):
                 raise
             self.write_error = CheckpointError(workdir_lib.explain(error, self.workdir))
+            self.write_error.__cause__ = error
 
     def save(self, step: int, report: loader.Report) -> None:
         """Starts saving in the background."""
@@ -127,6 +127,7 @@ def open_run(
     if resumed:
         origins |= {n: "this run's checkpoint" for n, x in origins.items() if x != started.start}
     initialization.print_origins(cfg, start.params, start.vae, origins)
+    _warn_of_unused_slots(cfg)
     with processes.together("opening the data"):
         chat = chat_format.ChatFormat.load(start.hub, num_image_tokens=cfg.model.num_image_tokens)
         chat.check_vocab(cfg.model.llm.vocab_size)
@@ -189,6 +190,17 @@ def _rate_change(saved: dict[str, Any], cfg: TrainConfig) -> float:
     return change if abs(change) > 0.01 else 0.0
 
 
+def _warn_of_unused_slots(cfg: TrainConfig) -> None:
+    for task, name in (("generate", "gen_slots"), ("understand", "und_slots")):
+        slots = getattr(cfg.data, name)
+        if slots and not any(source.task == task for source in cfg.data.sources):
+            processes.log(
+                f"WARNING: data.{name} is {slots}, but no source has task {task}: its encoders run "
+                "on empty slots, and its parts are trained by weight decay alone; a new run should "
+                f"have data.{name}=0"
+            )
+
+
 def _warn_of_higher_rate(cfg: TrainConfig, saved: dict[str, Any], steps: list[int]) -> None:
     """More steps move the decay to the new last steps: the rate is high again before it."""
     step, old = saved["step"], saved["config"]
@@ -199,7 +211,7 @@ def _warn_of_higher_rate(cfg: TrainConfig, saved: dict[str, Any], steps: list[in
         return
     then, now = optim.rates_at_resume(saved, cfg.optim, cfg.num_steps)
     left = cfg.num_steps - step
-    began = old["num_steps"] - old["optim"]["decay_steps"]
+    began = max(old["num_steps"] - old["optim"]["decay_steps"], old["optim"]["warmup_steps"])
     before_decay = [s for s in steps if s <= began]
     processes.log(
         f"WARNING: at step {step} the learning rate rises from {then:.3g} to {now:.3g}, because "

@@ -82,7 +82,7 @@ def files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[tuple[epath.
     counts = collections.Counter(names.values())
     if same := [path for path, name in names.items() if counts[name] > 1]:
         common = os.path.commonprefix([path.rpartition("/")[0] + "/" for path in same])
-        names |= {path: path[common.rindex("/") + 1 :] for path in same}
+        names |= {path: path[common.rfind("/") + 1 :] for path in same}
     return [(epath.Path(path), names[path]) for path in sorted(names, key=natural_key)]
 
 
@@ -155,7 +155,7 @@ def open_file(
             raise Skipped(f"{what}: Git LFS pointer", LFS_HELP)
         file.seek(0)
         try:
-            yield gzip.GzipFile(fileobj=file) if path.name.endswith("gz") else file
+            yield gzip.GzipFile(fileobj=file) if path.name.lower().endswith("gz") else file
         except (EOFError, zlib.error, gzip.BadGzipFile, *broken) as e:
             raise Skipped(f"{what}: truncated or broken", str(e)[:160]) from e
 
