@@ -363,7 +363,7 @@ class StepLog:
                     "slowest_s": worst.seconds,
                     "slowest_waits_for_data": worst.cause == "data",
                 }
-                if worst.seconds * values.get("steps_per_s", 0) > 0.5:
+                if worst.seconds * values.get("steps_per_s", 0) > 0.25:
                     line += f"  slowest: process {worst.process} ({worst.cause})"
             self._slowest_logged = 0
             self._writer.write(step, values)

@@ -12,15 +12,20 @@ die() {
   exit 1
 }
 
-# Prints the comment at the top of the script.
+# Prints the comment at the top of the script, whose absolute path is in SCRIPT.
 usage() {
-  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$SCRIPT"
 }
 
 # read_options NAMES ARG...: reads --name=value options into upper-case variables. Arguments after --
-# go to TRAIN_ARGS. NAMES are the known options, separated by spaces.
+# go to TRAIN_ARGS. NAMES are the known options, separated by spaces. Environment variables with these
+# names are no options.
 read_options() {
-  local known=" $1 "
+  local known=" $1 " option
+  for option in $1; do
+    option="${option//-/_}"
+    unset "${option^^}"
+  done
   shift
   DRY_RUN="${DRY_RUN:-}"
   TRAIN_ARGS=()
@@ -53,6 +58,15 @@ require() {
   [ ${#missing[@]} -eq 0 ] || die "missing ${missing[*]}; see $0 --help"
 }
 
+# whole NAME...: exits if one of these options is given and is not a whole number from 1.
+whole() {
+  local name variable
+  for name in "$@"; do
+    variable="${name^^}"
+    [[ "${!variable:-1}" =~ ^[1-9][0-9]*$ ]] || die "--$name: expected a whole number from 1; got ${!variable}"
+  done
+}
+
 # The command that every process runs on any cluster.
 train_command() {
   printf '%q ' python -m janusflow_jax.train "--config=$CONFIG" "--config.workdir=$WORKDIR" \
@@ -67,10 +81,14 @@ remote_train_command() {
   train_command
 }
 
-# This checkout as GIT_URL@COMMIT.
+# This checkout as GIT_URL@COMMIT. The machines clone it from there, so all of it has to be there.
 checkout_source() {
   local url commit
   url="$(git remote get-url origin 2>/dev/null)" || die "this checkout has no remote 'origin': set --source=GIT_URL@COMMIT"
   commit="$(git rev-parse HEAD)"
+  [ -z "$(git status --porcelain --untracked-files=no)" ] ||
+    die "expected a checkout with all changes committed; got others (git status), which the machines would not see: commit and push them, or set --source=GIT_URL@COMMIT"
+  [ -n "$(git branch --remotes --contains "$commit" --list 'origin/*')" ] ||
+    die "expected a commit that a branch of origin contains; got $commit: push it, or set --source=GIT_URL@COMMIT"
   echo "$url@$commit"
 }

@@ -14,7 +14,8 @@
 #             only after this
 
 set -euo pipefail
-cd "$(dirname "$0")/.."
+SCRIPT="$(realpath "$0")"
+cd "$(dirname "$SCRIPT")/.."
 source launch/common.sh
 read_options "name cluster project zone type slices image config workdir build create spot restarts stop" "$@"
 require name cluster zone

@@ -4,15 +4,17 @@
     python launch/ray_serve.py --replicas 4 --resources '{"TPU": 1}' [--address auto] [--dry-run] \
         -- --model gs://BUCKET/models/janusflow --allowed-hosts janusflow.example.org
 
-Arguments after -- are those of `python -m janusflow_jax.serve`, without --port. Every machine has
-this checkout installed with the extras `serve` and `ray`, and sees the model's folder. Ray answers
-on --host and --port of every node; put a load balancer before it, which also holds the certificate.
-An API key comes from JANUSFLOW_API_KEY here and goes to every replica.
+Arguments after -- are those of `python -m janusflow_jax.serve`, without --host and --port. Every
+machine has this checkout installed with the extras `serve` and `ray`, and sees the model's folder.
+Ray answers on --host and --port of every node; put a load balancer before it, which also holds the
+certificate. An API key comes from JANUSFLOW_API_KEY here and goes to every replica. As with one
+server, another --host than 127.0.0.1 needs a key, or --no-auth after --.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
@@ -21,7 +23,7 @@ from typing import Any
 
 KEY_VARIABLE = "JANUSFLOW_API_KEY"
 READY_SECONDS = 1800
-"""A first start compiles all programs."""
+"""For the programs of a replica to compile, which takes longest at a first start."""
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -50,7 +52,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args = p.parse_args(own)
     if not served:
         p.error("expected arguments of janusflow_jax.serve after --, such as -- --model MODEL")
-    return args, served
+    # Last, so that it is the one that counts: whether a key is needed depends on it.
+    return args, [*served, f"--host={args.host}"]
 
 
 def deployment_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,10 +93,17 @@ def application(options: dict[str, Any], served: list[str]) -> Any:
             from janusflow_jax.serve import command
 
             self.server = command.build(command.parse(served))
+            self.ready_by = time.monotonic() + READY_SECONDS
             return self.server.app
 
         async def check_health(self) -> None:
+            """Ray waits for the first call before it sends requests; more calls follow."""
             status = self.server.engine.status()
+            while status.alive and not (status.ready or status.draining):
+                if time.monotonic() > self.ready_by:
+                    raise RuntimeError(f"expected an engine that is ready in {READY_SECONDS} s")
+                await asyncio.sleep(0.2)
+                status = self.server.engine.status()
             if not status.alive:
                 raise RuntimeError(f"the engine is dead: {status.error or 'it makes no progress'}")
 
@@ -102,6 +112,9 @@ def application(options: dict[str, Any], served: list[str]) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     args, served = parse(sys.argv[1:] if argv is None else argv)
+    from janusflow_jax.serve import command
+
+    command.check(command.parse(served))  # here, and not only in every replica
     options = deployment_options(args)
     if args.dry_run:
         shown = json.loads(json.dumps(options))
@@ -123,4 +136,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from janusflow_jax import cli
+
+    cli.run(main)

@@ -7,14 +7,16 @@
 #
 # --gpus     per node; default 8
 # --python   of an environment with janusflow_jax[cuda] that every node sees; default .venv/bin/python
-# --hours    time limit; default 24. Slurm sends SIGTERM 120 s before: the run saves and exits, and the
-#            same command resumes it. Slurm requeues a preempted job
+# --hours    time limit, a whole number; default 24. Slurm sends SIGTERM 120 s before: the run saves and
+#            exits, and the same command resumes it. Slurm requeues a preempted job
 
 set -euo pipefail
-cd "$(dirname "$0")/.."
+SCRIPT="$(realpath "$0")"
+cd "$(dirname "$SCRIPT")/.."
 source launch/common.sh
 read_options "name nodes gpus cards partition account hours python config workdir" "$@"
 require name nodes config workdir
+whole hours
 GPUS="${GPUS:-${CARDS:-8}}" # --cards is the old name
 
 job=(sbatch --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS"

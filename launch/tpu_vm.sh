@@ -9,13 +9,15 @@
 # --runtime  the VM's image; default: depends on the type
 # --slices   number of slices of the type, connected by the data center's network
 # --spot     1: cheaper machines that can be taken away at any time
-# --source   GIT_URL@COMMIT to run; default: this checkout's origin and commit
+# --source   GIT_URL@COMMIT to run; default: this checkout's origin and commit, if all of it is pushed
 # --stop     1: delete the machines instead
 # The training ends with this script's ssh connections: call it in tmux, on a machine that stays on.
-# To resume a run, use the same command again. Machines that still exist are used again.
+# To resume a run, use the same command again. Machines that still exist are used again, and a training
+# that still runs there is ended first.
 
 set -euo pipefail
-cd "$(dirname "$0")/.."
+SCRIPT="$(realpath "$0")"
+cd "$(dirname "$SCRIPT")/.."
 source launch/common.sh
 read_options "name zone project type runtime slices spot source config workdir stop" "$@"
 require name zone
@@ -26,6 +28,7 @@ if [ -n "${STOP:-}" ]; then
   exit 0
 fi
 require type config workdir
+whole slices
 SLICES="${SLICES:-1}"
 case "$TYPE" in
   v5litepod-*) image=v2-alpha-tpuv5-lite ;;
@@ -63,9 +66,13 @@ if [ -z "$DRY_RUN" ]; then
   done
 fi
 
-# Every worker of every slice runs the same; jax.distributed finds the others. uv installs a Python
-# that is new enough, because the image's own may be too old.
-setup="rm -rf ~/src && git clone -q ${SOURCE%@*} ~/src && git -C ~/src checkout -q ${SOURCE##*@}"
+# Every worker of every slice runs the same; jax.distributed finds the others. A training may outlive
+# the ssh connection that started it, and would keep the TPU busy: it gets a SIGTERM, on which it saves,
+# and is killed after 120 seconds. The pattern starts with Python's name, so it fits no shell, such as
+# this command's own. uv installs a Python that is new enough, because the image's own may be too old.
+old="-u \$(id -u) -f '^[^ ]*python[0-9.]* -m janusflow_jax[.]train'"
+setup="if pkill $old; then for i in \$(seq 60); do pgrep $old >/dev/null || break; sleep 2; done;"
+setup+=" pkill -KILL $old; fi; rm -rf ~/src && git clone -q ${SOURCE%@*} ~/src && git -C ~/src checkout -q ${SOURCE##*@}"
 setup+=" && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --allow-existing"
 setup+=" --python 3.12 ~/jf && ~/.local/bin/uv pip install -q -p ~/jf -e ~/src[tpu]"
 start="cd ~/src && source ~/jf/bin/activate && $(remote_train_command)"

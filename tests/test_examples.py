@@ -1,14 +1,17 @@
 """examples/, launch/ray_serve.py and launch/space/: run against a real server without a model, or
 read as their programs would read them."""
 
+import asyncio
 import configparser
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 from helpers.fake_engine import FakeEngine, serving
@@ -98,8 +101,18 @@ def test_kubernetes():
     (container,) = pod["spec"]["containers"]
     args = _parsed(container["args"])
     assert pod["spec"]["terminationGracePeriodSeconds"] > args.drain
-    paths = [container[f"{x}Probe"]["httpGet"]["path"] for x in ("readiness", "liveness")]
-    assert paths == ["/ready", "/health"]
+    probes = [container[f"{x}Probe"] for x in ("readiness", "liveness", "startup")]
+    assert [x["httpGet"]["path"] for x in probes] == ["/ready", "/health", "/health"]
+    assert probes[2]["periodSeconds"] * probes[2]["failureThreshold"] == 1800
+    # /metrics asks for the key, which only the monitor in the comment at the end has.
+    assert "annotations" not in pod["metadata"]
+    comment = (LAUNCH / "kubernetes.yaml").read_text().split("# ---\n")[1]
+    monitor = yaml.safe_load(re.sub("^# ", "", comment, flags=re.MULTILINE))["spec"]
+    assert monitor["selector"]["matchLabels"] == service["metadata"]["labels"]
+    (endpoint,), (port,) = monitor["endpoints"], service["spec"]["ports"]
+    assert endpoint["port"] == port["name"]
+    (key,) = [x["valueFrom"]["secretKeyRef"] for x in container["env"]]
+    assert endpoint["authorization"]["credentials"] == key
     volumes = {x["name"] for x in pod["spec"]["volumes"]}
     assert {x["name"] for x in container["volumeMounts"]} == volumes
 
@@ -155,9 +168,66 @@ def test_ray_dry_run(tmp_path):
     deployment = out["deployment"]
     assert deployment["autoscaling_config"]["max_replicas"] == 8 and "secret" not in str(out)
     actor = {"num_cpus": 4, "num_gpus": 0, "resources": {"TPU": 1}}
-    assert deployment["ray_actor_options"] == actor and out["serve"] == ["--model", "m"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert deployment["ray_actor_options"] == actor
+    assert out["serve"] == ["--model", "m", "--host=127.0.0.1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 2 and "-- --model MODEL" in done.stderr
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_ray_needs_a_key_on_another_host(dry_run, monkeypatch, capsys):
+    """Whatever --host is after --: Ray listens, and not the server of a replica."""
+    from janusflow_jax.config.errors import JanusFlowError
+
+    monkeypatch.delenv("JANUSFLOW_API_KEY", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)  # nothing is deployed
+    served = ["--", "--model", "m", "--allowed-hosts", "x", "--host", "127.0.0.1"]
+    options = [*dry_run, "--host", "0.0.0.0"]
+    with pytest.raises(JanusFlowError, match="--host 0.0.0.0: expected JANUSFLOW_API_KEY"):
+        _ray_serve().main([*options, *served])
+    if dry_run:
+        _ray_serve().main([*options, *served, "--no-auth"])
+        assert "--no-auth" in capsys.readouterr().out
+
+
+def _ray_serve():
+    spec = importlib.util.spec_from_file_location("ray_serve", LAUNCH / "ray_serve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_replica_of_ray_starts_when_its_engine_is_ready(monkeypatch):
+    launcher = _ray_serve()
+    serve = types.SimpleNamespace(
+        deployment=lambda **options: lambda cls: types.SimpleNamespace(bind=cls),
+        ingress=lambda: lambda cls: cls,
+    )
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(serve=serve))
+    starting = types.SimpleNamespace(alive=True, ready=False, draining=False, error="")
+    ready = types.SimpleNamespace(**{**vars(starting), "ready": True})
+    dead = types.SimpleNamespace(**{**vars(starting), "alive": False, "error": "no memory"})
+    ending = types.SimpleNamespace(**{**vars(starting), "draining": True})
+
+    def check(*states, seconds=60):
+        """The states that are left after Ray's check."""
+        left = list(states)
+        engine = types.SimpleNamespace(status=lambda: left.pop(0))
+        built = types.SimpleNamespace(engine=engine, app=None)
+        monkeypatch.setattr(launcher, "READY_SECONDS", seconds)
+        monkeypatch.setattr("janusflow_jax.serve.command.build", lambda args: built)
+        replica = launcher.application({}, ["--model", "m"])
+        replica.__serve_build_asgi_app__()
+        asyncio.run(replica.check_health())
+        return left
+
+    assert check(starting, starting, ready, dead) == [dead]
+    assert check(ending, dead) == [dead]
+    with pytest.raises(RuntimeError, match="the engine is dead: no memory"):
+        check(starting, dead)
+    with pytest.raises(RuntimeError, match="ready in -1 s"):
+        check(starting, seconds=-1)
 
 
 @pytest.mark.slow

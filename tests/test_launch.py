@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -20,10 +21,10 @@ SCRIPTS = {
 }
 
 
-def launch(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+def launch(script: str, *args: str, root=ROOT, **env: str) -> subprocess.CompletedProcess:
     env = {"PATH": os.environ["PATH"], "HOME": "/nowhere", **env}
     command = ["bash", f"launch/{script}.sh", *args]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
 
 
 def commands(script: str, *args: str, **env: str) -> list[list[str]]:
@@ -69,6 +70,59 @@ def test_tpu_vm_with_slices():
     assert options(rest[-1])["command"].endswith(f"{TRAIN} --config.mesh.fsdp=16")
     (stop,) = commands("tpu_vm", "--stop=1")
     assert stop[:6] == "gcloud compute tpus queued-resources delete jf".split()
+
+
+def test_an_old_training_is_ended_before_its_code_is_deleted():
+    _, setup, start = (options(x).get("command", "") for x in commands("tpu_vm"))
+    end, _, install = setup.partition("rm -rf ~/src")
+    assert end.startswith("if pkill ") and "pkill -KILL " in end and "git clone" in install
+    (pattern,) = set(re.findall("-f '(.*?)'", end))
+    process = start[start.index("python -m") :]
+    assert re.search(pattern, process) and re.search(pattern, f"/usr/bin/{process}")
+    for shell in (setup, start):  # it does not end itself
+        assert not re.search(pattern, f"bash -c {shell}")
+    assert subprocess.run(["bash", "-n", "-c", setup]).returncode == 0
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_only_what_the_machines_can_clone_is_trained(tmp_path, dry_run):
+    def git(*args):
+        names = ["-c", "user.name=x", "-c", "user.email=x@host"]
+        done = subprocess.run(["git", *names, *args], cwd=clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    origin, clone = tmp_path / "origin.git", tmp_path / "clone"
+    shutil.copytree(ROOT / "launch", clone / "launch")
+    (tmp_path / "gcloud").write_text("#!/bin/sh\necho ACTIVE\n")
+    (tmp_path / "gcloud").chmod(0o755)
+    git("init", "--quiet", "--initial-branch=main")
+    git("init", "--quiet", "--bare", str(origin))
+    git("remote", "add", "origin", str(origin))
+    git("add", "launch")
+    git("commit", "--quiet", "--message=x")
+
+    def run(*more):
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        args = [*SCRIPTS["tpu_vm"][:-1], *JOB, *more, *dry_run]
+        return launch("tpu_vm", *args, root=clone, PATH=path)
+
+    def refused(reason):
+        done = run()
+        assert done.returncode == 1 and not done.stdout
+        assert reason in done.stderr and "--source=GIT_URL@COMMIT" in done.stderr
+
+    commit = git("rev-parse", "HEAD")
+    refused(f"got {commit}: push it")
+    git("push", "--quiet", "origin", "HEAD:refs/heads/work")
+    (clone / "untracked").touch()
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert str(origin) in done.stdout and commit in done.stdout
+    (clone / "launch" / "Dockerfile").write_text("changed")
+    refused("commit and push them")
+    done = run("--source=https://host/jf.git@abc1")
+    assert done.returncode == 0 and "https://host/jf.git" in done.stdout
 
 
 def test_gke():
@@ -122,6 +176,33 @@ def test_wrong_options_are_reported(script):
     assert done.returncode == 1 and "--nmae" in done.stderr
     assert "--name=value" in launch(script, "name=x").stderr
     assert "--dry-run" in launch(script, "--help").stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_from_another_folder(script, tmp_path):
+    here = ROOT / "launch"
+    link = tmp_path / "link.sh"
+    link.symlink_to(here / f"{script}.sh")
+    for folder, path in ((here, f"{script}.sh"), (here, f"./{script}.sh"), (tmp_path, "link.sh")):
+        done = subprocess.run(["bash", path, "--help"], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0 and f"launch/{script}.sh" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_environment_variables_are_no_options(script):
+    names = "PROJECT HOURS SPOT BUILD CREATE STOP SLICES GPUS CARDS PYTHON PARTITION RUNTIME"
+    env = dict.fromkeys(names.split(), "7")
+    assert commands(script, **env) == commands(script)
+    done = launch(script, "--dry-run", NAME="x", ZONE="z", CLUSTER="c", SOURCE="u@c")
+    assert done.returncode == 1 and "missing --name" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["0.5", "0", "010", "two", "1;2"])
+@pytest.mark.parametrize("script, name", [("slurm", "hours"), ("tpu_vm", "slices")])
+def test_whole_numbers(script, name, value):
+    done = launch(script, *SCRIPTS[script], *JOB, "--dry-run", f"--{name}={value}")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == f"error: --{name}: expected a whole number from 1; got {value}\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

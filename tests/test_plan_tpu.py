@@ -134,8 +134,11 @@ def test_fsdp_of_16_is_one_axis_of_the_torus():
         assert sorted(map(len, coordinates)) == [1, 16]
 
 
-def test_sums_of_gradients_run_beside_the_backward_pass():
-    machine = plan_topology.parse("v5e:4x4")
+@pytest.mark.parametrize(
+    ("topology", "kinds"), [("v5e:4x4", ["all-reduce"]), ("v6e:4x4", ["all-reduce", "all-gather"])]
+)
+def test_collectives_of_a_layer_run_beside_others(topology, kinds):
+    machine = plan_topology.parse(topology)
     mesh = sharding.make_mesh(c.MeshConfig(fsdp=4), plan_topology.devices(machine))
     rows = jax.P(("data", "fsdp"))
 
@@ -160,12 +163,13 @@ def test_sums_of_gradients_run_beside_the_backward_pass():
         options = compiler.options(mesh)
     assert options == compiler.OPTIONS["tpu"]
 
-    def asynchronous(options: dict) -> int:
+    def asynchronous(options: dict) -> dict[str, int]:
         text = lowered.compile(compiler_options=plan_compile.QUICK["tpu"] | options).as_text()
-        bodies = text.split("\n}\n")
-        return sum("AsyncCollectiveStart" in x and " all-reduce(" in x for x in bodies)
+        bodies = [x for x in text.split("\n}\n") if "AsyncCollectiveStart" in x]
+        return {kind: sum(f" {kind}(" in x for x in bodies) for kind in kinds}
 
-    assert asynchronous(options) > asynchronous({}) == 0
+    plain, ours = asynchronous({}), asynchronous(options)
+    assert all(ours[kind] > plain[kind] == 0 for kind in kinds)
 
 
 def test_v4_and_single_chips():

@@ -12,6 +12,9 @@ from janusflow_jax.parallel import processes
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "tpu": {
+        # Gathers of parameters run beside the layer before. v5e's compiler does it by itself.
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         # Sums of gradients over `data` run beside the backward pass. XLA would combine those of a
         # layer into one at the layer's end, where nothing is left to run beside it.
         "xla_enable_async_all_reduce": True,
