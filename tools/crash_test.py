@@ -176,7 +176,7 @@ def child(data: str, workdir: str, events: int, hold: str) -> None:
     save, commit, make_row = saver.save, saver._commit, rows.Rows.row
 
     def reporting_save(self: Any, step: int, **trees: Any) -> None:
-        self._join()  # as `save` does first: the save before it is not this one
+        self.join()  # as `save` does first: the save before it is not this one
         report("save+", step)
         save(self, step, **trees)
 
