@@ -139,7 +139,8 @@ def train(
                 with clock("samples"):
                     previews.write(cfg, workdir, step, run.state, run.chat, writer)
             attempts.write(step, ended=True)
-    processes.barrier("the end")  # process 0 writes last; what waits for it in JAX may give up
+    # Process 0 may write longer than JAX lets the others wait when they exit.
+    processes.barrier("the end")
     processes.log(f"{'done' if done else 'stopped'} at step {step}")
     processes.log(f"{attempts.summary()}\nworkdir {workdir}")
     return str(workdir)

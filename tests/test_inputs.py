@@ -181,3 +181,16 @@ def test_what_is_no_conversation_is_one_error(conversation, images):
 )
 def test_an_answer_ends_before_a_stop_string(text, stops, complete, want):
     assert inputs.before_stop(text, stops, complete) == want
+
+
+def test_a_long_stop_string_costs_no_more_than_the_text():
+    looked = []
+
+    class Stop(str):
+        def __getitem__(self, key):
+            looked.append(key)
+            return str.__getitem__(self, key)
+
+    text = "one two ab"
+    assert inputs.before_stop(text, (Stop("ab" * 1000),), False) == ("one two ", False)
+    assert len(looked) <= len(text)

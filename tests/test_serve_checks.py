@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import io
 import json
-import time
 
 import numpy as np
 import pytest
@@ -213,13 +212,20 @@ def test_a_body_that_is_no_object(body, words):
         checks.json_object(body)
 
 
-def test_a_repeated_key_among_many_is_found_at_once():
-    names = [f'"k{i}":0' for i in range(20_000)]
-    body = "{" + ",".join([*names, '"k7":0']) + "}"
-    begin = time.monotonic()
-    with pytest.raises(RequestError, match="'k7' occurs twice"):
-        checks.json_object(body.encode())
-    assert time.monotonic() - begin < 1  # comparing each with all takes several
+def test_a_repeated_key_among_many_is_found_without_comparing_all():
+    compared = []
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    names = [Name(f"k{i}") for i in [*range(1000), 7]]
+    with pytest.raises(ValueError, match="'k7' occurs twice"):
+        checks._object([(name, 0) for name in names])
+    assert len(compared) < 10 * len(names)  # each with all: a million
 
 
 def test_extra_body_is_merged():

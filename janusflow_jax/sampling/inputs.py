@@ -389,8 +389,8 @@ def before_stop(text: str, stops: Sequence[str], complete: bool) -> tuple[str, b
     if ends:
         return text[: min(ends)], True
     if not complete:
-        lengths = ((stop, n) for stop in stops for n in range(1, min(len(stop), len(text) + 1)))
-        held = max((n for stop, n in lengths if text.endswith(stop[:n])), default=0)
+        starts = (stop[:n] for stop in stops for n in range(1, min(len(stop), len(text) + 1)))
+        held = max((len(start) for start in starts if text.endswith(start)), default=0)
         text = text[: len(text) - held]
     return text, False
 
