@@ -135,7 +135,7 @@ def test_keys_and_values_are_not_repeated():
             q, k, v, ids, "splash_interpret"
         )
     )
-    assert f"f32[2,{ROWS * LENGTH},{SIZE}]" in kernel
+    assert f"f32[{ROWS},2,{LENGTH},{SIZE}]" in kernel
 
 
 def test_both_ways_to_swap_halves_are_equal():
@@ -167,7 +167,8 @@ def test_rows_that_a_kernel_cannot_take(kernel):
         attention.dot_product_attention(q, k, v, ids, kernel)
 
 
-def test_flash_in_bfloat16_is_as_exact_as_the_masked_form():
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
+def test_kernels_in_bfloat16_are_as_exact_as_the_masked_form(kernel):
     q, k, v, ids = inputs()
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     ((_, (want, _)), grads) = value_and_gradients("xla")(
@@ -179,17 +180,20 @@ def test_flash_in_bfloat16_is_as_exact_as_the_masked_form():
         pairs = zip((got, *ours), (want, *grads), strict=True)
         return max(float(jnp.abs(a - b).max()) for a, b in pairs)
 
-    assert error("flash_interpret") < 1.5 * error("xla")
+    assert error(f"{kernel}_interpret") < 1.5 * error("xla")
 
 
-def test_flash_visits_only_blocks_that_may_hold_a_sample():
+def test_kernels_visit_only_blocks_that_may_hold_a_sample():
     """Samples of 256 in blocks of 128: each block meets itself and at most one neighbor."""
     ids = np.repeat(np.arange(1, 5, dtype=np.int32), 256)[None]
     for row in (ids, np.where(np.arange(1024) % 64 < 40, ids, 0)):
-        first, end = flash.block_ranges(jnp.asarray(row), 128, 64)
+        first, end = splash.block_ranges(jnp.asarray(row), 128, 128)
+        np.testing.assert_array_equal(first[0], [0, 0, 2, 2, 4, 4, 6, 6])
+        np.testing.assert_array_equal(end[0], [2, 2, 4, 4, 6, 6, 8, 8])
+        first, end = splash.block_ranges(jnp.asarray(row), 128, 64)
         np.testing.assert_array_equal(first[0], [0, 0, 4, 4, 8, 8, 12, 12])
         np.testing.assert_array_equal(end[0], [4, 4, 8, 8, 12, 12, 16, 16])
-    first, end = flash.block_ranges(jnp.asarray(0 * ids), 128, 64)
+    first, end = splash.block_ranges(jnp.asarray(0 * ids), 128, 64)
     np.testing.assert_array_equal(first[0], np.arange(0, 16, 2))
     np.testing.assert_array_equal(end[0], np.arange(2, 18, 2))
 

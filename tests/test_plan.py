@@ -230,12 +230,11 @@ def test_typical_rows_are_as_full_as_packing_makes_them(text, measured):
 
 
 def test_operations_of_attention_kernels():
-    shapes = hlo.shapes("s8[1,8,8]{2,1,0}, bf16[16,8192,128]{2,1,0}, f32[16,8192,128]")
+    shapes = hlo.shapes("s32[2,8]{1,0}, bf16[2,16,4096,128]{3,2,1,0}, s32[2,4096,128]{2,1,0}")
     count = lambda name: plan_flops.attention_kernel(name, shapes, 4096, 0.25)  # noqa: E731
     matmul = 2 * 2 * 16 * 4096**2 * 128 / 4  # two rows
-    assert count("jit(step)/splash_mha_fwd_segmented/pallas_call") == 2 * matmul
-    assert count("jit(step)/splash_mha_dq_segmented") == 3 * matmul
-    assert count("jit(step)/splash_mha_dkv_segmented") == 4 * matmul
+    assert count("jit(step)/splash_forward/pallas_call") == 2 * matmul
+    assert count("jit(step)/splash_backward") == 5 * matmul
     assert count("jit(step)/flash_keys/pallas_call") == 4 * matmul
 
 
@@ -430,7 +429,7 @@ TPU_STACK = """HloModule jit_step, num_partitions=8
   %scores = f32[4,64,64]{2,1,0:S(1)} fusion(%done, %local), kind=kOutput, calls=%dilated
   %kernel = bf16[4,64,32]{2,1,0} custom-call(%local), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
-}}, metadata={op_name="jit(step)/llm/splash_mha_fwd"}
+}}, metadata={op_name="jit(step)/llm/splash_forward"}
   %stacked = f32[10,64,64]{2,1,0} fusion(%stack, %scores, %i), kind=kLoop, calls=%update
   ROOT %out = (s32[], f32[10,64,64]{2,1,0}, bf16[4,64,32]{2,1,0}) tuple(%next, %stacked, %kernel)
 }
@@ -462,7 +461,7 @@ def test_costs_of_a_tpu_program():
     assert (negate.kind, negate.cycles, negate.bytes) == ("other", 30_000, 10 * batch)
     assert (matmul.kind, matmul.flops) == ("matmul", 10 * 2 * 4 * 64 * 64 * 32)
     assert matmul.bytes == 10 * batch and matmul.cycles is None  # the result stays in the core
-    assert (kernel.kind, kernel.op_name) == ("kernel", "jit(step)/llm/splash_mha_fwd")
+    assert (kernel.kind, kernel.op_name) == ("kernel", "jit(step)/llm/splash_forward")
     assert update.bytes == 10 * 64 * 64 * 4 + 10 * 4  # what is written, and the index
 
 

@@ -76,18 +76,6 @@ def _blocks(x: Array) -> tuple[int, int]:
     return WIDE // shrink, NARROW // shrink
 
 
-def block_ranges(
-    ids: Int[Array, "B T"], wide: int, narrow: int
-) -> tuple[Int[Array, "B W"], Int[Array, "B W"]]:
-    """The first narrow block of keys for each wide block of queries; the end of the narrow blocks
-    of queries for each wide block of keys."""
-    meet = splash.executed_blocks(ids, narrow)
-    rows, blocks, _ = meet.shape
-    by_queries = meet.reshape(rows, -1, wide // narrow, blocks).any(2)
-    by_keys = meet.reshape(rows, blocks, -1, wide // narrow).any(3)
-    return jnp.argmax(by_queries, axis=2), blocks - jnp.argmax(by_keys[:, ::-1], axis=1)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(q: Array, k: Array, v: Array, ids: Array, scale: float, interpret: bool) -> Array:
     return _forward(q, k, v, ids, scale, interpret)[0]
@@ -96,7 +84,7 @@ def _attention(q: Array, k: Array, v: Array, ids: Array, scale: float, interpret
 def _forward(q: Array, k: Array, v: Array, ids: Array, scale: float, interpret: bool) -> Any:
     rows, length, heads, size = q.shape
     block_q, block_k = _blocks(q)
-    first, _ = block_ranges(ids, block_q, block_k)
+    first, _ = splash.block_ranges(ids, block_q, block_k)
     group = heads // k.shape[2]
     of_block = pl.BlockSpec((None, block_q, None, size), lambda i, n, b: (b, i, n, 0))
     of_keys = pl.BlockSpec((None, length, None, size), lambda i, n, b: (b, 0, n // group, 0))
@@ -172,7 +160,7 @@ def _backward(scale: float, interpret: bool, saved: Any, d_out: Array) -> Any:
     of_row = lambda x: pl.BlockSpec((None, x.shape[1]), lambda i, n, b: (b, 0))  # noqa: E731
 
     block_q, block_k = _blocks(q)
-    first, last = block_ranges(ids, block_q, block_k)
+    first, last = splash.block_ranges(ids, block_q, block_k)
     of_block = pl.BlockSpec((None, block_q, None, size), lambda i, n, b: (b, i, n, 0))
     of_keys = pl.BlockSpec((None, length, None, size), lambda i, n, b: (b, 0, n // group, 0))
     of_queries = pl.BlockSpec((None, None, block_q), lambda i, n, b: (b, n, i))

@@ -1,21 +1,26 @@
-"""Splash attention: JAX's Pallas kernel for TPUs, on packed rows.
+"""Sparse flash attention of packed rows on TPUs: causal, in segments, without a T x T array.
 
-The kernel visits the blocks of queries and keys that a mask names. JAX's own masks are the same for
-all rows, so every row would compute all blocks below the diagonal. Here the mask comes from each
-row's segments. The rows of a device stand one after another in one long sequence, because the
-kernel has one mask.
+Source: FlashAttention-2 (arXiv 2307.08691), here in Pallas, which compiles it with Mosaic. A block
+of queries visits only the blocks of keys that may hold its samples. A core keeps the keys of a
+whole row in its own memory, in the backward pass the queries, so each is read once a head. One
+backward kernel computes all three gradients from the same weights.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from janusflow_jax.parallel import sharding
 
@@ -23,6 +28,13 @@ BLOCK = 512
 """Positions in a block of queries or keys, where they divide a row."""
 UNIT = 128
 """Rows have a multiple of this many positions."""
+MASKED = -1e30
+COMPILER = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "parallel", "arbitrary"),  # rows, heads, blocks
+    vmem_limit_bytes=100 * 2**20,
+)
+"""A core's own memory bounds the row: with heads of 256 bytes, 32,768 positions on v5e and v6e
+(128 MiB), 16,384 on v5p (64 MiB) and 4,096 on v4 (16 MiB)."""
 
 
 def block_size(length: int) -> int:
@@ -31,7 +43,7 @@ def block_size(length: int) -> int:
 
 
 def executed_blocks(segment_ids: Any, block: int) -> Any:
-    """The pairs of blocks that the kernel computes.
+    """The pairs of blocks that hold pairs of positions.
 
     These are the blocks on the diagonal, and those below it whose segments overlap. Positions of
     segment 0 (padding and dropped prompts) count on the diagonal only.
@@ -51,6 +63,18 @@ def executed_blocks(segment_ids: Any, block: int) -> Any:
     return overlap & np.tri(blocks, dtype=bool) | np.eye(blocks, dtype=bool)
 
 
+def block_ranges(
+    ids: Int[Array, "B T"], wide: int, narrow: int
+) -> tuple[Int[Array, "B W"], Int[Array, "B W"]]:
+    """The first narrow block of keys for each wide block of queries; the end of the narrow blocks
+    of queries for each wide block of keys."""
+    meet = executed_blocks(ids, narrow)
+    rows, blocks, _ = meet.shape
+    by_queries = meet.reshape(rows, -1, wide // narrow, blocks).any(2)
+    by_keys = meet.reshape(rows, blocks, -1, wide // narrow).any(3)
+    return jnp.argmax(by_queries, axis=2), blocks - jnp.argmax(by_keys[:, ::-1], axis=1)
+
+
 def attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K T H"],
@@ -58,91 +82,230 @@ def attention(
     segment_ids: Int[Array, "B T"],
     interpret: bool = False,
 ) -> Float[Array, "B N T H"]:
-    """Causal attention inside segments; memory grows with T, not T x T.
+    """Causal attention inside segments; softmax in float32; memory grows with T, not T x T.
 
     A position of segment 0 attends to itself and to some others of segment 0.
 
     Args:
       q, k, v: rows that `attention.dot_product_attention` has checked.
-      interpret: run the kernel without a TPU.
+      interpret: run the kernels without a TPU.
     """
-    heads = q.shape[1]
-    q = q * q.shape[-1] ** -0.5
-
-    def run(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-        return _on_device(q, k, v, segment_ids, interpret)
-
+    run = functools.partial(_attention, interpret=interpret)
     if sharding.current_mesh() is None:
         return run(q, k, v, segment_ids)
-    # XLA does not partition Mosaic kernels, so on a mesh the kernel runs inside `shard_map`.
-    heads_axis = None if math.gcd(heads, k.shape[1]) % sharding.axis_size("tensor") else "tensor"
+    # XLA does not partition Mosaic kernels, so on a mesh they run inside `shard_map`.
+    heads_axis = None if k.shape[1] % sharding.axis_size("tensor") else "tensor"
     spec, ids = P(sharding.BATCH, heads_axis), P(sharding.BATCH)
     return jax.shard_map(run, in_specs=(spec, spec, spec, ids), out_specs=spec, check_vma=False)(
         q, k, v, segment_ids
     )
 
 
-def _on_device(q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool) -> Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernels,
-        splash_attention_mask as masks,
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q: Array, k: Array, v: Array, ids: Array, interpret: bool) -> Array:
+    return _forward(q, k, v, ids, interpret)[0]
 
-    rows, heads, length, _ = q.shape
-    block = block_size(length)
-    kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        head_shards=1,
-        q_seq_shards=1,
-        # The fused backward kernel writes a dq for each block of keys, which costs more than it
-        # saves where most blocks are skipped.
-        block_sizes=kernels.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+
+def _forward(q: Array, k: Array, v: Array, ids: Array, interpret: bool) -> Any:
+    rows, heads, length, size = q.shape
+    group, block = heads // k.shape[1], block_size(length)
+    first, _ = block_ranges(ids, block, block)
+    of_queries = pl.BlockSpec((None, None, block, size), lambda b, n, i, _: (b, n, i, 0))
+    of_keys = pl.BlockSpec((None, None, length, size), lambda b, n, i, _: (b, n // group, 0, 0))
+    out, lse = pl.pallas_call(
+        _forward_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(rows, heads, length // block),
+            in_specs=[
+                *(of_queries, of_keys, of_keys),
+                pl.BlockSpec((None, block, UNIT), lambda b, n, i, _: (b, i, 0)),
+                pl.BlockSpec((None, length // block, 1, block), lambda b, n, i, _: (b, 0, 0, 0)),
+            ],
+            out_specs=[
+                of_queries,
+                pl.BlockSpec((None, None, None, 1, block), lambda b, n, i, _: (b, n, i, 0, 0)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((block, size), jnp.float32),
+                pltpu.VMEM((block, UNIT), jnp.float32),
+                pltpu.VMEM((block, UNIT), jnp.float32),
+            ],
         ),
-        residual_checkpoint_name="context",
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((rows, heads, length // block, 1, block), jnp.float32),
+        ],
+        compiler_params=COMPILER,
         interpret=interpret,
-    )
-    for_queries, for_keys = _blocks_to_visit(executed_blocks(segment_ids, block))
-    order = jnp.arange(rows * length, dtype=jnp.int32)
-    replace = lambda info, blocks: info._replace(**blocks, q_sequence=order)  # noqa: E731
-    kernel.fwd_mask_info = replace(kernel.fwd_mask_info, for_queries)
-    kernel.dq_mask_info = replace(kernel.dq_mask_info, for_queries)
-    kernel.dkv_mask_info = replace(kernel.dkv_mask_info, for_keys)
-
-    def one_sequence(x: Array) -> Array:
-        return x.swapaxes(0, 1).reshape(x.shape[1], rows * length, -1)
-
-    ids = segment_ids.reshape(-1)
-    q, k, v = (one_sequence(x) for x in (q, k, v))
-    out: Any = kernel(q, k, v, segment_ids=kernels.SegmentIds(ids, ids))
-    return out.reshape(heads, rows, length, -1).swapaxes(0, 1)
+        name="splash_forward",
+    )(first.astype(jnp.int32), q, k, v, *_along_both_axes(ids, block))
+    out, lse = (checkpoint_name(x, "context") for x in (out, lse))
+    return out, (q, k, v, ids, out, lse)
 
 
-def _blocks_to_visit(
-    executed: Bool[Array, "B Q S"],
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """`block_mask` and `data_next` of the kernel's grids, which visit the blocks of one row only.
+def _along_both_axes(
+    ids: Int[Array, "B T"], block: int
+) -> tuple[Int[Array, "B T UNIT"], Int[Array, "B blocks 1 block"]]:
+    """The segments down the sublanes, the same in all lanes, and along the lanes."""
+    return jnp.broadcast_to(ids[..., None], (*ids.shape, UNIT)), ids.reshape(len(ids), -1, 1, block)
 
-    `data_next` is the block to load, counted over all rows. Where no block is computed it is the
-    nearest one that is, so that nothing is loaded in vain.
 
-    Returns:
-      for each query block, its key blocks [1, B x Q, S]; for each key block, its query blocks
-      [1, Q, B x S].
+def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+    """A matmul that sums over an axis of each factor, in float32."""
+    dimensions = ((axes[:1], axes[1:]), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _lanes(x: Array, size: int) -> Array:
+    """What is the same in all lanes, [T, UNIT] -> [T, size]."""
+    return jnp.tile(x, (1, -(-size // UNIT)))[:, :size]
+
+
+def _scores(q: Array, k: Array, axis: int, offset: Any, same_segment: Array) -> Array:
+    """Scores of base 2 of a block of queries and one of keys, with keys along an axis.
+
+    Args: offset: positions from the start of the keys to the start of the queries.
     """
-    rows, blocks, _ = executed.shape
-    query, key = jnp.arange(blocks)[:, None], jnp.arange(blocks)
-    first_key = jnp.argmax(executed, axis=2, keepdims=True)
-    last_query = blocks - 1 - jnp.argmax(executed[:, ::-1], axis=1, keepdims=True)
-    before = blocks * jnp.arange(rows)[:, None, None]
-    by_query = {"block_mask": executed, "data_next": before + jnp.clip(key, first_key, query)}
-    by_key = {"block_mask": executed, "data_next": before + jnp.clip(query, key, last_query)}
-    return (
-        {n: x.reshape(1, -1, blocks).astype(jnp.int32) for n, x in by_query.items()},
-        {n: x.swapaxes(0, 1).reshape(1, blocks, -1).astype(jnp.int32) for n, x in by_key.items()},
-    )
+    scores = _dot(*((k, q) if axis == 0 else (q, k)), (1, 1))
+    scores = scores * (q.shape[1] ** -0.5 * math.log2(math.e))
+    at_key, at_query = (lax.broadcasted_iota(jnp.int32, scores.shape, n) for n in (axis, 1 - axis))
+    return jnp.where(same_segment & (at_key - at_query <= offset), scores, MASKED)
+
+
+def _forward_kernel(
+    first_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    ids_q_ref: Any,
+    ids_k_ref: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    acc_ref: Any,
+    top_ref: Any,
+    total_ref: Any,
+) -> None:
+    row, i, (block, size) = pl.program_id(0), pl.program_id(2), q_ref.shape
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+    top_ref[...] = jnp.full_like(top_ref, 2 * MASKED)
+    total_ref[...] = jnp.zeros_like(total_ref)
+
+    def body(j: Any, _: None) -> None:
+        keys = pl.ds(j * block, block)
+        same_segment = _lanes(ids_q_ref[...], block) == ids_k_ref[j]
+        scores = _scores(q_ref[...], k_ref[keys, :], 1, (i - j) * block, same_segment)
+        top = top_ref[...]
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2(scores - _lanes(new_top, block))
+        shrink = jnp.exp2(top - new_top)
+        top_ref[...] = new_top
+        total_ref[...] = total_ref[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        out = _dot(weights.astype(v_ref.dtype), v_ref[keys, :], (1, 0))
+        acc_ref[...] = acc_ref[...] * _lanes(shrink, size) + out
+
+    # A query that sees none of the first keys counts them all; its own key makes that zero.
+    lax.fori_loop(first_ref[row, i], i + 1, body, None)
+    out_ref[...] = (acc_ref[...] / _lanes(total_ref[...], size)).astype(out_ref.dtype)
+    lse_ref[...] = (top_ref[...] + jnp.log2(total_ref[...])).T[:1]
+
+
+def _backward(interpret: bool, saved: Any, d_out: Array) -> Any:
+    q, k, v, ids, out, lse = saved
+    rows, heads, length, size = q.shape
+    group, block = heads // k.shape[1], block_size(length)
+    _, last = block_ranges(ids, block, block)
+    of_queries = pl.BlockSpec((None, None, length, size), lambda b, n, j, _: (b, n, 0, 0))
+    of_keys = pl.BlockSpec((None, None, block, size), lambda b, n, j, _: (b, n // group, j, 0))
+    of_key_gradients = pl.BlockSpec((None, None, block, size), lambda b, n, j, _: (b, n, j, 0))
+    blocks = (length // block, 1, block)
+    keys = jax.ShapeDtypeStruct(q.shape, k.dtype if group == 1 else jnp.float32)
+    d_q, d_k, d_v = pl.pallas_call(
+        _backward_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(rows, heads, length // block),
+            in_specs=[
+                *(of_queries, of_keys, of_keys),
+                pl.BlockSpec((None, block, UNIT), lambda b, n, j, _: (b, j, 0)),
+                pl.BlockSpec((None, *blocks), lambda b, n, j, _: (b, 0, 0, 0)),
+                *(of_queries, of_queries),
+                pl.BlockSpec((None, None, *blocks), lambda b, n, j, _: (b, n, 0, 0, 0)),
+            ],
+            out_specs=[of_queries, of_key_gradients, of_key_gradients],
+            scratch_shapes=[
+                pltpu.VMEM((length, size), jnp.float32),
+                pltpu.VMEM((block, size), jnp.float32),
+                pltpu.VMEM((block, size), jnp.float32),
+                pltpu.VMEM(blocks, jnp.float32),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), keys, keys],
+        compiler_params=COMPILER,
+        interpret=interpret,
+        name="splash_backward",
+    )(last.astype(jnp.int32), q, k, v, *_along_both_axes(ids, block), out, d_out, lse)
+    if group > 1:
+        of_heads = (rows, k.shape[1], group, length, size)
+        d_k, d_v = (x.reshape(of_heads).sum(2).astype(k.dtype) for x in (d_k, d_v))
+    return d_q, d_k, d_v, None
+
+
+def _backward_kernel(
+    last_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    ids_k_ref: Any,
+    ids_q_ref: Any,
+    out_ref: Any,
+    d_out_ref: Any,
+    lse_ref: Any,
+    d_q_ref: Any,
+    d_k_ref: Any,
+    d_v_ref: Any,
+    d_q_sum: Any,
+    d_k_sum: Any,
+    d_v_sum: Any,
+    delta_ref: Any,
+) -> None:
+    row, j, (block, size) = pl.program_id(0), pl.program_id(2), k_ref.shape
+    scale = size**-0.5
+    blocks = len(delta_ref)
+
+    @pl.when(j == 0)
+    def start_of_row() -> None:
+        d_q_sum[...] = jnp.zeros_like(d_q_sum)
+
+        def body(i: Any, _: None) -> None:
+            queries = pl.ds(i * block, block)
+            product = out_ref[queries, :].astype(jnp.float32) * d_out_ref[queries, :]
+            delta_ref[i] = jnp.sum(product.T, axis=0, keepdims=True)
+
+        lax.fori_loop(0, blocks, body, None)
+
+    d_k_sum[...] = jnp.zeros_like(d_k_sum)
+    d_v_sum[...] = jnp.zeros_like(d_v_sum)
+
+    def body(i: Any, _: None) -> None:
+        queries = pl.ds(i * block, block)
+        q, d_out = q_ref[queries, :], d_out_ref[queries, :]
+        same_segment = _lanes(ids_k_ref[...], block) == ids_q_ref[i]
+        scores = _scores(q, k_ref[...], 0, (i - j) * block, same_segment)
+        weights = jnp.exp2(scores - lse_ref[i])
+        d_v_sum[...] += _dot(weights.astype(d_out.dtype), d_out, (1, 0))
+        d_scores = weights * (_dot(v_ref[...], d_out, (1, 1)) - delta_ref[i])
+        d_scores = d_scores.astype(q.dtype)
+        d_k_sum[...] += _dot(d_scores, q, (1, 0))
+        d_q_sum[queries, :] += _dot(d_scores, k_ref[...], (0, 0))
+
+    lax.fori_loop(j, last_ref[row, j], body, None)
+    d_k_ref[...] = (d_k_sum[...] * scale).astype(d_k_ref.dtype)
+    d_v_ref[...] = d_v_sum[...].astype(d_v_ref.dtype)
+
+    @pl.when(j == blocks - 1)
+    def end_of_row() -> None:
+        d_q_ref[...] = (d_q_sum[...] * scale).astype(d_q_ref.dtype)
+
+
+_attention.defvjp(_forward, _backward)

@@ -251,9 +251,8 @@ def recomputed(cfg: TrainConfig, trained: set[str]) -> float:
 
 
 MATMULS = {
-    "splash_mha_fwd": 2,
-    "splash_mha_dq": 3,
-    "splash_mha_dkv": 4,
+    "splash_forward": 2,
+    "splash_backward": 5,
     "flash_forward": 2,
     "flash_queries": 3,
     "flash_keys": 4,
