@@ -13,7 +13,7 @@ import pytest
 
 from janusflow_jax import config as c
 from janusflow_jax.config.errors import ConfigError
-from janusflow_jax.models import attention, flash, int8, layers, splash
+from janusflow_jax.models import attention, int8, layers, splash
 from janusflow_jax.parallel import sharding
 
 ROWS, LENGTH, HEADS, SIZE = 4, 384, 4, 32
