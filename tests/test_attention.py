@@ -1,4 +1,4 @@
-"""Attention inside segments: the splash kernel (interpreted) against the masked form of XLA."""
+"""Attention inside segments: the kernels (interpreted) against the masked form of XLA."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def check(got, want):
     [
         ("splash", 4, SIZE),
         ("splash", 2, SIZE),
+        ("splash", 2, 192),  # wider than the lanes
         ("flash", 4, SIZE),
         ("flash", 2, 24),  # no power of two
         ("flash", 2, 128),  # of 512 bytes: smaller blocks
@@ -79,6 +80,28 @@ def test_it_equals_the_masked_form(kernel, kv_heads, size):
     together = args[:3] + (jnp.ones_like(args[3]),)
     ((_, other), _) = value_and_gradients("xla")(*together)
     assert np.abs(np.asarray(other[0] - want[0])).max() > 0.1  # segments matter
+
+
+def test_blocks_of_512():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(x, (1, 1024, 1, SIZE)) for x in keys)
+    ids = jnp.repeat(jnp.arange(1, 5), jnp.array([300, 300, 400, 24]))[None]
+    assert splash.block_size(ids.shape[1]) == 512
+    ((_, want), grads) = value_and_gradients("xla")(q, k, v, ids)
+    ((_, got), ours) = value_and_gradients("splash_interpret")(q, k, v, ids)
+    check((got, ours), (want, grads))
+
+
+@pytest.mark.parametrize("kernel", ["splash", "flash"])
+def test_a_dropped_prompt_longer_than_a_block(kernel):
+    """Its positions attend to nothing else: their large scores would overflow in a gradient."""
+    q, k, v, ids = inputs()
+    ids = jnp.ones_like(ids).at[:, 100:300].set(0)
+    ((_, want), grads) = value_and_gradients("xla")(7 * q, 7 * k, v, ids)
+    ((_, got), ours) = value_and_gradients(f"{kernel}_interpret")(7 * q, 7 * k, v, ids)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), (got, ours), (want, grads)
+    )
 
 
 def test_skipped_blocks_change_no_bit(monkeypatch):
@@ -97,6 +120,11 @@ def test_skipped_blocks_are_not_read():
     v = v.at[1, 256:].set(jnp.nan).at[2, :128].set(jnp.nan)
     got = attention.dot_product_attention(q, k, v, ids, "splash_interpret")
     assert np.isfinite(got[1, :256]).all() and np.isfinite(got[2, 128:]).all()
+    q, k, v, ids = inputs()
+    _, (_, d_k, d_v) = value_and_gradients("splash_interpret")(
+        q.at[2, 128:].set(jnp.nan), k, v, ids
+    )
+    assert np.isfinite(d_k[2, :128]).all() and np.isfinite(d_v[2, :128]).all()
 
 
 def test_executed_blocks_are_those_with_pairs():
@@ -130,12 +158,24 @@ def test_keys_and_values_are_not_repeated():
         wide = [math.prod(x) for x in shapes if {keys, size} <= set(x)]
         assert max(wide) == k.size
     q, k, v, ids = inputs(kv_heads=2)
-    kernel = str(
-        jax.make_jaxpr(attention.dot_product_attention, static_argnums=4)(
-            q, k, v, ids, "splash_interpret"
-        )
+    loss = lambda q, k, v: jnp.sum(  # noqa: E731
+        attention.dot_product_attention(q, k, v, ids, "splash_interpret")
     )
-    assert f"f32[{ROWS},2,{LENGTH},{SIZE}]" in kernel
+    forward, backward = pallas_calls(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, v).jaxpr)
+    for call in (forward, backward):
+        of_rows = [x.aval.shape for x in call.invars if len(x.aval.shape) == 4]
+        assert of_rows[:3] == [(ROWS, heads, LENGTH, SIZE) for heads in (HEADS, 2, 2)]
+
+
+def pallas_calls(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn
+            continue
+        for x in eqn.params.values():
+            inner = getattr(x, "jaxpr", x)
+            if hasattr(inner, "eqns"):
+                yield from pallas_calls(inner)
 
 
 def test_both_ways_to_swap_halves_are_equal():
@@ -167,9 +207,10 @@ def test_rows_that_a_kernel_cannot_take(kernel):
         attention.dot_product_attention(q, k, v, ids, kernel)
 
 
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
 @pytest.mark.parametrize("kernel", ["splash", "flash"])
-def test_kernels_in_bfloat16_are_as_exact_as_the_masked_form(kernel):
-    q, k, v, ids = inputs()
+def test_kernels_in_bfloat16_are_as_exact_as_the_masked_form(kernel, kv_heads):
+    q, k, v, ids = inputs(kv_heads)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     ((_, (want, _)), grads) = value_and_gradients("xla")(
         *(x.astype(jnp.float32) for x in half), ids

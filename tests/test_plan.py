@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import runpy
 import subprocess
 import sys
@@ -211,15 +212,17 @@ def test_names_keep_what_the_attention_kernel_needs(kernel):
     x = jax.ShapeDtypeStruct((8, 256, cfg.llm.width), jnp.bfloat16)
     ids = jnp.ones((8, 256), jnp.int32)
 
-    def kernels(remat: str) -> int:
+    def kernels(remat: str) -> list[str]:
         model = llama.Llama(cfg.llm, jnp.bfloat16, remat, kernel)
         loss = lambda p, x: jnp.sum(model.apply({"params": p}, x, ids, ids)[0])  # noqa: E731
         with jax.set_mesh(sharding.make_mesh(c.MeshConfig())):
             jaxpr = jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr
         alive, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), True)
-        return str(alive).count("pallas_call[")
+        return re.findall(rf"name={kernel}_(\w+)", str(alive))
 
-    assert kernels("full") - 1 == kernels("names") == kernels("none") > 1
+    full, names, none = (kernels(remat) for remat in ("full", "names", "none"))
+    assert len(full) - 1 == len(names) == len(none)
+    assert {f"{kernel}_{x}" for x in none} == {x for x in plan_flops.MATMULS if kernel in x}
 
 
 @pytest.mark.parametrize(

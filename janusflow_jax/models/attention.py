@@ -134,6 +134,8 @@ def _whole_rows(
             f"{kernel} attention: expected rows that divide over {sharding.batch_size()} devices "
             f"(data x fsdp); got {rows}"
         )
+    # Padding and dropped prompts: each position attends to itself alone. Nothing reads its output.
+    segment_ids = jnp.where(segment_ids == 0, -1 - jnp.arange(length), segment_ids)
     if kernel == "flash":
         return flash.attention(q, k, v, segment_ids, interpret=bool(interpret))
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))

@@ -43,25 +43,23 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Attention to the earlier positions of one's segment; softmax in float32.
 
-    A position of segment 0 (padding) attends to itself alone. Nothing reads its output.
-
     Args:
       q, k, v: rows that `attention.dot_product_attention` has checked.
+      segment_ids: positions of no segment have negative ids, each its own.
       interpret: run the kernels as JAX operations, on any platform.
     """
-    length, size = q.shape[1], q.shape[3]
+    size = q.shape[3]
     # Blocks are powers of two, of at least 16.
     pad = max(16, pl.next_power_of_2(size)) - size
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, pad))) for x in (q, k, v))
-    ids = jnp.where(segment_ids == 0, -1 - jnp.arange(length), segment_ids)
     run = functools.partial(_attention, scale=size**-0.5, interpret=interpret)
     if sharding.current_mesh() is None:
-        return run(q, k, v, ids)[..., :size]
+        return run(q, k, v, segment_ids)[..., :size]
     # XLA does not partition the kernels, so on a mesh they run inside `shard_map`.
     heads_axis = "tensor" if k.shape[2] % sharding.axis_size("tensor") == 0 else None
     spec, row = P(sharding.BATCH, None, heads_axis, None), P(sharding.BATCH, None)
     run = jax.shard_map(run, in_specs=(spec, spec, spec, row), out_specs=spec, check_vma=False)
-    return run(q, k, v, ids)[..., :size]
+    return run(q, k, v, segment_ids)[..., :size]
 
 
 def runs_here() -> bool:

@@ -29,12 +29,6 @@ BLOCK = 512
 UNIT = 128
 """Rows have a multiple of this many positions."""
 MASKED = -1e30
-COMPILER = pltpu.CompilerParams(
-    dimension_semantics=("parallel", "parallel", "arbitrary"),  # rows, heads, blocks
-    vmem_limit_bytes=100 * 2**20,
-)
-"""A core's own memory bounds the row: with heads of 256 bytes, 32,768 positions on v5e and v6e
-(128 MiB), 16,384 on v5p (64 MiB) and 4,096 on v4 (16 MiB)."""
 
 
 def block_size(length: int) -> int:
@@ -43,10 +37,10 @@ def block_size(length: int) -> int:
 
 
 def executed_blocks(segment_ids: Any, block: int) -> Any:
-    """The pairs of blocks that hold pairs of positions.
+    """The pairs of blocks in which a query may see a key.
 
-    These are the blocks on the diagonal, and those below it whose segments overlap. Positions of
-    segment 0 (padding and dropped prompts) count on the diagonal only.
+    These are the blocks on the diagonal, and those below it whose segments overlap. Positions of no
+    segment (padding and dropped prompts; 0 or less) count on the diagonal only.
 
     Args:
       segment_ids: int[B, T], a numpy or a jax array; segments stand in rising order.
@@ -84,10 +78,9 @@ def attention(
 ) -> Float[Array, "B N T H"]:
     """Causal attention inside segments; softmax in float32; memory grows with T, not T x T.
 
-    A position of segment 0 attends to itself and to some others of segment 0.
-
     Args:
       q, k, v: rows that `attention.dot_product_attention` has checked.
+      segment_ids: positions of no segment have negative ids, each its own.
       interpret: run the kernels without a TPU.
     """
     run = functools.partial(_attention, interpret=interpret)
@@ -136,12 +129,25 @@ def _forward(q: Array, k: Array, v: Array, ids: Array, interpret: bool) -> Any:
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((rows, heads, length // block, 1, block), jnp.float32),
         ],
-        compiler_params=COMPILER,
+        compiler_params=_compiler_params(q),
         interpret=interpret,
         name="splash_forward",
     )(first.astype(jnp.int32), q, k, v, *_along_both_axes(ids, block))
     out, lse = (checkpoint_name(x, "context") for x in (out, lse))
     return out, (q, k, v, ids, out, lse)
+
+
+def _compiler_params(q: Array) -> pltpu.CompilerParams:
+    """The kernels need up to 10 times the bytes of a row of a head, and 4 MiB for blocks.
+
+    So the core's own memory bounds the row: with heads of up to 128 in bfloat16, 32,768 positions
+    on v5e and v6e (128 MiB), 16,384 on v5p (64 MiB) and 4,096 on v4 (16 MiB).
+    """
+    row = q.shape[2] * pl.cdiv(q.shape[3], UNIT) * UNIT * q.dtype.itemsize
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"),  # rows, heads, blocks
+        vmem_limit_bytes=12 * row + 4 * 2**20,
+    )
 
 
 def _along_both_axes(
@@ -154,18 +160,23 @@ def _along_both_axes(
 def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     """A matmul that sums over an axis of each factor, in float32."""
     dimensions = ((axes[:1], axes[1:]), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    # Mosaic takes no other precision, and "highest" for float32 only.
+    exact = a.dtype == jnp.float32 and jax.config.jax_default_matmul_precision == "highest"
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, dimensions, precision, preferred_element_type=jnp.float32)
 
 
 def _lanes(x: Array, size: int) -> Array:
     """What is the same in all lanes, [T, UNIT] -> [T, size]."""
-    return jnp.tile(x, (1, -(-size // UNIT)))[:, :size]
+    return jnp.tile(x, (1, pl.cdiv(size, UNIT)))[:, :size]
 
 
 def _scores(q: Array, k: Array, axis: int, offset: Any, same_segment: Array) -> Array:
-    """Scores of base 2 of a block of queries and one of keys, with keys along an axis.
+    """Scores of a block of queries and a block of keys, for powers of 2.
 
-    Args: offset: positions from the start of the keys to the start of the queries.
+    Args:
+      axis: the one along which the keys stand.
+      offset: the start of the queries minus the start of the keys, in positions.
     """
     scores = _dot(*((k, q) if axis == 0 else (q, k)), (1, 1))
     scores = scores * (q.shape[1] ** -0.5 * math.log2(math.e))
@@ -188,7 +199,7 @@ def _forward_kernel(
 ) -> None:
     row, i, (block, size) = pl.program_id(0), pl.program_id(2), q_ref.shape
     acc_ref[...] = jnp.zeros_like(acc_ref)
-    top_ref[...] = jnp.full_like(top_ref, 2 * MASKED)
+    top_ref[...] = jnp.full_like(top_ref, MASKED)
     total_ref[...] = jnp.zeros_like(total_ref)
 
     def body(j: Any, _: None) -> None:
@@ -214,12 +225,11 @@ def _backward(interpret: bool, saved: Any, d_out: Array) -> Any:
     q, k, v, ids, out, lse = saved
     rows, heads, length, size = q.shape
     group, block = heads // k.shape[1], block_size(length)
-    _, last = block_ranges(ids, block, block)
+    _, end = block_ranges(ids, block, block)
     of_queries = pl.BlockSpec((None, None, length, size), lambda b, n, j, _: (b, n, 0, 0))
     of_keys = pl.BlockSpec((None, None, block, size), lambda b, n, j, _: (b, n // group, j, 0))
     of_key_gradients = pl.BlockSpec((None, None, block, size), lambda b, n, j, _: (b, n, j, 0))
-    blocks = (length // block, 1, block)
-    keys = jax.ShapeDtypeStruct(q.shape, k.dtype if group == 1 else jnp.float32)
+    along_lanes = (length // block, 1, block)
     d_q, d_k, d_v = pl.pallas_call(
         _backward_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -228,31 +238,29 @@ def _backward(interpret: bool, saved: Any, d_out: Array) -> Any:
             in_specs=[
                 *(of_queries, of_keys, of_keys),
                 pl.BlockSpec((None, block, UNIT), lambda b, n, j, _: (b, j, 0)),
-                pl.BlockSpec((None, *blocks), lambda b, n, j, _: (b, 0, 0, 0)),
+                pl.BlockSpec((None, *along_lanes), lambda b, n, j, _: (b, 0, 0, 0)),
                 *(of_queries, of_queries),
-                pl.BlockSpec((None, None, *blocks), lambda b, n, j, _: (b, n, 0, 0, 0)),
+                pl.BlockSpec((None, None, *along_lanes), lambda b, n, j, _: (b, n, 0, 0, 0)),
             ],
             out_specs=[of_queries, of_key_gradients, of_key_gradients],
             scratch_shapes=[
                 pltpu.VMEM((length, size), jnp.float32),
                 pltpu.VMEM((block, size), jnp.float32),
                 pltpu.VMEM((block, size), jnp.float32),
-                pltpu.VMEM(blocks, jnp.float32),
+                pltpu.VMEM(along_lanes, jnp.float32),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), keys, keys],
-        compiler_params=COMPILER,
+        out_shape=[jax.ShapeDtypeStruct(q.shape, x.dtype) for x in (q, k, v)],
+        compiler_params=_compiler_params(q),
         interpret=interpret,
         name="splash_backward",
-    )(last.astype(jnp.int32), q, k, v, *_along_both_axes(ids, block), out, d_out, lse)
-    if group > 1:
-        of_heads = (rows, k.shape[1], group, length, size)
-        d_k, d_v = (x.reshape(of_heads).sum(2).astype(k.dtype) for x in (d_k, d_v))
+    )(end.astype(jnp.int32), q, k, v, *_along_both_axes(ids, block), out, d_out, lse)
+    d_k, d_v = (x.reshape(rows, -1, group, length, size).sum(2) for x in (d_k, d_v))
     return d_q, d_k, d_v, None
 
 
 def _backward_kernel(
-    last_ref: Any,
+    end_ref: Any,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -273,6 +281,8 @@ def _backward_kernel(
     scale = size**-0.5
     blocks = len(delta_ref)
 
+    # The blocks of keys of a head run in order on one core, so that the sum of d_q and delta last
+    # from the first to the last.
     @pl.when(j == 0)
     def start_of_row() -> None:
         d_q_sum[...] = jnp.zeros_like(d_q_sum)
@@ -299,7 +309,7 @@ def _backward_kernel(
         d_k_sum[...] += _dot(d_scores, q, (1, 0))
         d_q_sum[queries, :] += _dot(d_scores, k_ref[...], (0, 0))
 
-    lax.fori_loop(j, last_ref[row, j], body, None)
+    lax.fori_loop(j, end_ref[row, j], body, None)
     d_k_ref[...] = (d_k_sum[...] * scale).astype(d_k_ref.dtype)
     d_v_ref[...] = d_v_sum[...].astype(d_v_ref.dtype)
 
