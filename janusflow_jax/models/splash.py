@@ -161,7 +161,8 @@ def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     """A matmul that sums over an axis of each factor, in float32."""
     dimensions = ((axes[:1], axes[1:]), ((), ()))
     # Mosaic takes no other precision, and "highest" for float32 only.
-    exact = a.dtype == jnp.float32 and jax.config.jax_default_matmul_precision == "highest"
+    asked = getattr(jax.config, "jax_default_matmul_precision", None)
+    exact = a.dtype == jnp.float32 and asked == "highest"
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return lax.dot_general(a, b, dimensions, precision, preferred_element_type=jnp.float32)
 
