@@ -74,12 +74,11 @@ def test_both_stored_runs_of_a_seed_have_the_same_settings():
 
 def test_without_replay_old_drawings_and_captions_are_forgotten():
     """What docs/finetuning.md says of the stored numbers, of every seed apart."""
-    before, without, replay = (
-        _exact(STORED, kind, "heldout_pairs") for kind in ("F", *forgetting.KINDS)
-    )
-    assert len(before) == len(without) == len(replay) == 3
-    for was, lost, replayed in zip(before, without, replay, strict=True):
-        assert lost < was and 0.96 * was < replayed
+    for split in ("heldout_pairs", "heldout_views"):
+        before, without, replay = (_exact(STORED, k, split) for k in ("F", *forgetting.KINDS))
+        assert len(before) == len(without) == len(replay) == 3
+        for was, lost, replayed in zip(before, without, replay, strict=True):
+            assert lost < was and 0.96 * was < replayed
     for seed in (1, 2, 3):
         for kind, low, high in (("without", 1.5, 1.7), ("replay", 1.0, 1.25)):
             loss = STORED["runs"][f"{kind}-{seed}"]["curve"]["replay_generate/loss_rf"]
