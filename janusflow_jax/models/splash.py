@@ -1,8 +1,8 @@
 """Sparse flash attention of packed rows on TPUs: causal, in segments, without a T x T array.
 
 Source: FlashAttention-2 (arXiv 2307.08691), here in Pallas, which compiles it with Mosaic. A block
-of queries visits only the blocks of keys that may hold its samples. A core keeps the keys of a
-whole row in its own memory, in the backward pass the queries, so each is read once a head. One
+of queries visits only the blocks of keys that may hold its samples. A core's own memory
+holds the keys and values of a whole row; in the backward pass it holds the queries instead. One
 backward kernel computes all three gradients from the same weights.
 """
 
