@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import runs
+from jax.experimental.pallas import tpu as pltpu
 
 from janusflow_jax import config as c
 from janusflow_jax.config.errors import ConfigError
@@ -284,3 +286,23 @@ def test_auto_on_a_gpu_that_is_too_old(monkeypatch):
 def test_an_implementation_of_another_platform_is_an_error(name, platform):
     with pytest.raises(ConfigError, match=f"{name}.*{platform}"):
         attention.check_platform(name, platform)
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "dtype", "longest"),
+    [(128, "bfloat16", 42_240), (128, "float32", 21_120), (64, "bfloat16", 20_480)],
+)
+def test_rows_too_long_for_a_tpu_core_are_an_error(monkeypatch, mebibytes, dtype, longest):
+    """Compiled at these lengths for v5e (128 MiB) and v5p (64)."""
+    info = SimpleNamespace(vmem_capacity_bytes=mebibytes * 2**20)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    cfg = runs.tiny_config("unused")
+    cfg.dtype, cfg.model.llm.head_dim = dtype, 128
+    cfg.data.row_len = longest
+    attention.check_here(cfg)
+    cfg.data.row_len = longest + 128
+    with pytest.raises(ConfigError, match=f"at most {longest} .* got {longest + 128}"):
+        attention.check_here(cfg)
+    cfg.attention = "xla"
+    attention.check_here(cfg)

@@ -44,7 +44,7 @@ def measure(
             f"config {cfg.name!r}: expected evaluate.sources to measure on; got none "
             "(see Held-out losses in docs/training.md)"
         )
-    attention.check_platform(cfg.attention, jax.default_backend())
+    attention.check_here(cfg)
     loaded = model_folder.load_model(path, weights=weights)
     tasks = {s.task for s in cfg.evaluate.sources}
     needed = {part for task in tasks for part in parts_lib.needed_for(task, loaded.cfg)}

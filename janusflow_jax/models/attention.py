@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from janusflow_jax.config import TrainConfig
 from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.models import flash, products, splash
 from janusflow_jax.parallel import sharding
@@ -48,6 +49,14 @@ def check_platform(name: str, platform: str) -> None:
         raise ConfigError(
             f"attention: expected a {expected} for {name}; got a {platform}: set it to auto"
         )
+
+
+def check_here(cfg: TrainConfig) -> None:
+    """Raises ConfigError if the attention of a config does not run on this machine's devices."""
+    platform = jax.default_backend()
+    check_platform(cfg.attention, platform)
+    if implementation(cfg.attention, platform, cfg.data.row_len) == "splash":
+        splash.check_row(cfg.data.row_len, cfg.model.llm.head_dim, cfg.dtype)
 
 
 def segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from janusflow_jax.config.errors import ConfigError
 from janusflow_jax.parallel import sharding
 
 BLOCK = 512
@@ -29,11 +30,37 @@ BLOCK = 512
 UNIT = 128
 """Rows have a multiple of this many positions."""
 MASKED = -1e30
+BLOCK_MEMORY = 4 * 2**20
+"""Bytes of a core's own memory for what does not grow with the row."""
 
 
 def block_size(length: int) -> int:
     """Positions in a block for rows of a length: 512, 256 or 128."""
     return math.gcd(length, BLOCK)
+
+
+def _position_memory(size: int, dtype: Any) -> int:
+    """Bytes of a core's own memory for each position of a row; at most 10 values were needed."""
+    return 12 * pl.cdiv(size, UNIT) * UNIT * jnp.dtype(dtype).itemsize
+
+
+def check_row(length: int, size: int, dtype: Any) -> None:
+    """Whether the current TPU's cores can hold a row of a head.
+
+    Args:
+      length: positions of a row.
+      size, dtype: of a head.
+    Raises:
+      ConfigError: they cannot.
+    """
+    memory = pltpu.get_tpu_info().vmem_capacity_bytes
+    longest = (memory - BLOCK_MEMORY) // _position_memory(size, dtype) // UNIT * UNIT
+    if length > longest:
+        raise ConfigError(
+            f"data.row_len: expected at most {longest} positions for splash attention in {dtype}, "
+            f"which keeps a row in the {memory >> 20} MiB of a TPU core's own memory; got {length}:"
+            " make rows shorter, or set attention to xla"
+        )
 
 
 def executed_blocks(segment_ids: Any, block: int) -> Any:
@@ -82,7 +109,11 @@ def attention(
       q, k, v: rows that `attention.dot_product_attention` has checked.
       segment_ids: positions of no segment have negative ids, each its own.
       interpret: run the kernels without a TPU.
+    Raises:
+      ConfigError: rows that are too long for a core's own memory.
     """
+    if not interpret:
+        check_row(q.shape[2], q.shape[3], q.dtype)
     run = functools.partial(_attention, interpret=interpret)
     if sharding.current_mesh() is None:
         return run(q, k, v, segment_ids)
@@ -138,15 +169,9 @@ def _forward(q: Array, k: Array, v: Array, ids: Array, interpret: bool) -> Any:
 
 
 def _compiler_params(q: Array) -> pltpu.CompilerParams:
-    """The kernels need up to 10 times the bytes of a row of a head, and 4 MiB for blocks.
-
-    So the core's own memory bounds the row: with heads of up to 128 in bfloat16, 32,768 positions
-    on v5e and v6e (128 MiB), 16,384 on v5p (64 MiB) and 4,096 on v4 (16 MiB).
-    """
-    row = q.shape[2] * pl.cdiv(q.shape[3], UNIT) * UNIT * q.dtype.itemsize
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),  # rows, heads, blocks
-        vmem_limit_bytes=12 * row + 4 * 2**20,
+        vmem_limit_bytes=BLOCK_MEMORY + q.shape[2] * _position_memory(q.shape[3], q.dtype),
     )
 
 

@@ -98,7 +98,7 @@ def workdir_of(cfg: TrainConfig) -> epath.Path:
       ConfigError: the config cannot work (every problem in one message).
     """
     config_lib.raise_problems(f"config {cfg.name!r}", config_checks.train_problems(cfg))
-    attention.check_platform(cfg.attention, jax.default_backend())
+    attention.check_here(cfg)
     return model_folder.resolve(cfg.workdir or f"runs/{cfg.name}")
 
 
