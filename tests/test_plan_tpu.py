@@ -179,3 +179,10 @@ def test_v4_and_single_chips():
     assert len(plan_topology.devices(plan_topology.parse("v5e:1x1"))) == 1
     with pytest.raises(c.ConfigError, match=r"v5e:3x3: .*not divisible.*(\n.*)*expected v5e:AxB"):
         plan_topology.devices(plan_topology.parse("v5e:3x3"))
+
+
+def test_rows_too_long_for_a_core():
+    cfg = thin()
+    cfg.data.row_len = 8192
+    with pytest.raises(c.ConfigError, match="at most 4096 positions .*16 MiB.*got 8192"):
+        plan_compile.train(cfg, plan_topology.parse("v4:2x2x4"))

@@ -55,6 +55,11 @@ def check_here(cfg: TrainConfig) -> None:
     """Raises ConfigError if the attention of a config does not run on this machine's devices."""
     platform = jax.default_backend()
     check_platform(cfg.attention, platform)
+    check_rows(cfg, platform)
+
+
+def check_rows(cfg: TrainConfig, platform: str) -> None:
+    """Raises ConfigError if a kernel does not take rows so long on the current devices."""
     if implementation(cfg.attention, platform, cfg.data.row_len) == "splash":
         splash.check_row(cfg.data.row_len, cfg.model.llm.head_dim, cfg.dtype)
 

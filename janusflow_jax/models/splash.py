@@ -109,11 +109,7 @@ def attention(
       q, k, v: rows that `attention.dot_product_attention` has checked.
       segment_ids: positions of no segment have negative ids, each its own.
       interpret: run the kernels without a TPU.
-    Raises:
-      ConfigError: rows that are too long for a core's own memory.
     """
-    if not interpret:
-        check_row(q.shape[2], q.shape[3], q.dtype)
     run = functools.partial(_attention, interpret=interpret)
     if sharding.current_mesh() is None:
         return run(q, k, v, segment_ids)

@@ -119,6 +119,7 @@ def train(cfg: TrainConfig, machine: Machine, exact: bool = False) -> Compiled:
     state = with_shardings(state, train_step.state_shardings(state, mesh))
     batch = with_shardings(batch, sharding.batch_shardings(batch, mesh))
     with jax.set_mesh(mesh):
+        attention.check_rows(cfg, machine.chip.platform)
         traced = train_step.jit_train_step(cfg, mesh, state, batch).trace(state, batch)
         built = build(traced, machine, exact)
     return Compiled(cfg, machine, mesh, {**state, "batch": batch}, *built)
