@@ -60,7 +60,7 @@ def get_config(arg: str | None = None) -> c.TrainConfig:
         batch_rows=4,
         num_steps=600,
         seed=1,
-        remat=False,
+        remat="none",
         save_every_steps=200,
         evaluate=c.EvalConfig(
             sources=(dataclasses.replace(source, split="heldout"),), rows=16, every_steps=100

@@ -264,7 +264,6 @@ def test_the_masked_form_multiplies_in_the_type_of_its_inputs():
         ("auto", "cpu", 4096, "xla"),
         ("xla", "tpu", 4096, "xla"),
         ("splash", "tpu", 4096, "splash"),
-        ("cudnn", "gpu", 160, "cudnn"),
     ],
 )
 def test_auto_is_what_takes_the_rows(name, platform, length, expected):
@@ -281,7 +280,7 @@ def test_auto_on_a_gpu_that_is_too_old(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "platform"),
-    [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu"), ("cudnn", "tpu"), ("flash", "tpu")],
+    [("splash", "cpu"), ("splash", "gpu"), ("flash", "tpu")],
 )
 def test_an_implementation_of_another_platform_is_an_error(name, platform):
     with pytest.raises(ConfigError, match=f"{name}.*{platform}"):

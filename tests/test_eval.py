@@ -8,7 +8,7 @@ import pytest
 from helpers.drawings import SHAPES, draw, draw_all
 from PIL import Image
 
-from janusflow_jax.eval import sheet
+from janusflow_jax.eval import sheet, stats as eval_stats
 from janusflow_jax.openmoji import (
     drawings as openmoji_drawings,
     prompts as openmoji_prompts,
@@ -215,16 +215,18 @@ def test_interval_covers_and_is_the_same_again():
     hits = 0
     for n in range(60):
         values = generator.normal(1.0, 1.0, 50)
-        low, high = stats.bootstrap_interval(values, seed=n)
+        low, high = eval_stats.score(values).interval(n)
         hits += low < 1.0 < high
     assert 52 <= hits <= 60  # 95 %: 57 wanted
-    assert stats.bootstrap_interval(values, seed=3) == stats.bootstrap_interval(values, seed=3)
+    assert eval_stats.score(values).interval(3) == eval_stats.score(values).interval(3)
 
 
 def test_views_of_one_group_do_not_narrow_the_interval():
     values = np.random.default_rng(0).normal(0, 1, 20)
-    low, high = stats.bootstrap_interval(values)
-    many = stats.bootstrap_interval(np.repeat(values, 10), np.repeat(np.arange(20), 10).tolist())
+    low, high = eval_stats.score(values).interval()
+    many = eval_stats.score(
+        np.repeat(values, 10), groups=np.repeat(np.arange(20), 10).tolist()
+    ).interval()
     assert many == pytest.approx((low, high), abs=1e-9)
 
 

@@ -111,8 +111,6 @@ def train_problems(cfg: TrainConfig) -> list[str]:
     )
     fits = cfg.attention not in ("splash", "flash") or data.row_len % 128 == 0
     require(fits, "data.row_len", f"a multiple of 128 for {cfg.attention} attention", data.row_len)
-    cudnn_fits = cfg.attention != "cudnn" or cfg.dtype == "bfloat16"
-    require(cudnn_fits, "dtype", "bfloat16 for cudnn attention", cfg.dtype)
     rounds_fits = not cfg.matmul_precision or cfg.dtype == "float32"
     require(rounds_fits, "matmul_precision", "'' for dtype bfloat16", cfg.matmul_precision)
     require(

@@ -13,7 +13,7 @@ from janusflow_jax.config.fields import (
     positive,
 )
 
-ATTENTION = ("xla", "cudnn", "splash", "flash")
+ATTENTION = ("xla", "splash", "flash")
 """Implementations of attention (`models/attention.py`); a config may also have 'auto'."""
 
 NONE, GENERATE, UNDERSTAND = 0, 1, 2

@@ -29,7 +29,6 @@ from janusflow_jax.parallel import trees
 
 SIZE = 299
 """Side of the network's input in pixels."""
-WIDTH = 2048
 OFFICIAL = "6726825d"
 """How the SHA-256 of the published `*-inception-2015-12-05-6726825d.pth` begins."""
 BATCH_NORM_EPS = 1e-3

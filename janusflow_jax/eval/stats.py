@@ -89,21 +89,6 @@ def by_category(
     return out
 
 
-def bootstrap_interval(
-    values: np.ndarray,
-    groups: Sequence[Hashable] | None = None,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean.
-
-    Args:
-      values: float[N].
-      groups: N labels. Values of one group depend on each other (views of one drawing), so whole
-        groups are resampled. None: every value is its own group.
-    """
-    return score(values, groups=groups).interval(seed)
-
-
 def _resampled(
     values: np.ndarray,
     weights: np.ndarray,

@@ -200,13 +200,13 @@ def _config_files(hub: Files, cfg: ModelConfig, dtype: str) -> dict[str, bytes]:
                 changed["torch_dtype"] = dtype
             if described != cfg:
                 changed[hub_configs.OURS] = new["config.json"][hub_configs.OURS]
-            return source if changed == main else {**source, "config.json": _to_json(changed)}
+            return (
+                source
+                if changed == main
+                else {**source, "config.json": parts_layout.to_json(changed)}
+            )
     new["config.json"]["torch_dtype"] = dtype
-    return {name: _to_json(values) for name, values in new.items()}
-
-
-def _to_json(value: Any) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode()
+    return {name: parts_layout.to_json(values) for name, values in new.items()}
 
 
 def _card(

@@ -163,7 +163,7 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     _check_keys(values)
     neutral = {"hidden_act": "silu", "attention_dropout": 0.0}
     check_values(WHERE, values, {**neutral, **family.required})
-    mlp = "shared_intermediate_size" if _is_fused(values) else "intermediate_size"
+    mlp = "shared_intermediate_size" if fused_mlp(values) else "intermediate_size"
     sizes = {
         "hidden_size": 4096,
         "num_attention_heads": 32,
@@ -228,14 +228,9 @@ def is_tied(values: Mapping[str, Any]) -> bool:
     return bool(with_defaults(values).get("tie_word_embeddings", False))
 
 
-def _is_fused(values: Mapping[str, Any]) -> bool:
-    """Whether gate and up are one tensor, and the MLP has Granite 4's names."""
-    return values["model_type"] == "granitemoehybrid"
-
-
 def fused_mlp(values: Mapping[str, Any]) -> bool:
-    """`_is_fused` of a config.json."""
-    return _is_fused(with_defaults(values))
+    """Whether gate and up are one tensor, and the MLP has Granite 4's names."""
+    return values.get("model_type") == "granitemoehybrid"
 
 
 def fold(llm: dict[str, Any], values: Mapping[str, Any], cfg: LlamaConfig) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def config_files(
         "siglip/config.json": hub_configs.siglip_vision_config_to_hf(cfg.und)
         | {"torch_dtype": dtypes["siglip"]},
     }
-    out = {name: _to_json(value) for name, value in values.items()}
+    out = {name: to_json(value) for name, value in values.items()}
     out["vae/config.json"] = _vae_config(cfg, hub.get(VAE_CONFIG_FILE, b""))
     copied = {path_of(name): data for name, data in hub.items() if name not in _NOT_COPIED}
     return copied | out
@@ -135,7 +135,7 @@ def path_of(name: str) -> str:
 def _vae_config(cfg: ModelConfig, source: bytes) -> bytes:
     """The VAE's config.json: the source's if it still describes this model."""
     written = {**hub_configs.vae_config_to_hf(cfg.vae), "sample_size": cfg.image_size}
-    for data in (source, _to_json(written)):
+    for data in (source, to_json(written)):
         values = json.loads(data or b"{}")
         if values and _describes_vae(cfg, values):
             return data
@@ -147,7 +147,8 @@ def _describes_vae(cfg: ModelConfig, values: dict[str, Any]) -> bool:
     return hub_configs.vae_config_from_hf(values, batch_norm) == cfg.vae
 
 
-def _to_json(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
+    """As published config files are written."""
     return json.dumps(value, indent=2, ensure_ascii=False).encode()
 
 

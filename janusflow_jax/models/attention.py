@@ -1,7 +1,7 @@
 """Scaled dot-product attention, in the implementations of `config.ATTENTION`.
 
-`xla` runs anywhere, `cudnn` is the fused kernel for NVIDIA GPUs. `splash`, for TPUs, and `flash`,
-for GPUs, are for whole rows: each position attends to the earlier ones of its segment.
+`xla` runs anywhere. `splash`, for TPUs, and `flash`, for GPUs, are for whole rows: each position
+attends to the earlier ones of its segment.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ backward pass needs no second forward pass. `proj` is the output projection.
 def implementation(name: str, platform: str, length: int) -> str:
     """The implementation for a config's `attention` on 'cpu', 'gpu' or 'tpu', and rows of a length.
 
-    `auto` chooses the platform's kernel for packed rows where it takes their length. It never
-    chooses cuDNN, which takes bfloat16 only and reads a T x T mask.
+    `auto` chooses the platform's kernel for packed rows where it takes their length.
     """
     if name != "auto":
         return name
@@ -44,7 +43,7 @@ def implementation(name: str, platform: str, length: int) -> str:
 
 def check_platform(name: str, platform: str) -> None:
     """Raises ConfigError if an implementation does not run on a platform."""
-    expected = {"splash": "tpu", "cudnn": "gpu", "flash": "gpu"}.get(name, platform)
+    expected = {"splash": "tpu", "flash": "gpu"}.get(name, platform)
     if platform != expected:
         raise ConfigError(
             f"attention: expected a {expected} for {name}; got a {platform}: set it to auto"
@@ -98,8 +97,6 @@ def dot_product_attention(
     if scales is not None and impl != "xla":
         k, v = ((x * scale).astype(q.dtype) for x, scale in zip((k, v), scales, strict=True))
         scales = None
-    if impl == "cudnn":
-        return _cudnn(q, k, v, mask)
     if mask is not None and mask.ndim == 2:
         return _whole_rows(q, k, v, mask, *impl.split("_"))
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
@@ -181,18 +178,3 @@ def _product_backward(spec: str, saved: tuple[Array, Array], d_out: Array) -> tu
 
 
 _float32_product.defvjp(_product_forward, _product_backward)
-
-
-def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    # cuDNN takes even lengths only, so queries and keys are padded.
-    lengths = q.shape[1], k.shape[1]
-    pad_q, pad_k = lengths[0] % 2, lengths[1] % 2
-    if pad_k and mask is None:
-        mask = jnp.ones((q.shape[0], *lengths), bool)
-    pad = lambda x, n: jnp.pad(x, ((0, 0), (0, n)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    if mask is not None:
-        mask = jnp.pad(mask, ((0, 0), (0, pad_q), (0, pad_k)))[:, None]
-    out = jax.nn.dot_product_attention(
-        pad(q, pad_q), pad(k, pad_k), pad(v, pad_k), mask=mask, implementation="cudnn"
-    )
-    return checkpoint_name(out[:, : lengths[0]], "context")

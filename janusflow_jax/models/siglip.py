@@ -26,13 +26,12 @@ def layer_norm(eps: float, dtype: Any, name: str) -> nn.LayerNorm:
 
 class Attention(nn.Module):
     num_heads: int
-    impl: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
         q, k, v = (layers.Linear(width, heads=self.num_heads, name=n)(x) for n in ("q", "k", "v"))
-        out = dot_product_attention(q, k, v, impl=self.impl).reshape(x.shape)
+        out = dot_product_attention(q, k, v).reshape(x.shape)
         return layers.Linear(width, name="o")(out)
 
 
@@ -49,13 +48,12 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     cfg: SiglipConfig
-    impl: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         eps = self.cfg.norm_eps
         h = layer_norm(eps, x.dtype, "norm1")(x)
-        x = x + Attention(self.cfg.num_heads, self.impl, name="attn")(h)
+        x = x + Attention(self.cfg.num_heads, name="attn")(h)
         h = layer_norm(eps, x.dtype, "norm2")(x)
         x = x + Mlp(self.cfg.mlp_width, self.cfg.act, name="mlp")(h)
         return sharding.constrain(x, "batch", None, None)
@@ -63,13 +61,12 @@ class Block(nn.Module):
 
 class Body(nn.Module):
     cfg: SiglipConfig
-    impl: str
     remat: bool
 
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        return block(self.cfg, self.impl, name="block")(x), None
+        return block(self.cfg, name="block")(x), None
 
 
 class Siglip(nn.Module):
@@ -78,7 +75,6 @@ class Siglip(nn.Module):
     cfg: SiglipConfig
     dtype: Any = jnp.float32
     remat: bool = False
-    impl: str = "xla"
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
@@ -102,5 +98,5 @@ class Siglip(nn.Module):
             split_rngs={"params": True},
             length=cfg.num_layers,
         )
-        x, _ = stack(cfg, self.impl, self.remat, name="layers")(x, None)
+        x, _ = stack(cfg, self.remat, name="layers")(x, None)
         return layer_norm(cfg.norm_eps, x.dtype, "norm")(x) if cfg.final_norm else x

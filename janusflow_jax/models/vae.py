@@ -24,12 +24,6 @@ from janusflow_jax.models.attention import dot_product_attention
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
-def _conv(x: Array, kernel: Array, stride: int = 1, padding: Any = "SAME") -> Array:
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
 class Conv3x3(nn.Module):
     """3x3 convolution. Stride 2 pads bottom and right only, as the published code does."""
 
@@ -42,7 +36,14 @@ class Conv3x3(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         padding = "SAME" if self.stride == 1 else ((0, 1), (0, 1))
-        return _conv(x, kernel.astype(x.dtype), self.stride, padding) + bias.astype(x.dtype)
+        out = lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            (self.stride, self.stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return out + bias.astype(x.dtype)
 
 
 class GroupNorm(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from janusflow_jax.config.errors import JanusFlowError
-from janusflow_jax.eval.stats import bootstrap_interval
+from janusflow_jax.eval import stats
 
 _ROUNDING = 1e-9  # equal scores may differ by this much
 
@@ -19,13 +19,14 @@ def compare(
 
     Args:
       scores, baseline: float[N], item by item.
-      groups: as in `bootstrap_interval`.
+      groups: labels of items that depend on each other (views of one drawing) and are resampled
+        together; None: every item is its own group.
     Returns:
       score and baseline (means), difference with its 95 % interval low..high, and beats: whether
       the whole interval is above 0.
     """
     scores, baseline = np.asarray(scores, np.float64), np.asarray(baseline, np.float64)
-    low, high = bootstrap_interval(scores - baseline, groups)
+    low, high = stats.score(scores - baseline, groups=groups).interval()
     return {
         "score": float(scores.mean()),
         "baseline": float(baseline.mean()),

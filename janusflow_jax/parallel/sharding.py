@@ -123,14 +123,9 @@ def _arrange(devices: Sequence[Device], sizes: Sequence[int], slices: int) -> np
     return np.asarray(order).reshape(sizes)
 
 
-def row_multiple(mesh: Mesh, accum_steps: int) -> int:
-    """What a batch's number of rows must be a multiple of: data x fsdp x accum_steps."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] * accum_steps
-
-
 def check_rows(batch_rows: int, accum_steps: int, mesh: Mesh) -> None:
     """Raises ConfigError where the rows of a batch do not divide over the mesh."""
-    multiple = row_multiple(mesh, accum_steps)
+    multiple = mesh.shape["data"] * mesh.shape["fsdp"] * accum_steps
     if batch_rows % multiple:
         raise ConfigError(
             f"batch_rows: expected a multiple of data x fsdp x accum_steps = {multiple}; got "

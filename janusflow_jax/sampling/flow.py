@@ -28,22 +28,20 @@ TEACHER_SHARE = 0.25
 """Of an interval, the last part in which the teacher moves (`lagrangian_target`)."""
 
 
-def sample_time(key: Array, kind: str = "logit_normal", shift: float = 1.0) -> Float[Array, ""]:
+def sample_time(key: Array, kind: str, shift: float) -> Float[Array, ""]:
     """One training time in (0, 1): logit-normal(0, 1) or uniform, then shifted.
 
     `shift` s maps t to t / (t + s*(1-t)): s > 1 gives more weight to noise, 1 changes nothing.
     """
     if kind == "uniform":
         t = jax.random.uniform(key, dtype=jnp.float32)
-    elif kind == "logit_normal":
-        t = jax.nn.sigmoid(jax.random.normal(key, dtype=jnp.float32))
     else:
-        raise ValueError(f"time: expected logit_normal or uniform; got {kind!r}")
+        t = jax.nn.sigmoid(jax.random.normal(key, dtype=jnp.float32))
     return shifted(t, shift)
 
 
 def sample_interval(
-    key: Array, kind: str = "logit_normal", shift: float = 1.0
+    key: Array, kind: str, shift: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Training times t <= r of a student, each of `sample_time`.
 

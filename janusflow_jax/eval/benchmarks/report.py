@@ -124,7 +124,9 @@ def _seed(questions: Sequence[Question], answers: Sequence[str]) -> Scored:
 def _vqa(questions: Sequence[Question], answers: Sequence[str]) -> Scored:
     golds, kinds, images = _columns(questions)
     scores = {
-        name: vqa.accuracy([rule(a, g) for a, g in zip(answers, golds, strict=True)], kinds, images)
+        name: stats.by_category(
+            [rule(a, g) for a, g in zip(answers, golds, strict=True)], kinds, images
+        )
         for name, rule in (("official", vqa.official), ("lmms_eval", vqa.lmms_eval))
     }
     return _with_categories(_named(scores), ("accuracy",))

@@ -15,27 +15,11 @@ from jaxtyping import Float
 
 from janusflow_jax.eval import stats
 
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-THRESHOLD = 0.3
-COUNTING_THRESHOLD = 0.9
-MAX_OBJECTS = 16  # of one class
 POSITION_MARGIN = 0.1
 """Share of both sizes by which an offset must exceed 0."""
 
 Boxes = Float[np.ndarray, "_ 5"]
 """x0, y0, x1, y1 in pixels, and the detector's confidence."""
-
-
-def detected(boxes: Mapping[str, Boxes], tag: str) -> dict[str, Boxes]:
-    """The boxes that count, the most confident first: of each class at most 16 over a threshold."""
-    threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
-    out = {}
-    for name, own in boxes.items():
-        own = own[np.argsort(own[:, 4])[::-1]]
-        own = own[own[:, 4] > threshold][:MAX_OBJECTS]
-        if len(own):
-            out[name] = own
-    return out
 
 
 def relative_position(box: Float[np.ndarray, "4"], target: Float[np.ndarray, "4"]) -> set[str]:
@@ -67,7 +51,7 @@ def evaluate(
     for every pair of boxes. Any `exclude` clause makes the image wrong.
 
     Args:
-      objects: of `detected`.
+      objects: the boxes that count, by class, the most confident first.
       metadata: a line of evaluation_metadata.jsonl.
       colors: (class, its boxes) -> the color of each box.
     Returns:

@@ -6,9 +6,7 @@ The rule is that of the official evaluation script (GT-Vision-Lab/VQA).
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
-
-from janusflow_jax.eval import stats
+from collections.abc import Sequence
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -80,20 +78,6 @@ def official(answer: str, golds: Sequence[str]) -> float:
 def lmms_eval(answer: str, golds: Sequence[str]) -> float:
     """lmms-eval's accuracy in 0..1: texts are always normalized."""
     return _agreement(normalized(_stripped(answer)), [normalized(_stripped(g)) for g in golds])
-
-
-def accuracy(
-    outcomes: Sequence[float],
-    answer_types: Sequence[str] | None = None,
-    groups: Sequence[Hashable] | None = None,
-) -> dict[str, stats.Score]:
-    """VQA accuracy in percent: 'overall', and of each answer type (yes/no, number, other).
-
-    Args:
-      outcomes: of one of the rules above.
-      groups: the image of each question.
-    """
-    return stats.by_category(outcomes, answer_types, groups)
 
 
 def _stripped(text: str) -> str:
