@@ -92,6 +92,7 @@ def start(tmp_path_factory):
     return tmp / "model"
 
 
+@pytest.mark.slow
 def test_the_language_model_computes_what_torch_does(start):
     """Grouped heads, tied embeddings, another theta and eps, and a table that grew."""
     loaded = model_folder.load_model(start)

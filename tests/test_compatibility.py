@@ -147,6 +147,7 @@ def test_the_cache_tool_keeps_what_it_made(tmp_path, tool, capsys):
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_model_folder_and_adapter_give_the_same_numbers():
     for name, path, options in (
         ("model", FOLDER / "model", {}),

@@ -120,6 +120,7 @@ def test_what_cannot_be_edited_says_why(model, call, says):
         call(model)
 
 
+@pytest.mark.slow
 def test_the_command_edits_varies_and_inpaints(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "load", lambda args: model)
     mask, out = tmp_path / "mask.png", tmp_path / "out.png"

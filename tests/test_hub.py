@@ -320,6 +320,7 @@ def test_a_model_born_here_comes_back_as_it_was(born, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, (a.params, a.vae), (b.params, b.vae))
 
 
+@pytest.mark.slow
 def test_an_export_needs_a_tokenizer_and_leaves_out_another_towers_head(born, tmp_path):
     model, cfg = born
     loaded = model_folder.load_model(model)

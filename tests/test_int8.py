@@ -46,6 +46,7 @@ def test_scales_after_the_matmuls_equal_widened_keys_and_values():
     np.testing.assert_allclose(got, attention.dot_product_attention(q, k, v, mask), atol=0.05)
 
 
+@pytest.mark.slow
 def test_decoding_keeps_int8_and_follows_the_wide_model(small, golden_model):
     """Logits behind the same tokens, prompt and eight more: the buffer's keys and values count."""
     ids = jax.random.randint(jax.random.key(0), (1, 12), 5, 500)

@@ -71,6 +71,7 @@ def lora_config(workdir, **changes) -> c.TrainConfig:
     return cfg
 
 
+@pytest.mark.slow
 def test_the_base_takes_no_memory_of_the_optimizer():
     cfg = lora_config("x", frozen_dtype="bfloat16")
     cfg.optim = dataclasses.replace(cfg.optim, moments_dtype="bfloat16")

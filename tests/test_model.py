@@ -49,6 +49,7 @@ def test_no_position_sees_a_later_one():
     assert (grad[at + 1 :] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_cached_prefix_changes_nothing():
     x, positions = vectors(rows=2), jnp.broadcast_to(jnp.arange(12), (2, 12))
     whole, _, _ = run("run_llm", x, positions, causal(12, 2))
@@ -73,6 +74,7 @@ def test_token_by_token_equals_all_at_once():
     np.testing.assert_array_equal(tokens, want)
 
 
+@pytest.mark.slow
 def test_padding_a_prompt_changes_nothing():
     model, params, _ = golden.model()
     ids, other = [0, 39, 568, 548], [0, 39, 568, 548, 569, 279, 267]

@@ -86,6 +86,7 @@ def test_recolored_drawings_have_the_hue(color):
         assert (image[0, 0] == 255).all()
 
 
+@pytest.mark.slow
 def test_the_build_is_whole_repeatable_and_trains(monkeypatch, tmp_path):
     few(monkeypatch)
     with pytest.raises(DataError, match="--views: expected 1 or more; got 0"):

@@ -91,6 +91,7 @@ class Generator:
         return self.seed
 
 
+@pytest.mark.slow
 def test_names_of_diffusers(model):
     options = {"num_inference_steps": 2, "guidance_scale": 3.0}
     want = model.generate(PROMPTS[:1] * 2, guidance_scale=3.0, num_steps=2, seed=7, output="numpy")
@@ -200,6 +201,7 @@ def tiny_model(dtype):
     return pipeline.Pipeline(cfg, params, vae_params, text, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", pipeline.DTYPES)
 def test_at_one_shape_neighbors_and_places_change_no_bit(dtype):
     """Four rows, 32 positions. At other shapes rounding differs."""

@@ -86,6 +86,7 @@ def test_linear_layers_and_attention_use_it_under_that_precision_only():
             assert run(half).dtype == jnp.bfloat16  # a model in bfloat16 is as it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["", products.PRECISION])
 def test_a_training_step_has_the_precision_of_its_config(precision):
     cfg = config("run", matmul_precision=precision)

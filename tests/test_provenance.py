@@ -102,6 +102,7 @@ def test_data_that_is_not_there(tmp_path):
 # --- what reports hold
 
 
+@pytest.mark.slow
 def test_held_out_losses_are_those_of_the_adapter(golden_folder, tmp_path, monkeypatch):
     folder = adapter(golden_folder, tmp_path / "adapter")
     kernels = []

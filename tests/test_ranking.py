@@ -53,6 +53,7 @@ def test_a_score_is_the_log_likelihood_of_the_answer(model):
     assert np.abs(other - scores).min() > 1e-3  # the image counts
 
 
+@pytest.mark.slow
 def test_the_best_of_several_images_is_the_most_likely(model):
     many = model.generate(CAPTIONS, images_per_prompt=4, output="numpy", **QUICK)
     scores = model.caption_scores(list(many), [c for c in CAPTIONS for _ in range(4)])

@@ -28,6 +28,7 @@ from janusflow_jax.config.run import MAY_CHANGE
 from janusflow_jax.training import init as initialization
 
 
+@pytest.mark.slow
 def test_only_what_a_start_gives_must_agree(tmp_path):
     """Every field in which a start differs is named, if the run takes a part that depends on it."""
     fields = {"vae__scaling_factor": 0.5, "llm__rope_theta": 5e5, "gen__norm_eps": 1e-5}

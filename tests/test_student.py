@@ -257,6 +257,7 @@ def test_a_student_is_a_model_as_any_other(store):
     np.testing.assert_array_equal(again.generate("a fox", seed=5, output="latent"), want)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_no_student_and_a_student_no_start_of_a_flow(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = student_config("x").model

@@ -71,6 +71,7 @@ def test_group_norm_keeps_digits_under_a_large_mean():
     np.testing.assert_allclose(got, want, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_give_float32_results():
     x = noise(5, 1, 16, 16, 3)
     for method, given in (("encode", x), ("decode", noise(6, 1, 8, 8, 4))):
