@@ -44,6 +44,8 @@ def measure(
             f"config {cfg.name!r}: expected evaluate.sources to measure on; got none "
             "(see Held-out losses in docs/training.md)"
         )
+    cfg = copy.deepcopy(cfg)
+    cfg.dtype = dtype or cfg.dtype
     attention.check_here(cfg)
     loaded = model_folder.load_model(path, weights=weights)
     tasks = {s.task for s in cfg.evaluate.sources}
@@ -57,9 +59,7 @@ def measure(
     params = loaded.params or {}
     if adapter:
         params = {**params, "llm": adapters.apply(params.get("llm"), adapter)}
-    cfg = copy.deepcopy(cfg)
     cfg.model = loaded.cfg
-    cfg.dtype = dtype or cfg.dtype
     cfg.mesh = config_lib.MeshConfig()
     chat = chat_format.ChatFormat.load(loaded.hub, num_image_tokens=cfg.model.num_image_tokens)
     mesh = sharding.make_mesh(cfg.mesh)

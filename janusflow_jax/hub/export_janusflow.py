@@ -200,11 +200,9 @@ def _config_files(hub: Files, cfg: ModelConfig, dtype: str) -> dict[str, bytes]:
                 changed["torch_dtype"] = dtype
             if described != cfg:
                 changed[hub_configs.OURS] = new["config.json"][hub_configs.OURS]
-            return (
-                source
-                if changed == main
-                else {**source, "config.json": parts_layout.to_json(changed)}
-            )
+            if changed == main:
+                return source
+            return {**source, "config.json": parts_layout.to_json(changed)}
     new["config.json"]["torch_dtype"] = dtype
     return {name: parts_layout.to_json(values) for name, values in new.items()}
 

@@ -40,12 +40,13 @@ def block_size(length: int) -> int:
 
 
 def _position_memory(size: int, dtype: Any) -> int:
-    """Bytes of a core's own memory for each position of a row; at most 10 values were needed."""
+    """Bytes of a core's own memory for each position of a row: 12 vectors of a head. Compiled
+    kernels needed up to 10."""
     return 12 * pl.cdiv(size, UNIT) * UNIT * jnp.dtype(dtype).itemsize
 
 
 def check_row(length: int, size: int, dtype: Any) -> None:
-    """Whether the current TPU's cores can hold a row of a head.
+    """Checks that a core of the current TPU can hold a row of a head.
 
     Args:
       length: positions of a row.
